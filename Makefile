@@ -1,0 +1,103 @@
+# `make` lists the targets.
+
+# The Python that makes the virtual environment: 3.11 or newer. A candidate
+# counts only if it starts, as some systems have stubs that do not.
+PYTHON ?= $(shell for p in python3.11 python3; do \
+	"$$p" -c "" >/dev/null 2>&1 && echo "$$p" && break; done)
+# Where the virtual environment lives.
+VENV ?= .venv
+# Where `make study` writes.
+WORKDIR ?= runs/fashion_mnist
+# Further arguments of the program that a target runs.
+ARGS ?=
+
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+SOURCES := .ci $(wildcard benchmarks configs models) setup.py sos tests
+PIP := $(RUN) -m pip --disable-pip-version-check
+# One process for each of two cores; more of them wait for each other, as
+# TensorFlow is itself multi-threaded.
+JOBS ?= 2
+
+# TensorFlow's start-up notes would drown everything else.
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+# The one backend that `sos` supports, whatever ~/.keras/keras.json says.
+export KERAS_BACKEND := tensorflow
+
+.DELETE_ON_ERROR:
+.PHONY: help study test test-slow lint format bench lock wheel clean
+
+help:  ## list the targets
+	@echo "Usage: make TARGET [VARIABLE=value]"
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' \
+		$(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "Variables: PYTHON, VENV ($(VENV)), WORKDIR ($(WORKDIR)), ARGS, JOBS"
+
+# The stamp comes last, so that an interrupted installation is taken up again.
+$(READY): requirements.txt setup.py
+	@test -n "$(PYTHON)" || { echo "No python3.11 or python3 found. Install \
+	Python 3.11 or newer, or name one: make PYTHON=/path/to/python3.11" >&2; \
+	exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; \
+	sys.exit(0 if sys.version_info >= (3, 11) else f"$(PYTHON) is Python {v}, \
+	but 3.11 or newer is needed. Name one: make PYTHON=/path/to/python3.11")'
+	@rm -f $@
+	@echo "Making the virtual environment $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv "$(VENV)"
+	@echo "Installing the pinned packages; this takes a few minutes once"
+	@$(PIP) install --quiet --requirement requirements.txt
+	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+study: $(READY)  ## run the study on Fashion-MNIST (WORKDIR=, ARGS=)
+	@$(RUN) -m models.study --config=configs/fashion_mnist.py \
+		--workdir="$(WORKDIR)" $(ARGS)
+
+test: $(READY)  ## run the fast tests (ARGS="-k name" picks some)
+	@$(RUN) -m pytest -m "not slow" --numprocesses=$(JOBS) $(ARGS)
+
+test-slow: $(READY)  ## run the slow tests
+	@$(RUN) -m pytest -m slow $(ARGS) || { status=$$?; \
+		test $$status -eq 5 || exit $$status; \
+		echo "No slow tests to run."; }
+
+lint: $(READY)  ## check style and formatting
+	@$(RUN) -m ruff check $(SOURCES)
+	@$(RUN) -m ruff format --check $(SOURCES)
+
+format: $(READY)  ## repair what can be repaired of style and formatting
+	@$(RUN) -m ruff check --fix $(SOURCES)
+	@$(RUN) -m ruff format $(SOURCES)
+
+bench: $(READY)  ## run every benchmark (ARGS go to each)
+	@modules=$$(ls benchmarks/[a-z]*.py 2>/dev/null); \
+	test -n "$$modules" || { echo "No benchmarks to run."; exit 0; }; \
+	for module in $$modules; do \
+		echo "== $$module"; \
+		$(RUN) -m benchmarks.$$(basename $$module .py) $(ARGS) || exit; \
+	done
+
+# In an environment of its own: it must work when the pinned versions do not.
+lock:  ## pin every dependency anew (ARGS=--upgrade for the newest versions)
+	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && \
+	$(PYTHON) -m venv "$$tmp" && \
+	"$$tmp/bin/python" -m pip --disable-pip-version-check \
+		install --quiet uv && \
+	"$$tmp/bin/uv" pip compile --quiet --universal --python-version 3.11 \
+		--extra test --no-emit-index-url --no-emit-find-links \
+		--custom-compile-command "make lock" \
+		--output-file requirements.txt $(ARGS) setup.py >/dev/null
+	@echo "Wrote requirements.txt"
+
+wheel: $(READY)  ## build the wheel into dist/
+	@rm -rf build
+	@$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@rm -rf build
+	@ls dist/*.whl
+
+clean:  ## remove the virtual environment and everything built or cached
+	@rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -not -path './.git/*' -prune \
+		-exec rm -rf {} +

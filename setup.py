@@ -1,0 +1,104 @@
+"""Packaging of `state-of-sparsity` (imported as `sos`)."""
+
+import ast
+import pathlib
+
+from setuptools import find_packages, setup
+
+ROOT = pathlib.Path(__file__).resolve().parent
+
+# tests/build_test.py reads these two lists: every third-party module that a
+# source file imports has to be declared here.
+INSTALL_REQUIRES = [
+    # The backend. TensorFlow 2.20 is the newest release for TPUs, 2.21 the
+    # newest for CPUs and GPUs; both are supported.
+    "tensorflow>=2.20,<2.22",
+    # What TensorFlow 2.20 itself asks for; developed and tested on 3.15.
+    "keras>=3.10,<4",
+    # Pruning schedules. No release understands Keras 3 models, so only the
+    # schedules are used.
+    "tensorflow-model-optimization>=0.8,<0.9",
+    # Imported by tensorflow-model-optimization, which asks for any version;
+    # one that does not match TensorFlow's fails at import.
+    "tf-keras>=2.20,<2.22",
+    # 1.26 is the oldest release that TensorFlow 2.20 and 2.21 accept.
+    "numpy>=1.26",
+    # Flags and logging of the command-line programs. The upper limit is
+    # tensorflow-model-optimization's.
+    "absl-py>=1.2,<2",
+    # Configuration files of the experiments.
+    "ml-collections>=1.0,<2",
+    # Figures of the experiments.
+    "matplotlib>=3.8,<4",
+    # Tables in the terminal.
+    "rich>=13,<16",
+]
+
+TEST_REQUIRES = [
+    "pytest>=8,<10",
+    # Runs the tests in several processes.
+    "pytest-xdist>=3.6,<4",
+    # Property-based tests.
+    "hypothesis>=6.100,<7",
+    # Statistical tests of the random techniques.
+    "scipy>=1.13,<2",
+    # Style checks. The limits keep the formatter's output stable.
+    "ruff>=0.17,<0.18",
+    # Builds the wheel in the tests and the editable installation without
+    # fetching a build tool for each.
+    "setuptools>=77",
+]
+
+
+def read_version():
+    """Returns the version stated in `sos/version.py`.
+
+    The file is parsed instead of imported: importing `sos` needs TensorFlow,
+    which is not there yet when the package is being installed.
+    """
+    tree = ast.parse((ROOT / "sos" / "version.py").read_text("utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == "__version__":
+            return ast.literal_eval(node.value)
+    raise ValueError(
+        "sos/version.py does not assign `__version__`. Add a line such as "
+        '`__version__ = "1.2.3"`.'
+    )
+
+
+def read_readme():
+    """Returns the README, or nothing where it is not part of the sources."""
+    readme = ROOT / "README.md"
+    return readme.read_text("utf-8") if readme.exists() else ""
+
+
+setup(
+    name="state-of-sparsity",
+    version=read_version(),
+    description=(
+        "Train sparse Keras 3 models: magnitude pruning, random pruning, "
+        "variational dropout and L0 regularisation, compared like for like."
+    ),
+    long_description=read_readme(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0 AND MIT",
+    license_files=["LICENSE", "sos/datasets/data/*.NOTICE.txt"],
+    # Only the library: top-level `models`, `configs` or `tests` packages would
+    # collide with those of whoever installs this.
+    packages=find_packages(include=["sos", "sos.*"]),
+    package_data={"sos.datasets": ["data/*"]},
+    include_package_data=False,
+    python_requires=">=3.11",
+    install_requires=INSTALL_REQUIRES,
+    extras_require={"test": TEST_REQUIRES},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    keywords="keras tensorflow sparsity pruning variational-dropout l0",
+)

@@ -1,0 +1,64 @@
+"""State of Sparsity: neural networks that become sparse while they train."""
+
+from sos.callbacks import SparsityCallback
+from sos.driver import Driver, set_all
+from sos.masks import PerTensorRanking, Ranking
+from sos.noise import call_label
+from sos.registry import register, techniques
+from sos.report import SparsityReport, sparsity_report
+from sos.schedules import (
+    ConstantRamp,
+    ConstantSparsity,
+    CubicRamp,
+    LinearRamp,
+    PolynomialDecay,
+    PruningSchedule,
+    Ramp,
+    Schedule,
+)
+from sos.surgery import sparsify, strip
+from sos.version import __version__
+from sos.wrappers.base import SparseWeight, SparseWrapper
+from sos.wrappers.fixed_mask import FixedMask
+from sos.wrappers.l0 import L0Regularization
+from sos.wrappers.magnitude import MagnitudePruning
+from sos.wrappers.masked import MaskedWrapper, PruningWrapper
+from sos.wrappers.penalized import PenalizedWrapper
+from sos.wrappers.random_pruning import RandomPruning
+from sos.wrappers.settings import Setting
+from sos.wrappers.variational_dropout import VariationalDropout
+
+__all__ = [
+    "ConstantRamp",
+    "ConstantSparsity",
+    "CubicRamp",
+    "Driver",
+    "FixedMask",
+    "L0Regularization",
+    "LinearRamp",
+    "MagnitudePruning",
+    "MaskedWrapper",
+    "PenalizedWrapper",
+    "PerTensorRanking",
+    "PolynomialDecay",
+    "PruningSchedule",
+    "PruningWrapper",
+    "Ramp",
+    "RandomPruning",
+    "Ranking",
+    "Schedule",
+    "Setting",
+    "SparseWeight",
+    "SparseWrapper",
+    "SparsityCallback",
+    "SparsityReport",
+    "VariationalDropout",
+    "__version__",
+    "call_label",
+    "register",
+    "set_all",
+    "sparsify",
+    "sparsity_report",
+    "strip",
+    "techniques",
+]

@@ -1,0 +1,83 @@
+"""Training with `fit`."""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from sos.driver import Driver
+from sos.report import sparsity_report
+
+
+class SparsityCallback(keras.callbacks.Callback):
+    """Drives the sparse layers of a model in `fit`.
+
+    It updates masks as their schedules say and adds `sparsity`, that of all
+    sparse weights together, to the logs of every epoch, where `History`, the
+    progress bar and `keras.callbacks.TensorBoard` find it if they come later in
+    the list of callbacks. With `steps_per_execution=n` a mask update
+    lands at the end of the block of n steps that contains its step.
+
+    Args:
+        log_dir: A directory for TensorBoard, which then gets the sparsity of
+            each weight after every epoch; None for none.
+    """
+
+    def __init__(self, log_dir: str | None = None) -> None:
+        super().__init__()
+        self.log_dir = log_dir
+        self._driver: Driver | None = None
+        self._writer: tf.summary.SummaryWriter | None = None
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Binds the clocks."""
+        self._driver = Driver(
+            self.model,
+            self.model.optimizer,
+            steps_per_block=self.model.steps_per_execution,
+        )
+        self._driver.start()
+        if self.log_dir is not None:
+            self._writer = tf.summary.create_file_writer(self.log_dir)
+
+    def on_train_batch_end(
+        self, batch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        """Updates the masks that are due."""
+        self._driver.step()
+
+    def on_epoch_end(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        """Logs the sparsity."""
+        report = sparsity_report(self.model)
+        if logs is not None:
+            logs["sparsity"] = report.sparsity
+        if self._writer is not None:
+            step = self._driver.iterations
+            with self._writer.as_default(step=step):
+                tf.summary.scalar("sparsity", report.sparsity)
+                for row in report.rows:
+                    if row["technique"]:
+                        tf.summary.scalar(
+                            f"sparsity/{row['weight']}", row["sparsity"]
+                        )
+            self._writer.flush()
+
+    def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Takes the penalties out of the validation loss."""
+        if self._driver is not None:
+            self._driver.pause()
+
+    def on_test_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Goes on after a validation within `fit`."""
+        if self._driver is not None:
+            self._driver.resume()
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Unbinds the clocks."""
+        self._driver.stop()
+        self._driver = None
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None

@@ -1,0 +1,57 @@
+"""The one clock: the number of optimizer steps, as every technique sees it."""
+
+import keras
+import tensorflow as tf
+
+
+class Clock:
+    """Reads the training step from the optimizer that a driver has bound.
+
+    The step is the optimizer's `iterations`: schedules, ramps and noise are
+    functions of it, so nothing of theirs has to be saved and nothing can run
+    out of step with training. A clock is a plain object, not a Keras one, so
+    that neither the optimizer nor the clock ends up in a layer's saved state.
+
+    Between `unbind` and the next `bind` there is no step, and a training call
+    of a layer that needs one raises.
+    """
+
+    def __init__(self) -> None:
+        self._optimizer = None
+
+    @property
+    def bound(self) -> bool:
+        """Whether an optimizer is bound."""
+        return self._optimizer is not None
+
+    @property
+    def step(self) -> tf.Tensor:
+        """The number of completed optimizer steps, an int32 scalar.
+
+        It is read anew each time: `iterations` is computed when gradients are
+        accumulated and belongs to the inner optimizer under loss scaling.
+
+        Raises:
+            RuntimeError: If no optimizer is bound.
+        """
+        if self._optimizer is None:
+            raise RuntimeError(
+                "The clock is not bound to an optimizer. Train inside "
+                "`with sos.Driver(model, optimizer) as driver:` or pass "
+                "`callbacks=[sos.SparsityCallback()]` to `fit`."
+            )
+        return tf.cast(
+            keras.ops.convert_to_tensor(self._optimizer.iterations), tf.int32
+        )
+
+    def bind(self, optimizer: keras.optimizers.Optimizer) -> None:
+        """Makes `optimizer.iterations` the step.
+
+        Args:
+            optimizer: A Keras optimizer.
+        """
+        self._optimizer = optimizer
+
+    def unbind(self) -> None:
+        """Forgets the optimizer."""
+        self._optimizer = None

@@ -1,0 +1,425 @@
+"""Scores and a sparsity in, masks out: pure functions without any layer.
+
+A *score* says how much a weight matters (its magnitude, a random number, ...),
+a *mask* holds 1 where a weight is kept and 0 where it is pruned, and
+*sparsity* is the fraction of zeros. Every function here keeps exactly the
+number of weights that it is asked for: the highest scores, and among equal
+scores those that come first in the flattened tensor.
+
+There are two ways to the same bits: one for the host, built on
+`numpy.partition`, and one for accelerators, which needs no sort.
+"""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+# Scores are ranked through the signed integer of the same width, which orders
+# floats exactly; float comparisons may flush denormals on some devices.
+_INTEGER_TYPES = {
+    tf.float16: tf.int16,
+    tf.bfloat16: tf.int16,
+    tf.float32: tf.int32,
+    tf.float64: tf.int64,
+}
+
+Scores = np.ndarray | tf.Tensor
+Mask = np.ndarray | tf.Tensor
+
+
+def keep_count(size: int, sparsity: float) -> int:
+    """Returns how many of `size` weights stay at the given sparsity.
+
+    This is k = size * (1 - sparsity), computed in float64 and rounded half to
+    even. Rounding in float32, as tfmot does, differs by one for some sizes.
+
+    Args:
+        size: Number of weights, at least 0.
+        sparsity: Fraction of zeros, in [0, 1].
+
+    Returns:
+        An integer in [0, size].
+
+    Raises:
+        ValueError: If `size` is negative, or `sparsity` is outside [0, 1] or
+            NaN.
+    """
+    size = operator.index(size)
+    if size < 0:
+        raise ValueError(
+            "`size` must be at least 0: it counts the weights of a tensor. "
+            f"Received: size={size}"
+        )
+    sparsity = float(sparsity)
+    if not 0.0 <= sparsity <= 1.0:  # also catches NaN
+        raise ValueError(
+            "`sparsity` must be in [0, 1]: it is the fraction of zeros, so "
+            f"write 0.9 for 90 %. Received: sparsity={sparsity}"
+        )
+    return round(size * (1.0 - sparsity))
+
+
+def _integer_type(dtype: tf.DType) -> tf.DType:
+    """Returns the signed integer type as wide as the float type `dtype`."""
+    if dtype not in _INTEGER_TYPES:
+        valid = ", ".join(known.name for known in _INTEGER_TYPES)
+        raise TypeError(
+            f"Scores must have one of the dtypes {valid}; cast them first. "
+            f"Received: dtype={dtype.name}"
+        )
+    return _INTEGER_TYPES[dtype]
+
+
+def _infinity_bits(dtype: tf.DType) -> int:
+    """Returns the integer view of +inf; NaNs are the magnitudes above it."""
+    infinity = np.array(np.inf, dtype.as_numpy_dtype)
+    return int(infinity.view(_integer_type(dtype).as_numpy_dtype))
+
+
+def _numpy_dtype(scores: np.ndarray) -> tf.DType:
+    """Returns the TensorFlow dtype of an array, refusing foreign ones."""
+    try:
+        dtype = tf.as_dtype(scores.dtype)
+    except TypeError:
+        dtype = None
+    # `tf.as_dtype` overlooks the byte order, which a view must not.
+    if dtype is None or dtype.as_numpy_dtype != scores.dtype:
+        raise TypeError(
+            "Scores must be floats in the byte order of this machine. "
+            f"Received: dtype={scores.dtype!r}"
+        )
+    return dtype
+
+
+def ordered_integers_host(scores: np.ndarray) -> np.ndarray:
+    """Returns integers that are ordered as the scores are.
+
+    The bits of a non-negative float, read as an integer, already have its
+    order; those of a negative float are its magnitude's, and are negated. So
+    -0.0 equals +0.0, and denormals keep their order.
+
+    Args:
+        scores: Array of any shape; float16, bfloat16, float32 or float64.
+
+    Returns:
+        Array of the same shape with the signed integers of the same width. It
+        may share the memory of `scores`.
+
+    Raises:
+        TypeError: If the scores have another dtype.
+    """
+    integer = _integer_type(_numpy_dtype(scores)).as_numpy_dtype
+    bits = np.asarray(scores, order="C").view(integer)
+    if bits.size == 0 or bits.min() >= 0:
+        return bits
+    magnitude = bits & np.iinfo(integer).max
+    return np.where(bits < 0, -magnitude, magnitude)
+
+
+def ordered_integers_device(scores: tf.Tensor) -> tf.Tensor:
+    """Returns integers that are ordered as the scores are.
+
+    The same numbers as `ordered_integers_host`, except that 16-bit ones come
+    as int32, as accelerators compute with these.
+
+    Args:
+        scores: Tensor of any shape; float16, bfloat16, float32 or float64. A
+            TPU has no bits of a float64, which therefore fails there.
+
+    Returns:
+        int32 or int64 tensor of the same shape.
+
+    Raises:
+        TypeError: If the scores have another dtype.
+    """
+    integer = _integer_type(scores.dtype)
+    bits = tf.bitcast(scores, integer)
+    if integer == tf.int16:
+        bits = tf.cast(bits, tf.int32)
+    magnitude = tf.bitwise.bitwise_and(
+        bits, tf.constant(integer.max, bits.dtype)
+    )
+    return tf.where(bits < 0, -magnitude, magnitude)
+
+
+def nan_count(scores: tf.Tensor) -> tf.Tensor:
+    """Returns how many scores are NaN, as a scalar int32 tensor.
+
+    Compiled code cannot raise, so whoever calls `top_k_mask_device` reads this
+    number on the host and refuses scores where it is not zero. The test looks
+    at the bits, so that no compiler's fast mathematics can remove it.
+
+    Args:
+        scores: Tensor of any shape; float16, bfloat16, float32 or float64.
+    """
+    infinity = _infinity_bits(scores.dtype)
+    return _count(tf.abs(ordered_integers_device(scores)) > infinity)
+
+
+def _count(condition: tf.Tensor) -> tf.Tensor:
+    """Returns the number of true elements, as a scalar int32 tensor."""
+    return tf.reduce_sum(tf.cast(condition, tf.int32))
+
+
+def _refuse_nan(count: int, where: str = "") -> None:
+    """Raises if there are NaN scores: they have no rank."""
+    if count:
+        raise ValueError(
+            "Scores must not be NaN, as NaN has no rank. Find the step at "
+            "which the weights became NaN (`keras.callbacks.TerminateOnNaN` "
+            f"stops there). Received: {count} NaN score(s){where}"
+        )
+
+
+def top_k_mask_host(scores: np.ndarray, k: int) -> np.ndarray:
+    """Returns a mask that keeps exactly the `k` highest scores.
+
+    Args:
+        scores: Array of any shape, also empty; float16, bfloat16, float32 or
+            float64. Of equal scores, those first in C order are kept.
+        k: Number of scores to keep, in [0, scores.size].
+
+    Returns:
+        uint8 array of the same shape, 1 = kept.
+
+    Raises:
+        TypeError: If the scores have another dtype.
+        ValueError: If a score is NaN, or `k` is out of range.
+    """
+    scores = np.asarray(scores)
+    size = scores.size
+    k = operator.index(k)
+    if not 0 <= k <= size:
+        raise ValueError(
+            "`k` must be between 0 and the number of scores. Received: "
+            f"k={k} for {size} scores of shape {scores.shape}"
+        )
+    keys = ordered_integers_host(scores).reshape(-1)
+    infinity = _infinity_bits(_numpy_dtype(scores))
+    if size and (keys.max() > infinity or keys.min() < -infinity):
+        _refuse_nan(np.count_nonzero(np.abs(keys) > infinity))
+    if k == 0:
+        return np.zeros(scores.shape, np.uint8)
+    if k == size:
+        return np.ones(scores.shape, np.uint8)
+
+    threshold = np.partition(keys, size - k)[size - k]
+    mask = (keys >= threshold).view(np.uint8)
+    excess = np.count_nonzero(mask) - k
+    if excess:
+        ties = np.flatnonzero(keys == threshold)
+        mask[ties[-excess:]] = 0
+    return mask.reshape(scores.shape)
+
+
+def top_k_mask_device(scores: tf.Tensor, k: tf.Tensor | int) -> tf.Tensor:
+    """Returns a mask that keeps exactly the `k` highest scores, without a sort.
+
+    The threshold, which is the k-th highest score, is found by bisection over
+    the integers of `ordered_integers_device`, one counting pass per bit: 16
+    for float16 and bfloat16, 32 for float32 and 64 for float64 (one for the
+    sign, the rest for the magnitude). Equal scores are then told apart by a
+    cumulative sum. The result has the same bits as `top_k_mask_host`.
+
+    The number of operations does not depend on values, so it compiles with
+    static shapes. NaN cannot be refused here: see `nan_count`.
+
+    Args:
+        scores: Tensor of any shape with fewer than 2**31 elements; float16,
+            bfloat16, float32 or float64.
+        k: Number of scores to keep, an integer scalar. As a tensor it may
+            change without a new trace. Below 0 nothing is kept, above the
+            number of scores everything.
+
+    Returns:
+        uint8 tensor of the same shape, 1 = kept.
+
+    Raises:
+        TypeError: If the scores have another dtype.
+    """
+    keys = tf.reshape(ordered_integers_device(scores), [-1])
+    k = tf.cast(k, tf.int32)
+    bits = 8 * scores.dtype.size
+
+    # `threshold` is always the lower end of an interval that holds the answer,
+    # the largest integer which at least k keys reach; `width` is half of it.
+    def narrow(threshold, width):
+        middle = threshold + width
+        enough = _count(keys >= middle) >= k
+        return (
+            tf.where(enough, middle, threshold),
+            tf.bitwise.right_shift(width, tf.ones_like(width)),
+        )
+
+    zero = tf.constant(0, keys.dtype)
+    lowest = tf.constant(-(2 ** (bits - 1)), keys.dtype)
+    threshold, _ = tf.while_loop(
+        lambda _, width: width > 0,
+        narrow,
+        [
+            tf.where(_count(keys >= zero) >= k, zero, lowest),
+            tf.constant(2 ** (bits - 2), keys.dtype),
+        ],
+    )
+
+    above = keys > threshold
+    tied = keys == threshold
+    free = k - _count(above)
+    place = tf.cumsum(tf.cast(tied, tf.int32))
+    mask = above | (tied & (place <= free))
+    return tf.reshape(tf.cast(mask, tf.uint8), tf.shape(scores))
+
+
+# Compiled as a whole: one launch per update, and one trace per list of shapes.
+# `reduce_retracing` would give up the static shapes that TPUs need.
+@tf.function(jit_compile=True)
+def top_k_masks_device(
+    scores: Sequence[tf.Tensor], counts: tf.Tensor
+) -> tuple[list[tf.Tensor], tf.Tensor]:
+    """Applies `top_k_mask_device` to many tensors in one compiled call.
+
+    Args:
+        scores: Tensors as `top_k_mask_device` takes them.
+        counts: int32 tensor of shape [len(scores)], each tensor's k.
+
+    Returns:
+        The uint8 masks, and an int32 tensor of shape [len(scores)] with the
+        number of NaN scores in each tensor, which the caller has to look at.
+    """
+    counts = tf.unstack(counts, num=len(scores))
+    masks = [
+        top_k_mask_device(s, k) for s, k in zip(scores, counts, strict=True)
+    ]
+    return masks, tf.stack([nan_count(s) for s in scores])
+
+
+@keras.saving.register_keras_serializable(package="sos")
+class Ranking:
+    """The step from scores to masks.
+
+    A ranking sees the scores of all weights that share it in one call: weights
+    with equal rankings (same class, same config) are ranked together. So one
+    interface serves a ranking of each tensor by itself, one across tensors,
+    and patterns such as N:M or blocks within a tensor.
+
+    To write one, override `masks`, and `get_config` if the constructor takes
+    arguments, and register the class with
+    `@keras.saving.register_keras_serializable()`. Rankings have no state.
+    """
+
+    def masks(
+        self, scores: Sequence[Scores], sparsities: Sequence[float]
+    ) -> list[Mask]:
+        """Returns one mask per tensor of scores.
+
+        Args:
+            scores: One array or tensor per weight, of the weight's shape.
+            sparsities: One target per weight, in [0, 1], as the weight's
+                schedule gives it for this step. A ranking with a fixed pattern
+                may ignore it.
+
+        Returns:
+            uint8 masks in the order and with the shapes of `scores`, 1 = kept.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must override `masks(scores, sparsities)`."
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments."""
+        return {}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Ranking":
+        """Returns a ranking from what `get_config` gave."""
+        return cls(**config)
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return self.get_config() == other.get_config()
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def __repr__(self) -> str:
+        arguments = (f"{k}={v!r}" for k, v in self.get_config().items())
+        return f"{type(self).__name__}({', '.join(arguments)})"
+
+
+@keras.saving.register_keras_serializable(package="sos")
+class PerTensorRanking(Ranking):
+    """Keeps the highest scores of each tensor by itself, and exactly k.
+
+    Arrays, and tensors that lie in the host's memory, are ranked by
+    `top_k_mask_host`; tensors on an accelerator are ranked there, so that only
+    a count of NaNs travels to the host.
+    """
+
+    def masks(
+        self, scores: Sequence[Scores], sparsities: Sequence[float]
+    ) -> list[Mask]:
+        """Returns one mask per tensor of scores.
+
+        Args:
+            scores: Arrays or tensors of any shape; float16, bfloat16, float32
+                or float64. Within a traced function NaNs go unnoticed: use
+                `nan_count` there.
+            sparsities: One target per tensor, in [0, 1].
+
+        Returns:
+            uint8 masks of the same shapes, 1 = kept: arrays for what was
+            ranked on the host, tensors for the rest.
+
+        Raises:
+            ValueError: If the two sequences differ in length, a sparsity is
+                out of range, or a score is NaN.
+        """
+        if len(scores) != len(sparsities):
+            raise ValueError(
+                "There must be one sparsity per tensor of scores. Received: "
+                f"{len(scores)} tensors and {len(sparsities)} sparsities"
+            )
+        masks: list[Mask | None] = [None] * len(scores)
+        elsewhere: dict[str, list[int]] = {}  # device -> positions in `scores`
+        for i, (score, sparsity) in enumerate(
+            zip(scores, sparsities, strict=True)
+        ):
+            if not isinstance(score, np.ndarray):
+                score = tf.convert_to_tensor(score)
+                if tf.is_symbolic_tensor(score):
+                    k = keep_count(score.shape.num_elements(), sparsity)
+                    masks[i] = top_k_mask_device(score, k)
+                    continue
+                if "CPU" not in score.device:
+                    elsewhere.setdefault(score.device, []).append(i)
+                    continue
+                score = score.numpy()
+            masks[i] = top_k_mask_host(score, keep_count(score.size, sparsity))
+        for device, places in elsewhere.items():
+            with tf.device(device):
+                found = _device_masks(
+                    [tf.convert_to_tensor(scores[i]) for i in places],
+                    [sparsities[i] for i in places],
+                )
+            for i, mask in zip(places, found, strict=True):
+                masks[i] = mask
+        return masks
+
+
+def _device_masks(
+    scores: list[tf.Tensor], sparsities: list[float]
+) -> list[tf.Tensor]:
+    """Ranks eager tensors where they are, and refuses NaNs."""
+    counts = [
+        keep_count(score.shape.num_elements(), sparsity)
+        for score, sparsity in zip(scores, sparsities, strict=True)
+    ]
+    masks, nans = top_k_masks_device(scores, tf.constant(counts, tf.int32))
+    for score, nan in zip(scores, nans.numpy(), strict=True):
+        _refuse_nan(int(nan), f" in a tensor of shape {score.shape}")
+    return masks

@@ -1,0 +1,78 @@
+"""Stateless noise: every random number is a function of a key.
+
+A key is derived from the run's seed, the weight, the optimizer step and the
+replica. Within one step the same key gives the same numbers, however often the
+layer is called, so that a forward pass that is computed again in the backward
+pass (rematerialisation) sees the noise that it saw the first time. A stateful
+generator would draw new numbers there and give wrong gradients in silence, and
+would give every replica the same stream.
+"""
+
+import contextlib
+import hashlib
+import threading
+from collections.abc import Iterator
+
+import tensorflow as tf
+
+_scope = threading.local()
+
+
+@contextlib.contextmanager
+def call_label(label: str) -> Iterator[None]:
+    """Gives the calls made inside the scope activation noise of their own.
+
+    Without a label, several calls of one shared layer in one step draw the same
+    noise for equal shapes: one draw per step, as if a weight had been sampled.
+    Labels make them independent, as the uses of a shared embedding are in Gale
+    et al. 2019.
+
+    A label must be the same when a call is computed again in the backward pass:
+    where a function is rematerialised, open the scope inside that function.
+
+    Args:
+        label: Any text that names the call within the step.
+
+    Yields:
+        Nothing.
+    """
+    outer = current_label()
+    _scope.label = f"{outer}/{label}"
+    try:
+        yield
+    finally:
+        _scope.label = outer
+
+
+def current_label() -> str:
+    """The labels of the open `call_label` scopes, joined."""
+    return getattr(_scope, "label", "")
+
+
+def text_id(text: str) -> int:
+    """A 31-bit number that is the same for a text in every process."""
+    digest = hashlib.blake2s(text.encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") & 0x7FFFFFFF
+
+
+def key(seed: tf.Tensor, name: str, step: tf.Tensor) -> tf.Tensor:
+    """Derives the key of one stream of noise at one step on this replica.
+
+    Args:
+        seed: The run's seed, an int32 scalar.
+        name: What the noise is for; streams of other names are independent.
+        step: The optimizer step, an int32 scalar.
+
+    Returns:
+        A key for the `tf.random.stateless_*` functions, int32 of shape [2].
+    """
+    stream = tf.stack([tf.cast(seed, tf.int32), text_id(name)])
+    fold = tf.random.experimental.stateless_fold_in
+    return fold(fold(stream, step), _replica_id())
+
+
+def _replica_id() -> tf.Tensor:
+    context = tf.distribute.get_replica_context()
+    # Outside `strategy.run` there is one program and so one stream.
+    replica = 0 if context is None else context.replica_id_in_sync_group
+    return tf.convert_to_tensor(replica, tf.int32)

@@ -1,0 +1,264 @@
+"""The report of what is sparse in a model, and what is not and why."""
+
+import csv
+import os
+from typing import Any
+
+import keras
+import numpy as np
+import rich.box
+from rich.console import Console
+from rich.table import Table
+
+from sos.files import atomic_write
+from sos.multiply_adds import uses
+from sos.surgery import SparseModel, leaves
+from sos.wrappers.base import core, find_wrappers
+
+#: The keys of a row, in order.
+FIELDS = (
+    "layer",
+    "weight",
+    "technique",
+    "rank",
+    "size",
+    "nonzeros",
+    "sparsity",
+    "target",
+    "note",
+    "multiply_adds",
+    "sparse_multiply_adds",
+)
+
+
+class SparsityReport:
+    """One row for every weight of a model, and totals.
+
+    Printing it gives a table. In Jupyter and with `rich.print` it is coloured.
+
+    Attributes:
+        rows: A list of dictionaries with the keys `FIELDS`. `technique` is
+            empty for dense weights, whose `note` says why they are; `target` is
+            None where there is none; `multiply_adds` counts those of one
+            example, with the dense weight and with its nonzeros only, and is
+            None where it is not known.
+        name: Name of the model.
+    """
+
+    def __init__(self, name: str, rows: list[dict[str, Any]]) -> None:
+        self.name = name
+        self.rows = rows
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros in all weights that a technique makes sparse."""
+        return _sparsity([row for row in self.rows if row["technique"]])
+
+    @property
+    def model_sparsity(self) -> float:
+        """Fraction of zeros in all weights of the model."""
+        return _sparsity(self.rows)
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """Sums over all rows, with the keys of a row."""
+        known = [row for row in self.rows if row["multiply_adds"] is not None]
+        return {
+            "layer": "total",
+            "weight": "",
+            "technique": "",
+            "rank": None,
+            "size": sum(row["size"] for row in self.rows),
+            "nonzeros": sum(row["nonzeros"] for row in self.rows),
+            "sparsity": self.model_sparsity,
+            "target": None,
+            "note": "",
+            "multiply_adds": sum(row["multiply_adds"] for row in known),
+            "sparse_multiply_adds": sum(
+                row["sparse_multiply_adds"] for row in known
+            ),
+        }
+
+    def save_csv(self, path: str | os.PathLike) -> None:
+        """Writes the rows, without the totals, to a CSV file.
+
+        Args:
+            path: The file. It is complete or, on an error, as it was before.
+        """
+        with (
+            atomic_write(path) as temporary,
+            temporary.open("w", newline="") as file,
+        ):
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def __rich__(self) -> Table:
+        """The table: weights of rank 2 or more, the others in one line."""
+        table = Table(
+            title=f"Sparsity of {self.name}",
+            box=rich.box.SIMPLE_HEAD,
+            caption=f"{self.sparsity:.2%} of the weights made sparse are zero",
+            caption_justify="left",
+        )
+        table.add_column("weight", overflow="fold", ratio=1)
+        table.add_column("technique", no_wrap=True)
+        for heading in ("weights", "nonzeros", "sparsity", "target"):
+            table.add_column(heading, justify="right")
+        table.add_column("multiply-adds", justify="right")
+        table.add_column("sparse", justify="right")
+        table.add_column("note")
+        vectors = [row for row in self.rows if _is_vector(row)]
+        for row in self.rows:
+            if not _is_vector(row):
+                path = row["weight"].removeprefix(f"{self.name}/")
+                table.add_row(path, *_cells(row))
+        if vectors:
+            summary = {
+                **dict.fromkeys(FIELDS, ""),
+                "size": sum(row["size"] for row in vectors),
+                "nonzeros": sum(row["nonzeros"] for row in vectors),
+                "sparsity": _sparsity(vectors),
+                "target": None,
+                "note": "biases, norms",
+                "multiply_adds": None,
+            }
+            table.add_row(f"{len(vectors)} vectors", *_cells(summary))
+        table.add_section()
+        table.add_row("total", *_cells(self.totals), style="bold")
+        unknown = [
+            row
+            for row in self.rows
+            if row["multiply_adds"] is None and not _is_vector(row)
+        ]
+        if unknown:
+            table.caption += (
+                f"; multiply-adds of {len(unknown)} weights are not known and "
+                "not in the total"
+            )
+        return table
+
+    def __str__(self) -> str:
+        """The table as plain text."""
+        console = Console(width=120, no_color=True, force_terminal=False)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def sparsity_report(model: keras.layers.Layer) -> SparsityReport:
+    """Reports the sparsity of every weight of a model.
+
+    Nonzeros are those of the evaluation weights: of log alpha and threshold
+    under variational dropout, of the deterministic gate under L0.
+
+    Args:
+        model: A Keras 3 model or layer, sparse or plain, built.
+
+    Returns:
+        The report.
+
+    Raises:
+        TypeError: If `model` is not one of Keras 3.
+        ValueError: If it is not built.
+    """
+    if not isinstance(model, keras.layers.Layer):
+        raise TypeError(
+            "`sparsity_report` takes a Keras 3 model or layer. Received: "
+            f"{model!r} of type {type(model).__module__}.{type(model).__name__}"
+        )
+    if not model.built:
+        raise ValueError(
+            f"The model {model.name!r} is not built, so that it has no weights "
+            "to report. Give it an `Input` or call it on a batch first."
+        )
+    sparse = {}
+    state = set()
+    for wrapper in find_wrappers(model):
+        own = {id(v) for v in wrapper.weights}
+        state |= own - {id(v) for v in wrapper.layer.weights}
+        for weight, value in wrapper.evaluation_weights().items():
+            sparse[id(weight.variable)] = (wrapper, weight, value)
+    number_of_uses = _uses_by_variable(model)
+    notes = getattr(model, "sparsity_notes", None)
+    trainable = {id(v) for v in model.trainable_weights}
+    rows = []
+    for variable in model.weights:
+        if id(variable) in state:
+            continue
+        wrapper, weight, value = sparse.get(id(variable), (None, None, variable))
+        note = notes.get(variable) if notes is not None else None
+        if note is None and wrapper is None:
+            note = _reason(variable, id(variable) in trainable)
+        path = weight.path if weight is not None else variable.path
+        size = int(np.prod(variable.shape))
+        nonzeros = int(np.count_nonzero(keras.ops.convert_to_numpy(value)))
+        times = number_of_uses.get(id(variable))
+        rows.append(
+            {
+                "layer": path.rpartition("/")[0],
+                "weight": path,
+                "technique": type(wrapper).__name__ if wrapper else "",
+                "rank": len(variable.shape),
+                "size": size,
+                "nonzeros": nonzeros,
+                "sparsity": 1 - nonzeros / size if size else 0.0,
+                "target": wrapper.target_sparsity() if wrapper else None,
+                "note": note or "",
+                "multiply_adds": None if times is None else times * size,
+                "sparse_multiply_adds": (
+                    None if times is None else times * nonzeros
+                ),
+            }
+        )
+    return SparsityReport(model.name, rows)
+
+
+def _uses_by_variable(model: keras.layers.Layer) -> dict[int, int]:
+    if isinstance(model, SparseModel):
+        return {}
+    result = {}
+    for layer in leaves(model):
+        try:
+            inputs = keras.tree.map_structure(lambda x: x.shape, layer.input)
+            outputs = keras.tree.map_structure(lambda x: x.shape, layer.output)
+        except (AttributeError, ValueError):
+            continue  # Not in a graph, or called more than once.
+        plain = core(layer)
+        for variable in plain.weights:
+            if len(variable.shape) < 2:
+                continue
+            times = uses(plain, variable, inputs, outputs)
+            if times is not None:
+                result[id(variable)] = times
+    return result
+
+
+def _reason(variable: keras.Variable, trainable: bool) -> str:
+    if len(variable.shape) < 2:
+        return f"rank {len(variable.shape)}"
+    return "not wrapped" if trainable else "not trainable"
+
+
+def _is_vector(row: dict[str, Any]) -> bool:
+    return not row["technique"] and row["rank"] < 2
+
+
+def _sparsity(rows: list[dict[str, Any]]) -> float:
+    size = sum(row["size"] for row in rows)
+    return 1 - sum(row["nonzeros"] for row in rows) / size if size else 0.0
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    target, macs = row["target"], row["multiply_adds"]
+    return [
+        row["technique"],
+        f"{row['size']:,}",
+        f"{row['nonzeros']:,}",
+        f"{row['sparsity']:.2%}",
+        "" if target is None else f"{target:.2%}",
+        "" if macs is None else f"{macs:,}",
+        "" if macs is None else f"{row['sparse_multiply_adds']:,}",
+        row["note"],
+    ]
+

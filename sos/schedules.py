@@ -1,0 +1,509 @@
+"""When to prune, how much, and how fast a regulariser's weight grows.
+
+Two kinds of functions of the training step live here:
+
+- *Pruning schedules* are tfmot's, and so are any that a user derived from its
+  `PruningSchedule`. `Schedule` adapts them to what training needs: exact
+  values on the host, serialisation, and no lost last update.
+- *Ramps* scale the penalty of a regulariser within the training step, so they
+  are built of TensorFlow operations.
+
+This is the only module that imports tensorflow-model-optimization (tfmot).
+"""
+
+import os
+from types import ModuleType
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+
+def _import_tfmot_schedules() -> ModuleType:
+    """Returns `tfmot.sparsity.keras`, with no trace left in the process.
+
+    Importing tfmot sets TF_USE_LEGACY_KERAS=1 for this process and its
+    children, which turns `tf.keras` into Keras 2 wherever it was not used yet.
+    """
+    name = "TF_USE_LEGACY_KERAS"
+    before = os.environ.get(name)
+    # `tf.keras` is loaded at its first use, by what the environment says then.
+    _ = tf.keras.__version__
+    try:
+        import tensorflow_model_optimization as tfmot
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
+    return tfmot.sparsity.keras
+
+
+_tfmot = _import_tfmot_schedules()
+PruningSchedule = _tfmot.PruningSchedule
+PolynomialDecay = _tfmot.PolynomialDecay
+ConstantSparsity = _tfmot.ConstantSparsity
+
+# The classes whose formulas are known here, and which of their arguments is
+# the sparsity that they end with. A subclass may compute anything.
+_TARGETS = {
+    PolynomialDecay: "final_sparsity",
+    ConstantSparsity: "target_sparsity",
+}
+_NAMES = {cls.__name__: cls for cls in _TARGETS}
+
+
+@keras.saving.register_keras_serializable(package="sos")
+class Schedule:
+    """A tfmot pruning schedule, as training uses it.
+
+    It differs from the tfmot object in three points:
+
+    - The update at `end_step` always takes place. tfmot, as the authors'
+      library, updates only every `frequency` steps, and so misses the final
+      sparsity when `frequency` does not divide the schedule's length.
+    - Sparsities are computed in float64, for tfmot's two classes from
+      s(t) = s_final + (s_init - s_final) * (1 - p)^power, where
+      p = clip((t - begin) / (end - begin), 0, 1) (Zhu and Gupta 2017,
+      arXiv 1710.01878). tfmot computes in float32.
+    - It survives `from_config(get_config())` and Keras serialisation, which
+      tfmot's objects do not.
+
+    Two schedules are equal if their classes and configs are.
+
+    Args:
+        inner: A tfmot schedule, or an object of your own class derived from
+            `PruningSchedule`. To be saved, such a class must be registered
+            with `@keras.saving.register_keras_serializable()`.
+
+    Raises:
+        TypeError: If `inner` is not a `PruningSchedule`.
+    """
+
+    def __init__(self, inner: PruningSchedule):
+        if not isinstance(inner, PruningSchedule):
+            raise TypeError(
+                "`inner` must be a tfmot pruning schedule, such as "
+                "`sos.PolynomialDecay(0.0, 0.9, begin_step=1000, "
+                "end_step=5000)`, or an object of a class derived from "
+                f"`PruningSchedule`. Received: inner={inner!r} of type "
+                f"{type(inner).__name__}"
+            )
+        self.inner = inner
+
+    @property
+    def begin_step(self) -> int:
+        """The first step at which an update may take place."""
+        return int(getattr(self.inner, "begin_step", 0))
+
+    @property
+    def end_step(self) -> int | None:
+        """The step of the last update; None if endless or not known."""
+        end = getattr(self.inner, "end_step", None)
+        return None if end is None or end < 0 else int(end)
+
+    @property
+    def frequency(self) -> int | None:
+        """Steps from one regular update to the next; None if not known."""
+        frequency = getattr(self.inner, "frequency", None)
+        return None if frequency is None else int(frequency)
+
+    @property
+    def target_sparsity(self) -> float | None:
+        """The sparsity to end with; None for a user's endless schedule."""
+        target = _TARGETS.get(type(self.inner))
+        if target is not None:
+            return float(getattr(self.inner, target))
+        return None if self.end_step is None else self.sparsity(self.end_step)
+
+    def due(self, step: int) -> bool:
+        """Says whether masks are updated at `step`.
+
+        For tfmot's classes that is every `frequency` steps from `begin_step`
+        to `end_step` (for ever, if that is -1), and at `end_step`.
+        """
+        step = int(step)
+        if step == self.end_step:
+            return True
+        if type(self.inner) not in _TARGETS:
+            return bool(self._call(step)[0])
+        begin, end = self.begin_step, self.end_step
+        return (
+            begin <= step
+            and (end is None or step <= end)
+            and (step - begin) % self.frequency == 0
+        )
+
+    def sparsity(self, step: int) -> float:
+        """Returns the fraction of zeros that an update at `step` sets.
+
+        Raises:
+            ValueError: If a user's own schedule gives a value that is no
+                sparsity.
+        """
+        step = int(step)
+        inner = self.inner
+        if type(inner) is ConstantSparsity:
+            return float(inner.target_sparsity)
+        if type(inner) is PolynomialDecay:
+            initial = float(inner.initial_sparsity)
+            final = float(inner.final_sparsity)
+            begin, end = self.begin_step, self.end_step
+            # The ends come first, as a schedule may have the length 0.
+            if step >= end:
+                return final
+            if step <= begin:
+                return initial
+            p = (step - begin) / (end - begin)
+            return final + (initial - final) * (1.0 - p) ** inner.power
+        # A user's schedule computes in float32, and means 0.9 where it returns
+        # 0.89999998: the shortest decimal that names the same float32.
+        sparsity = float(str(np.float32(self._call(step)[1])))
+        if not 0.0 <= sparsity <= 1.0:
+            raise ValueError(
+                "A pruning schedule must return a sparsity in [0, 1]. "
+                f"Received: sparsity={sparsity} at step={step} from {inner!r}"
+            )
+        return sparsity
+
+    def _call(self, step: int) -> tuple[Any, Any]:
+        """Calls a schedule whose formula is not known here, eagerly."""
+        with tf.init_scope():
+            due, sparsity = self.inner(tf.constant(step, tf.int64))
+            return np.asarray(due), np.asarray(sparsity)
+
+    def due_steps(self, after: int, until: int) -> list[int]:
+        """Returns the steps t with after < t <= until at which masks change.
+
+        A user's own schedule is called once per step of the range.
+        """
+        first, last = int(after) + 1, int(until)
+        if type(self.inner) not in _TARGETS:
+            return [t for t in range(first, last + 1) if self.due(t)]
+        begin, end = self.begin_step, self.end_step
+        frequency = self.frequency
+        stop = last if end is None else min(last, end)
+        skipped = -(-max(first - begin, 0) // frequency)  # rounded up
+        steps = list(range(begin + skipped * frequency, stop + 1, frequency))
+        if end is not None and first <= end <= last and end not in steps:
+            steps.append(end)
+        return steps
+
+    def check_block(self, steps: int) -> None:
+        """Refuses blocks of steps that would swallow updates.
+
+        Args:
+            steps: Number of training steps between two looks at the clock,
+                such as `steps_per_execution` of `compile`. Only one mask
+                update can take place per block, at its end.
+
+        Raises:
+            ValueError: If `frequency` is smaller than that.
+        """
+        if self.frequency is not None and self.frequency < steps:
+            raise ValueError(
+                f"The schedule updates masks every {self.frequency} steps, but "
+                f"{steps} training steps run as one block, with room for one "
+                "update only. Choose a `frequency` of at least "
+                f"{steps}, or a `steps_per_execution` of at most "
+                f"{self.frequency}. Received: steps={steps}, "
+                f"frequency={self.frequency}"
+            )
+
+    def with_sparsity(self, sparsity: float) -> "Schedule":
+        """Returns the same schedule with another sparsity to end with.
+
+        Args:
+            sparsity: The new final (or constant) sparsity, in [0, 1).
+
+        Raises:
+            TypeError: If this is a user's own schedule, as nobody else knows
+                what it computes.
+            ValueError: If `sparsity` is out of range.
+        """
+        cls = type(self.inner)
+        if cls not in _TARGETS:
+            raise TypeError(
+                f"The sparsity of a `{cls.__name__}` cannot be replaced, as "
+                "only tfmot's own schedules are known here. Give the weight a "
+                "schedule of its own, not a sparsity. Received: "
+                f"sparsity={sparsity}"
+            )
+        if not 0.0 <= sparsity < 1.0:
+            raise ValueError(
+                "`sparsity` must be in [0, 1): it is the fraction of zeros. "
+                f"Received: sparsity={sparsity}"
+            )
+        return Schedule(cls(**{**self._options(), _TARGETS[cls]: sparsity}))
+
+    def _options(self) -> dict[str, Any]:
+        """Returns the config of the inner schedule for its `from_config`."""
+        options = self.inner.get_config()
+        # tfmot nests the arguments in a dict that its own `from_config` cannot
+        # read. A class with another `from_config` gets what it wrote.
+        inherited = (
+            type(self.inner).from_config.__func__
+            is PruningSchedule.from_config.__func__
+        )
+        if inherited and set(options) == {"class_name", "config"}:
+            options = options["config"]
+        return {
+            key: value.item() if isinstance(value, np.generic) else value
+            for key, value in options.items()
+        }
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the name of the schedule's class and its own config.
+
+        Raises:
+            ValueError: If a user's class is not registered with Keras.
+        """
+        cls = type(self.inner)
+        if cls in _TARGETS:
+            name = cls.__name__
+        else:
+            name = keras.saving.get_registered_name(cls)
+            found = keras.saving.get_registered_object(name)
+            if name in _NAMES or found is not cls:
+                raise ValueError(
+                    f"The schedule class `{cls.__name__}` is not registered, "
+                    "so it could be saved but not loaded. Put "
+                    "`@keras.saving.register_keras_serializable()` in front "
+                    f"of it. Received: {self.inner!r}"
+                )
+        return {"schedule": name, "options": self._options()}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Schedule":
+        """Returns a schedule from what `get_config` gave.
+
+        Raises:
+            ValueError: If the class is a user's and not registered with Keras.
+        """
+        name = config["schedule"]
+        inner = _NAMES.get(name) or keras.saving.get_registered_object(name)
+        if inner is None:
+            raise ValueError(
+                f"There is no schedule class named {name!r}. Import the "
+                "module that defines it, with "
+                "`@keras.saving.register_keras_serializable()` in front of "
+                "the class, before loading; or pass it in `custom_objects`. "
+                f"Known without that: {sorted(_NAMES)}. Received: "
+                f"config={config}"
+            )
+        return cls(inner.from_config(config["options"]))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Schedule):
+            return NotImplemented
+        return (
+            type(self.inner) is type(other.inner)
+            and self._options() == other._options()
+        )
+
+    def __hash__(self) -> int:
+        return hash(type(self.inner))
+
+    def __repr__(self) -> str:
+        arguments = (f"{k}={v!r}" for k, v in self._options().items())
+        return f"Schedule({type(self.inner).__name__}({', '.join(arguments)}))"
+
+
+def as_schedule(schedule: Schedule | PruningSchedule) -> Schedule:
+    """Returns a `Schedule` for either kind of schedule object.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    if isinstance(schedule, Schedule):
+        return schedule
+    if isinstance(schedule, PruningSchedule):
+        return Schedule(schedule)
+    raise TypeError(
+        "`schedule` must be a `Schedule` or a tfmot pruning schedule, such as "
+        "`sos.PolynomialDecay(0.0, 0.9, begin_step=1000, end_step=5000)` or "
+        "`sos.ConstantSparsity(0.9, begin_step=0)`. Received: "
+        f"schedule={schedule!r} of type {type(schedule).__name__}"
+    )
+
+
+@keras.saving.register_keras_serializable(package="sos")
+class Ramp:
+    """How the weight of a regulariser grows with the step, from 0 to 1.
+
+    To write one, override `__call__`, and `get_config` if the constructor
+    takes arguments, and register the class with
+    `@keras.saving.register_keras_serializable()`. Ramps have no state: they
+    are functions of the step, so that a resumed run goes on exactly.
+    """
+
+    def __call__(self, step: tf.Tensor | int) -> tf.Tensor:
+        """Returns the factor of the penalty at a step.
+
+        Args:
+            step: Integer scalar, the number of training steps done so far.
+
+        Returns:
+            float32 scalar tensor in [0, 1].
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must override `__call__(step)`."
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments."""
+        return {}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Ramp":
+        """Returns a ramp from what `get_config` gave."""
+        return cls(**config)
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return self.get_config() == other.get_config()
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def __repr__(self) -> str:
+        arguments = (f"{k}={v!r}" for k, v in self.get_config().items())
+        return f"{type(self).__name__}({', '.join(arguments)})"
+
+
+@keras.saving.register_keras_serializable(package="sos")
+class ConstantRamp(Ramp):
+    """The full penalty from the first step on."""
+
+    def __call__(self, step: tf.Tensor | int) -> tf.Tensor:
+        """Returns 1, whatever the step is."""
+        return tf.constant(1.0, tf.float32)
+
+
+@keras.saving.register_keras_serializable(package="sos")
+class LinearRamp(Ramp):
+    """min(max(0, t - begin) / (end - begin), 1).
+
+    Args:
+        begin_step: The last step at which the factor is 0; at least 0.
+        end_step: The first step at which it is 1; after `begin_step`.
+
+    Raises:
+        ValueError: If the steps are out of range.
+    """
+
+    def __init__(self, begin_step: int, end_step: int):
+        if not 0 <= begin_step < end_step:
+            raise ValueError(
+                "A ramp needs 0 <= begin_step < end_step; for the full "
+                "penalty from the start use `ConstantRamp()`. Received: "
+                f"begin_step={begin_step}, end_step={end_step}"
+            )
+        self.begin_step = int(begin_step)
+        self.end_step = int(end_step)
+
+    def __call__(self, step: tf.Tensor | int) -> tf.Tensor:
+        """Returns the factor at a step, as `Ramp.__call__` describes it."""
+        return self._fraction(_integer_step(step))
+
+    def _fraction(self, steps: tf.Tensor) -> tf.Tensor:
+        """Returns the linear ramp at integer steps of any shape."""
+        length = self.end_step - self.begin_step
+        # Clipped as integers, so that large steps cost no precision.
+        done = tf.clip_by_value(steps - self.begin_step, 0, length)
+        return tf.cast(done, tf.float32) / float(length)
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments."""
+        return {"begin_step": self.begin_step, "end_step": self.end_step}
+
+
+# The authors' decay of the moving average, and how many steps of the past it
+# is taken over here. As the ramp stays within [0, 1], the steps left out add
+# up to at most _DECAY**_WINDOW = 1.7e-9. Rounding to float32 adds about 2e-7.
+_DECAY = 0.9
+_WINDOW = 192
+
+
+@keras.saving.register_keras_serializable(package="sos")
+class CubicRamp(LinearRamp):
+    """min(1 - (1 - q)^3, 1), q = max(t - begin, 0) / (end - begin).
+
+    The authors smooth it on the Transformer by a moving average that is kept
+    in a variable, starts at 0 and is updated once per training step:
+    a(t) = 0.1 * w(t) + 0.9 * a(t - 1). Theirs also moves whenever the model is
+    evaluated; here it is a function of the step alone, for steps 0 to t.
+
+    Args:
+        begin_step: The last step at which the factor is 0; at least 0.
+        end_step: The first step at which it is 1 (but for the average); after
+            `begin_step`.
+        moving_average: Whether to smooth as the authors do.
+
+    Raises:
+        ValueError: If the steps are out of range.
+    """
+
+    def __init__(
+        self, begin_step: int, end_step: int, moving_average: bool = False
+    ):
+        super().__init__(begin_step, end_step)
+        self.moving_average = bool(moving_average)
+
+    def __call__(self, step: tf.Tensor | int) -> tf.Tensor:
+        """Returns the factor at a step, as `Ramp.__call__` describes it."""
+        step = _integer_step(step)
+        if not self.moving_average:
+            return self._cubic(step)
+        # a(t) = sum over i of 0.1 * 0.9^i * w(t - i); w is 0 before step 0.
+        # Oldest, and so smallest, terms first: that rounds least.
+        ages = np.arange(_WINDOW)[::-1]
+        weights = (1.0 - _DECAY) * _DECAY**ages
+        factors = self._cubic(step - tf.constant(ages, step.dtype))
+        average = tf.reduce_sum(tf.constant(weights, tf.float32) * factors)
+        return tf.minimum(average, 1.0)
+
+    def _cubic(self, steps: tf.Tensor) -> tf.Tensor:
+        """Returns the ramp at integer steps of any shape, not averaged."""
+        # With q clipped to 1 the formula has the same values, as it exceeds 1
+        # for q > 1 only, and cannot overflow. Written as q * (3 - 3q + q^2),
+        # it loses no digits for small q, and is exactly 1 for q = 1.
+        q = self._fraction(steps)
+        return q * (3.0 - q * (3.0 - q))
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments."""
+        return {
+            **super().get_config(),
+            "moving_average": self.moving_average,
+        }
+
+
+def _integer_step(step: tf.Tensor | int) -> tf.Tensor:
+    """Returns the step as an int64 tensor, refusing fractions."""
+    step = tf.convert_to_tensor(step)
+    if not step.dtype.is_integer:
+        raise TypeError(
+            "`step` must be an integer, such as `optimizer.iterations`. "
+            f"Received: step={step} of dtype {step.dtype.name}"
+        )
+    return tf.cast(step, tf.int64)
+
+
+def as_ramp(ramp: Ramp | None) -> Ramp:
+    """Returns the ramp itself, or for None the one that is always 1.
+
+    Raises:
+        TypeError: If it is neither.
+    """
+    if ramp is None:
+        return ConstantRamp()
+    if isinstance(ramp, Ramp):
+        return ramp
+    raise TypeError(
+        "`ramp` must be None or a `Ramp`, such as `sos.LinearRamp(begin_step="
+        "1000, end_step=5000)`; a function of your own becomes one by deriving "
+        f"from `Ramp`. Received: ramp={ramp!r} of type {type(ramp).__name__}"
+    )

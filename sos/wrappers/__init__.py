@@ -1,0 +1,1 @@
+"""The wrappers: one base, and a small module for each technique."""

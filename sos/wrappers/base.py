@@ -1,0 +1,565 @@
+"""The base of all techniques: a layer that runs with effective weights."""
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from sos import noise
+from sos.clock import Clock
+from sos.wrappers.settings import Settings
+
+
+class SparseWeight:
+    """One weight of the wrapped layer, with what its technique adds to it.
+
+    A plain object: Keras would count variables that it finds in lists or
+    dictionaries of a layer twice.
+
+    Attributes:
+        variable: The weight, a `keras.Variable` of the wrapped layer. Its value
+            is never changed to apply sparsity.
+        index: Its position in the `weights` of the innermost wrapped layer.
+        path: Its path, in the original model where there was one.
+        state: The technique's variables for this weight by name.
+    """
+
+    def __init__(self, variable: keras.Variable, index: int, path: str) -> None:
+        self.variable = variable
+        self.index = index
+        self.path = path
+        self.state: dict[str, keras.Variable] = {}
+
+    @property
+    def value(self) -> tf.Tensor:
+        """The dense weight, in the dtype in which it is stored."""
+        return keras.ops.convert_to_tensor(self.variable)
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return self.variable.shape.num_elements()
+
+
+class _Weights:
+    """Hides a list of sparse weights from Keras's tracking."""
+
+    def __init__(self) -> None:
+        self.items: list[SparseWeight] = []
+
+
+class SparseWrapper(keras.layers.Wrapper):
+    """Runs a layer with effective weights in the place of its own.
+
+    The wrapped layer's weights stay dense variables. In a call the layer sees
+    effective weights that the technique computes from them, through
+    `keras.StatelessScope`: pruned weights may come back, and the gradient of a
+    weight is that of the effective one.
+
+    A technique overrides `build_weight`, `training_weight` and
+    `evaluation_weight`, and if it adds to the loss, `penalty`.
+
+    Args:
+        layer: The Keras 3 layer (or model) to wrap. Wrap an RNN, not its cell.
+        include: Regular expressions, one or several, that are searched for in
+            the paths of the layer's weights and choose those to be made sparse.
+            By default all trainable weights of rank 2 or more.
+        paths: The chosen weights, as `{index in its weights: path}`, in the
+            place of `include`. `sparsify` and saved models use this.
+        name: Name of the layer; by default that of the wrapped layer.
+        **kwargs: `trainable`, as for any layer.
+
+    Raises:
+        TypeError: If `layer` is not a Keras 3 layer.
+        ValueError: If a regular expression is wrong or, when the layer is
+            built, no weight is chosen.
+    """
+
+    #: Whether training calls need the step of a bound clock.
+    needs_clock = True
+
+    def __init__(
+        self,
+        layer: keras.layers.Layer,
+        *,
+        include: str | Sequence[str] | None = None,
+        paths: Mapping[int | str, str] | None = None,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        _check_layer(layer, type(self).__name__)
+        # With a float32 policy and no autocasting, the dense weights are read
+        # here in the dtype in which they are stored, and the wrapped layer
+        # opens a scope of its own policy. The inputs pass untouched.
+        unknown = set(kwargs) - {"trainable"}
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} has no argument "
+                f"{', '.join(map(repr, sorted(unknown)))}. "
+                f"Its arguments: {argument_names(type(self))}"
+            )
+        super().__init__(
+            layer,
+            name=name or layer.name,
+            dtype="float32",
+            autocast=False,
+            **kwargs,
+        )
+        self.include = _check_patterns(include)
+        self._paths = None
+        if paths is not None:
+            self._paths = {int(index): path for index, path in paths.items()}
+        self.supports_masking = layer.supports_masking
+        self.clock = Clock()
+        self._sparse = _Weights()
+        self.settings = Settings()
+
+    # What a technique overrides.
+
+    def build_weight(self, weight: SparseWeight) -> None:
+        """Creates the technique's variables of a weight, with `add_state`."""
+
+    def training_weight(self, weight: SparseWeight) -> tf.Tensor:
+        """The effective weight in training.
+
+        Args:
+            weight: The weight.
+
+        Returns:
+            A tensor of the weight's shape; it is cast to the weight's dtype.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must override `training_weight`."
+        )
+
+    def evaluation_weight(self, weight: SparseWeight) -> tf.Tensor:
+        """The effective weight in evaluation, with exact zeros.
+
+        Args:
+            weight: The weight.
+
+        Returns:
+            A tensor of the weight's shape; it is cast to the weight's dtype.
+        """
+        return self.training_weight(weight)
+
+    def weights_changed(self) -> None:
+        """Called after the dense weights were set from another model."""
+
+    def target_sparsity(self) -> float | None:
+        """The sparsity that the technique is to reach, None where unknown."""
+        return None
+
+    # What a technique uses.
+
+    @property
+    def sparse_weights(self) -> tuple[SparseWeight, ...]:
+        """The weights that are made sparse; empty before the layer is built."""
+        return tuple(self._sparse.items)
+
+    def setting(self, name: str) -> tf.Tensor:
+        """The current value of a `Setting`, as a scalar tensor."""
+        return self.settings.tensor(name)
+
+    def add_state(
+        self,
+        name: str,
+        shape: Sequence[int],
+        *,
+        dtype: str = "float32",
+        initializer: Any = "zeros",
+        trainable: bool = False,
+        **kwargs: Any,
+    ) -> keras.Variable:
+        """Adds a variable of the technique.
+
+        It keeps its dtype under mixed precision. If not trainable, it is equal
+        on all replicas and has to be assigned outside of `strategy.run`.
+
+        Args:
+            name: Its name, which is also the attribute's name in checkpoints.
+            shape: Its shape.
+            dtype: Its dtype.
+            initializer: A Keras initializer.
+            trainable: Whether the optimizer trains it.
+            **kwargs: Passed to `add_weight`.
+
+        Returns:
+            The variable.
+        """
+        if not trainable:
+            kwargs.setdefault("aggregation", "only_first_replica")
+        variable = self.add_weight(
+            name=name,
+            shape=tuple(shape),
+            dtype=dtype,
+            initializer=initializer,
+            trainable=trainable,
+            autocast=False,
+            **kwargs,
+        )
+        return variable
+
+    def add_weight_state(
+        self, weight: SparseWeight, name: str, **kwargs: Any
+    ) -> keras.Variable:
+        """Adds a variable of the technique with the shape of a weight.
+
+        Args:
+            weight: The weight.
+            name: Key in `weight.state` and, with the weight's name where there
+                are several, name of the variable.
+            **kwargs: As for `add_state`.
+
+        Returns:
+            The variable.
+        """
+        full_name = f"{self._short_name(weight)}_{name}"
+        variable = self.add_state(full_name, weight.variable.shape, **kwargs)
+        weight.state[name] = variable
+        # As an attribute it has this name in TensorFlow checkpoints.
+        setattr(self, full_name, variable)
+        return variable
+
+    def noise_key(
+        self, weight: SparseWeight, kind: str, *, per_call: bool = False
+    ) -> tf.Tensor:
+        """The key of a weight's noise at this step on this replica.
+
+        The technique needs a `Setting` named `seed`.
+
+        Args:
+            weight: The weight.
+            kind: What the noise is for.
+            per_call: Whether calls under other labels (`sos.call_label`) get
+                noise of their own, as noise on activations does.
+
+        Returns:
+            A key for `tf.random.stateless_*`, int32 of shape [2].
+        """
+        label = noise.current_label() if per_call else ""
+        return noise.key(
+            self.setting("seed"),
+            f"{weight.path}:{kind}:{label}",
+            self.clock.step,
+        )
+
+    # The layer.
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Builds the wrapped layer if need be, then calls this one."""
+        if not self.layer.built:
+            # Keras hands a wrapper's `build` the first shape alone, but
+            # attention needs all of them by name. Calling the layer on symbolic
+            # inputs builds it exactly as Keras would without the wrapper.
+            self.layer(
+                *keras.tree.map_structure(_symbolic, args),
+                **{
+                    name: keras.tree.map_structure(_symbolic, value)
+                    for name, value in kwargs.items()
+                    if name != "training"
+                },
+            )
+        return super().__call__(*args, **kwargs)
+
+    def build(self, input_shape: Any = None) -> None:
+        """Builds the wrapped layer, chooses its weights and adds state.
+
+        Args:
+            input_shape: Shape of the wrapped layer's input; not needed when
+                that layer is built already.
+
+        Raises:
+            ValueError: If no weight is chosen.
+        """
+        if not self.layer.built:
+            self.layer.build(input_shape)
+        weights = core(self.layer).weights
+        if self._paths is None:
+            self._paths = self._choose_paths()
+        self._sparse.items = [
+            SparseWeight(weights[index], index, path)
+            for index, path in self._paths.items()
+        ]
+        self.settings.build(self)
+        for weight in self.sparse_weights:
+            self.build_weight(weight)
+        self.weights_changed()
+
+    def call(
+        self, inputs: Any, *args: Any, training: bool = False, **kwargs: Any
+    ) -> Any:
+        """Calls the wrapped layer with effective weights.
+
+        Args:
+            inputs: First input of the wrapped layer.
+            *args: Its other inputs.
+            training: Whether to call it as in training.
+            **kwargs: Its other keyword arguments.
+
+        Returns:
+            The wrapped layer's outputs.
+
+        Raises:
+            RuntimeError: In training, if no driver has bound the clock.
+        """
+        if training:
+            self._check_driven()
+            return self.training_call(inputs, *args, training=True, **kwargs)
+        return self.call_layer(
+            self.evaluation_weights(), inputs, *args, training=False, **kwargs
+        )
+
+    def training_call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Calls the wrapped layer as in training; arguments as in `call`.
+
+        A technique overrides it if effective weights alone do not do.
+        """
+        effective = {
+            weight: self.training_weight(weight)
+            for weight in self.sparse_weights
+        }
+        return self.call_layer(effective, inputs, *args, **kwargs)
+
+    def evaluation_weights(self) -> dict[SparseWeight, tf.Tensor]:
+        """The effective weights in evaluation, in the dtypes of the weights."""
+        return {
+            weight: tf.cast(
+                self.evaluation_weight(weight), weight.value.dtype
+            )
+            for weight in self.sparse_weights
+        }
+
+    def call_layer(
+        self,
+        effective: Mapping[SparseWeight, tf.Tensor],
+        inputs: Any,
+        *args: Any,
+        zeroed: Sequence[keras.Variable] = (),
+        collect_losses: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Calls the wrapped layer with other values for some of its weights.
+
+        Args:
+            effective: The values by weight.
+            inputs: First input of the wrapped layer.
+            *args: Its other inputs.
+            zeroed: Variables that the layer is to see as zeros.
+            collect_losses: Whether losses that the layer adds in the call, such
+                as activity regularisation, are handed on.
+            **kwargs: Its other keyword arguments.
+
+        Returns:
+            The wrapped layer's outputs.
+        """
+        # All variables are mapped, not only the replaced ones: the innermost
+        # scope hides the mappings of the scopes around it.
+        mapping = {id(v): (v, v.value) for v in self.layer.variables}
+        for weight, value in effective.items():
+            mapping[id(weight.variable)] = (weight.variable, value)
+        for variable in zeroed:
+            mapping[id(variable)] = (variable, tf.zeros_like(variable.value))
+        scope = keras.StatelessScope(
+            state_mapping=list(mapping.values()), collect_losses=collect_losses
+        )
+        given = {
+            name: scope.get_current_value(variable)
+            for name, (variable, _) in mapping.items()
+        }
+        with scope:
+            outputs = self.layer(inputs, *args, **kwargs)
+        # What the call assigned (batch statistics, states of generators) was
+        # kept in the scope and has to reach the variables.
+        for variable in self.layer.non_trainable_variables:
+            value = scope.get_current_value(variable)
+            if value is not None and value is not given.get(id(variable)):
+                variable.assign(value)
+        for loss in scope.losses:
+            self.add_loss(loss)
+        return outputs
+
+    def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
+        """That of the wrapped layer."""
+        return self.layer.compute_output_spec(*args, **kwargs)
+
+    def compute_output_shape(self, *args: Any, **kwargs: Any) -> Any:
+        """That of the wrapped layer."""
+        return self.layer.compute_output_shape(*args, **kwargs)
+
+    def compute_mask(self, *args: Any, **kwargs: Any) -> Any:
+        """That of the wrapped layer."""
+        return self.layer.compute_mask(*args, **kwargs)
+
+    def get_config(self) -> dict[str, Any]:
+        """The layer's configuration, which `from_config` takes."""
+        config = super().get_config()
+        del config["dtype"]
+        config["include"] = self.include
+        if self._paths is not None:
+            # JSON has only text as keys.
+            config["paths"] = {str(i): p for i, p in self._paths.items()}
+        config.update(self.settings.values())
+        return config
+
+    def get_build_config(self) -> dict[str, Any]:
+        """That of the wrapped layer, as it may need more than one shape."""
+        return {"layer": self.layer.get_build_config()}
+
+    def build_from_config(self, config: dict[str, Any]) -> None:
+        """Builds the wrapped layer as it was built, then this one."""
+        if not self.layer.built and config.get("layer"):
+            self.layer.build_from_config(config["layer"])
+        if self.layer.built and not self.built:
+            self.build()
+
+    # Details.
+
+    def _check_driven(self) -> None:
+        if self.needs_clock and not self.clock.bound:
+            raise RuntimeError(
+                f"The layer {self.name!r} ({type(self).__name__}) was called "
+                "in training, but nothing drives its clock, so that it would "
+                "not be made sparse. Pass `callbacks=[sos.SparsityCallback()]` "
+                "to every `fit`, or train inside "
+                "`with sos.Driver(model, optimizer) as driver:` and call "
+                "`driver.step()` after every step."
+            )
+
+    def _choose_paths(self) -> dict[int, str]:
+        """Applies `include`, or the default, to the built layer's weights."""
+        taken = set()
+        for inner in find_wrappers(self.layer):
+            taken |= {id(v) for v in inner.weights} - {
+                id(v) for v in inner.layer.weights
+            }
+            taken |= {id(w.variable) for w in inner.sparse_weights}
+        trainable = {id(v) for v in self.layer.trainable_weights}
+        available = {
+            index: v
+            for index, v in enumerate(core(self.layer).weights)
+            if id(v) in trainable - taken
+            and tf.as_dtype(keras.backend.standardize_dtype(v.dtype)).is_floating
+        }
+        if self.include is None:
+            chosen = {i for i, v in available.items() if len(v.shape) >= 2}
+        else:
+            chosen = set()
+            for pattern in self.include:
+                found = {
+                    i for i, v in available.items() if re.search(pattern, v.path)
+                }
+                if not found:
+                    self._fail_to_choose(f"matches {pattern!r}", available)
+                chosen |= found
+        if not chosen:
+            self._fail_to_choose("has rank 2 or more", available)
+        return {index: available[index].path for index in sorted(chosen)}
+
+    def _fail_to_choose(self, what: str, available: dict) -> None:
+        paths = [f"{v.path} {tuple(v.shape)}" for v in available.values()]
+        raise ValueError(
+            f"{type(self).__name__} found nothing to make sparse in the layer "
+            f"{self.layer.name!r}: none of its trainable weights that are not "
+            f"sparse already {what}. Its trainable weights: {paths}. "
+            f"Received: include={self.include!r}"
+        )
+
+    def _short_name(self, weight: SparseWeight) -> str:
+        """The end of the weight's path that tells it from the others."""
+        paths = [w.variable.path.split("/") for w in self.sparse_weights]
+        own = weight.variable.path.split("/")
+        for length in range(1, len(own) + 1):
+            if sum(p[-length:] == own[-length:] for p in paths) == 1:
+                break
+        return "_".join(own[-length:])
+
+
+def argument_names(technique: type) -> list[str]:
+    """The names of the arguments of a technique, its bases' included."""
+    names: dict[str, None] = {}
+    for cls in technique.__mro__[:technique.__mro__.index(SparseWrapper) + 1]:
+        if "__init__" in vars(cls):
+            parameters = inspect.signature(cls.__init__).parameters.values()
+            names.update(
+                dict.fromkeys(p.name for p in parameters if p.kind == p.KEYWORD_ONLY)
+            )
+    return sorted(names)
+
+
+def core(layer: keras.layers.Layer) -> keras.layers.Layer:
+    """The layer inside one or several wrappers, or the layer itself."""
+    while isinstance(layer, SparseWrapper):
+        layer = layer.layer
+    return layer
+
+
+def find_wrappers(layer: keras.layers.Layer) -> list[SparseWrapper]:
+    """The sparse wrappers of a model, in the order of their weights.
+
+    Args:
+        layer: A layer or model.
+
+    Returns:
+        The wrappers in it, itself included, each once.
+    """
+    # Keras has no public way to walk the layers that any layer holds.
+    wrappers = [
+        inner
+        for inner in layer._flatten_layers()
+        if isinstance(inner, SparseWrapper)
+    ]
+    order = {id(v): i for i, v in enumerate(layer.weights)}
+    return sorted(
+        wrappers,
+        key=lambda wrapper: min(
+            (order[id(w.variable)] for w in wrapper.sparse_weights), default=-1
+        ),
+    )
+
+
+def _check_layer(layer: Any, technique: str) -> None:
+    if isinstance(layer, keras.layers.Layer):
+        return
+    module = type(layer).__module__
+    advice = "Pass a layer or model made with `keras` 3."
+    if module.split(".")[0] in ("tf_keras", "tensorflow", "keras"):
+        advice = (
+            f"This one comes from `{module}`, which is Keras 2 or another "
+            f"Keras than the Keras {keras.__version__} in use here; make it "
+            "with `import keras` in the place of `tf_keras` or a `tf.keras` "
+            "under TF_USE_LEGACY_KERAS."
+        )
+    raise TypeError(
+        f"{technique} wraps Keras 3 layers. {advice} "
+        f"Received: layer={layer!r} of type {module}.{type(layer).__name__}"
+    )
+
+
+def _check_patterns(include: Any) -> list[str] | None:
+    if include is None:
+        return None
+    patterns = [include] if isinstance(include, str) else list(include)
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                "`include` must be a regular expression on weight paths or "
+                f"several of them ({error}). Received: include={include!r}"
+            ) from error
+    return patterns
+
+
+def _symbolic(value: Any) -> Any:
+    if isinstance(value, keras.KerasTensor) or tf.is_tensor(value) or (
+        hasattr(value, "__array__") and hasattr(value, "shape")
+    ):
+        return keras.KerasTensor(
+            tuple(value.shape),
+            dtype=keras.backend.standardize_dtype(value.dtype),
+        )
+    return value

@@ -1,0 +1,236 @@
+"""Techniques that multiply weights by masks of zeros and ones."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from sos.masks import PerTensorRanking, Ranking
+from sos.schedules import PruningSchedule, Schedule, as_schedule
+from sos.wrappers.base import SparseWeight, SparseWrapper
+
+
+class MaskedWrapper(SparseWrapper):
+    """Runs a layer with `weight * mask`.
+
+    The masks (1 = kept) are uint8 variables, all ones at first, and stand in
+    `weight.state["mask"]`. As the mask is part of the forward pass, the
+    gradient of a masked weight is exactly zero; the weight keeps its value and
+    still feels weight decay and momentum (Gale et al. 2019, section 3).
+    """
+
+    needs_clock = False
+
+    def build_weight(self, weight: SparseWeight) -> None:
+        """Adds the mask."""
+        self.add_weight_state(weight, "mask", dtype="uint8", initializer="ones")
+
+    def training_weight(self, weight: SparseWeight) -> tf.Tensor:
+        """The masked weight."""
+        value = weight.value
+        return value * tf.cast(weight.state["mask"].value, value.dtype)
+
+    def set_masks(self, masks: Sequence[Any]) -> None:
+        """Sets the masks. Call it outside of `strategy.run`.
+
+        Args:
+            masks: One array of zeros and ones for each of `sparse_weights`,
+                of the weight's shape.
+
+        Raises:
+            ValueError: If the number of masks, a shape or a value is wrong;
+                no mask is changed then.
+        """
+        weights = self.sparse_weights
+        if len(masks) != len(weights):
+            raise ValueError(
+                f"The layer {self.name!r} has {len(weights)} masked weights. "
+                f"Received: {len(masks)} masks."
+            )
+        arrays = [keras.ops.convert_to_numpy(mask) for mask in masks]
+        for weight, array in zip(weights, arrays, strict=True):
+            if array.shape != tuple(weight.variable.shape) or not (
+                (array == 0) | (array == 1)
+            ).all():
+                raise ValueError(
+                    f"The mask of {weight.path} must hold zeros and ones and "
+                    f"have shape {tuple(weight.variable.shape)}. Received: an "
+                    f"array of shape {array.shape} and dtype {array.dtype}."
+                )
+        for weight, array in zip(weights, arrays, strict=True):
+            weight.state["mask"].assign(array.astype("uint8"))
+
+
+class PruningWrapper(MaskedWrapper):
+    """Sets masks by scores, to a sparsity that follows a schedule.
+
+    A technique overrides `scores`. The driver asks for the scores at the steps
+    of the schedule, between two training steps, and hands them to the ranking;
+    the training step itself carries no sort and no condition.
+
+    Args:
+        layer: The layer to wrap.
+        schedule: A pruning schedule of tfmot (`sos.PolynomialDecay`,
+            `sos.ConstantSparsity` or a subclass of `sos.PruningSchedule`), or a
+            `sos.Schedule`.
+        ranking: How scores become masks; by default each tensor for itself.
+        **kwargs: As for `SparseWrapper`.
+
+    Raises:
+        TypeError: If `schedule` or `ranking` is not one.
+    """
+
+    needs_clock = True
+
+    #: Keeps the last gradient of each effective weight, dense, in
+    #: `weight.state["gradient"]`, averaged over the replicas.
+    uses_gradient = False
+
+    #: A weight once pruned stays so.
+    cumulative = False
+
+    def __init__(
+        self,
+        layer: keras.layers.Layer,
+        *,
+        schedule: PruningSchedule | Schedule,
+        ranking: Ranking | None = None,
+        **kwargs: Any,
+    ) -> None:
+        schedule = as_schedule(schedule)
+        ranking = PerTensorRanking() if ranking is None else ranking
+        if not isinstance(ranking, Ranking):
+            raise TypeError(
+                "`ranking` must be a `sos.Ranking`. "
+                f"Received: ranking={ranking!r}"
+            )
+        super().__init__(layer, **kwargs)
+        self._schedule = schedule
+        self.ranking = ranking
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule. It lives on the host and may be replaced at any time.
+
+        Raises:
+            TypeError: If it is set to something else than a schedule.
+        """
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, schedule: PruningSchedule | Schedule) -> None:
+        self._schedule = as_schedule(schedule)
+
+    def scores(self, weight: SparseWeight) -> tf.Tensor:
+        """How much each element of a weight is worth keeping.
+
+        Args:
+            weight: The weight.
+
+        Returns:
+            Scores of the weight's shape, of any floating dtype and sign. The
+            elements with the highest scores are kept.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must override `scores`.")
+
+    def build_weight(self, weight: SparseWeight) -> None:
+        """Adds the mask, and the gradient where the technique uses it."""
+        super().build_weight(weight)
+        if self.uses_gradient:
+            # Each replica writes its own; a read outside averages them.
+            self.add_weight_state(
+                weight,
+                "gradient",
+                aggregation="mean",
+                synchronization="on_read",
+            )
+
+    def training_weight(self, weight: SparseWeight) -> tf.Tensor:
+        """The masked weight."""
+        effective = super().training_weight(weight)
+        if not self.uses_gradient:
+            return effective
+
+        @tf.custom_gradient
+        def keep_gradient(value: tf.Tensor) -> tuple:
+            def grad(upstream: tf.Tensor) -> tf.Tensor:
+                weight.state["gradient"].assign(upstream)
+                return upstream
+
+            return tf.identity(value), grad
+
+        return keep_gradient(effective)
+
+    def evaluation_weight(self, weight: SparseWeight) -> tf.Tensor:
+        """The masked weight."""
+        return super().training_weight(weight)
+
+    def target_sparsity(self) -> float | None:
+        """The sparsity at the end of the schedule, None for an open end."""
+        return self.schedule.target_sparsity
+
+    def get_config(self) -> dict[str, Any]:
+        """The layer's configuration, which `from_config` takes."""
+        serialize = keras.saving.serialize_keras_object
+        return {
+            **super().get_config(),
+            "schedule": serialize(self.schedule),
+            "ranking": serialize(self.ranking),
+        }
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: Any = None
+    ) -> "PruningWrapper":
+        """Makes the layer from its configuration."""
+        config = dict(config)
+        for name in ("schedule", "ranking"):
+            config[name] = keras.saving.deserialize_keras_object(
+                config[name], custom_objects
+            )
+        return super().from_config(config, custom_objects)
+
+
+def update_masks(updates: dict[PruningWrapper, float]) -> None:
+    """Ranks weights and sets their masks.
+
+    Every ranking is called once with all tensors that it applies to, so that it
+    may rank over the whole model. Call it outside of `strategy.run`; all
+    replicas get the same bits.
+
+    Args:
+        updates: The sparsity to reach, by wrapper.
+
+    Raises:
+        ValueError: If a score is NaN; no mask is changed then.
+    """
+    groups: list[tuple[Ranking, list[tuple[PruningWrapper, float]]]] = []
+    for wrapper, sparsity in updates.items():
+        for ranking, members in groups:
+            if ranking == wrapper.ranking:
+                members.append((wrapper, sparsity))
+                break
+        else:
+            groups.append((wrapper.ranking, [(wrapper, sparsity)]))
+    results = []
+    for ranking, members in groups:
+        jobs = [
+            (wrapper, weight, sparsity)
+            for wrapper, sparsity in members
+            for weight in wrapper.sparse_weights
+        ]
+        scores = [wrapper.scores(weight) for wrapper, weight, _ in jobs]
+        try:
+            masks = ranking.masks(scores, [sparsity for _, _, sparsity in jobs])
+        except ValueError as error:
+            paths = [weight.path for _, weight, _ in jobs]
+            raise ValueError(
+                f"The masks of {paths} could not be updated: {error}"
+            ) from error
+        results.extend(zip(jobs, masks, strict=True))
+    for (wrapper, weight, _), mask in results:
+        variable = weight.state["mask"]
+        if wrapper.cumulative:
+            mask = tf.minimum(tf.cast(mask, tf.uint8), variable.value)
+        variable.assign(mask)

@@ -1,0 +1,49 @@
+"""Random pruning."""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from sos import noise
+from sos.registry import register
+from sos.wrappers.base import SparseWeight
+from sos.wrappers.masked import PruningWrapper
+from sos.wrappers.settings import Setting
+
+
+@register
+class RandomPruning(PruningWrapper):
+    """Drops weights at random, and for good: the lower bound of any ranking.
+
+    Each weight has one random score for the whole run, so that the weights that
+    an update drops are drawn uniformly from those that are left. This is the
+    "random cumulative" pruning of Gale et al. 2019, which their published code
+    does not implement.
+
+    Args:
+        layer: The layer to wrap.
+        schedule: As for `MagnitudePruning`.
+        seed: Seed of the scores, an integer.
+        **kwargs: As for `PruningWrapper`.
+    """
+
+    seed = Setting("int32")
+    cumulative = True
+
+    def __init__(
+        self, layer: keras.layers.Layer, *, seed: int = 0, **kwargs: Any
+    ) -> None:
+        super().__init__(layer, **kwargs)
+        self.seed = seed
+
+    def scores(self, weight: SparseWeight) -> tf.Tensor:
+        """Uniform in [0, 1), and -1 for what is pruned already."""
+        # The algorithm is named because the default differs between devices,
+        # and the order must survive a move from one to another.
+        scores = tf.random.stateless_uniform(
+            weight.variable.shape,
+            seed=[self.seed, noise.text_id(weight.path)],
+            alg="philox",
+        )
+        return tf.where(weight.state["mask"].value > 0, scores, -1.0)

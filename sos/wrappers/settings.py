@@ -1,0 +1,103 @@
+"""Numbers that compiled steps read from variables."""
+
+from typing import Any, Protocol
+
+import keras
+import tensorflow as tf
+
+
+class Setting:
+    """A number of a technique that can change after the layer is built.
+
+    Compiled steps read it from a variable, so that a change neither builds nor
+    traces anything again, and runs that differ in settings share one compiled
+    step. On the layer it reads and assigns as a plain Python number.
+
+    Args:
+        dtype: `"float32"` or `"int32"`.
+        minimum: The least valid value, or None.
+    """
+
+    def __init__(self, dtype: str, minimum: float | None = None) -> None:
+        self.dtype = dtype
+        self.minimum = minimum
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, owner: Any, owner_type: type | None = None) -> Any:
+        if owner is None:
+            return self
+        try:
+            return owner.settings.get(self.name)
+        except KeyError as error:
+            raise AttributeError(self.name) from error
+
+    def __set__(self, owner: Any, value: float) -> None:
+        number = int if self.dtype == "int32" else float
+        try:
+            valid = number(value) == value and (
+                self.minimum is None or value >= self.minimum
+            )
+        except (TypeError, ValueError, OverflowError):
+            valid = False
+        if not valid:
+            kind = "an integer" if number is int else "a number"
+            least = "" if self.minimum is None else f" >= {self.minimum}"
+            raise ValueError(
+                f"`{self.name}` must be {kind}{least}. "
+                f"Received: {self.name}={value!r}"
+            )
+        owner.settings.set(self, number(value))
+
+
+class _StatefulLayer(Protocol):
+    def add_state(
+        self, name: str, shape: tuple, *, dtype: str, initializer: Any
+    ) -> keras.Variable: ...
+
+
+class Settings:
+    """The values of one layer's settings, before and after it is built."""
+
+    def __init__(self) -> None:
+        self._settings: dict[str, Setting] = {}
+        self._values: dict[str, float] = {}
+        self._variables: dict[str, keras.Variable] = {}
+
+    def get(self, name: str) -> float:
+        """The value as a Python number."""
+        if name not in self._variables:
+            return self._values[name]
+        value = keras.ops.convert_to_numpy(self._variables[name])[()]
+        # The shortest decimal of a float32, so that 0.1 reads as 0.1.
+        return int(value) if value.dtype.kind == "i" else float(str(value))
+
+    def set(self, setting: Setting, value: float) -> None:
+        """Sets the value, also for steps that are compiled already."""
+        self._settings[setting.name] = setting
+        self._values[setting.name] = value
+        if setting.name in self._variables:
+            self._variables[setting.name].assign(value)
+
+    def values(self) -> dict[str, float]:
+        """All values by name."""
+        return {name: self.get(name) for name in self._values}
+
+    def tensor(self, name: str) -> tf.Tensor:
+        """The value as a scalar tensor."""
+        return keras.ops.convert_to_tensor(self._variables[name])
+
+    def build(self, layer: _StatefulLayer) -> None:
+        """Creates the variables.
+
+        Args:
+            layer: The layer that owns them.
+        """
+        for name, value in self._values.items():
+            self._variables[name] = layer.add_state(
+                name,
+                (),
+                dtype=self._settings[name].dtype,
+                initializer=keras.initializers.Constant(value),
+            )

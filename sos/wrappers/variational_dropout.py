@@ -1,0 +1,239 @@
+"""Sparse variational dropout."""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from sos.registry import register
+from sos.wrappers import linear
+from sos.wrappers.base import SparseWeight
+from sos.wrappers.penalized import PenalizedWrapper
+from sos.wrappers.settings import Setting
+
+EPSILON = 1e-8
+
+# Constants of the approximation, Molchanov et al. 2017, equation 14.
+K1 = 0.63576
+K2 = 1.8732
+K3 = 1.48695
+
+
+def log_alpha_of(theta: tf.Tensor, log_sigma2: tf.Tensor) -> tf.Tensor:
+    """log alpha = log sigma^2 - log(theta^2 + epsilon).
+
+    Args:
+        theta: Means, float32 of any shape.
+        log_sigma2: Logarithms of the variances, float32 of the same shape.
+
+    Returns:
+        A float32 tensor of the same shape.
+    """
+    return log_sigma2 - tf.math.log(tf.square(theta) + EPSILON)
+
+
+def log_sigma2_of(theta: tf.Tensor, log_alpha: tf.Tensor) -> tf.Tensor:
+    """log sigma^2 = log alpha + log(theta^2 + epsilon).
+
+    Args:
+        theta: Means, float32 of any shape.
+        log_alpha: Logarithms of the dropout rates, float32 of the same shape.
+
+    Returns:
+        A float32 tensor of the same shape.
+    """
+    return log_alpha + tf.math.log(tf.square(theta) + EPSILON)
+
+
+def kl_divergence(log_alpha: tf.Tensor) -> tf.Tensor:
+    """KL of the posterior from the log-uniform prior, up to a constant.
+
+    The approximation of Molchanov et al. 2017, equation 14:
+    KL = k1 - k1 sigmoid(k2 + k3 log alpha) + 0.5 log(1 + 1 / alpha).
+
+    Args:
+        log_alpha: Logarithms of the dropout rates, float32 of any shape.
+
+    Returns:
+        A float32 tensor of the same shape, positive, 0 at log alpha = infinity.
+    """
+    return K1 * tf.sigmoid(-K2 - K3 * log_alpha) + 0.5 * tf.nn.softplus(
+        -log_alpha
+    )
+
+
+@register
+class VariationalDropout(PenalizedWrapper):
+    """Learns a variance for each weight and removes the noisy ones.
+
+    Sparse variational dropout (Molchanov et al. 2017) as in Gale et al. 2019:
+    every weight is a Gaussian with mean theta, which is the wrapped layer's
+    weight, and variance sigma^2. Linear layers and embeddings are sampled
+    through their outputs (local reparameterisation), with noise of its own for
+    each output element; other layers sample their weights, once per step. In
+    evaluation a weight is theta where log alpha = log(sigma^2 / theta^2) is
+    below the threshold, and zero elsewhere.
+
+    Difference from the authors' code: dense layers on inputs of rank 3 or more
+    draw noise for every position; theirs share it over all positions.
+
+    Args:
+        layer: The layer to wrap.
+        penalty_weight: As for `PenalizedWrapper`.
+        initial_log_sigma2: Initial log sigma^2.
+        threshold: Log alpha from which on weights are removed in evaluation.
+            It may be set at any time.
+        clip_log_alpha: In training log alpha is clipped to this and its
+            negative; None for no limit.
+        **kwargs: As for `PenalizedWrapper`.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    threshold = Setting("float32")
+
+    def __init__(
+        self,
+        layer: keras.layers.Layer,
+        *,
+        penalty_weight: float,
+        initial_log_sigma2: float = -10.0,
+        threshold: float = 3.0,
+        clip_log_alpha: float | None = 8.0,
+        **kwargs: Any,
+    ) -> None:
+        if clip_log_alpha is not None and not clip_log_alpha > 0:
+            raise ValueError(
+                "`clip_log_alpha` must be positive, or None for no limit. "
+                f"Received: clip_log_alpha={clip_log_alpha!r}"
+            )
+        super().__init__(layer, penalty_weight=penalty_weight, **kwargs)
+        self.initial_log_sigma2 = float(initial_log_sigma2)
+        self.threshold = threshold
+        self.clip_log_alpha = clip_log_alpha
+
+    def build_weight(self, weight: SparseWeight) -> None:
+        """Adds log sigma^2."""
+        self.add_penalized_state(
+            weight,
+            "log_sigma2",
+            initializer=keras.initializers.Constant(self.initial_log_sigma2),
+        )
+
+    def training_weight(self, weight: SparseWeight) -> tf.Tensor:
+        """A sample of the weight, the same for every call in one step."""
+        theta, log_sigma2 = self._parameters(weight)
+        sigma = tf.sqrt(tf.exp(self._clip(theta, log_sigma2)) + EPSILON)
+        key = self.noise_key(weight, "weight")
+        return theta + sigma * tf.random.stateless_normal(theta.shape, key)
+
+    def evaluation_weight(self, weight: SparseWeight) -> tf.Tensor:
+        """Theta where log alpha, not clipped, is below the threshold."""
+        theta, log_sigma2 = self._parameters(weight)
+        kept = log_alpha_of(theta, log_sigma2) < self.setting("threshold")
+        return tf.where(kept, theta, 0.0)
+
+    def penalty(self, weight: SparseWeight) -> tf.Tensor:
+        """The sum of the KL divergences, with log alpha clipped."""
+        log_alpha = self._clip_alpha(log_alpha_of(*self._parameters(weight)))
+        return tf.reduce_sum(kl_divergence(log_alpha))
+
+    def training_call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Samples outputs where the layer allows it, else weights."""
+        if linear.is_embedding(self):
+            return self._sample_rows(inputs)
+        if linear.is_linear(self):
+            return self._sample_outputs(inputs, *args, **kwargs)
+        return super().training_call(inputs, *args, **kwargs)
+
+    def get_config(self) -> dict[str, Any]:
+        """The layer's configuration, which `from_config` takes."""
+        return {
+            **super().get_config(),
+            "initial_log_sigma2": self.initial_log_sigma2,
+            "clip_log_alpha": self.clip_log_alpha,
+        }
+
+    def _parameters(self, weight: SparseWeight) -> tuple[tf.Tensor, tf.Tensor]:
+        theta = tf.cast(weight.value, tf.float32)
+        return theta, weight.state["log_sigma2"].value
+
+    def _clip_alpha(self, log_alpha: tf.Tensor) -> tf.Tensor:
+        limit = self.clip_log_alpha
+        if limit is None:
+            return log_alpha
+        return tf.clip_by_value(log_alpha, -limit, limit)
+
+    def _clip(self, theta: tf.Tensor, log_sigma2: tf.Tensor) -> tf.Tensor:
+        """Log sigma^2 such that log alpha is within its limits."""
+        if self.clip_log_alpha is None:
+            return log_sigma2
+        return log_sigma2_of(
+            theta, self._clip_alpha(log_alpha_of(theta, log_sigma2))
+        )
+
+    def _sample_rows(self, indices: Any) -> tf.Tensor:
+        (weight,) = self.sparse_weights
+        theta, log_sigma2 = linear.look_up(indices, *self._parameters(weight))
+        variance = tf.exp(self._clip(theta, log_sigma2))
+        outputs = self._sample(weight, theta, variance)
+        return tf.cast(outputs, self.layer.compute_dtype)
+
+    def _sample_outputs(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Local reparameterisation (Kingma et al. 2015, equation 6).
+
+        The output is normal with mean f(x; theta) + bias and variance
+        f(x^2; sigma^2), where f is the layer's linear map.
+        """
+        (weight,) = self.sparse_weights
+        theta, log_sigma2 = self._parameters(weight)
+        variance = tf.exp(self._clip(theta, log_sigma2))
+        inputs = tf.cast(inputs, self.layer.compute_dtype)
+        scale = 1.0
+        if self.layer.compute_dtype == "float16":
+            # Variances of e^-10 and less would underflow, squares overflow.
+            largest = tf.reduce_max(tf.abs(inputs)) + tf.cast(1e-4, tf.float16)
+            largest = tf.stop_gradient(largest)
+            deviation = tf.stop_gradient(tf.sqrt(tf.reduce_max(variance)))
+            squares = tf.square(inputs / largest)
+            scale = tf.square(tf.cast(largest, tf.float32) * deviation)
+            variance = variance / tf.square(deviation)
+        else:
+            squares = tf.square(inputs)
+        with linear.without_activation(self.layer) as activation:
+            mean = self.call_layer(
+                {weight: theta}, inputs, *args, collect_losses=False, **kwargs
+            )
+            spread = self.call_layer(
+                {weight: variance},
+                squares,
+                *args,
+                zeroed=linear.biases(self.layer),
+                collect_losses=False,
+                **kwargs,
+            )
+        outputs = self._sample(
+            weight,
+            tf.cast(mean, tf.float32),
+            tf.cast(spread, tf.float32) * scale,
+        )
+        outputs = tf.cast(outputs, mean.dtype)
+        if activation is not None:
+            outputs = activation(outputs)
+        self._regularize_activity(outputs)
+        return outputs
+
+    def _sample(
+        self, weight: SparseWeight, mean: tf.Tensor, variance: tf.Tensor
+    ) -> tf.Tensor:
+        key = self.noise_key(weight, "output", per_call=True)
+        noise = tf.random.stateless_normal(tf.shape(mean), key)
+        return mean + tf.sqrt(variance + EPSILON) * noise
+
+    def _regularize_activity(self, outputs: tf.Tensor) -> None:
+        """Adds the activity loss that Keras adds in an ordinary call."""
+        regularizer = self.layer.activity_regularizer
+        if regularizer is not None:
+            batch = tf.cast(tf.shape(outputs)[0], outputs.dtype)
+            self.add_loss(tf.math.divide_no_nan(regularizer(outputs), batch))

@@ -1,0 +1,295 @@
+import fractions
+import math
+
+import hypothesis
+import hypothesis.strategies as st
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from sos import masks
+
+BFLOAT16 = tf.bfloat16.as_numpy_dtype
+DTYPES = {
+    "float16": (np.float16, np.int16),
+    "bfloat16": (BFLOAT16, np.int16),
+    "float32": (np.float32, np.int32),
+    "float64": (np.float64, np.int64),
+}
+# Few, as each costs a compilation of the device path per dtype.
+COMPILED_SIZES = (0, 1, 2, 7, 40)
+
+
+def oracle(scores, k):
+    """Keeps the first k of a stable descending sort of the floats."""
+    flat = scores.astype(np.float64).ravel()  # exact for all dtypes here
+    mask = np.zeros(flat.size, np.uint8)
+    mask[np.argsort(-flat, kind="stable")[:k]] = 1
+    return mask.reshape(scores.shape)
+
+
+def special_values(dtype, integer):
+    """Zeros, denormals, infinities and neighbours, as bit patterns."""
+    infinity = int(np.array(np.inf, dtype).view(integer))
+    one = int(np.array(1, dtype).view(integer))
+    positive = [0, 1, 2, 3, one, one + 1, infinity - 1, infinity]
+    lowest = int(np.iinfo(integer).min)  # the bits of -0.0
+    return positive + [lowest + bits for bits in positive]
+
+
+@st.composite
+def scores_and_k(draw, sizes=None):
+    dtype, integer = DTYPES[draw(st.sampled_from(sorted(DTYPES)))]
+    size = draw(st.integers(0, 60) if sizes is None else st.sampled_from(sizes))
+    limits = np.iinfo(integer)
+    special = st.sampled_from(special_values(dtype, integer))
+    anything = st.integers(int(limits.min), int(limits.max))
+    element = draw(
+        st.sampled_from(
+            [
+                anything,
+                special,
+                st.one_of(special, anything),
+                # Few different values: many ties.
+                st.sampled_from(draw(st.lists(special, min_size=1))),
+            ]
+        )
+    )
+    bits = draw(st.lists(element, min_size=size, max_size=size))
+    scores = np.array(bits, integer).view(dtype)
+    with np.errstate(invalid="ignore"):  # signalling NaNs warn
+        scores[np.isnan(scores)] = np.inf
+    if sizes is None and size % 6 == 0:
+        scores = scores.reshape(2, 3, size // 6)
+    return scores, draw(st.integers(0, size))
+
+
+@pytest.mark.parametrize("size", range(51))
+def test_keep_count_is_rounded_exactly(size):
+    for percent in range(101):
+        exact = size * (1 - fractions.Fraction(percent, 100))
+        k = masks.keep_count(size, percent / 100)
+        assert k == int(np.round(size * (1.0 - percent / 100)))
+        if abs(exact - math.floor(exact) - fractions.Fraction(1, 2)) > 1e-9:
+            assert k == round(exact)
+
+
+def test_keep_count_rounds_half_to_even():
+    assert [masks.keep_count(n, 0.5) for n in (1, 3, 5, 7)] == [0, 2, 2, 4]
+    assert isinstance(masks.keep_count(np.int64(10), np.float32(0.5)), int)
+
+
+def test_keep_count_is_exact_where_float32_is_not():
+    size = 2**25 + 2  # times 0.5 needs 25 bits
+    assert masks.keep_count(size, 0.5) == 2**24 + 1
+    assert int(np.round(np.float32(size) * np.float32(0.5))) != 2**24 + 1
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.1, float("nan"), 90])
+def test_keep_count_refuses_what_is_no_sparsity(sparsity):
+    with pytest.raises(ValueError, match=r"\[0, 1\].*Received: sparsity="):
+        masks.keep_count(10, sparsity)
+
+
+def test_keep_count_refuses_bad_sizes():
+    with pytest.raises(ValueError, match="Received: size=-1"):
+        masks.keep_count(-1, 0.5)
+    with pytest.raises(TypeError):
+        masks.keep_count(1.5, 0.5)
+
+
+@hypothesis.settings(max_examples=400)
+@hypothesis.given(scores_and_k())
+def test_host_mask_equals_a_stable_sort(case):
+    scores, k = case
+    mask = masks.top_k_mask_host(scores, k)
+    assert mask.dtype == np.uint8
+    assert mask.shape == scores.shape
+    assert mask.sum() == k
+    np.testing.assert_array_equal(mask, oracle(scores, k))
+
+
+@hypothesis.settings(max_examples=400)
+@hypothesis.given(scores_and_k(sizes=COMPILED_SIZES))
+def test_compiled_device_mask_equals_the_hosts(case):
+    scores, k = case
+    found, nans = masks.top_k_masks_device([tf.constant(scores)], [k])
+    assert found[0].dtype == tf.uint8
+    assert nans.numpy().tolist() == [0]
+    np.testing.assert_array_equal(found[0], oracle(scores, k))
+    np.testing.assert_array_equal(found[0], masks.top_k_mask_host(scores, k))
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_host_and_device_agree_on_larger_tensors(name, jit_compile):
+    dtype, _ = DTYPES[name]
+    generator = np.random.default_rng(0)
+    function = tf.function(masks.top_k_mask_device, jit_compile=jit_compile)
+    normal = generator.normal(size=(3, 3, 32, 64)).astype(dtype)
+    tiny = np.full(normal.shape, np.finfo(np.float16).tiny, dtype) * normal
+    for scores in (normal, np.abs(normal), np.zeros_like(normal), tiny):
+        for sparsity in (0.0, 0.5, 0.9, 0.999, 1.0):
+            k = masks.keep_count(scores.size, sparsity)
+            mask = function(tf.constant(scores), tf.constant(k))
+            np.testing.assert_array_equal(mask, oracle(scores, k))
+            host = masks.top_k_mask_host(scores, k)
+            np.testing.assert_array_equal(mask, host)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_device_path_does_not_retrace_for_another_k(jit_compile):
+    function = tf.function(masks.top_k_mask_device, jit_compile=jit_compile)
+    scores = tf.random.stateless_normal([20], seed=[1, 2])
+    for k in range(21):
+        assert tf.reduce_sum(function(scores, tf.constant(k))) == k
+    assert function.experimental_get_tracing_count() == 1
+
+
+def test_device_path_uses_no_sort():
+    function = tf.function(masks.top_k_mask_device)
+    graph = function.get_concrete_function(
+        tf.TensorSpec([8], tf.float32), tf.TensorSpec([], tf.int32)
+    ).graph.as_graph_def()
+    used = {node.op for node in graph.node}
+    used.update(n.op for f in graph.library.function for n in f.node_def)
+    assert not {op for op in used if "Sort" in op or "TopK" in op}
+
+
+def test_device_path_takes_k_out_of_range_as_the_nearest_end():
+    scores = tf.constant([1.0, -2.0, 3.0])
+    assert masks.top_k_mask_device(scores, -1).numpy().tolist() == [0, 0, 0]
+    assert masks.top_k_mask_device(scores, 9).numpy().tolist() == [1, 1, 1]
+
+
+def test_ties_are_kept_by_position():
+    scores = np.array([[2, 1, 2], [1, 2, 0]], np.float32)
+    expected = [[1, 1, 1], [0, 1, 0]]
+    assert masks.top_k_mask_host(scores, 4).tolist() == expected
+    device = masks.top_k_mask_device(tf.constant(scores), 4)
+    assert device.numpy().tolist() == expected
+
+
+def test_strided_and_scalar_scores():
+    scores = np.arange(12, dtype=np.float32).reshape(3, 4).T
+    np.testing.assert_array_equal(
+        masks.top_k_mask_host(scores, 5), oracle(scores, 5)
+    )
+    assert masks.top_k_mask_host(np.float32(1), 1).shape == ()
+    assert masks.top_k_mask_device(tf.constant(1.0), 1).shape == ()
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_nan_is_refused_on_the_host_and_counted_on_the_device(name, sign):
+    dtype, _ = DTYPES[name]
+    scores = np.array([1, np.nan, np.inf, -np.inf, np.nan], dtype)
+    scores = np.copysign(scores, np.array(sign, dtype))
+    for k in (0, 2, 5):
+        with pytest.raises(ValueError, match="Received: 2 NaN"):
+            masks.top_k_mask_host(scores, k)
+    assert int(masks.nan_count(tf.constant(scores))) == 2
+    compiled = tf.function(masks.nan_count, jit_compile=True)
+    assert int(compiled(tf.constant(scores))) == 2
+
+
+@pytest.mark.parametrize("k", [-1, 4])
+def test_host_refuses_k_out_of_range(k):
+    with pytest.raises(ValueError, match=f"Received: k={k} for 3 scores"):
+        masks.top_k_mask_host(np.ones(3, np.float32), k)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, ">f4", object, "S3"])
+def test_host_refuses_other_dtypes(dtype):
+    with pytest.raises(TypeError, match="Received: dtype="):
+        masks.top_k_mask_host(np.ones(3).astype(dtype), 1)
+
+
+def test_device_refuses_other_dtypes():
+    with pytest.raises(TypeError, match="Received: dtype=int32"):
+        masks.top_k_mask_device(tf.constant([1, 2]), 1)
+
+
+def test_scores_are_left_alone():
+    scores = np.array([3.0, -0.0, 1.0, 2.0], np.float32)
+    before = scores.copy()
+    masks.top_k_mask_host(scores, 2)
+    assert scores.tobytes() == before.tobytes()
+
+
+def test_per_tensor_ranking_of_arrays_and_tensors():
+    scores = [
+        np.array([1, 3, 2, 4], np.float32),
+        tf.constant([[1.0, 2.0], [4.0, 3.0]], tf.bfloat16),
+        np.zeros((0,), np.float64),
+    ]
+    ranking = masks.PerTensorRanking()
+    found = ranking.masks(scores, [0.5, 0.75, 0.5])
+    assert [np.asarray(m).tolist() for m in found] == [
+        [0, 1, 0, 1],
+        [[0, 0], [1, 0]],
+        [],
+    ]
+
+
+def test_per_tensor_ranking_inside_a_function():
+    @tf.function
+    def rank(scores):
+        return masks.PerTensorRanking().masks([scores], [0.5])[0]
+
+    assert rank(tf.constant([1.0, 3.0, 2.0, 4.0])).numpy().tolist() == [
+        0,
+        1,
+        0,
+        1,
+    ]
+
+
+def test_tensors_elsewhere_are_ranked_there():
+    scores = [tf.constant([1.0, 3.0, 2.0]), tf.constant([[5.0], [4.0]])]
+    found = masks._device_masks(scores, [0.67, 0.5])
+    assert [m.numpy().tolist() for m in found] == [[0, 1, 0], [[1], [0]]]
+    with pytest.raises(ValueError, match=r"1 NaN score.*shape \(2,\)"):
+        masks._device_masks([scores[0], tf.constant([1, np.nan])], [0, 0])
+
+
+def test_per_tensor_ranking_refuses_bad_input():
+    ranking = masks.PerTensorRanking()
+    with pytest.raises(ValueError, match="1 tensors and 2 sparsities"):
+        ranking.masks([np.ones(3, np.float32)], [0.5, 0.5])
+    with pytest.raises(ValueError, match="NaN"):
+        ranking.masks([tf.constant([1.0, np.nan])], [0.5])
+    with pytest.raises(ValueError, match="Received: sparsity=2"):
+        ranking.masks([np.ones(3, np.float32)], [2.0])
+
+
+@keras.saving.register_keras_serializable(package="masks_test")
+class TopBlocks(masks.Ranking):
+    def __init__(self, block=2):
+        self.block = block
+
+    def get_config(self):
+        return {"block": self.block}
+
+
+def test_rankings_are_equal_by_class_and_config():
+    assert masks.PerTensorRanking() == masks.PerTensorRanking()
+    assert len({masks.PerTensorRanking(), masks.PerTensorRanking()}) == 1
+    assert TopBlocks(2) == TopBlocks(2)
+    assert hash(TopBlocks(2)) == hash(TopBlocks(2))
+    assert TopBlocks(2) != TopBlocks(3)
+    assert TopBlocks() != masks.PerTensorRanking()
+    assert repr(TopBlocks(3)) == "TopBlocks(block=3)"
+
+
+@pytest.mark.parametrize("ranking", [masks.PerTensorRanking(), TopBlocks(4)])
+def test_rankings_survive_serialisation(ranking):
+    assert type(ranking).from_config(ranking.get_config()) == ranking
+    config = keras.saving.serialize_keras_object(ranking)
+    assert keras.saving.deserialize_keras_object(config) == ranking
+
+
+def test_base_ranking_says_what_to_override():
+    with pytest.raises(NotImplementedError, match="TopBlocks must override"):
+        TopBlocks().masks([], [])

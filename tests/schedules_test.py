@@ -1,0 +1,468 @@
+import json
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+# isort: split
+# After `sos.schedules`, which keeps tfmot from changing the environment.
+from sos import masks, schedules
+
+# isort: split
+import tensorflow_model_optimization as tfmot
+import tf_keras
+
+
+@keras.saving.register_keras_serializable(package="schedules_test")
+class Halving(schedules.PruningSchedule):
+    """A registered schedule of a user's own, with plain config."""
+
+    def __init__(self, begin_step, end_step, frequency=10):
+        self.begin_step = begin_step
+        self.end_step = end_step
+        self.frequency = frequency
+
+    def __call__(self, step):
+        due = self._should_prune_in_step(
+            step, self.begin_step, self.end_step, self.frequency
+        )
+        late = step - self.begin_step >= 20
+        return due, tf.where(late, tf.constant(0.9), tf.constant(0.45))
+
+    def get_config(self):
+        return {
+            "begin_step": self.begin_step,
+            "end_step": self.end_step,
+            "frequency": self.frequency,
+        }
+
+
+@keras.saving.register_keras_serializable(package="schedules_test")
+class Squared(schedules.PolynomialDecay):
+    """Inherits everything from tfmot, its unreadable config too."""
+
+    def __call__(self, step):
+        due, sparsity = super().__call__(step)
+        return due, sparsity**2
+
+
+@keras.saving.register_keras_serializable(package="schedules_test")
+class OwnFromConfig(Halving):
+    """Reads back what it wrote, in tfmot's nested form."""
+
+    def get_config(self):
+        return {"class_name": "OwnFromConfig", "config": super().get_config()}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config["config"])
+
+
+class Unregistered(Halving):
+    pass
+
+
+SCHEDULES = [
+    schedules.PolynomialDecay(0.0, 0.9, 0, 100, frequency=10),
+    schedules.PolynomialDecay(0.1, 0.7, 13, 200, power=2, frequency=7),
+    schedules.PolynomialDecay(0.5, 0.5, 5, 6, power=1, frequency=100),
+    schedules.PolynomialDecay(0.0, 0.98, 0, 97, power=0.5, frequency=1),
+    schedules.ConstantSparsity(0.8, 20),
+    schedules.ConstantSparsity(0.8, 3, 150, frequency=11),
+    schedules.ConstantSparsity(0.0, 0, -1, frequency=1),
+]
+USERS = [
+    Halving(5, 47),
+    Halving(0, -1),
+    Squared(0.1, 0.9, 10, 105, frequency=10),
+    OwnFromConfig(3, 33),
+]
+
+
+def name(inner):
+    return repr(schedules.Schedule(inner))
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_import_leaves_the_environment_alone():
+    code = (
+        "import os; before = dict(os.environ); import sos.schedules;"
+        "assert dict(os.environ) == before, os.environ;"
+        "assert 'TF_USE_LEGACY_KERAS' not in os.environ;"
+        "import tensorflow as tf, keras;"
+        "assert tf.keras.__version__ == keras.__version__;"
+        "assert tf.keras.layers.Dense is keras.layers.Dense;"
+        "from tensorflow_model_optimization.python.core.keras import compat;"
+        "assert 'TF_USE_LEGACY_KERAS' not in os.environ"
+    )
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_import_keeps_the_users_choice():
+    code = (
+        "import os, sos.schedules;"
+        "assert os.environ['TF_USE_LEGACY_KERAS'] == '0'"
+    )
+    result = run_python(code, TF_USE_LEGACY_KERAS="0")
+    assert result.returncode == 0, result.stderr
+
+
+def test_classes_are_tfmots_own():
+    assert schedules.PolynomialDecay is tfmot.sparsity.keras.PolynomialDecay
+    assert schedules.ConstantSparsity is tfmot.sparsity.keras.ConstantSparsity
+    assert schedules.PruningSchedule is tfmot.sparsity.keras.PruningSchedule
+
+
+@pytest.mark.parametrize("inner", SCHEDULES + USERS, ids=name)
+def test_due_and_sparsity_equal_tfmots(inner):
+    schedule = schedules.Schedule(inner)
+    for step in [*range(210), 1000, 12345]:
+        due, sparsity = inner(tf.constant(step, tf.int64))
+        assert schedule.sparsity(step) == pytest.approx(
+            float(sparsity), abs=2e-7
+        )
+        assert schedule.due(step) == bool(due) or step == inner.end_step
+    if schedule.end_step is not None:
+        assert schedule.due(schedule.end_step)
+
+
+@pytest.mark.parametrize("inner", SCHEDULES + USERS, ids=name)
+def test_due_steps_are_the_steps_that_are_due(inner):
+    schedule = schedules.Schedule(inner)
+    due = [step for step in range(220) if schedule.due(step)]
+    for after, until in [(-1, 219), (0, 100), (4, 5), (96, 97), (99, 150)]:
+        expected = [step for step in due if after < step <= until]
+        assert schedule.due_steps(after, until) == expected
+    assert schedule.due_steps(50, 50) == []
+    assert schedule.due_steps(60, 50) == []
+
+
+@pytest.mark.parametrize(
+    ("begin", "achieved"),
+    [
+        (0, 0.899993),
+        (100_000, 0.899986),
+        (200_000, 0.899967),
+        (300_000, 0.899889),
+        (400_000, 0.899101),
+    ],
+)
+def test_the_last_update_is_not_lost(begin, achieved):
+    end = 500_000
+    schedule = schedules.Schedule(
+        schedules.PolynomialDecay(0.0, 0.9, begin, end, frequency=10_000)
+    )
+    # What the authors' runs reached, which never saw the final step.
+    lost = schedule.sparsity(end - 10_000)
+    fraction = 10_000 / (end - begin)
+    assert lost == pytest.approx(0.9 * (1 - fraction**3), abs=1e-12)
+    assert lost == pytest.approx(achieved, abs=2e-6)
+    # What is reached here.
+    assert schedule.due_steps(end - 10_000, end) == [end]
+    assert schedule.sparsity(end) == 0.9
+    assert schedule.sparsity(end + 1) == 0.9
+
+
+def test_the_last_update_takes_place_off_the_grid():
+    schedule = schedules.Schedule(
+        schedules.PolynomialDecay(0.0, 0.9, 0, 105, frequency=10)
+    )
+    assert schedule.due(105)
+    assert schedule.due_steps(90, 200) == [100, 105]
+    assert not bool(schedule.inner(tf.constant(105))[0])
+
+
+def test_a_schedule_of_length_zero():
+    inner = schedules.PolynomialDecay(0.0, 0.9, 10, 10)
+    schedule = schedules.Schedule(inner)
+    assert schedule.due_steps(0, 500) == [10]
+    assert schedule.sparsity(10) == 0.9
+    assert schedule.sparsity(9) == 0.0
+
+
+def test_a_users_sparsity_is_the_shortest_decimal():
+    schedule = schedules.Schedule(Halving(0, 100))
+    assert schedule.sparsity(0) == 0.45
+    assert schedule.sparsity(50) == 0.9
+
+    @tf.function
+    def traced():
+        assert schedule.due(50)  # evaluated eagerly even here
+        return tf.constant(schedule.sparsity(50))
+
+    assert float(traced()) == np.float32(0.9)
+
+
+def test_a_users_sparsity_is_checked():
+    class Wrong(Halving):
+        def __call__(self, step):
+            return True, 90.0
+
+    with pytest.raises(ValueError, match="sparsity=90.0 at step=7"):
+        schedules.Schedule(Wrong(0, 10)).sparsity(7)
+
+
+def test_properties():
+    schedule = schedules.Schedule(SCHEDULES[1])
+    assert (schedule.begin_step, schedule.end_step) == (13, 200)
+    assert (schedule.frequency, schedule.target_sparsity) == (7, 0.7)
+    endless = schedules.Schedule(schedules.ConstantSparsity(0.8, 20))
+    assert (endless.end_step, endless.target_sparsity) == (None, 0.8)
+    assert schedules.Schedule(Halving(0, 50)).target_sparsity == 0.9
+    assert schedules.Schedule(Halving(0, -1)).target_sparsity is None
+
+    class Bare(schedules.PruningSchedule):
+        def __call__(self, step):
+            return step > 2, 0.5
+
+        def get_config(self):
+            return {}
+
+    bare = schedules.Schedule(Bare())
+    assert (bare.begin_step, bare.end_step, bare.frequency) == (0, None, None)
+    assert bare.due_steps(0, 5) == [3, 4, 5]
+    bare.check_block(1000)
+
+
+def test_check_block():
+    schedule = schedules.Schedule(schedules.ConstantSparsity(0.5, 0))
+    schedule.check_block(1)
+    schedule.check_block(100)
+    with pytest.raises(ValueError, match="steps=101, frequency=100"):
+        schedule.check_block(101)
+
+
+def test_with_sparsity():
+    decay = schedules.Schedule(SCHEDULES[1])
+    other = decay.with_sparsity(0.3)
+    assert other.inner.get_config()["config"] == {
+        **decay.inner.get_config()["config"],
+        "final_sparsity": 0.3,
+    }
+    assert decay.target_sparsity == 0.7
+    constant = schedules.Schedule(schedules.ConstantSparsity(0.5, 3, 9, 2))
+    assert constant.with_sparsity(0.6) == schedules.Schedule(
+        schedules.ConstantSparsity(0.6, 3, 9, 2)
+    )
+    for wrong in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="Received: sparsity="):
+            decay.with_sparsity(wrong)
+    with pytest.raises(TypeError, match="schedule of its own"):
+        schedules.Schedule(Halving(0, 10)).with_sparsity(0.5)
+
+
+@pytest.mark.parametrize("inner", SCHEDULES + USERS, ids=name)
+def test_schedules_survive_serialisation(inner):
+    schedule = schedules.Schedule(inner)
+    config = json.loads(json.dumps(schedule.get_config()))
+    copies = [schedules.Schedule.from_config(config)]
+    data = keras.saving.serialize_keras_object(schedule)
+    data = json.loads(json.dumps(data))
+    copies.append(keras.saving.deserialize_keras_object(data))
+    for copy in copies:
+        assert copy == schedule
+        assert hash(copy) == hash(schedule)
+        assert type(copy.inner) is type(inner)
+        assert copy.get_config() == schedule.get_config()
+        assert [copy.sparsity(t) for t in range(0, 60, 7)] == [
+            schedule.sparsity(t) for t in range(0, 60, 7)
+        ]
+
+
+def test_numpy_arguments_are_saved_as_plain_numbers():
+    inner = schedules.PolynomialDecay(
+        0.0, np.float64(0.5), np.int32(1), np.int64(9)
+    )
+    schedule = schedules.Schedule(inner)
+    config = json.loads(json.dumps(schedule.get_config()))
+    assert schedules.Schedule.from_config(config) == schedule
+
+
+def test_unregistered_schedules_train_but_are_not_saved():
+    schedule = schedules.Schedule(Unregistered(0, 10))
+    assert schedule.due(10)
+    assert schedule == schedules.Schedule(Unregistered(0, 10))
+    with pytest.raises(ValueError, match="register_keras_serializable"):
+        schedule.get_config()
+    with keras.saving.custom_object_scope({"Unregistered": Unregistered}):
+        config = schedule.get_config()
+        assert schedules.Schedule.from_config(config) == schedule
+    with pytest.raises(ValueError, match="named 'Unregistered'"):
+        schedules.Schedule.from_config(config)
+
+
+def test_schedules_are_equal_by_class_and_config():
+    first = schedules.Schedule(schedules.ConstantSparsity(0.5, 10))
+    assert first == schedules.Schedule(schedules.ConstantSparsity(0.5, 10))
+    assert first != schedules.Schedule(schedules.ConstantSparsity(0.5, 11))
+    assert first != schedules.Schedule(Halving(10, -1))
+    assert schedules.Schedule(Halving(3, 33)) != schedules.Schedule(
+        OwnFromConfig(3, 33)
+    )
+    assert first != "schedule"
+    assert "ConstantSparsity(target_sparsity=0.5" in repr(first)
+
+
+def test_as_schedule():
+    inner = schedules.ConstantSparsity(0.5, 10)
+    schedule = schedules.as_schedule(inner)
+    assert schedule.inner is inner
+    assert schedules.as_schedule(schedule) is schedule
+    for wrong in (0.9, None, "constant", schedules.ConstantSparsity):
+        with pytest.raises(TypeError, match="PolynomialDecay.*Received"):
+            schedules.as_schedule(wrong)
+    with pytest.raises(TypeError, match="Received: inner=0.9"):
+        schedules.Schedule(0.9)
+
+
+RAMPS = [
+    schedules.ConstantRamp(),
+    schedules.LinearRamp(0, 10),
+    schedules.LinearRamp(5, 300),
+    schedules.CubicRamp(0, 1),
+    schedules.CubicRamp(5, 300),
+    schedules.CubicRamp(0, 10, moving_average=True),
+    schedules.CubicRamp(5, 300, moving_average=True),
+    schedules.CubicRamp(0, 1, moving_average=True),
+]
+
+
+def ramp_oracle(ramp, last):
+    """The formulas of the paper's code in float64, at steps 0 to last."""
+    values, average = [], 0.0
+    for t in range(last + 1):
+        if isinstance(ramp, schedules.ConstantRamp):
+            value = 1.0
+        else:
+            length = ramp.end_step - ramp.begin_step
+            value = min(max(0, t - ramp.begin_step) / length, 1)
+        if isinstance(ramp, schedules.CubicRamp):
+            q = max(t - ramp.begin_step, 0) / length
+            value = min(1 - (1 - q) ** 3, 1)
+            if ramp.moving_average:
+                average = 0.1 * value + 0.9 * average
+                value = average
+        values.append(value)
+    return values
+
+
+@pytest.mark.parametrize("jit_compile", [None, False, True])
+@pytest.mark.parametrize("ramp", RAMPS, ids=repr)
+def test_ramps_follow_their_formulas(ramp, jit_compile):
+    function = ramp
+    if jit_compile is not None:
+        function = tf.function(ramp.__call__, jit_compile=jit_compile)
+    expected = ramp_oracle(ramp, 600)
+    for step in [*range(25), *range(25, 600, 23), 299, 300, 301]:
+        value = function(tf.constant(step))
+        assert value.dtype == tf.float32
+        assert value.shape == ()
+        assert float(value) == pytest.approx(expected[step], abs=3e-7)
+        assert 0.0 <= float(value) <= 1.0
+
+
+@pytest.mark.parametrize("ramp", RAMPS, ids=repr)
+def test_ramps_end_at_one(ramp):
+    for step in (10**6, 2**31 - 1, 2**40):
+        value = float(ramp(tf.constant(step, tf.int64)))
+        assert value == pytest.approx(1.0, abs=2e-7)
+        if not getattr(ramp, "moving_average", False):
+            assert value == 1.0
+
+
+def test_late_and_long_ramps_keep_their_precision():
+    ramp = schedules.LinearRamp(2**30, 2**30 + 100)
+    assert float(ramp(2**30 + 1)) == np.float32(0.01)
+    cubic = schedules.CubicRamp(0, 10**6)
+    assert float(cubic(1)) == pytest.approx(3e-6, rel=1e-5)
+
+
+def test_ramps_take_keras_variables_and_refuse_fractions():
+    optimizer = keras.optimizers.SGD()
+    ramp = schedules.LinearRamp(0, 4)
+    assert float(ramp(optimizer.iterations)) == 0.0
+    optimizer.iterations.assign(3)
+    assert float(ramp(optimizer.iterations)) == 0.75
+    with pytest.raises(TypeError, match="float32"):
+        ramp(1.5)
+
+
+@pytest.mark.parametrize("cls", [schedules.LinearRamp, schedules.CubicRamp])
+@pytest.mark.parametrize("steps", [(-1, 5), (5, 5), (5, 4)])
+def test_ramps_validate_their_steps(cls, steps):
+    with pytest.raises(ValueError, match=f"begin_step={steps[0]}, end_step"):
+        cls(*steps)
+
+
+@pytest.mark.parametrize("ramp", RAMPS, ids=repr)
+def test_ramps_survive_serialisation(ramp):
+    assert type(ramp).from_config(ramp.get_config()) == ramp
+    config = json.loads(json.dumps(keras.saving.serialize_keras_object(ramp)))
+    copy = keras.saving.deserialize_keras_object(config)
+    assert copy == ramp
+    assert hash(copy) == hash(ramp)
+
+
+def test_ramps_are_equal_by_class_and_config():
+    assert len(set(RAMPS)) == len(RAMPS)
+    assert schedules.LinearRamp(0, 5) != schedules.CubicRamp(0, 5)
+
+
+def test_as_ramp():
+    ramp = schedules.LinearRamp(0, 5)
+    assert schedules.as_ramp(ramp) is ramp
+    assert schedules.as_ramp(None) == schedules.ConstantRamp()
+    with pytest.raises(TypeError, match="LinearRamp.*Received: ramp=0.5"):
+        schedules.as_ramp(0.5)
+    with pytest.raises(NotImplementedError, match="must override"):
+        schedules.Ramp()(0)
+
+
+@pytest.mark.parametrize("shape", [(8, 16), (7, 13), (50, 61)])
+def test_masks_equal_tfmots_over_a_whole_schedule(shape):
+    inner = schedules.PolynomialDecay(0.0, 0.95, 4, 100, frequency=4)
+    layer = tfmot.sparsity.keras.prune_low_magnitude(
+        tf_keras.layers.Dense(shape[1]), pruning_schedule=inner
+    )
+    layer.build((None, shape[0]))
+    size = shape[0] * shape[1]
+    weights = np.random.default_rng(3).permutation(size) + 1.0
+    weights = weights * np.where(np.arange(size) % 3, 1.0, -1.0) / size
+    weights = weights.reshape(shape).astype(np.float32)
+    kernel, mask, _ = layer.pruning_vars[0]
+    schedule = schedules.Schedule(inner)
+    compared = 0
+    steps = schedule.due_steps(0, 100)
+    for step in steps:
+        kernel.assign(weights)
+        layer.pruning_step.assign(step)
+        layer.pruning_obj.conditional_mask_update()
+        k = masks.keep_count(size, schedule.sparsity(step))
+        sparsity = inner(tf.constant(step))[1]
+        # tfmot rounds in float32, and keeps one weight at least.
+        float32_k = max(
+            int(tf.round(tf.constant(size, tf.float32) * (1 - sparsity))), 1
+        )
+        if k != float32_k:
+            continue
+        compared += 1
+        np.testing.assert_array_equal(
+            mask.numpy(), masks.top_k_mask_host(np.abs(weights), k)
+        )
+    assert compared >= 0.9 * len(steps)
+    assert len(steps) == 25
