@@ -35,7 +35,7 @@ import tensorflow as tf
 
 # isort: split
 # Before tfmot, which would change the environment.
-from sos import masks, schedules
+from sos import masks, rankings, schedules
 
 # isort: split
 from tensorflow_model_optimization.python.core.sparsity.keras import (
@@ -62,7 +62,7 @@ def make_contestants(
     weights = [tf.Variable(kernel) for kernel in kernels]
     counts = [masks.keep_count(kernel.size, sparsity) for kernel in kernels]
     our_masks = [tf.Variable(tf.ones(w.shape, tf.uint8)) for w in weights]
-    ranking = masks.PerTensorRanking()
+    ranking = rankings.PerTensorRanking()
 
     def assign(new_masks: list[masks.Mask]) -> None:
         for variable, mask in zip(our_masks, new_masks, strict=True):

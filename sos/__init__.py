@@ -2,18 +2,15 @@
 
 from sos.callbacks import SparsityCallback
 from sos.driver import Driver, set_all
-from sos.masks import PerTensorRanking, Ranking
 from sos.noise import call_label
+from sos.ramps import ConstantRamp, CubicRamp, LinearRamp, Ramp
+from sos.rankings import PerTensorRanking, Ranking
 from sos.registry import register, techniques
 from sos.report import SparsityReport, sparsity_report
 from sos.schedules import (
-    ConstantRamp,
     ConstantSparsity,
-    CubicRamp,
-    LinearRamp,
     PolynomialDecay,
     PruningSchedule,
-    Ramp,
     Schedule,
 )
 from sos.surgery import sparsify, strip

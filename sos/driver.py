@@ -55,8 +55,7 @@ class Driver:
         if not wrappers:
             raise ValueError(
                 f"The model {model.name!r} holds no sparse layer to drive. Use "
-                "`sos.sparsify` or wrap its layers. (Layers are found when they "
-                "are attributes of layers, or layers of the model.)"
+                "`sos.sparsify`, or wrap its layers."
             )
         unbuilt = [wrapper.name for wrapper in wrappers if not wrapper.built]
         if unbuilt:
@@ -208,4 +207,3 @@ def set_all(model: keras.layers.Layer, **values: Any) -> None:
             )
         for wrapper in owners:
             setattr(wrapper, name, value)
-

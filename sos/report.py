@@ -186,7 +186,9 @@ def sparsity_report(model: keras.layers.Layer) -> SparsityReport:
     for variable in model.weights:
         if id(variable) in state:
             continue
-        wrapper, weight, value = sparse.get(id(variable), (None, None, variable))
+        wrapper, weight, value = sparse.get(
+            id(variable), (None, None, variable)
+        )
         note = notes.get(variable) if notes is not None else None
         if note is None and wrapper is None:
             note = _reason(variable, id(variable) in trainable)
@@ -261,4 +263,3 @@ def _cells(row: dict[str, Any]) -> list[str]:
         "" if macs is None else f"{row['sparse_multiply_adds']:,}",
         row["note"],
     ]
-

@@ -197,8 +197,8 @@ def strip(model: keras.Model) -> keras.Model:
         inner = core(layer)
         if find_wrappers(inner):
             raise ValueError(
-                f"The layer {inner.name!r} of class {type(inner).__name__} holds "
-                "sparse layers that only its own code could replace. Build the "
+                f"The layer {inner.name!r} of class {type(inner).__name__} "
+                "holds sparse layers that only its own code could replace. Build the "
                 "layer without them, then assign to its weights the values of "
                 "`wrapper.evaluation_weights()`."
             )
@@ -288,14 +288,16 @@ def _plan(
             job = jobs.setdefault(id(choice), _Job(*choice))
             job.paths[index] = variable.path
             if layer is model or not _is_keras_layer(layer):
-                notes.add(variable, f"{type(layer).__name__} wrapped as a whole")
+                notes.add(
+                    variable, f"{type(layer).__name__} wrapped as a whole"
+                )
         if jobs:
             plan[id(layer)] = list(jobs.values())
     for pattern, paths in used.items():
         if not paths:
             raise ValueError(
-                f"The rule {pattern!r} matches none of the trainable weights of "
-                f"rank 2 or more, which are: {eligible}"
+                f"The rule {pattern!r} matches none of the trainable weights "
+                f"of rank 2 or more, which are: {eligible}"
             )
     if not plan:
         raise ValueError(

@@ -327,9 +327,7 @@ class SparseWrapper(keras.layers.Wrapper):
     def evaluation_weights(self) -> dict[SparseWeight, tf.Tensor]:
         """The effective weights in evaluation, in the dtypes of the weights."""
         return {
-            weight: tf.cast(
-                self.evaluation_weight(weight), weight.value.dtype
-            )
+            weight: tf.cast(self.evaluation_weight(weight), weight.value.dtype)
             for weight in self.sparse_weights
         }
 
@@ -442,7 +440,9 @@ class SparseWrapper(keras.layers.Wrapper):
             index: v
             for index, v in enumerate(core(self.layer).weights)
             if id(v) in trainable - taken
-            and tf.as_dtype(keras.backend.standardize_dtype(v.dtype)).is_floating
+            and tf.as_dtype(
+                keras.backend.standardize_dtype(v.dtype)
+            ).is_floating
         }
         if self.include is None:
             chosen = {i for i, v in available.items() if len(v.shape) >= 2}
@@ -450,7 +450,9 @@ class SparseWrapper(keras.layers.Wrapper):
             chosen = set()
             for pattern in self.include:
                 found = {
-                    i for i, v in available.items() if re.search(pattern, v.path)
+                    i
+                    for i, v in available.items()
+                    if re.search(pattern, v.path)
                 }
                 if not found:
                     self._fail_to_choose(f"matches {pattern!r}", available)
@@ -481,11 +483,13 @@ class SparseWrapper(keras.layers.Wrapper):
 def argument_names(technique: type) -> list[str]:
     """The names of the arguments of a technique, its bases' included."""
     names: dict[str, None] = {}
-    for cls in technique.__mro__[:technique.__mro__.index(SparseWrapper) + 1]:
+    for cls in technique.__mro__[: technique.__mro__.index(SparseWrapper) + 1]:
         if "__init__" in vars(cls):
             parameters = inspect.signature(cls.__init__).parameters.values()
             names.update(
-                dict.fromkeys(p.name for p in parameters if p.kind == p.KEYWORD_ONLY)
+                dict.fromkeys(
+                    p.name for p in parameters if p.kind == p.KEYWORD_ONLY
+                )
             )
     return sorted(names)
 
@@ -555,8 +559,10 @@ def _check_patterns(include: Any) -> list[str] | None:
 
 
 def _symbolic(value: Any) -> Any:
-    if isinstance(value, keras.KerasTensor) or tf.is_tensor(value) or (
-        hasattr(value, "__array__") and hasattr(value, "shape")
+    if (
+        isinstance(value, keras.KerasTensor)
+        or tf.is_tensor(value)
+        or (hasattr(value, "__array__") and hasattr(value, "shape"))
     ):
         return keras.KerasTensor(
             tuple(value.shape),

@@ -129,7 +129,9 @@ class L0Regularization(PenalizedWrapper):
         theta, log_alpha = linear.look_up(
             inputs, weight.value, weight.state["log_alpha"].value
         )
-        gate = sample_gate(log_alpha, self.noise_key(weight, "occurrence", per_call=True))
+        gate = sample_gate(
+            log_alpha, self.noise_key(weight, "occurrence", per_call=True)
+        )
         return tf.cast(theta * gate, self.layer.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:

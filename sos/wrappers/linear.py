@@ -89,9 +89,7 @@ def look_up(indices: Any, *tables: tf.Tensor) -> list[tf.Tensor]:
         For each table a float32 tensor of shape [*indices.shape, units].
     """
     indices = keras.ops.cast(indices, "int32")
-    return [
-        tf.cast(tf.gather(table, indices), tf.float32) for table in tables
-    ]
+    return [tf.cast(tf.gather(table, indices), tf.float32) for table in tables]
 
 
 def _core(layer: keras.layers.Layer) -> keras.layers.Layer:
@@ -106,9 +104,7 @@ def _calls_like(layer: keras.layers.Layer, classes: tuple) -> bool:
     )
 
 
-def _has_one_table(
-    wrapper: SparseWrapper, layer: keras.layers.Layer
-) -> bool:
+def _has_one_table(wrapper: SparseWrapper, layer: keras.layers.Layer) -> bool:
     kernels = [v for v in layer.weights if len(v.shape) >= 2]
     chosen = [weight.variable for weight in wrapper.sparse_weights]
     return len(chosen) == len(kernels) == 1 and chosen[0] is kernels[0]

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from sos.masks import PerTensorRanking, Ranking
+from sos.rankings import PerTensorRanking, Ranking
 from sos.schedules import PruningSchedule, Schedule, as_schedule
 from sos.wrappers.base import SparseWeight, SparseWrapper
 
@@ -50,9 +50,10 @@ class MaskedWrapper(SparseWrapper):
             )
         arrays = [keras.ops.convert_to_numpy(mask) for mask in masks]
         for weight, array in zip(weights, arrays, strict=True):
-            if array.shape != tuple(weight.variable.shape) or not (
-                (array == 0) | (array == 1)
-            ).all():
+            if (
+                array.shape != tuple(weight.variable.shape)
+                or not ((array == 0) | (array == 1)).all()
+            ):
                 raise ValueError(
                     f"The mask of {weight.path} must hold zeros and ones and "
                     f"have shape {tuple(weight.variable.shape)}. Received: an "
@@ -132,7 +133,9 @@ class PruningWrapper(MaskedWrapper):
             Scores of the weight's shape, of any floating dtype and sign. The
             elements with the highest scores are kept.
         """
-        raise NotImplementedError(f"{type(self).__name__} must override `scores`.")
+        raise NotImplementedError(
+            f"{type(self).__name__} must override `scores`."
+        )
 
     def build_weight(self, weight: SparseWeight) -> None:
         """Adds the mask, and the gradient where the technique uses it."""

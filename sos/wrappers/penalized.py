@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from sos.schedules import Ramp, as_ramp
+from sos.ramps import Ramp, as_ramp
 from sos.wrappers.base import SparseWeight, SparseWrapper
 from sos.wrappers.settings import Setting
 

@@ -1,5 +1,6 @@
 """Sparse variational dropout."""
 
+import math
 from typing import Any
 
 import keras
@@ -124,7 +125,7 @@ class VariationalDropout(PenalizedWrapper):
     def training_weight(self, weight: SparseWeight) -> tf.Tensor:
         """A sample of the weight, the same for every call in one step."""
         theta, log_sigma2 = self._parameters(weight)
-        sigma = tf.sqrt(tf.exp(self._clip(theta, log_sigma2)) + EPSILON)
+        sigma = tf.sqrt(self._variance(theta, log_sigma2) + EPSILON)
         key = self.noise_key(weight, "weight")
         return theta + sigma * tf.random.stateless_normal(theta.shape, key)
 
@@ -136,7 +137,10 @@ class VariationalDropout(PenalizedWrapper):
 
     def penalty(self, weight: SparseWeight) -> tf.Tensor:
         """The sum of the KL divergences, with log alpha clipped."""
-        log_alpha = self._clip_alpha(log_alpha_of(*self._parameters(weight)))
+        log_alpha = log_alpha_of(*self._parameters(weight))
+        limit = self.clip_log_alpha
+        if limit is not None:
+            log_alpha = tf.clip_by_value(log_alpha, -limit, limit)
         return tf.reduce_sum(kl_divergence(log_alpha))
 
     def training_call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -159,24 +163,26 @@ class VariationalDropout(PenalizedWrapper):
         theta = tf.cast(weight.value, tf.float32)
         return theta, weight.state["log_sigma2"].value
 
-    def _clip_alpha(self, log_alpha: tf.Tensor) -> tf.Tensor:
+    def _variance(self, theta: tf.Tensor, log_sigma2: tf.Tensor) -> tf.Tensor:
+        """Sigma^2 such that log alpha is within its limits.
+
+        Outside of them it is theta^2 times a constant, so that log sigma^2 gets
+        no gradient and theta does.
+        """
+        variance = tf.exp(log_sigma2)
         limit = self.clip_log_alpha
         if limit is None:
-            return log_alpha
-        return tf.clip_by_value(log_alpha, -limit, limit)
-
-    def _clip(self, theta: tf.Tensor, log_sigma2: tf.Tensor) -> tf.Tensor:
-        """Log sigma^2 such that log alpha is within its limits."""
-        if self.clip_log_alpha is None:
-            return log_sigma2
-        return log_sigma2_of(
-            theta, self._clip_alpha(log_alpha_of(theta, log_sigma2))
-        )
+            return variance
+        # Clipping the variance itself saves the logarithms of clipping log
+        # alpha, and an overflow.
+        square = tf.square(theta) + EPSILON
+        least, most = math.exp(-limit) * square, math.exp(limit) * square
+        return tf.minimum(tf.maximum(variance, least), most)
 
     def _sample_rows(self, indices: Any) -> tf.Tensor:
         (weight,) = self.sparse_weights
         theta, log_sigma2 = linear.look_up(indices, *self._parameters(weight))
-        variance = tf.exp(self._clip(theta, log_sigma2))
+        variance = self._variance(theta, log_sigma2)
         outputs = self._sample(weight, theta, variance)
         return tf.cast(outputs, self.layer.compute_dtype)
 
@@ -188,7 +194,7 @@ class VariationalDropout(PenalizedWrapper):
         """
         (weight,) = self.sparse_weights
         theta, log_sigma2 = self._parameters(weight)
-        variance = tf.exp(self._clip(theta, log_sigma2))
+        variance = self._variance(theta, log_sigma2)
         inputs = tf.cast(inputs, self.layer.compute_dtype)
         scale = 1.0
         if self.layer.compute_dtype == "float16":
