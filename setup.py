@@ -14,7 +14,7 @@ INSTALL_REQUIRES = [
     # newest for CPUs and GPUs; both are supported.
     "tensorflow>=2.20,<2.22",
     # What TensorFlow 2.20 itself asks for; developed and tested on 3.15.
-    "keras>=3.10,<4",
+    "keras>=3.15,<4",
     # Pruning schedules. No release understands Keras 3 models, so only the
     # schedules are used.
     "tensorflow-model-optimization>=0.8,<0.9",

@@ -5,8 +5,8 @@
 The contestants take turns within one run, so that whatever else the machine
 does hits them all, and medians are compared:
 
-- this package, on the host: |w| of every variable, the masks, assigned to
-  uint8 variables;
+- this package, as a training run on this machine does it: the update that
+  `sos.Driver` makes of a model under `sos.MagnitudePruning`;
 - this package, by the compiled code for accelerators, here run on the CPU;
 - tensorflow-model-optimization: the mask update of its `prune_low_magnitude`,
   as one `tf.function`, with masks and thresholds assigned;
@@ -16,10 +16,7 @@ It takes less than a minute on two cores, most of it spent in tfmot.
 """
 
 import argparse
-import importlib.metadata
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -29,48 +26,51 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import numpy as np
-import rich.console
-import rich.table
 import tensorflow as tf
+
+from benchmarks.common import print_report
 
 # isort: split
 # Before tfmot, which would change the environment.
-from sos import masks, rankings, schedules
+import sos
+from sos import masks, schedules
+from sos.wrappers.base import find_wrappers
+from sos.wrappers.masked import update_masks
 
 # isort: split
 from tensorflow_model_optimization.python.core.sparsity.keras import (
     pruning_impl,
 )
 
-OURS_HOST = "sos, host"
+OURS_HOST = "sos"
 OURS_DEVICE = "sos, device code on the CPU"
 TFMOT = "tfmot"
 PARTITION = "bare numpy.partition"
 
 
-def resnet50_kernels() -> list[np.ndarray]:
-    """Returns the 54 kernels of a freshly initialised ResNet-50."""
-    model = keras.applications.ResNet50(weights=None)
-    weights = [w.numpy() for w in model.trainable_weights]
-    return [w for w in weights if w.ndim >= 2]
+def sparse_resnet50(sparsity: float) -> list[sos.PruningWrapper]:
+    """Returns the sparse layers of a freshly initialised ResNet-50."""
+    model = sos.sparsify(
+        keras.applications.ResNet50(weights=None),
+        sos.MagnitudePruning,
+        schedule=sos.ConstantSparsity(sparsity, 0),
+        copy=False,
+    )
+    return find_wrappers(model)
 
 
 def make_contestants(
-    kernels: list[np.ndarray], sparsity: float
+    wrappers: list[sos.PruningWrapper], sparsity: float
 ) -> dict[str, Callable[[], None]]:
     """Returns functions that each do one update of all masks."""
+    sparse = [w for wrapper in wrappers for w in wrapper.sparse_weights]
+    our_masks = [weight.state["mask"] for weight in sparse]
+    kernels = [weight.value.numpy() for weight in sparse]
     weights = [tf.Variable(kernel) for kernel in kernels]
     counts = [masks.keep_count(kernel.size, sparsity) for kernel in kernels]
-    our_masks = [tf.Variable(tf.ones(w.shape, tf.uint8)) for w in weights]
-    ranking = rankings.PerTensorRanking()
-
-    def assign(new_masks: list[masks.Mask]) -> None:
-        for variable, mask in zip(our_masks, new_masks, strict=True):
-            variable.assign(mask)
 
     def host() -> None:
-        scores = [np.abs(weight.numpy()) for weight in weights]
-        assign(ranking.masks(scores, [sparsity] * len(scores)))
+        update_masks(dict.fromkeys(wrappers, sparsity))
 
     def device() -> None:
         scores = [tf.abs(weight) for weight in weights]
@@ -78,7 +78,8 @@ def make_contestants(
             scores, tf.constant(counts, tf.int32)
         )
         assert not nans.numpy().any()
-        assign(new_masks)
+        for variable, mask in zip(our_masks, new_masks, strict=True):
+            variable.assign(mask)
 
     tfmot_masks = [tf.Variable(tf.ones(w.shape)) for w in weights]
     thresholds = [tf.Variable(0.0) for _ in weights]
@@ -134,30 +135,6 @@ def measure(
     return seconds
 
 
-def cpu_model() -> str:
-    """Returns the processor's name as the system gives it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def machine() -> dict[str, object]:
-    """Returns what the figures depend on."""
-    packages = ("numpy", "tensorflow", "keras", "tensorflow-model-optimization")
-    return {
-        "platform": platform.platform(),
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
-    }
-
-
 def main() -> None:
     """Measures, and prints a table or JSON."""
     parser = argparse.ArgumentParser(
@@ -175,8 +152,9 @@ def main() -> None:
     if flags.repeats < 1:
         parser.error(f"--repeats must be at least 1. Received: {flags.repeats}")
 
-    kernels = resnet50_kernels()
-    contestants = make_contestants(kernels, flags.sparsity)
+    wrappers = sparse_resnet50(flags.sparsity)
+    kernels = [w for wrapper in wrappers for w in wrapper.sparse_weights]
+    contestants = make_contestants(wrappers, flags.sparsity)
     seconds = measure(contestants, flags.repeats)
     medians = {name: statistics.median(s) for name, s in seconds.items()}
     report = {
@@ -186,7 +164,6 @@ def main() -> None:
         "weights": sum(kernel.size for kernel in kernels),
         "sparsity": flags.sparsity,
         "repeats": flags.repeats,
-        "machine": machine(),
         "results": {
             name: {
                 "median_ms": round(1e3 * medians[name], 2),
@@ -199,24 +176,12 @@ def main() -> None:
             for name in medians
         },
     }
-    if flags.json:
-        print(json.dumps(report))
-        return
-
-    table = rich.table.Table(
-        title=f"One mask update of {report['model']}: {report['tensors']} "
-        f"tensors, {report['weights']:,} weights, sparsity {flags.sparsity}, "
-        f"{flags.repeats} repeats",
+    print_report(
+        f"One mask update of ResNet-50: {report['tensors']} tensors, "
+        f"{report['weights']:,} weights, sparsity {flags.sparsity}",
+        report,
+        flags.json,
     )
-    table.add_column("")
-    for title in ("median ms", "min ms", "max ms", "x faster than tfmot"):
-        table.add_column(title, justify="right")
-    for name, row in report["results"].items():
-        table.add_row(name, *(f"{value:,.1f}" for value in row.values()))
-    console = rich.console.Console()
-    console.print(table)
-    for key, value in report["machine"].items():
-        console.print(f"{key}: {value}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ class SparsityCallback(keras.callbacks.Callback):
         self.log_dir = log_dir
         self._driver: Driver | None = None
         self._writer: tf.summary.SummaryWriter | None = None
+        self._batch_pending = False
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Binds the clocks."""
@@ -37,6 +38,7 @@ class SparsityCallback(keras.callbacks.Callback):
             steps_per_block=self.model.steps_per_execution,
         )
         self._driver.start()
+        self._guard_train_function()
         if self.log_dir is not None:
             self._writer = tf.summary.create_file_writer(self.log_dir)
 
@@ -44,6 +46,7 @@ class SparsityCallback(keras.callbacks.Callback):
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
         """Updates the masks that are due."""
+        self._batch_pending = False
         self._driver.step()
 
     def on_epoch_end(
@@ -81,3 +84,31 @@ class SparsityCallback(keras.callbacks.Callback):
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+    def _guard_train_function(self) -> None:
+        """Makes the compiled step refuse to run without this callback.
+
+        `on_train_end` is not called when an error or Ctrl-C ends `fit`. A later
+        `fit` without the callback would use the compiled step again and train
+        on in silence, without mask updates.
+        """
+        model = self.model
+        # A guard that an interrupted `fit` left behind is taken off.
+        train_function = getattr(
+            model.train_function, "unguarded", model.train_function
+        )
+        self._batch_pending = False
+
+        def guarded(iterator: Any) -> Any:
+            if self._batch_pending:
+                raise RuntimeError(
+                    f"The model {model.name!r} was trained with "
+                    "`sos.SparsityCallback` and is now trained without it, so "
+                    "that its masks are not updated. Pass "
+                    "`callbacks=[sos.SparsityCallback()]` to every `fit`."
+                )
+            self._batch_pending = True
+            return train_function(iterator)
+
+        guarded.unguarded = train_function
+        model.train_function = guarded

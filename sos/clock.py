@@ -1,5 +1,8 @@
 """The one clock: the number of optimizer steps, as every technique sees it."""
 
+import weakref
+from typing import Any
+
 import keras
 import tensorflow as tf
 
@@ -18,10 +21,13 @@ class Clock:
 
     def __init__(self) -> None:
         self._optimizer = None
+        self._owner = None
 
     @property
     def bound(self) -> bool:
-        """Whether an optimizer is bound."""
+        """Whether an optimizer is bound, by an owner that still exists."""
+        if self._owner is not None and self._owner() is None:
+            self.unbind()
         return self._optimizer is not None
 
     @property
@@ -34,7 +40,7 @@ class Clock:
         Raises:
             RuntimeError: If no optimizer is bound.
         """
-        if self._optimizer is None:
+        if not self.bound:
             raise RuntimeError(
                 "The clock is not bound to an optimizer. Train inside "
                 "`with sos.Driver(model, optimizer) as driver:` or pass "
@@ -44,14 +50,20 @@ class Clock:
             keras.ops.convert_to_tensor(self._optimizer.iterations), tf.int32
         )
 
-    def bind(self, optimizer: keras.optimizers.Optimizer) -> None:
+    def bind(
+        self, optimizer: keras.optimizers.Optimizer, owner: Any = None
+    ) -> None:
         """Makes `optimizer.iterations` the step.
 
         Args:
             optimizer: A Keras optimizer.
+            owner: Who binds it, held weakly: a clock whose owner was lost in an
+                error counts as not bound.
         """
         self._optimizer = optimizer
+        self._owner = None if owner is None else weakref.ref(owner)
 
     def unbind(self) -> None:
         """Forgets the optimizer."""
         self._optimizer = None
+        self._owner = None

@@ -123,7 +123,7 @@ class Driver:
     def resume(self) -> None:
         """Binds the clocks to the optimizer."""
         for wrapper in self._wrappers:
-            wrapper.clock.bind(self.optimizer)
+            wrapper.clock.bind(self.optimizer, owner=self)
 
     def stop(self) -> None:
         """Unbinds the clocks: training calls raise from now on."""

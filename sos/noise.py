@@ -10,10 +10,15 @@ would give every replica the same stream.
 
 import contextlib
 import hashlib
+import math
 import threading
 from collections.abc import Iterator
 
 import tensorflow as tf
+
+#: The generator of all noise. It is named because the default differs between
+#: devices, and between compiled and other code on one device.
+ALGORITHM = "philox"
 
 _scope = threading.local()
 
@@ -67,8 +72,37 @@ def key(seed: tf.Tensor, name: str, step: tf.Tensor) -> tf.Tensor:
         A key for the `tf.random.stateless_*` functions, int32 of shape [2].
     """
     stream = tf.stack([tf.cast(seed, tf.int32), text_id(name)])
-    fold = tf.random.experimental.stateless_fold_in
-    return fold(fold(stream, step), _replica_id())
+    for number in (step, _replica_id()):
+        stream = tf.random.experimental.stateless_fold_in(
+            stream, number, alg=ALGORITHM
+        )
+    return stream
+
+
+def normal(shape: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
+    """Draws standard normal noise by Box and Muller's transformation.
+
+    On a CPU it takes half the time of `tf.random.stateless_normal`, whose
+    kernel is not vectorised; under variational dropout, which draws a number
+    for every activation, that is most of the cost beyond the second product.
+
+    Args:
+        shape: Shape of the result, int32 of rank 1.
+        key: From `key`.
+
+    Returns:
+        float32 of that shape.
+    """
+    size = tf.reduce_prod(shape)
+    half = [(size + 1) // 2]
+    uniform = tf.random.stateless_uniform
+    radius_key, angle_key = key, tf.bitwise.invert(key)
+    # In (0, 1], so that the logarithm is finite.
+    u = 1.0 - uniform(half, radius_key, alg=ALGORITHM)
+    angle = uniform(half, angle_key, maxval=2 * math.pi, alg=ALGORITHM)
+    radius = tf.sqrt(-2.0 * tf.math.log(u))
+    both = [radius * tf.cos(angle), radius * tf.sin(angle)]
+    return tf.reshape(tf.concat(both, 0)[:size], shape)
 
 
 def _replica_id() -> tf.Tensor:

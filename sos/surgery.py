@@ -198,9 +198,9 @@ def strip(model: keras.Model) -> keras.Model:
         if find_wrappers(inner):
             raise ValueError(
                 f"The layer {inner.name!r} of class {type(inner).__name__} "
-                "holds sparse layers that only its own code could replace. Build the "
-                "layer without them, then assign to its weights the values of "
-                "`wrapper.evaluation_weights()`."
+                "holds sparse layers that only its own code could replace. "
+                "Build the layer without them, then assign to its weights the "
+                "values of `wrapper.evaluation_weights()`."
             )
         new = _clone_layer(inner)
         stripped.append((layer, new))

@@ -1,4 +1,8 @@
-"""What all tests share: a quiet TensorFlow on the CPU, patient Hypothesis."""
+"""What all tests share.
+
+A quiet TensorFlow on a CPU that counts as two devices, for MirroredStrategy;
+patient Hypothesis.
+"""
 
 import os
 
@@ -7,6 +11,13 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 import hypothesis
+import tensorflow as tf
+
+# Devices can be configured only before TensorFlow starts.
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0],
+    [tf.config.LogicalDeviceConfiguration()] * 2,
+)
 
 # The first example pays for traces and compilations, and machines differ.
 hypothesis.settings.register_profile(

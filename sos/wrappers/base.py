@@ -1,8 +1,10 @@
 """The base of all techniques: a layer that runs with effective weights."""
 
+import functools
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from inspect import Parameter
 from typing import Any
 
 import keras
@@ -101,6 +103,8 @@ class SparseWrapper(keras.layers.Wrapper):
                 f"{', '.join(map(repr, sorted(unknown)))}. "
                 f"Its arguments: {argument_names(type(self))}"
             )
+        # Keras reads the signature of `call` when the layer is made.
+        self.call = _call_like(self, layer)
         super().__init__(
             layer,
             name=name or layer.name,
@@ -185,22 +189,28 @@ class SparseWrapper(keras.layers.Wrapper):
             dtype: Its dtype.
             initializer: A Keras initializer.
             trainable: Whether the optimizer trains it.
-            **kwargs: Passed to `add_weight`.
+            **kwargs: Passed to `keras.Variable`, but for `regularizer`.
 
         Returns:
             The variable.
         """
         if not trainable:
             kwargs.setdefault("aggregation", "only_first_replica")
-        variable = self.add_weight(
-            name=name,
+        regularizer = kwargs.pop("regularizer", None)
+        # Not `add_weight`, which knows no `synchronization`.
+        variable = keras.Variable(
+            keras.initializers.get(initializer),
             shape=tuple(shape),
             dtype=dtype,
-            initializer=initializer,
             trainable=trainable,
             autocast=False,
+            name=name,
             **kwargs,
         )
+        variable.regularizer = regularizer
+        # As an attribute, Keras saves it, and TensorFlow's checkpoints have it
+        # under this name.
+        setattr(self, name, variable)
         return variable
 
     def add_weight_state(
@@ -220,8 +230,6 @@ class SparseWrapper(keras.layers.Wrapper):
         full_name = f"{self._short_name(weight)}_{name}"
         variable = self.add_state(full_name, weight.variable.shape, **kwargs)
         weight.state[name] = variable
-        # As an attribute it has this name in TensorFlow checkpoints.
-        setattr(self, full_name, variable)
         return variable
 
     def noise_key(
@@ -251,18 +259,25 @@ class SparseWrapper(keras.layers.Wrapper):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Builds the wrapped layer if need be, then calls this one."""
-        if not self.layer.built:
-            # Keras hands a wrapper's `build` the first shape alone, but
-            # attention needs all of them by name. Calling the layer on symbolic
-            # inputs builds it exactly as Keras would without the wrapper.
-            self.layer(
-                *keras.tree.map_structure(_symbolic, args),
-                **{
-                    name: keras.tree.map_structure(_symbolic, value)
-                    for name, value in kwargs.items()
-                    if name != "training"
-                },
-            )
+        if not args:
+            first = next(iter(inspect.signature(self.call).parameters))
+            if first in kwargs:
+                args = (kwargs.pop(first),)
+        if not self.sparse_weights:
+            if not _fully_built(self.layer):
+                # Keras hands a wrapper's `build` the first shape alone, but
+                # attention needs all of them by name. Calling the layer on
+                # symbolic inputs builds it as Keras would without the wrapper.
+                self.layer(
+                    *keras.tree.map_structure(_symbolic, args),
+                    **{
+                        name: keras.tree.map_structure(_symbolic, value)
+                        for name, value in kwargs.items()
+                        if name != "training"
+                    },
+                )
+            # Not left to Keras, which may hold a loaded layer for built.
+            self.build()
         return super().__call__(*args, **kwargs)
 
     def build(self, input_shape: Any = None) -> None:
@@ -382,6 +397,8 @@ class SparseWrapper(keras.layers.Wrapper):
 
     def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
         """That of the wrapped layer."""
+        if "training" not in inspect.signature(self.layer.call).parameters:
+            kwargs.pop("training", None)
         return self.layer.compute_output_spec(*args, **kwargs)
 
     def compute_output_shape(self, *args: Any, **kwargs: Any) -> Any:
@@ -411,7 +428,7 @@ class SparseWrapper(keras.layers.Wrapper):
         """Builds the wrapped layer as it was built, then this one."""
         if not self.layer.built and config.get("layer"):
             self.layer.build_from_config(config["layer"])
-        if self.layer.built and not self.built:
+        if not self.sparse_weights and _fully_built(self.layer):
             self.build()
 
     # Details.
@@ -471,13 +488,17 @@ class SparseWrapper(keras.layers.Wrapper):
         )
 
     def _short_name(self, weight: SparseWeight) -> str:
-        """The end of the weight's path that tells it from the others."""
-        paths = [w.variable.path.split("/") for w in self.sparse_weights]
-        own = weight.variable.path.split("/")
+        """The end of the weight's path that tells it from the others.
+
+        Without the numbers of names that Keras makes up: they count the layers
+        made before in the process, and checkpoints must not depend on those.
+        """
+        paths = [_without_numbers(w.variable.path) for w in self.sparse_weights]
+        own = _without_numbers(weight.variable.path)
         for length in range(1, len(own) + 1):
-            if sum(p[-length:] == own[-length:] for p in paths) == 1:
-                break
-        return "_".join(own[-length:])
+            if sum(path[-length:] == own[-length:] for path in paths) == 1:
+                return "_".join(own[-length:])
+        return f"{'_'.join(own[-2:])}_{weight.index}"
 
 
 def argument_names(technique: type) -> list[str]:
@@ -556,6 +577,38 @@ def _check_patterns(include: Any) -> list[str] | None:
                 f"several of them ({error}). Received: include={include!r}"
             ) from error
     return patterns
+
+
+def _without_numbers(path: str) -> list[str]:
+    return [re.sub(r"_\d+$", "", part) for part in path.split("/")]
+
+
+def _fully_built(layer: keras.layers.Layer) -> bool:
+    """Whether a layer and all that it holds are built.
+
+    A layer without a `build` method may call itself built before it was called
+    and its sublayers have weights.
+    """
+    return all(inner.built for inner in layer._flatten_layers())
+
+
+def _call_like(
+    wrapper: SparseWrapper, layer: keras.layers.Layer
+) -> Callable[..., Any]:
+    """A wrapper's `call` with the signature of the wrapped layer's.
+
+    By the signature Keras tells tensors from flags among keyword arguments,
+    and fills in masks.
+    """
+    signature = inspect.signature(layer.call)
+    parameters = list(signature.parameters.values())
+    if "training" not in signature.parameters:
+        last = bool(parameters) and parameters[-1].kind == Parameter.VAR_KEYWORD
+        training = Parameter("training", Parameter.KEYWORD_ONLY, default=False)
+        parameters.insert(len(parameters) - last, training)
+    call = functools.partial(type(wrapper).call, wrapper)
+    call.__signature__ = signature.replace(parameters=parameters)
+    return call
 
 
 def _symbolic(value: Any) -> Any:

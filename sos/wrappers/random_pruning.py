@@ -39,11 +39,9 @@ class RandomPruning(PruningWrapper):
 
     def scores(self, weight: SparseWeight) -> tf.Tensor:
         """Uniform in [0, 1), and -1 for what is pruned already."""
-        # The algorithm is named because the default differs between devices,
-        # and the order must survive a move from one to another.
         scores = tf.random.stateless_uniform(
             weight.variable.shape,
             seed=[self.seed, noise.text_id(weight.path)],
-            alg="philox",
+            alg=noise.ALGORITHM,
         )
         return tf.where(weight.state["mask"].value > 0, scores, -1.0)

@@ -96,7 +96,7 @@ class Settings:
         """
         for name, value in self._values.items():
             self._variables[name] = layer.add_state(
-                name,
+                f"{name}_setting",
                 (),
                 dtype=self._settings[name].dtype,
                 initializer=keras.initializers.Constant(value),

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from sos import noise
 from sos.registry import register
 from sos.wrappers import linear
 from sos.wrappers.base import SparseWeight
@@ -127,7 +128,8 @@ class VariationalDropout(PenalizedWrapper):
         theta, log_sigma2 = self._parameters(weight)
         sigma = tf.sqrt(self._variance(theta, log_sigma2) + EPSILON)
         key = self.noise_key(weight, "weight")
-        return theta + sigma * tf.random.stateless_normal(theta.shape, key)
+        sample = noise.normal(tf.shape(theta), key)
+        return theta + sigma * sample
 
     def evaluation_weight(self, weight: SparseWeight) -> tf.Tensor:
         """Theta where log alpha, not clipped, is below the threshold."""
@@ -174,7 +176,7 @@ class VariationalDropout(PenalizedWrapper):
         if limit is None:
             return variance
         # Clipping the variance itself saves the logarithms of clipping log
-        # alpha, and an overflow.
+        # alpha.
         square = tf.square(theta) + EPSILON
         least, most = math.exp(-limit) * square, math.exp(limit) * square
         return tf.minimum(tf.maximum(variance, least), most)
@@ -219,6 +221,9 @@ class VariationalDropout(PenalizedWrapper):
                 collect_losses=False,
                 **kwargs,
             )
+        # No signal, no gradient: that of the root is so steep at zero that it
+        # would be infinite in float16, and times the squares' zeros NaN.
+        spread = tf.where(spread > 0, spread, tf.zeros_like(spread))
         outputs = self._sample(
             weight,
             tf.cast(mean, tf.float32),
@@ -234,8 +239,8 @@ class VariationalDropout(PenalizedWrapper):
         self, weight: SparseWeight, mean: tf.Tensor, variance: tf.Tensor
     ) -> tf.Tensor:
         key = self.noise_key(weight, "output", per_call=True)
-        noise = tf.random.stateless_normal(tf.shape(mean), key)
-        return mean + tf.sqrt(variance + EPSILON) * noise
+        sample = noise.normal(tf.shape(mean), key)
+        return mean + tf.sqrt(variance + EPSILON) * sample
 
     def _regularize_activity(self, outputs: tf.Tensor) -> None:
         """Adds the activity loss that Keras adds in an ordinary call."""

@@ -1,0 +1,1 @@
+"""Networks and programs that use `sos`; they are run from a checkout."""

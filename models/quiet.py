@@ -1,0 +1,33 @@
+"""Keeps TensorFlow's start-up notes away from the terminal."""
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Holds back what native code writes to the standard error.
+
+    TensorFlow writes a dozen lines about CPU features and absent GPUs while it
+    is imported, which no log level turns off. If the scope is left with an
+    error, what was held back is written after all.
+
+    Yields:
+        Nothing.
+    """
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as held_back:
+        os.dup2(held_back.fileno(), 2)
+        try:
+            yield
+        except Exception:
+            held_back.seek(0)
+            os.write(stderr, held_back.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)

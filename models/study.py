@@ -1,0 +1,101 @@
+r"""Trains a network with every technique and compares them.
+
+Example:
+
+    python -m models.study --config=configs/fashion_mnist.py \
+        --workdir=runs/fashion_mnist --config.steps=300
+"""
+
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from absl import app, flags
+
+from models.config_flag import define_config, parse_flags
+from models.quiet import quiet
+
+_CONFIG = define_config()
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Directory for results.csv, tradeoff.png and a file for each finished run. "
+    "What is finished there is not run again.",
+    required=True,
+)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the study that the flags ask for.
+
+    Args:
+        argv: What is left of the command line.
+    """
+    if argv[1:]:
+        _fail(f"There are only flags here. Received: {' '.join(argv[1:])}")
+    try:
+        _study()
+    except KeyboardInterrupt:
+        print(
+            "\nInterrupted. Run the same command again to continue: "
+            "finished runs are kept.",
+            file=sys.stderr,
+        )
+        sys.exit(130)
+
+
+def _study() -> None:
+    # TensorFlow takes seconds to load, and wrong flags are refused before.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    with quiet():
+        import tensorflow as tf
+
+        from models import convnet
+        from sos.datasets import fashion_mnist
+        from sos.experiments import progress, runs, study
+
+        tf.config.list_logical_devices()  # Says what GPUs are not there.
+    # The same command gives the same numbers.
+    tf.config.experimental.enable_op_determinism()
+    # This graph rewriter fails on noise between a bias and its activation, with
+    # an error message and no other effect.
+    tf.config.optimizer.set_experimental_options({"remapping": False})
+
+    data = fashion_mnist.load()
+    shown = progress.Progress()
+    try:
+        results = study.run_study(
+            runs.expand(
+                _CONFIG.value,
+                model="convnet",
+                dataset="fashion_mnist",
+                train_examples=len(data.y_train),
+            ),
+            data=data,
+            build_model=convnet.build,
+            workdir=pathlib.Path(_WORKDIR.value).expanduser(),
+            progress=shown,
+        )
+    except OSError as error:
+        _fail(f"The work directory {_WORKDIR.value} cannot be used: {error}")
+    except (ValueError, FloatingPointError) as error:
+        _fail(str(error))
+    shown.console.print(progress.summary(results))
+    for path in (results.table, results.figure):
+        shown.console.print(f"Wrote {path}", soft_wrap=True)
+    if results.others:
+        shown.console.print(
+            f"{results.others} runs of other settings in {results.workdir} "
+            "were left as they are, and are not in these files.",
+            soft_wrap=True,
+        )
+
+
+def _fail(message: str) -> NoReturn:
+    sys.exit(f"FATAL {message}")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,1 @@
+"""Experiments: runs, their training, tables of results and figures."""

@@ -1,0 +1,214 @@
+"""Shows a study in the terminal: progress, time left, and the summary."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import rich.box
+import rich.progress
+from rich.console import Console
+from rich.table import Table
+
+from sos.experiments.results import Results
+from sos.experiments.runs import Run
+from sos.experiments.training import Outcome
+
+# A step with a penalty takes about two plain ones, until it is measured.
+_PENALIZED_STEP = 2.0
+_PLAIN_STEP_SECONDS = 0.015
+# Where there is no terminal to draw on: seconds between two lines.
+_LINE_INTERVAL = 15.0
+
+
+class Progress:
+    """Live bars in a terminal, plain lines elsewhere.
+
+    The time left is that of the steps still to do, each at the pace measured
+    for its technique, in earlier sessions too.
+
+    Args:
+        console: Where to write; by default the standard output.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+        self._live: rich.progress.Progress | None = None
+        self._results: Results | None = None
+        self._run: Run | None = None
+
+    @contextlib.contextmanager
+    def study(self, results: Results) -> Iterator[None]:
+        """Shows progress within the scope.
+
+        Args:
+            results: The results of the study.
+        """
+        self._results = results
+        self._total = sum(self._cost(run) for run in results.runs)
+        self._line_time = time.monotonic()
+        done, total = len(results.outcomes), len(results.runs)
+        if done:
+            self.console.print(
+                f"{done} of {total} runs were finished before"
+                f"{'.' if done < total else ': nothing to train.'}"
+            )
+        if not self.console.is_terminal or done == total:
+            yield
+            return
+        self._live = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(bar_width=None),
+            rich.progress.TextColumn("{task.fields[note]}", justify="right"),
+            console=self.console,
+            refresh_per_second=4,
+            expand=True,
+        )
+        self._overall = self._live.add_task("", total=None, note="")
+        self._current = self._live.add_task("", total=None, note="")
+        with self._live:
+            yield
+        self._live = None
+
+    def begin(self, run: Run) -> None:
+        """Announces the run that comes next."""
+        self._run = run
+        self._step = 0
+        self._first_step_time = None
+        self._show(None)
+
+    def step(self, step: int, loss: float) -> None:
+        """Tells that a step of the current run is done.
+
+        Args:
+            step: The number of steps done.
+            loss: The loss of the last one.
+        """
+        self._step = step
+        if self._first_step_time is None:
+            # The first step is traced and compiled, and says nothing.
+            self._first_step_time = time.monotonic()
+        self._show(loss)
+
+    def finish(self, run: Run, outcome: Outcome) -> None:
+        """Tells that a run is finished."""
+        self._run = None
+        results = self._results
+        line = (
+            f"{len(results.outcomes):{len(str(len(results.runs)))}d}"
+            f"/{len(results.runs)}  {describe(run):<36}"
+            f"accuracy {outcome.test_accuracy:6.2%}  "
+            f"sparsity {outcome.achieved_sparsity:6.2%}"
+        )
+        if self._live is None:
+            line += f"  {_duration(self.seconds_left())} left"
+        self.console.print(line)
+        self._line_time = time.monotonic()
+
+    def seconds_left(self) -> float:
+        """An estimate of the seconds that the study still takes."""
+        return sum(
+            self._step_seconds(run)
+            * (run.steps - (self._step if run == self._run else 0))
+            for run in self._results.pending
+        )
+
+    def _show(self, loss: float | None) -> None:
+        run, results = self._run, self._results
+        done, total = len(results.outcomes), len(results.runs)
+        left = _duration(self.seconds_left())
+        step = f"step {self._step:,} of {run.steps:,}"
+        if loss is not None:
+            step += f", loss {loss:.3f}"
+        if self._live is not None:
+            cost = sum(self._cost(run) for run in results.outcomes)
+            cost += self._cost(run) * self._step / run.steps
+            self._live.update(
+                self._overall,
+                description=f"[bold]{done} of {total} runs",
+                completed=cost,
+                total=self._total,
+                note=f"{left} left",
+            )
+            self._live.update(
+                self._current,
+                description=describe(run),
+                completed=self._step,
+                total=run.steps,
+                note=step,
+            )
+        elif time.monotonic() - self._line_time > _LINE_INTERVAL:
+            self.console.print(f"{describe(run)}: {step}, {left} left")
+            self._line_time = time.monotonic()
+
+    def _step_seconds(self, run: Run) -> float:
+        """The pace of a run's technique, measured or guessed."""
+        if self._run is not None and run.technique == self._run.technique:
+            if self._step >= 20:
+                elapsed = time.monotonic() - self._first_step_time
+                return elapsed / (self._step - 1)
+        outcomes = self._results.outcomes
+        measured = {
+            other.technique: outcome.seconds / other.steps
+            for other, outcome in outcomes.items()
+        }
+        if run.technique in measured:
+            return measured[run.technique]
+        plain = [
+            outcome.seconds / other.steps / _relative_cost(other)
+            for other, outcome in outcomes.items()
+        ]
+        pace = sum(plain) / len(plain) if plain else _PLAIN_STEP_SECONDS
+        return pace * _relative_cost(run)
+
+    def _cost(self, run: Run) -> float:
+        return run.steps * _relative_cost(run)
+
+
+def describe(run: Run) -> str:
+    """The technique and setting of a run, as text for people."""
+    text = f"{run.technique.replace('_', ' ')} {run.setting}".strip()
+    return f"{text} seed {run.seed}" if run.seed else text
+
+
+def summary(results: Results) -> Table:
+    """The table of all finished runs.
+
+    Args:
+        results: The results of the study.
+
+    Returns:
+        A table for `rich` to print.
+    """
+    table = Table(box=rich.box.SIMPLE_HEAD)
+    table.add_column("technique")
+    table.add_column("setting")
+    for heading in ("sparsity", "of model", "accuracy", "loss", "time"):
+        table.add_column(heading, justify="right")
+    last = None
+    for run, outcome in results.ordered():
+        if last not in (None, run.technique):
+            table.add_section()
+        setting = run.setting
+        if len({other.seed for other in results.runs}) > 1:
+            setting = f"{setting} seed {run.seed}".strip()
+        table.add_row(
+            "" if run.technique == last else run.technique.replace("_", " "),
+            setting,
+            f"{outcome.achieved_sparsity:.2%}",
+            f"{outcome.model_sparsity:.2%}",
+            f"{outcome.test_accuracy:.2%}",
+            f"{outcome.test_loss:.3f}",
+            f"{outcome.seconds:.1f} s",
+        )
+        last = run.technique
+    return table
+
+
+def _relative_cost(run: Run) -> float:
+    return 1.0 if run.penalty is None else _PENALIZED_STEP
+
+
+def _duration(seconds: float) -> str:
+    """Minutes and seconds, as in 3:05."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d}"

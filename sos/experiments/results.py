@@ -1,0 +1,161 @@
+"""The results of a study: a file for each run, and the table made of them."""
+
+import csv
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sos.experiments.runs import Run
+from sos.experiments.training import Outcome
+from sos.files import atomic_write
+
+TABLE = "results.csv"
+FIGURE = "tradeoff.png"
+FOLDER = "runs"
+
+#: The columns of the table: what tells runs apart, what they gave, the rest.
+COLUMNS = tuple(
+    dict.fromkeys(
+        [
+            *("technique", "sparsity", "penalty", "seed"),
+            *(field.name for field in dataclasses.fields(Outcome)),
+            *(field.name for field in dataclasses.fields(Run)),
+            "name",
+        ]
+    )
+)
+
+
+class Results:
+    """The finished runs of a study in a work directory.
+
+    Every run has a file of its own in `runs`, which appears complete or not at
+    all; `results.csv` is made anew from these files after each run. Files of
+    other runs stay as they are and are not in the table, so that several
+    configs may share a work directory.
+
+    Args:
+        workdir: The directory; it is made if need be.
+        runs: The runs of the study, in the order of the table.
+
+    Attributes:
+        outcomes: What the finished runs gave, by run.
+
+    Raises:
+        OSError: If the directory cannot be written to.
+        ValueError: If a run's file is damaged, or the table or figure is not
+            of a study.
+    """
+
+    def __init__(self, workdir: Path, runs: Sequence[Run]) -> None:
+        self.workdir = workdir
+        self.runs = list(runs)
+        self.outcomes: dict[Run, Outcome] = {}
+        self._folder = workdir / FOLDER
+        for path in (self.table, self.figure):
+            if path.exists() and not self._folder.is_dir():
+                raise ValueError(
+                    f"{path} is there, but no results of a study beside it, "
+                    "so that it would be lost. Choose another work directory, "
+                    "or move the file away."
+                )
+        for run in self.runs:
+            if self.path(run).exists():
+                self.outcomes[run] = _read(self.path(run), run)
+        # Writing now shows whether writing will be possible.
+        self._write_table()
+
+    @property
+    def table(self) -> Path:
+        """The table, `results.csv`."""
+        return self.workdir / TABLE
+
+    @property
+    def figure(self) -> Path:
+        """The figure, `tradeoff.png`."""
+        return self.workdir / FIGURE
+
+    @property
+    def pending(self) -> list[Run]:
+        """The runs that are not finished, in order."""
+        return [run for run in self.runs if run not in self.outcomes]
+
+    @property
+    def others(self) -> int:
+        """The number of files of runs that are not of this study."""
+        own = {self.path(run) for run in self.runs}
+        return sum(
+            # Hidden files are temporary ones, of a process that was killed.
+            path not in own and not path.name.startswith(".")
+            for path in self._folder.glob("*.json")
+        )
+
+    def ordered(self) -> list[tuple[Run, Outcome]]:
+        """The finished runs and what they gave, in the order of the runs."""
+        return [
+            (run, self.outcomes[run])
+            for run in self.runs
+            if run in self.outcomes
+        ]
+
+    def path(self, run: Run) -> Path:
+        """The file of a run."""
+        return self._folder / f"{run.name}.json"
+
+    def add(self, run: Run, outcome: Outcome) -> None:
+        """Records a finished run.
+
+        Args:
+            run: The run.
+            outcome: What it gave.
+        """
+        content = {
+            "run": dataclasses.asdict(run),
+            "outcome": dataclasses.asdict(outcome),
+        }
+        with atomic_write(self.path(run)) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        self.outcomes[run] = outcome
+        self._write_table()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of the table, in the order of the runs."""
+        return [
+            {
+                "name": run.name,
+                **dataclasses.asdict(run),
+                **dataclasses.asdict(outcome),
+            }
+            for run, outcome in self.ordered()
+        ]
+
+    def _write_table(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (
+            atomic_write(self.table) as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as file,
+        ):
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.rows())
+
+
+def _read(path: Path, run: Run) -> Outcome:
+    """Reads the file of a run and checks that it is that run's."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        if content["run"] != dataclasses.asdict(run):
+            raise ValueError("its settings are those of another run")
+        outcome = Outcome(**content["outcome"])
+        for name, value in dataclasses.asdict(outcome).items():
+            if not isinstance(value, int | float):
+                raise ValueError(f"{name} is {value!r}")
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is damaged or not the result of a run "
+            f"({type(error).__name__}: {error}). Move it away to repeat the "
+            "run, then start again."
+        ) from error
+    return outcome

@@ -1,0 +1,687 @@
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import zipfile
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+import sos
+from tests import harness
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SCHEDULE = sos.ConstantSparsity(0.5, begin_step=0, frequency=1)
+
+
+@keras.saving.register_keras_serializable(package="surgery_test")
+class Subclassed(keras.Model):
+    """With `get_config` and `build`."""
+
+    def __init__(self, units=4, **kwargs):
+        super().__init__(**kwargs)
+        self.units = units
+        self.first = layers.Dense(units, activation="relu")
+        self.norm = layers.BatchNormalization()
+        self.last = layers.Dense(2)
+
+    def build(self, input_shape):
+        self.first.build(input_shape)
+        self.norm.build((None, self.units))
+        self.last.build((None, self.units))
+
+    def call(self, inputs, training=False):
+        return self.last(self.norm(self.first(inputs), training=training))
+
+    def get_config(self):
+        return {**super().get_config(), "units": self.units}
+
+
+@keras.saving.register_keras_serializable(package="surgery_test")
+class WithoutBuild(keras.Model):
+    """Built by its first call."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = layers.Dense(3)
+
+    def call(self, inputs):
+        return self.dense(inputs)
+
+
+class WithoutConfig(keras.Model):
+    """An argument that `get_config` does not know of."""
+
+    def __init__(self, units):
+        super().__init__()
+        self.dense = layers.Dense(units)
+
+    def call(self, inputs):
+        return self.dense(inputs)
+
+
+def sequential():
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Dense(8, activation="relu", name="first"),
+            layers.Dropout(0.2),
+            layers.Dense(4, name="last"),
+        ]
+    )
+
+
+def image():
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            layers.Conv2D(4, 3, name="conv"),
+            layers.BatchNormalization(),
+            layers.DepthwiseConv2D(3),
+            layers.GlobalAveragePooling2D(),
+            layers.Dense(4),
+        ]
+    )
+
+
+def functional():
+    """Several inputs and outputs, lists, shared layers and operations."""
+    a, b = keras.Input((6,), name="a"), keras.Input((6,), name="b")
+    shared = layers.Dense(6, activation="tanh", name="shared")
+    x, y = shared(a), shared(shared(b))
+    both = layers.Concatenate()([x, y])
+    both = ops.relu(both) * 2.0 + ops.mean(both, axis=-1, keepdims=True)
+    both = layers.Add()([layers.Dense(6)(both), a])
+    return keras.Model(
+        {"a": a, "b": b}, {"u": layers.Dense(2, name="u")(both), "v": both + y}
+    )
+
+
+def nested():
+    inner_input = keras.Input((8,))
+    inner = keras.Model(
+        inner_input,
+        layers.Add()([layers.Dense(8, name="deep")(inner_input), inner_input]),
+        name="inner",
+    )
+    block = keras.Sequential([layers.Dense(8), layers.ReLU()], name="block")
+    inputs = keras.Input((6,))
+    x = block(inputs)
+    x = inner(inner(x))
+    return keras.Model(inputs, layers.Dense(2)(x), name="outer")
+
+
+def with_lambda():
+    inputs = keras.Input((6,))
+    x = layers.Lambda(lambda x: x * 2.0)(layers.Dense(4)(inputs))
+    return keras.Model(inputs, layers.Dense(2)(x))
+
+
+def recurrent():
+    return keras.Sequential(
+        [
+            keras.Input((5,), dtype="int32"),
+            layers.Embedding(7, 4, mask_zero=True),
+            layers.LSTM(4, name="lstm"),
+            layers.Dense(2),
+        ]
+    )
+
+
+def transformer():
+    inputs = keras.Input((5, 4))
+    x = layers.MultiHeadAttention(2, 3)(inputs, inputs, use_causal_mask=True)
+    x = layers.LayerNormalization()(inputs + x)
+    return keras.Model(inputs, layers.Dense(2)(x))
+
+
+def subclassed():
+    model = Subclassed()
+    model.build((None, 6))
+    return model
+
+
+def without_build():
+    model = WithoutBuild()
+    model(np.ones((2, 6), "float32"))
+    return model
+
+
+def subclass_inside():
+    inputs = keras.Input((6,))
+    return keras.Model(inputs, layers.Dense(2)(Subclassed()(inputs)))
+
+
+MODELS = [
+    sequential,
+    image,
+    functional,
+    nested,
+    with_lambda,
+    recurrent,
+    transformer,
+    subclassed,
+    without_build,
+    subclass_inside,
+]
+
+
+def inputs_of(model):
+    generator = np.random.default_rng(0)
+
+    def array(tensor):
+        shape = (3, *tensor.shape[1:])
+        if tensor.dtype == "int32":
+            return generator.integers(0, 7, shape).astype("int32")
+        return generator.normal(size=shape).astype("float32")
+
+    if isinstance(model, Subclassed | WithoutBuild):
+        return generator.normal(size=(3, 6)).astype("float32")
+    return keras.tree.map_structure(array, model.input)
+
+
+def predict(model, inputs):
+    return keras.tree.map_structure(
+        keras.ops.convert_to_numpy, model(inputs, training=False)
+    )
+
+
+def assert_same(a, b, **tolerance):
+    compare = (
+        np.testing.assert_allclose
+        if tolerance
+        else np.testing.assert_array_equal
+    )
+    for x, y in zip(keras.tree.flatten(a), keras.tree.flatten(b), strict=True):
+        compare(x, y, **tolerance)
+
+
+def sparse_of(model, technique=sos.MagnitudePruning, **kwargs):
+    return sos.sparsify(
+        model, technique, **{**harness.settings(technique), **kwargs}
+    )
+
+
+def technique_of(model):
+    """The technique of each weight, by the end of its path."""
+    return {
+        row["weight"].partition("/")[2] or row["weight"]: row["technique"]
+        for row in sos.sparsity_report(model).rows
+        if row["rank"] > 1
+    }
+
+
+# sparsify
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_copies_and_leaves_the_original_alone(make):
+    model = make()
+    inputs = inputs_of(model)
+    outputs, before = predict(model, inputs), harness.values(model)
+    sparse = sparse_of(model)
+    assert sparse.name == model.name
+    assert_same(predict(sparse, inputs), outputs)
+    assert not {id(v) for v in sparse.variables} & {
+        id(v) for v in model.variables
+    }
+    assert not {id(x) for x in sparse._flatten_layers()} & {
+        id(x) for x in model._flatten_layers()
+    }
+    losses = harness.train(sparse, inputs, steps=2)
+    assert np.isfinite(losses).all()
+    report = sos.sparsity_report(sparse)
+    assert 0.45 < report.sparsity < 0.55
+    assert_same(harness.values(model), before)
+    assert_same(predict(model, inputs), outputs)
+    assert model.trainable
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_without_copy_variables_are_shared(make):
+    model = make()
+    inputs = inputs_of(model)
+    outputs = predict(model, inputs)
+    sparse = sparse_of(model, copy=False)
+    assert {id(v) for v in model.variables} <= {id(v) for v in sparse.variables}
+    assert_same(predict(sparse, inputs), outputs)
+    before = harness.values(model)
+    harness.train(sparse, inputs)
+    assert any(
+        np.any(a != b)
+        for a, b in zip(before, harness.values(model), strict=True)
+    )
+
+
+@pytest.mark.parametrize("technique", harness.TECHNIQUES)
+@pytest.mark.parametrize("make", [functional, nested, recurrent, subclassed])
+def test_all_techniques_train_save_and_strip(make, technique, tmp_path):
+    model = make()
+    inputs = inputs_of(model)
+    sparse = sparse_of(model, technique)
+    assert np.isfinite(harness.train(sparse, inputs, steps=2)).all()
+    harness.make_zeros(sparse)
+    outputs = predict(sparse, inputs)
+    sparse.save(tmp_path / "sparse.keras")
+    loaded = keras.models.load_model(tmp_path / "sparse.keras")
+    assert_same(predict(loaded, inputs), outputs)
+    for source in (sparse, loaded):
+        assert_same(predict(sos.strip(source), inputs), outputs)
+
+
+def test_rules():
+    keras.utils.set_random_seed(0)
+    model = recurrent()
+    sparse = sos.sparsify(
+        model,
+        sos.MagnitudePruning,
+        schedule=SCHEDULE,
+        rules={
+            "embedding": sos.VariationalDropout,
+            r"lstm_cell/kernel": {"sparsity": 0.75},
+            r"recurrent_kernel": {
+                "technique": "L0Regularization",
+                "penalty_weight": 0.1,
+            },
+            r"dense.*/kernel": None,
+        }
+        | {"embedding": {"technique": "VariationalDropout", "penalty_weight": 1}},
+    )
+    lstm = sparse.get_layer("lstm")
+    kinds = {type(lstm), type(lstm.layer)}
+    assert kinds == {sos.MagnitudePruning, sos.L0Regularization}
+    assert list(technique_of(sparse).values()) == [
+        "VariationalDropout",
+        "MagnitudePruning",
+        "L0Regularization",
+        "",
+    ]
+    inputs = inputs_of(model)
+    assert np.isfinite(harness.train(sparse, inputs, steps=2)).all()
+    rows = [r for r in sos.sparsity_report(sparse).rows if r["rank"] > 1]
+    assert rows[1]["sparsity"] == rows[1]["target"] == 0.75
+    assert "left dense by rule 'dense.*/kernel'" == rows[3]["note"]
+    harness.make_zeros(sparse)
+    plain = sos.strip(sparse)
+    assert_same(predict(plain, inputs), predict(sparse, inputs))
+
+
+def test_different_sparsities_in_one_layer(tmp_path):
+    keras.utils.set_random_seed(0)
+    model = recurrent()
+    sparse = sparse_of(
+        model, rules={r"lstm_cell/kernel": {"sparsity": 0.25}, "bedd": None}
+    )
+    inputs = inputs_of(model)
+    harness.train(sparse, inputs, steps=2)
+    rows = [r for r in sos.sparsity_report(sparse).rows if r["rank"] > 1]
+    assert [row["sparsity"] for row in rows] == [0, 0.25, 0.5, 0.5]
+    path = tmp_path / "model.keras"
+    sparse.save(path)
+    loaded = keras.models.load_model(path)
+    assert_same(predict(loaded, inputs), predict(sparse, inputs))
+    assert sos.sparsity_report(loaded).sparsity == (
+        sos.sparsity_report(sparse).sparsity
+    )
+
+
+def test_first_layer_dense_and_last_at_80_percent():
+    sparse = sparse_of(
+        sequential(), rules={"first": None, "last": {"sparsity": 0.8}}
+    )
+    first, last = (r for r in sos.sparsity_report(sparse).rows if r["rank"] > 1)
+    assert (first["technique"], first["target"]) == ("", None)
+    assert (last["technique"], last["target"]) == ("MagnitudePruning", 0.8)
+    assert type(sparse.get_layer("first")) is layers.Dense
+
+
+def test_rules_alone_may_name_techniques():
+    sparse = sos.sparsify(
+        sequential(),
+        rules={"last": {"technique": "FixedMask", "sparsity": 0.25}},
+    )
+    first, last = (r for r in sos.sparsity_report(sparse).rows if r["rank"] > 1)
+    assert first["note"] == "left dense by no rule"
+    assert last["sparsity"] == 0.25
+
+
+def test_every_weight_is_accounted_for():
+    model = image()
+    model.layers[0].trainable = False
+    sparse = sparse_of(model, rules={"depthwise": None})
+    rows = sos.sparsity_report(sparse).rows
+    assert len(rows) == len(model.weights)
+    for row in rows:
+        assert bool(row["technique"]) != bool(row["note"]), row
+    notes = {row["weight"]: row["note"] for row in rows}
+    assert notes["conv/kernel"] == "not trainable"
+    assert not sparse.get_layer("conv").trainable
+
+
+def test_a_subclassed_model_says_that_it_was_wrapped_as_a_whole():
+    rows = sos.sparsity_report(sparse_of(subclassed())).rows
+    notes = [row["note"] for row in rows if row["technique"]]
+    assert notes == ["Subclassed wrapped as a whole"] * 2
+
+
+def test_frozen_layers_stay_frozen():
+    model = sequential()
+    model.get_layer("last").trainable = False
+    sparse = sparse_of(model)
+    assert len(sparse.trainable_variables) == 2
+
+
+def test_a_compiled_model_is_taken():
+    model = sequential()
+    model.compile("sgd", "mse")
+    model.fit(np.ones((4, 6)), np.ones((4, 4)), verbose=0)
+    sparse = sparse_of(model)
+    sparse.compile("sgd", "mse")
+    sparse.fit(
+        np.ones((4, 6)),
+        np.ones((4, 4)),
+        callbacks=[sos.SparsityCallback()],
+        verbose=0,
+    )
+    assert sos.sparsity_report(sparse).sparsity == 0.5
+
+
+def test_fine_tuning_starts_from_the_dense_accuracy():
+    keras.utils.set_random_seed(0)
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(256, 6)).astype("float32")
+    y = np.argmax(x[:, :4], axis=1)
+    model = sequential()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(0.02), loss, metrics=["accuracy"])
+    model.fit(x, y, epochs=8, verbose=0)
+    dense = model.evaluate(x, y, verbose=0)
+    assert dense[1] > 0.9
+    schedule = sos.PolynomialDecay(0, 0.5, 0, 16, frequency=4)
+    sparse = sos.sparsify(model, "MagnitudePruning", schedule=schedule)
+    sparse.compile(keras.optimizers.Adam(0.01), loss, metrics=["accuracy"])
+    np.testing.assert_allclose(
+        sparse.evaluate(x, y, verbose=0), dense, rtol=1e-5
+    )
+    sparse.fit(
+        x, y, epochs=6, callbacks=[sos.SparsityCallback()], verbose=0
+    )
+    assert sos.sparsity_report(sparse).sparsity == 0.5
+    assert sparse.evaluate(x, y, verbose=0)[1] > dense[1] - 0.05
+
+
+class OwnTrainStep(Subclassed):
+    def train_step(self, data):
+        return super().train_step(data)
+
+
+def own_train_step():
+    model = OwnTrainStep()
+    model.build((None, 6))
+    return model
+
+
+MAGNITUDE = {"technique": sos.MagnitudePruning, "schedule": SCHEDULE}
+
+
+@pytest.mark.parametrize(
+    "make, arguments, error, message",
+    [
+        (
+            sequential,
+            {**MAGNITUDE, "rules": {"conv": None}},
+            ValueError,
+            r"'conv' matches none.*first/kernel.*last/kernel",
+        ),
+        (
+            sequential,
+            {**MAGNITUDE, "rules": {"last": None, "kernel": None}},
+            ValueError,
+            r"More than one rule matches.*last/kernel",
+        ),
+        (
+            sequential,
+            {**MAGNITUDE, "rules": {"(": None}},
+            ValueError,
+            r"regular expressions.*Received: '\('",
+        ),
+        (
+            sequential,
+            {**MAGNITUDE, "sparsty": 0.3},
+            TypeError,
+            r"no argument 'sparsty'.*'ranking', 'schedule'",
+        ),
+        (
+            sequential,
+            {**MAGNITUDE, "rules": {"last": {"treshold": 3}}},
+            TypeError,
+            r"no argument 'treshold'",
+        ),
+        (
+            sequential,
+            {"technique": sos.VariationalDropout, "penalty_weight": -1},
+            ValueError,
+            r"Received: penalty_weight=-1",
+        ),
+        (sequential, {"technique": sos.MagnitudePruning}, TypeError, "schedule"),
+        (sequential, {"schedule": SCHEDULE}, TypeError, "without a technique"),
+        (
+            sequential,
+            {"technique": "Magnitude"},
+            ValueError,
+            r"'FixedMask'.*Received: technique='Magnitude'",
+        ),
+        (
+            sequential,
+            {**MAGNITUDE, "rules": {"last": {"sparsity": 2}}},
+            ValueError,
+            "2",
+        ),
+        (
+            sequential,
+            {**MAGNITUDE, "rules": {"last": 0.8}},
+            TypeError,
+            r"rule 'last'.*Received: 0.8",
+        ),
+        (
+            sequential,
+            {"rules": {"last": {"sparsity": 0.8}}},
+            ValueError,
+            "add the key 'technique'",
+        ),
+        (
+            sequential,
+            {**MAGNITUDE, "rules": {"kernel": None}},
+            ValueError,
+            "left to make sparse",
+        ),
+        (own_train_step, MAGNITUDE, TypeError, r"`train_step` of its own"),
+        (
+            lambda: keras.Sequential([layers.Dense(2)]),
+            MAGNITUDE,
+            ValueError,
+            "not built",
+        ),
+        (
+            lambda: sparse_of(sequential()),
+            MAGNITUDE,
+            ValueError,
+            "sparse layers already",
+        ),
+        (lambda: layers.Dense(2), MAGNITUDE, TypeError, "Wrap a single layer"),
+        (lambda: "model", MAGNITUDE, TypeError, "takes a model of Keras 3"),
+    ],
+)
+def test_errors_come_before_anything_is_made(make, arguments, error, message):
+    model = make()
+    before = len(getattr(model, "variables", ()))
+    with pytest.raises(error, match=f"(?s){message}"):
+        sos.sparsify(model, copy=False, **arguments)
+    assert len(getattr(model, "variables", ())) == before
+    # Nothing is left behind: a right call works afterwards.
+    if make is sequential:
+        sparse_of(model, copy=False)
+
+
+def test_a_model_that_cannot_be_copied_says_so():
+    model = WithoutConfig(3)
+    model(np.ones((2, 6), "float32"))
+    with pytest.raises(TypeError, match=r"get_config.*copy=False"):
+        sparse_of(model)
+    sparse = sparse_of(model, copy=False)
+    harness.train(sparse, np.ones((2, 6), "float32"))
+    assert sos.sparsity_report(sparse).sparsity == 0.5
+
+
+def test_a_layer_whose_copy_differs_says_so():
+    @keras.saving.register_keras_serializable(package="surgery_test")
+    class Forgetful(layers.Dense):
+        def get_config(self):
+            return {**super().get_config(), "units": 5}
+
+    model = keras.Sequential([keras.Input((6,)), Forgetful(3)])
+    with pytest.raises(ValueError, match="has other variables than the layer"):
+        sparse_of(model)
+
+
+def test_models_and_layers_of_keras_2_are_named_as_such():
+    import tf_keras
+
+    model = tf_keras.Sequential([tf_keras.layers.Dense(1)])
+    with pytest.raises(TypeError, match=r"tf_keras.*Keras 2"):
+        sos.sparsify(model, **MAGNITUDE)
+    with pytest.raises(TypeError, match=r"tf_keras.*Keras 2"):
+        sos.MagnitudePruning(tf_keras.layers.Dense(1), schedule=SCHEDULE)
+    for function in (sos.strip, sos.sparsity_report):
+        with pytest.raises(TypeError, match="tf_keras"):
+            function(model)
+
+
+# strip
+
+
+def config_of(path):
+    with zipfile.ZipFile(path) as file:
+        return json.loads(file.read("config.json"))
+
+
+def load_elsewhere(path, inputs, folder):
+    """Predictions by a process that never imports `sos`."""
+    np.save(folder / "inputs.npy", inputs)
+    program = (
+        "import sys, keras, numpy\n"
+        f"model = keras.models.load_model({str(path)!r})\n"
+        f"outputs = model(numpy.load({str(folder / 'inputs.npy')!r}))\n"
+        f"numpy.save({str(folder / 'outputs.npy')!r}, outputs)\n"
+        "assert 'sos' not in sys.modules\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program],
+        check=True,
+        cwd=folder,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+    )
+    return np.load(folder / "outputs.npy")
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_stripped_models_are_plain_and_equal(make, tmp_path):
+    model = make()
+    inputs = inputs_of(model)
+    sparse = sparse_of(model)
+    harness.make_zeros(sparse)
+    plain = sos.strip(sparse)
+    assert type(plain) is type(model)
+    assert not harness.wrappers(plain)
+    assert [x.name for x in plain.layers] == [x.name for x in sparse.layers] or (
+        make in (subclassed, without_build)
+    )
+    assert_same(predict(plain, inputs), predict(sparse, inputs))
+    assert len(plain.weights) == len(model.weights)
+    for jit_compile in (False, True):
+        for each in (plain, sparse):
+            each.compile(jit_compile=jit_compile)
+        assert_same(
+            plain.predict(inputs, verbose=0),
+            sparse.predict(inputs, verbose=0),
+            rtol=1e-5,
+            atol=1e-6,
+        )
+    plain.save(tmp_path / "plain.keras")
+    assert "sos" not in json.dumps(config_of(tmp_path / "plain.keras")).replace(
+        "surgery_test", ""
+    )
+    # A model that was stripped can be made sparse again.
+    assert harness.wrappers(sparse_of(plain))
+
+
+def test_stripped_models_load_without_sos(tmp_path):
+    model = transformer()
+    inputs = inputs_of(model)
+    sparse = sparse_of(model, sos.VariationalDropout)
+    harness.make_zeros(sparse)
+    path = tmp_path / "plain.keras"
+    sos.strip(sparse).save(path)
+    np.testing.assert_allclose(
+        load_elsewhere(path, inputs, tmp_path),
+        predict(sparse, inputs),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("technique", harness.TECHNIQUES)
+def test_a_single_wrapper_is_stripped(technique):
+    layer = harness.wrap(technique, layers.LSTM(3, name="lstm"))
+    inputs = np.ones((2, 4, 3), "float32")
+    layer(inputs)
+    harness.make_zeros(layer)
+    plain = sos.strip(layer)
+    assert type(plain) is layers.LSTM
+    assert plain.name == "lstm"
+    assert_same(plain(inputs), layer(inputs))
+
+
+def test_wrappers_by_hand_in_a_model_are_stripped():
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            harness.wrap(sos.MagnitudePruning, layers.Dense(4)),
+            harness.wrap(sos.L0Regularization, layers.Dense(4)),
+        ]
+    )
+    harness.make_zeros(model)
+    inputs = inputs_of(model)
+    assert_same(predict(sos.strip(model), inputs), predict(model, inputs))
+
+
+def test_strip_keeps_what_is_not_sparse():
+    model = image()
+    model.layers[1].moving_mean.assign([1, 2, 3, 4])
+    model.get_layer("conv").trainable = False
+    plain = sos.strip(sparse_of(model))
+    assert_same(plain.layers[1].moving_mean, model.layers[1].moving_mean)
+    assert not plain.get_layer("conv").trainable
+
+
+def test_strip_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="no sparse layer"):
+        sos.strip(sequential())
+    with pytest.raises(TypeError, match="takes a Keras 3 model"):
+        sos.strip("model")
+
+    class Holder(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.dense = harness.wrap(sos.FixedMask, layers.Dense(3))
+
+        def call(self, inputs):
+            return self.dense(inputs)
+
+    inputs = keras.Input((6,))
+    model = keras.Model(inputs, Holder()(inputs))
+    with pytest.raises(ValueError, match=r"Holder.*only its own code"):
+        sos.strip(model)

@@ -1,0 +1,438 @@
+import json
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import sos
+from sos.wrappers.base import find_wrappers
+from sos.wrappers.masked import update_masks
+from tests import toys
+
+TECHNIQUES = toys.technique_names()
+PENALIZED = [
+    name
+    for name in TECHNIQUES
+    if issubclass(sos.techniques()[name], sos.PenalizedWrapper)
+]
+PRUNING = [
+    name
+    for name in TECHNIQUES
+    if issubclass(sos.techniques()[name], sos.PruningWrapper)
+]
+
+all_techniques = pytest.mark.parametrize("name", TECHNIQUES)
+penalized_techniques = pytest.mark.parametrize("name", PENALIZED)
+
+
+def prune(model, sparsity=0.5):
+    update_masks(
+        {
+            wrapper: sparsity
+            for wrapper in find_wrappers(model)
+            if isinstance(wrapper, sos.PruningWrapper)
+        }
+    )
+
+
+def disturb(model):
+    """Gives every variable of a technique another value than it starts with."""
+    prune(model)
+    for wrapper in find_wrappers(model):
+        for i, weight in enumerate(wrapper.sparse_weights):
+            for variable in weight.state.values():
+                if variable.trainable:
+                    noise = toys.normal(*variable.shape, seed=i, scale=0.1)
+                    variable.assign_add(noise)
+
+
+def convs(name, count):
+    layers = [keras.Input((6, 6, 4))]
+    for i in range(1, count + 1):
+        conv = keras.layers.Conv2D(4 + 7 * i, 3, padding="same", use_bias=False)
+        layers.append(toys.wrap(name, conv))
+    return keras.Sequential(layers)
+
+
+# What a technique adds.
+
+
+@all_techniques
+@pytest.mark.parametrize("count", [1, 5])
+def test_stacked_convolutions_add_one_variable_each(name, count):
+    model = convs(name, count)
+    shapes = [(3, 3, 4 + 7 * i, 11 + 7 * i) for i in range(count)]
+    plain = [tuple(w.layer.kernel.shape) for w in model.layers]
+    assert plain == shapes
+    added = toys.sparse_state(model)
+    assert [a.shape for a in added.values()] == shapes
+    # Each weight is counted once, and beside it there are scalars only.
+    sizes = [v.shape.num_elements() for v in model.variables if v.shape.rank]
+    assert sum(sizes) == 2 * sum(np.prod(s) for s in shapes)
+    trainable = sum(v.shape.rank == 4 for v in model.trainable_variables)
+    assert trainable == count * (2 if name in PENALIZED else 1)
+
+
+@penalized_techniques
+def test_penalty_grows_with_its_weight(name):
+    model = convs(name, 5)
+    for wrapper in model.layers:
+        toys.bind(wrapper)
+    totals = []
+    for value in (1.0, 5.0):
+        sos.set_all(model, penalty_weight=value)
+        assert len(model.losses) == 5
+        totals.append(float(sum(model.losses)))
+    assert totals[1] == pytest.approx(5 * totals[0], rel=1e-5)
+    assert totals[0] > 0
+
+
+@penalized_techniques
+def test_penalty_is_zero_while_nothing_drives(name):
+    model = toys.mlp(name)
+    assert [float(loss) for loss in model.losses] == [0.0, 0.0]
+
+
+@penalized_techniques
+def test_penalty_of_a_shared_layer_is_counted_once(name):
+    inputs = keras.Input((4,))
+    layer = toys.wrap(name, keras.layers.Dense(4))
+    model = keras.Model(inputs, layer(layer(layer(inputs))))
+    toys.bind(layer)
+    model(toys.normal(2, 4), training=True)
+    assert len(model.losses) == 1
+
+
+@all_techniques
+def test_scalar_inputs_of_wrong_rank_are_refused_by_the_layer(name):
+    wrapper = toys.wrap(name, keras.layers.Conv2D(8, 3))
+    with pytest.raises(ValueError, match="ndim"):
+        wrapper(np.ones((1, 2, 3), np.float32))
+
+
+# Random in training, not in evaluation.
+
+
+@all_techniques
+def test_training_repeats_within_a_step_only_and_evaluation_always(name):
+    layer = keras.layers.Dense(5)
+    wrapper = toys.wrap(name, layer)
+    wrapper.build((None, 4))
+    x = toys.normal(3, 4)
+    evaluated = wrapper(x).numpy()
+    np.testing.assert_array_equal(evaluated, wrapper(x))
+    optimizer = toys.bind(wrapper)
+    first = wrapper(x, training=True).numpy()
+    np.testing.assert_array_equal(first, wrapper(x, training=True))
+    optimizer.iterations.assign(1)
+    same = (first == wrapper(x, training=True).numpy()).all()
+    assert same == (name not in PENALIZED)
+
+
+@all_techniques
+def test_training_without_a_driver_raises_where_one_is_needed(name):
+    wrapper = toys.wrap(name, keras.layers.Dense(5, name="here"))
+    wrapper.build((None, 4))
+    x = toys.normal(3, 4)
+    wrapper(x)
+    wrapper(x, training=False)
+    if not wrapper.needs_clock:
+        wrapper(x, training=True)
+        return
+    with pytest.raises(RuntimeError, match="'here'.*SparsityCallback"):
+        wrapper(x, training=True)
+
+
+# Configuration and files.
+
+
+@all_techniques
+def test_configuration_survives_json(name):
+    wrapper = toys.wrap(name, keras.layers.Dense(5), include="kernel")
+    wrapper.build((None, 4))
+    config = wrapper.get_config()
+    copy = type(wrapper).from_config(json.loads(json.dumps(config)))
+    copy.build((None, 4))
+    assert copy.get_config() == config
+    loaded = keras.saving.deserialize_keras_object(
+        keras.saving.serialize_keras_object(wrapper)
+    )
+    assert type(loaded) is type(wrapper)
+    loaded.build((None, 4))
+    assert loaded.get_config() == config
+
+
+CHANGED = {
+    "seed": 5,
+    "threshold": 1.25,
+    "penalty_weight": 0.7,
+}
+
+
+@all_techniques
+def test_file_keeps_every_bit_and_setting(name, tmp_path):
+    model = toys.mlp(name)
+    disturb(model)
+    for setting, value in CHANGED.items():
+        if hasattr(type(model.layers[0]), setting):
+            sos.set_all(model, **{setting: value})
+    x, _ = toys.batch()
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert len(loaded.variables) == len(model.variables)
+    for old, new in zip(model.variables, loaded.variables, strict=True):
+        assert old.dtype == new.dtype
+        assert old.numpy().tobytes() == new.numpy().tobytes()
+    assert loaded.get_config() == model.get_config()
+    np.testing.assert_array_equal(model(x), loaded(x))
+    for old, new in zip(model.layers, loaded.layers, strict=True):
+        for setting in CHANGED:
+            if isinstance(getattr(type(old), setting, None), sos.Setting):
+                assert getattr(new, setting) == CHANGED[setting]
+
+
+@all_techniques
+def test_weights_file_restores_into_another_model(name, tmp_path):
+    model, other = toys.mlp(name), toys.mlp(name, seed=1)
+    disturb(model)
+    x, _ = toys.batch()
+    assert (model(x).numpy() != other(x).numpy()).any()
+    model.save_weights(tmp_path / "model.weights.h5")
+    other.load_weights(tmp_path / "model.weights.h5")
+    for old, new in zip(model.variables, other.variables, strict=True):
+        assert old.numpy().tobytes() == new.numpy().tobytes()
+    np.testing.assert_array_equal(model(x), other(x))
+
+
+@all_techniques
+def test_loaded_model_trains_on_as_the_saved_one(name, tmp_path):
+    model = toys.mlp(name)
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    x, y = toys.batch()
+    fit = {"batch_size": 4, "epochs": 2, "verbose": 0, "shuffle": False}
+    model.fit(x, y, callbacks=[sos.SparsityCallback()], **fit)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    for each in (model, loaded):
+        each.fit(x, y, callbacks=[sos.SparsityCallback()], **fit)
+    for old, new in zip(model.variables, loaded.variables, strict=True):
+        np.testing.assert_array_equal(old.numpy(), new.numpy())
+
+
+# Precision and compilation.
+
+
+@all_techniques
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision_leaves_the_techniques_variables_alone(name, policy):
+    layer = keras.layers.Dense(5, dtype=policy)
+    model = keras.Sequential([keras.Input((4,)), toys.wrap(name, layer)])
+    (wrapper,) = model.layers
+    toys.bind(wrapper)
+    prune(model)
+    mask = isinstance(wrapper, sos.MaskedWrapper)
+    for variable in wrapper.sparse_weights[0].state.values():
+        assert variable.dtype == ("uint8" if mask else "float32")
+    for training in (False, True):
+        outputs = model(toys.normal(3, 4), training=training)
+        assert outputs.dtype == policy[6:]
+        for weight, value in wrapper.evaluation_weights().items():
+            assert value.dtype == weight.variable.dtype == "float32"
+    assert all(loss.dtype == tf.float32 for loss in model.losses)
+
+
+@all_techniques
+def test_mixed_precision_trains(name):
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            toys.wrap(name, keras.layers.Dense(8, dtype="mixed_float16")),
+            toys.wrap(name, keras.layers.Dense(2, dtype="mixed_bfloat16")),
+        ]
+    )
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    before = [v.numpy() for v in model.trainable_variables]
+    x, y = toys.batch()
+    model.fit(x, y, verbose=0, callbacks=[sos.SparsityCallback()])
+    for old, new in zip(before, model.trainable_variables, strict=True):
+        assert np.isfinite(new.numpy()).all()
+        assert (old != new.numpy()).any()
+
+
+@all_techniques
+def test_compiled_by_xla_it_gives_the_same(name):
+    results = []
+    for jit_compile in (False, True):
+        model = toys.mlp(name)
+        prune(model)
+        optimizer = keras.optimizers.SGD(0.1)
+        optimizer.build(model.trainable_variables)
+        step = toys.train_step(model, optimizer, jit_compile=jit_compile)
+        with sos.Driver(model, optimizer) as driver:
+            losses = []
+            for i in range(4):
+                losses.append(step(*toys.batch(seed=i)))
+                driver.step()
+        evaluate = tf.function(model, jit_compile=jit_compile)
+        results.append(
+            [*losses, evaluate(toys.batch()[0])]
+            + [v.numpy() for v in model.variables]
+        )
+    for plain, compiled in zip(*results, strict=True):
+        np.testing.assert_allclose(plain, compiled, rtol=1e-4, atol=1e-5)
+
+
+# Rematerialisation: what the backward pass computes again must be equal.
+
+
+class Block(keras.layers.Layer):
+    """Two sparse layers, optionally computed again in the backward pass."""
+
+    def __init__(self, technique, how):
+        super().__init__()
+        self.how = how
+        self.first = toys.wrap(
+            technique, keras.layers.Dense(8, activation="tanh")
+        )
+        self.second = toys.wrap(technique, keras.layers.Dense(6))
+
+    def build(self, shape):
+        self.first.build(shape)
+        self.second.build((None, 8))
+
+    def call(self, inputs, training=False):
+        def forward(x):
+            return self.second(self.first(x, training=training), training=training)
+
+        if self.how == "keras.remat":
+            return keras.remat(forward)(inputs)
+        if self.how == "tf.recompute_grad":
+            return tf.recompute_grad(forward)(inputs)
+        return forward(inputs)
+
+
+def remat_model(technique, how):
+    keras.utils.set_random_seed(0)
+    if how == "keras.RematScope":
+        with keras.RematScope(mode="full"):
+            block = Block(technique, how)
+            head = toys.wrap(technique, keras.layers.Dense(2))
+    else:
+        block = Block(technique, how)
+        head = toys.wrap(technique, keras.layers.Dense(2))
+    model = keras.Sequential([keras.Input((6,)), block, head])
+    for i, variable in enumerate(model.trainable_variables):
+        noise = toys.normal(*variable.shape, seed=i, scale=0.3)
+        variable.assign_add(noise)
+    prune(model)
+    return model
+
+
+def gradients(technique, how, compiled=True):
+    model = remat_model(technique, how)
+    optimizer = keras.optimizers.SGD()
+    x, y = toys.batch()
+
+    def compute():
+        with tf.GradientTape() as tape:
+            outputs = model(x, training=True)
+            loss = tf.reduce_mean(tf.square(outputs - y))
+            loss += 100 * sum(model.losses, 0.0)
+        return [loss, *tape.gradient(loss, model.trainable_variables)]
+
+    with sos.Driver(model, optimizer):
+        return tf.function(compute)() if compiled else compute()
+
+
+@all_techniques
+@pytest.mark.parametrize(
+    "how", ["keras.remat", "keras.RematScope", "tf.recompute_grad"]
+)
+def test_rematerialisation_changes_no_gradient(name, how):
+    plain = gradients(name, None)
+    assert all((g.numpy() != 0).any() for g in plain)
+    again = gradients(name, how)
+    for want, got in zip(plain, again, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+# The wrapped layer.
+
+
+def test_only_layers_of_this_keras_are_wrapped():
+    with pytest.raises(TypeError, match="wraps Keras 3 layers.*Received"):
+        toys.wrap("FixedMask", lambda x: x)
+
+
+def test_include_chooses_weights():
+    wrapper = toys.wrap(
+        "MagnitudePruning", keras.layers.LSTM(3), include="recurrent"
+    )
+    wrapper.build((None, 4, 2))
+    (weight,) = wrapper.sparse_weights
+    assert weight.variable is wrapper.layer.cell.recurrent_kernel
+    for include, message in (("nothing", "matches 'nothing'"), ("(", "regular")):
+        with pytest.raises(ValueError, match=message):
+            toys.wrap(
+                "MagnitudePruning", keras.layers.LSTM(3), include=include
+            ).build((None, 4, 2))
+
+
+def test_layer_without_matrices_is_refused():
+    wrapper = toys.wrap("FixedMask", keras.layers.BatchNormalization())
+    with pytest.raises(ValueError, match="nothing to make sparse.*rank 2"):
+        wrapper.build((None, 3))
+
+
+@all_techniques
+def test_weight_decay_and_activity_losses_are_kept(name):
+    layer = keras.layers.Dense(
+        5,
+        activation="relu",
+        kernel_regularizer=keras.regularizers.L2(0.1),
+        activity_regularizer=keras.regularizers.L1(0.01),
+    )
+    wrapper = toys.wrap(name, layer)
+    wrapper.build((None, 4))
+    toys.bind(wrapper)
+    outputs = wrapper(toys.normal(3, 4), training=True).numpy()
+    losses = sorted(float(loss) for loss in wrapper.losses)
+    raw = np.float64(layer.kernel)
+    decay, activity = 0.1 * (raw**2).sum(), 0.01 * np.abs(outputs).sum() / 3
+    for expected in (decay, activity):
+        assert min(abs(loss - expected) for loss in losses) < 1e-5
+    assert len(losses) == 2 + (name in PENALIZED)
+
+
+@all_techniques
+def test_batch_statistics_move_inside_a_wrapped_model(name):
+    inner = keras.Sequential(
+        [
+            keras.Input((4,)),
+            keras.layers.Dense(3),
+            keras.layers.BatchNormalization(momentum=0.5),
+        ]
+    )
+    wrapper = toys.wrap(name, inner)
+    wrapper.build((None, 4))
+    toys.bind(wrapper)
+    norm = inner.layers[1]
+    wrapper(toys.normal(8, 4) + 3, training=True)
+    assert (norm.moving_mean.numpy() != 0).all()
+    before = norm.moving_mean.numpy()
+    wrapper(toys.normal(8, 4))
+    np.testing.assert_array_equal(norm.moving_mean, before)
+
+
+@all_techniques
+def test_dense_weights_are_never_changed_by_a_call(name):
+    model = toys.mlp(name)
+    prune(model)
+    before = [v.numpy() for v in model.variables]
+    for wrapper in model.layers:
+        toys.bind(wrapper)
+    model(toys.batch()[0], training=True)
+    model(toys.batch()[0])
+    for old, new in zip(before, model.variables, strict=True):
+        np.testing.assert_array_equal(old, new.numpy())

@@ -1,0 +1,126 @@
+import hypothesis
+import hypothesis.strategies as st
+import keras
+import numpy as np
+import pytest
+import scipy.stats
+import tensorflow as tf
+
+import sos
+from sos.wrappers.masked import update_masks
+from tests import toys
+
+
+def wrap(size=(20, 10), seed=0, name="dense"):
+    layer = keras.layers.Dense(size[1], name=name)
+    wrapper = sos.RandomPruning(layer, schedule=toys.SCHEDULE, seed=seed)
+    wrapper.build((None, size[0]))
+    return wrapper
+
+
+def mask_of(wrapper):
+    return toys.state(wrapper, "mask").numpy()
+
+
+def prune(wrapper, sparsity):
+    update_masks({wrapper: sparsity})
+    return mask_of(wrapper)
+
+
+SHARED = wrap((9, 7))
+
+
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(
+    st.lists(st.floats(0, 1), min_size=1, max_size=6), st.integers(0, 1000)
+)
+def test_masks_are_cumulative_and_exact(sparsities, seed):
+    SHARED.seed = seed
+    SHARED.set_masks([np.ones((9, 7))])
+    before = np.ones((9, 7))
+    for sparsity in sorted(sparsities):
+        mask = prune(SHARED, sparsity)
+        assert mask.sum() == round(63 * (1 - sparsity))
+        assert (mask <= before).all()
+        before = mask
+
+
+def test_nothing_comes_back_when_the_sparsity_falls():
+    wrapper = wrap()
+    sparse = prune(wrapper, 0.8)
+    np.testing.assert_array_equal(prune(wrapper, 0.3), sparse)
+
+
+def test_what_set_masks_pruned_stays_pruned_and_counts():
+    wrapper = wrap()
+    first = np.ones((20, 10))
+    first[:5] = 0
+    wrapper.set_masks([first])
+    mask = prune(wrapper, 0.5)
+    assert mask.sum() == 100
+    assert (mask[:5] == 0).all()
+
+
+def test_masks_depend_on_seed_and_weight_but_not_on_values():
+    masks = {
+        (seed, name): prune(wrap(seed=seed, name=name), 0.5)
+        for seed in (0, 1)
+        for name in ("a", "b")
+    }
+    flat = [mask.ravel() for mask in masks.values()]
+    correlation = np.corrcoef(flat) - np.eye(4)
+    assert np.abs(correlation).max() < 5 / np.sqrt(200)
+    again = wrap(name="a")
+    again.layer.kernel.assign(tf.ones((20, 10)))
+    np.testing.assert_array_equal(prune(again, 0.5), masks[0, "a"])
+
+
+def test_masks_are_uniform():
+    wrapper = wrap()
+    ones = np.ones((20, 10))
+    count = np.zeros((20, 10))
+    runs = 400
+    for seed in range(runs):
+        wrapper.seed = seed
+        wrapper.set_masks([ones])
+        count += prune(wrapper, 0.7)
+    # Each weight is kept with probability 0.3; the counts of one draw are
+    # negatively correlated by 1 / 199, as their sum is fixed.
+    variance = runs * 0.3 * 0.7 * 200 / 199
+    statistic = ((count - runs * 0.3) ** 2 / variance).sum()
+    assert 1e-3 < scipy.stats.chi2.sf(statistic, 199) < 1 - 1e-3
+
+
+def test_what_an_update_drops_is_uniform_among_what_is_left():
+    wrapper = wrap()
+    ones = np.ones((20, 10))
+    dropped = left = 0
+    for seed in range(300):
+        wrapper.seed = seed
+        wrapper.set_masks([ones])
+        before = prune(wrapper, 0.4)
+        after = prune(wrapper, 0.7)
+        left = left + before
+        dropped = dropped + (before - after)
+    # Half of what is left goes, wherever it is.
+    variance = left * 0.25
+    statistic = ((dropped - left / 2) ** 2 / variance).sum()
+    assert 1e-3 < scipy.stats.chi2.sf(statistic, 199) < 1 - 1e-3
+
+
+def test_pruned_weights_stay_out_of_the_outputs_and_get_no_gradient():
+    wrapper = wrap()
+    mask = prune(wrapper, 0.6)
+    toys.bind(wrapper)
+    kernel = wrapper.layer.kernel
+    with tf.GradientTape() as tape:
+        outputs = wrapper(tf.eye(20), training=True)
+        loss = tf.reduce_sum(outputs)
+    np.testing.assert_allclose(outputs, kernel.numpy() * mask, atol=1e-6)
+    np.testing.assert_array_equal(tape.gradient(loss, kernel.value), mask)
+
+
+@pytest.mark.parametrize("seed", [0.5, "a", None])
+def test_seed_must_be_an_integer(seed):
+    with pytest.raises(ValueError, match="`seed` must be an integer.*Received"):
+        wrap(seed=seed)
