@@ -63,13 +63,15 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _config_path(arguments: Sequence[str]) -> str | None:
+    """The file of the last `--config`, which is the one that counts."""
+    path = None
     for argument, following in zip(
         arguments, [*arguments[1:], None], strict=True
     ):
         match = re.fullmatch(rf"--?{_NAME}(?:=(.*))?", argument, re.DOTALL)
         if match:
-            return following if match[1] is None else match[1]
-    return None
+            path = following if match[1] is None else match[1]
+    return path
 
 
 def _check_name(argument: str, config: ConfigDict) -> None:

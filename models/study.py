@@ -1,7 +1,5 @@
 r"""Trains a network with every technique and compares them.
 
-Example:
-
     python -m models.study --config=configs/fashion_mnist.py \
         --workdir=runs/fashion_mnist --config.steps=300
 """

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 
 import tensorflow as tf
 
-#: The generator of all noise. It is named because the default differs between
-#: devices, and between compiled and other code on one device.
+#: The generator of all random bits. It is named because the default differs
+#: between devices, and between compiled and other code on one device.
 ALGORITHM = "philox"
 
 _scope = threading.local()
@@ -79,6 +79,28 @@ def key(seed: tf.Tensor, name: str, step: tf.Tensor) -> tf.Tensor:
     return stream
 
 
+def uniform(shape: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
+    """Draws uniform noise, the same numbers with and without XLA.
+
+    XLA generates the bits that TensorFlow does, but makes other floats of them
+    in `tf.random.stateless_uniform`.
+
+    Args:
+        shape: Shape of the result, int32 of rank 1.
+        key: From `key`.
+
+    Returns:
+        float32 of that shape, multiples of 2^-23 in [0, 1).
+    """
+    bits = tf.random.stateless_uniform(
+        shape, key, minval=None, maxval=None, dtype=tf.int32, alg=ALGORITHM
+    )
+    # The mantissa of a float in [1, 2).
+    mantissa = tf.bitwise.bitwise_and(bits, 0x007FFFFF)
+    from_one = tf.bitwise.bitwise_or(mantissa, 0x3F800000)
+    return tf.bitcast(from_one, tf.float32) - 1.0
+
+
 def normal(shape: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
     """Draws standard normal noise by Box and Muller's transformation.
 
@@ -95,11 +117,10 @@ def normal(shape: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
     """
     size = tf.reduce_prod(shape)
     half = [(size + 1) // 2]
-    uniform = tf.random.stateless_uniform
     radius_key, angle_key = key, tf.bitwise.invert(key)
     # In (0, 1], so that the logarithm is finite.
-    u = 1.0 - uniform(half, radius_key, alg=ALGORITHM)
-    angle = uniform(half, angle_key, maxval=2 * math.pi, alg=ALGORITHM)
+    u = 1.0 - uniform(half, radius_key)
+    angle = 2 * math.pi * uniform(half, angle_key)
     radius = tf.sqrt(-2.0 * tf.math.log(u))
     both = [radius * tf.cos(angle), radius * tf.sin(angle)]
     return tf.reshape(tf.concat(both, 0)[:size], shape)

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from sos.files import atomic_write
-from sos.multiply_adds import uses
-from sos.surgery import SparseModel, leaves
-from sos.wrappers.base import core, find_wrappers
+from sos.multiply_adds import uses_by_variable
+from sos.surgery import can_take_apart, leaves
+from sos.wrappers.base import find_wrappers, why_dense
 
 #: The keys of a row, in order.
 FIELDS = (
@@ -101,18 +101,17 @@ class SparsityReport:
             caption=f"{self.sparsity:.2%} of the weights made sparse are zero",
             caption_justify="left",
         )
-        table.add_column("weight", overflow="fold", ratio=1)
-        table.add_column("technique", no_wrap=True)
-        for heading in ("weights", "nonzeros", "sparsity", "target"):
+        table.add_column("weight", overflow="fold")
+        headings = ["size", "zero", "target"]
+        if counted := any(r["multiply_adds"] is not None for r in self.rows):
+            headings += ["multiply-adds", "sparse"]
+        for heading in headings:
             table.add_column(heading, justify="right")
-        table.add_column("multiply-adds", justify="right")
-        table.add_column("sparse", justify="right")
-        table.add_column("note")
+        table.add_column("technique, or why none")
         vectors = [row for row in self.rows if _is_vector(row)]
         for row in self.rows:
             if not _is_vector(row):
-                path = row["weight"].removeprefix(f"{self.name}/")
-                table.add_row(path, *_cells(row))
+                table.add_row(row["weight"], *_cells(row, counted))
         if vectors:
             summary = {
                 **dict.fromkeys(FIELDS, ""),
@@ -122,16 +121,17 @@ class SparsityReport:
                 "target": None,
                 "note": "biases, norms",
                 "multiply_adds": None,
+                "sparse_multiply_adds": None,
             }
-            table.add_row(f"{len(vectors)} vectors", *_cells(summary))
+            table.add_row(f"{len(vectors)} vectors", *_cells(summary, counted))
         table.add_section()
-        table.add_row("total", *_cells(self.totals), style="bold")
+        table.add_row("total", *_cells(self.totals, counted), style="bold")
         unknown = [
             row
             for row in self.rows
             if row["multiply_adds"] is None and not _is_vector(row)
         ]
-        if unknown:
+        if counted and unknown:
             table.caption += (
                 f"; multiply-adds of {len(unknown)} weights are not known and "
                 "not in the total"
@@ -139,11 +139,11 @@ class SparsityReport:
         return table
 
     def __str__(self) -> str:
-        """The table as plain text."""
-        console = Console(width=120, no_color=True, force_terminal=False)
+        """The table as plain text, as wide as it has to be."""
+        console = Console(width=1000, no_color=True, force_terminal=False)
         with console.capture() as capture:
             console.print(self)
-        return capture.get()
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
 def sparsity_report(model: keras.layers.Layer) -> SparsityReport:
@@ -179,7 +179,9 @@ def sparsity_report(model: keras.layers.Layer) -> SparsityReport:
         state |= own - {id(v) for v in wrapper.layer.weights}
         for weight, value in wrapper.evaluation_weights().items():
             sparse[id(weight.variable)] = (wrapper, weight, value)
-    number_of_uses = _uses_by_variable(model)
+    number_of_uses = {}
+    if can_take_apart(model):
+        number_of_uses = uses_by_variable(model, leaves(model))
     notes = getattr(model, "sparsity_notes", None)
     trainable = {id(v) for v in model.trainable_weights}
     rows = []
@@ -193,6 +195,8 @@ def sparsity_report(model: keras.layers.Layer) -> SparsityReport:
         if note is None and wrapper is None:
             note = _reason(variable, id(variable) in trainable)
         path = weight.path if weight is not None else variable.path
+        # Whether Keras puts it there depends on how the model was made.
+        path = path.removeprefix(f"{model.name}/")
         size = int(np.prod(variable.shape))
         nonzeros = int(np.count_nonzero(keras.ops.convert_to_numpy(value)))
         times = number_of_uses.get(id(variable))
@@ -216,34 +220,13 @@ def sparsity_report(model: keras.layers.Layer) -> SparsityReport:
     return SparsityReport(model.name, rows)
 
 
-def _uses_by_variable(model: keras.layers.Layer) -> dict[int, int]:
-    if isinstance(model, SparseModel):
-        return {}
-    result = {}
-    for layer in leaves(model):
-        try:
-            inputs = keras.tree.map_structure(lambda x: x.shape, layer.input)
-            outputs = keras.tree.map_structure(lambda x: x.shape, layer.output)
-        except (AttributeError, ValueError):
-            continue  # Not in a graph, or called more than once.
-        plain = core(layer)
-        for variable in plain.weights:
-            if len(variable.shape) < 2:
-                continue
-            times = uses(plain, variable, inputs, outputs)
-            if times is not None:
-                result[id(variable)] = times
-    return result
-
-
 def _reason(variable: keras.Variable, trainable: bool) -> str:
-    if len(variable.shape) < 2:
-        return f"rank {len(variable.shape)}"
-    return "not wrapped" if trainable else "not trainable"
+    unwrapped = "not wrapped" if trainable else "not trainable"
+    return why_dense(variable) or unwrapped
 
 
 def _is_vector(row: dict[str, Any]) -> bool:
-    return not row["technique"] and row["rank"] < 2
+    return not row["technique"] and (row["rank"] < 2 or row["note"] == "bias")
 
 
 def _sparsity(rows: list[dict[str, Any]]) -> float:
@@ -251,15 +234,24 @@ def _sparsity(rows: list[dict[str, Any]]) -> float:
     return 1 - sum(row["nonzeros"] for row in rows) / size if size else 0.0
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _cells(row: dict[str, Any], counted: bool) -> list[str]:
     target, macs = row["target"], row["multiply_adds"]
+    both = [text for text in (row["technique"], row["note"]) if text]
     return [
-        row["technique"],
         f"{row['size']:,}",
-        f"{row['nonzeros']:,}",
         f"{row['sparsity']:.2%}",
         "" if target is None else f"{target:.2%}",
-        "" if macs is None else f"{macs:,}",
-        "" if macs is None else f"{row['sparse_multiply_adds']:,}",
-        row["note"],
+        *([_short(macs), _short(row["sparse_multiply_adds"])] * counted),
+        ", ".join(both),
     ]
+
+
+def _short(number: int | None) -> str:
+    """Three digits and a unit, such as 3.86 G."""
+    if number is None:
+        return ""
+    for unit in ("", " k", " M", " G", " T"):
+        if number < 999.5 or unit == " T":
+            break
+        number /= 1000
+    return f"{number:.3g}{unit}"

@@ -9,7 +9,12 @@ import keras
 
 from sos.registry import get_technique
 from sos.schedules import as_schedule
-from sos.wrappers.base import SparseWrapper, core, find_wrappers
+from sos.wrappers.base import (
+    SparseWrapper,
+    core,
+    find_wrappers,
+    why_dense,
+)
 from sos.wrappers.masked import PruningWrapper
 
 Rule = None | type | str | Mapping[str, Any]
@@ -96,11 +101,11 @@ def sparsify(
 ) -> keras.Model:
     """Makes the weights of a model sparse while it trains.
 
-    All trainable weights of rank 2 or more are made sparse with `technique`
-    unless a rule says otherwise. In Sequential and functional models, nested
-    ones too, the layers are wrapped one by one; a subclassed model is wrapped
-    as a whole. `sos.sparsity_report` tells for every weight what became of it
-    and why.
+    All trainable weights of rank 2 or more, biases not, are made sparse with
+    `technique` unless a rule says otherwise. In Sequential and functional
+    models, nested ones too, the layers are wrapped one by one; a subclassed
+    model is wrapped as a whole. `sos.sparsity_report` tells for every weight
+    what became of it and why.
 
     Args:
         model: A Keras 3 model that is built.
@@ -140,7 +145,7 @@ def sparsify(
             wrappers.append(new)
         return new
 
-    if _can_take_apart(model):
+    if can_take_apart(model):
         sparse = _clone_graph(model, wrap)
     else:
         wrapper = wrap(model)
@@ -209,7 +214,7 @@ def strip(model: keras.Model) -> keras.Model:
     if isinstance(model, SparseModel):
         plain = unwrap(model.wrapper)
         _build_like(core(model.wrapper), plain)
-    elif _can_take_apart(model):
+    elif can_take_apart(model):
         plain = _clone_graph(model, unwrap)
     else:
         plain = unwrap(model)
@@ -261,11 +266,9 @@ def _plan(
         trainable = {id(v) for v in layer.trainable_weights}
         jobs: dict[int, _Job] = {}
         for index, variable in enumerate(layer.weights):
-            reason = None
+            reason = why_dense(variable)
             if id(variable) not in trainable:
                 reason = "not trainable"
-            elif len(variable.shape) < 2:
-                reason = f"rank {len(variable.shape)}"
             if reason is not None:
                 notes.add(variable, reason)
                 continue
@@ -334,6 +337,11 @@ def _resolve_rule(
                 "given: add the key 'technique'. "
                 f"Received: {own!r}"
             )
+    if not isinstance(rule, str | type):
+        raise TypeError(
+            f"The rule {pattern!r} must be None, a technique or its name, or a "
+            f"dictionary of settings. Received: {rule!r}"
+        )
     inherits = technique is not None and (
         get_technique(rule) is get_technique(technique)
     )
@@ -405,7 +413,7 @@ def _functional_class() -> type:
     return type(keras.Model(inputs, inputs))
 
 
-def _can_take_apart(layer: Any) -> bool:
+def can_take_apart(layer: Any) -> bool:
     """Whether a model is a list or graph of layers and nothing else."""
     return any(
         isinstance(layer, cls) and type(layer).call is cls.call
@@ -419,13 +427,13 @@ def _is_keras_layer(layer: keras.layers.Layer) -> bool:
 
 def leaves(model: keras.Model) -> list[keras.layers.Layer]:
     """The layers that are wrapped one by one, each once, in order."""
-    if not _can_take_apart(model):
+    if not can_take_apart(model):
         return [model]
-    leaves: dict[int, keras.layers.Layer] = {}
+    found: dict[int, keras.layers.Layer] = {}
     for layer in model.layers:
-        for leaf in leaves(layer) if _can_take_apart(layer) else [layer]:
-            leaves[id(leaf)] = leaf
-    return list(leaves.values())
+        for leaf in leaves(layer) if can_take_apart(layer) else [layer]:
+            found[id(leaf)] = leaf
+    return list(found.values())
 
 
 def _clone_graph(model: keras.Model, replace: Callable) -> keras.Model:
@@ -436,12 +444,32 @@ def _clone_graph(model: keras.Model, replace: Callable) -> keras.Model:
             return replace(operation)
         return operation.__class__.from_config(operation.get_config())
 
-    return keras.models.clone_model(model, clone_function=clone, recursive=True)
+    inputs = None
+    if not isinstance(model, keras.Sequential):
+        # Keras itself would give unnamed inputs new names.
+        layers = {
+            id(layer.output): layer
+            for layer in model.layers
+            if isinstance(layer, keras.layers.InputLayer)
+        }
+        inputs = keras.tree.map_structure(
+            lambda x: _clone_layer(layers[id(x)]).output, model.input
+        )
+    return keras.models.clone_model(
+        model, input_tensors=inputs, clone_function=clone, recursive=True
+    )
 
 
 def _clone_layer(layer: keras.layers.Layer) -> keras.layers.Layer:
     try:
-        new = type(layer).from_config(layer.get_config())
+        config = layer.get_config()
+        if isinstance(layer, keras.layers.Lambda):
+            # Nothing is read from a file, and what `get_config` made of the
+            # function has lost its global variables.
+            new = type(layer).from_config(config, safe_mode=False)
+            new.function = layer.function
+        else:
+            new = type(layer).from_config(config)
     except (NotImplementedError, TypeError, ValueError) as error:
         raise TypeError(
             f"The layer {layer.name!r} of class {type(layer).__name__} cannot "
@@ -456,7 +484,8 @@ def _build_like(layer: keras.layers.Layer, new: keras.layers.Layer) -> None:
     """Builds a copy that no graph builds."""
     if not new.built and (config := layer.get_build_config()):
         new.build_from_config(config)
-    if not new.built:
+        new.built = True  # As Keras says when it loads a layer.
+    if len(new.variables) != len(layer.variables):
         raise ValueError(
             f"The copy of the model {layer.name!r} of class "
             f"{type(layer).__name__} cannot be built. Give the class a "

@@ -65,7 +65,9 @@ def mlp(name, *, seed=0, **overrides):
                 **overrides,
             ),
             wrap(name, keras.layers.Dense(2, name="b"), **overrides),
-        ]
+        ],
+        # Random numbers depend on the paths of weights.
+        name="toy",
     )
 
 
@@ -83,6 +85,15 @@ def sparse_state(model):
     }
 
 
+def two_replicas():
+    """A strategy for the two devices that conftest.py makes of the CPU."""
+    return tf.distribute.MirroredStrategy(
+        ["CPU:0", "CPU:1"],
+        # The default's collectives fail when a process has several strategies.
+        cross_device_ops=tf.distribute.ReductionToOneDevice(),
+    )
+
+
 def train_step(model, optimizer, loss_fn=None, jit_compile=False):
     """A compiled custom training step with the model's penalties."""
     loss_fn = loss_fn or keras.losses.MeanSquaredError()
@@ -98,3 +109,63 @@ def train_step(model, optimizer, loss_fn=None, jit_compile=False):
         return loss
 
     return step
+
+
+class Recorder(sos.PerTensorRanking):
+    """Ranks as usual, and notes the sparsities that it is asked for."""
+
+    def __init__(self):
+        self.log = []
+
+    def get_config(self):
+        return {}
+
+    def masks(self, scores, sparsities):
+        self.log.append(list(sparsities))
+        return super().masks(scores, sparsities)
+
+
+class Staircase(sos.Schedule):
+    """The sparsity t / 1000 at step t, so that a record shows the steps."""
+
+    def __init__(self, begin=0, end=999, frequency=1):
+        super().__init__(
+            sos.PolynomialDecay(
+                begin / 1000,
+                end / 1000,
+                begin,
+                end,
+                power=1,
+                frequency=frequency,
+            )
+        )
+
+
+def recorded(log):
+    """The steps of which a record of a `Staircase` speaks."""
+    return [round(sparsities[0] * 1000) for sparsities in log]
+
+
+class Shift(sos.PenalizedWrapper):
+    """Only the penalty moves its state: by -rate * factor a step.
+
+    The penalty is the sum of `shift`, whose gradient is 1, so that what SGD
+    does to it tells how often and how strongly the penalty was applied.
+    """
+
+    def build_weight(self, weight):
+        self.add_penalized_state(weight, "shift", initializer="zeros")
+
+    def training_weight(self, weight):
+        return weight.value
+
+    def penalty(self, weight):
+        return tf.reduce_sum(weight.state["shift"].value)
+
+
+def shift_of(wrapper):
+    """The common value of a `Shift` wrapper's states."""
+    values = [np.ravel(w.state["shift"]) for w in wrapper.sparse_weights]
+    value = values[0][0]
+    assert all((v == value).all() for v in values)
+    return float(value)

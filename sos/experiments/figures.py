@@ -1,5 +1,6 @@
 """Figures of a study."""
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from sos.experiments.runs import Run
+from sos.experiments.runs import Run, title
 from sos.experiments.training import Outcome
 from sos.files import atomic_write
 
@@ -18,15 +19,16 @@ from sos.files import atomic_write
 # and Ito 2008), each with a marker, so that grey prints do as well.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
+_MORE_MARKERS = ("X", "<", ">", "p", "h")
 _DENSE_COLOUR = "#444444"
-_SPARSITY_TICKS = (0, 50, 70, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9)
+_SPARSITY_TICKS = (0, 30, 50, 70, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9)
 
 
 def save_tradeoff(path: Path, results: Iterable[tuple[Run, Outcome]]) -> None:
     """Draws accuracy against achieved sparsity, a curve for each technique.
 
-    Sparsity is drawn by the logarithm of the density, so that 90, 95 and 98 %
-    are as far apart as they differ in size. Where there are several seeds, the
+    Sparsity is drawn by the logarithm of the density, so that 90, 95
+    and 98 % can be told apart. Where there are several seeds, the
     curves join the means. A model without any weight left has no place there.
 
     Args:
@@ -40,7 +42,12 @@ def save_tradeoff(path: Path, results: Iterable[tuple[Run, Outcome]]) -> None:
     figure = Figure(figsize=(6.4, 4.2), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    styles = iter(zip(_COLOURS, _MARKERS, strict=True))
+    # Beyond six techniques the pairs differ, though not both parts of them.
+    styles = zip(
+        itertools.cycle(_COLOURS),
+        itertools.cycle((*_MARKERS, *_MORE_MARKERS)),
+        strict=False,
+    )
     for technique, members in by_technique.items():
         if members[0][0].wrapper is None:
             _draw_dense(axes, technique, members)
@@ -52,7 +59,7 @@ def save_tradeoff(path: Path, results: Iterable[tuple[Run, Outcome]]) -> None:
 
 
 def _draw_dense(
-    axes: Axes, label: str, members: Sequence[tuple[Run, Outcome]]
+    axes: Axes, technique: str, members: Sequence[tuple[Run, Outcome]]
 ) -> None:
     accuracy = np.mean([outcome.test_accuracy for _, outcome in members])
     axes.axhline(
@@ -61,7 +68,7 @@ def _draw_dense(
         linestyle=(0, (5, 3)),
         linewidth=1.2,
         zorder=1,
-        label=label,
+        label=title(technique),
     )
 
 
@@ -93,11 +100,11 @@ def _draw_technique(
         *zip(*means, strict=True),
         color=colour,
         marker=marker,
-        markersize=6,
+        markersize=6.5,
         markeredgecolor="white",
         markeredgewidth=0.8,
         linewidth=1.6,
-        label=technique.replace("_", " "),
+        label=title(technique),
         zorder=3,
     )
     if any(len(group) > 1 for group in points.values()):
@@ -123,9 +130,9 @@ def _style(axes: Axes) -> None:
     axes.xaxis.set_major_locator(
         matplotlib.ticker.FixedLocator([1 - s / 100 for s in _SPARSITY_TICKS])
     )
-    axes.xaxis.set_major_formatter(lambda x, _: f"{100 * (1 - x):.4g} %")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{100 * (1 - x):.4g}%")
     axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-    axes.yaxis.set_major_formatter(lambda y, _: f"{y:.4g} %")
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:.4g}%")
     axes.grid(color="#e4e4e4", linewidth=0.7, zorder=0)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

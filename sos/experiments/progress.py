@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sos.experiments.results import Results
-from sos.experiments.runs import Run
+from sos.experiments.runs import Run, title
 from sos.experiments.training import Outcome
 
 # A step with a penalty takes about two plain ones, until it is measured.
@@ -62,6 +62,7 @@ class Progress:
             console=self.console,
             refresh_per_second=4,
             expand=True,
+            transient=True,
         )
         self._overall = self._live.add_task("", total=None, note="")
         self._current = self._live.add_task("", total=None, note="")
@@ -95,13 +96,13 @@ class Progress:
         results = self._results
         line = (
             f"{len(results.outcomes):{len(str(len(results.runs)))}d}"
-            f"/{len(results.runs)}  {describe(run):<36}"
+            f"/{len(results.runs)}  {describe(run):<26}  "
             f"accuracy {outcome.test_accuracy:6.2%}  "
             f"sparsity {outcome.achieved_sparsity:6.2%}"
         )
         if self._live is None:
             line += f"  {_duration(self.seconds_left())} left"
-        self.console.print(line)
+        self.console.print(line, soft_wrap=True)
         self._line_time = time.monotonic()
 
     def seconds_left(self) -> float:
@@ -137,7 +138,9 @@ class Progress:
                 note=step,
             )
         elif time.monotonic() - self._line_time > _LINE_INTERVAL:
-            self.console.print(f"{describe(run)}: {step}, {left} left")
+            self.console.print(
+                f"{describe(run)}: {step}, {left} left", soft_wrap=True
+            )
             self._line_time = time.monotonic()
 
     def _step_seconds(self, run: Run) -> float:
@@ -166,7 +169,7 @@ class Progress:
 
 def describe(run: Run) -> str:
     """The technique and setting of a run, as text for people."""
-    text = f"{run.technique.replace('_', ' ')} {run.setting}".strip()
+    text = f"{title(run.technique)} {run.setting}".strip()
     return f"{text} seed {run.seed}" if run.seed else text
 
 
@@ -179,11 +182,13 @@ def summary(results: Results) -> Table:
     Returns:
         A table for `rich` to print.
     """
-    table = Table(box=rich.box.SIMPLE_HEAD)
-    table.add_column("technique")
-    table.add_column("setting")
+    table = Table(
+        box=rich.box.SIMPLE_HEAD, show_edge=False, collapse_padding=True
+    )
+    table.add_column("technique", no_wrap=True)
+    table.add_column("setting", no_wrap=True)
     for heading in ("sparsity", "of model", "accuracy", "loss", "time"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     last = None
     for run, outcome in results.ordered():
         if last not in (None, run.technique):
@@ -192,7 +197,7 @@ def summary(results: Results) -> Table:
         if len({other.seed for other in results.runs}) > 1:
             setting = f"{setting} seed {run.seed}".strip()
         table.add_row(
-            "" if run.technique == last else run.technique.replace("_", " "),
+            "" if run.technique == last else title(run.technique),
             setting,
             f"{outcome.achieved_sparsity:.2%}",
             f"{outcome.model_sparsity:.2%}",

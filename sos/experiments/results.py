@@ -150,7 +150,7 @@ def _read(path: Path, run: Run) -> Outcome:
             raise ValueError("its settings are those of another run")
         outcome = Outcome(**content["outcome"])
         for name, value in dataclasses.asdict(outcome).items():
-            if not isinstance(value, int | float):
+            if type(value) not in (int, float):
                 raise ValueError(f"{name} is {value!r}")
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(

@@ -301,3 +301,11 @@ def _values(
             f"commas between. Received: {tuple(values)}"
         )
     return sorted(int(v) if integer else float(v) for v in values)
+
+
+def title(technique: str) -> str:
+    """The name of a technique in a config, as text for people."""
+    # Names as short as this are abbreviations.
+    return (
+        technique.upper() if len(technique) < 3 else technique.replace("_", " ")
+    )

@@ -21,7 +21,7 @@ def run_study(
     """Trains all runs that are not finished, and draws the figure.
 
     Args:
-        runs: The runs; those of one shape should follow each other.
+        runs: The runs, in the order in which they are trained.
         data: The examples.
         build_model: As for `Trainer`.
         workdir: Where the results are and come to be.
@@ -32,17 +32,20 @@ def run_study(
 
     Raises:
         OSError: If the work directory cannot be written to.
-        ValueError: If files in the work directory are damaged.
+        ValueError: If files in the work directory are damaged, or a network
+            cannot be made sparse as a run asks for.
         FloatingPointError: If the loss of a run is not finite.
     """
     results = Results(workdir, runs)
-    trainer = None
+    # All of them first, so that what cannot be built is known before training.
+    trainers: dict[Run, Trainer] = {}
+    for run in results.pending:
+        if run.shape not in trainers:
+            trainers[run.shape] = Trainer(run, data, build_model)
     with progress.study(results):
         for run in results.pending:
-            if trainer is None or trainer.shape != run.shape:
-                trainer = Trainer(run, data, build_model)
             progress.begin(run)
-            outcome = trainer.train(run, progress.step)
+            outcome = trainers[run.shape].train(run, progress.step)
             results.add(run, outcome)
             progress.finish(run, outcome)
     figures.save_tradeoff(results.figure, results.ordered())

@@ -244,6 +244,7 @@ class ScaledAdam(keras.optimizers.Adam):
     def update_step(
         self, gradient: Any, variable: keras.Variable, learning_rate: Any
     ) -> None:
+        """Updates one variable at its own rate."""
         factor = self._multipliers.get(_key(variable), 1.0)
         super().update_step(gradient, variable, learning_rate * factor)
 

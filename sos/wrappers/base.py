@@ -68,7 +68,7 @@ class SparseWrapper(keras.layers.Wrapper):
         layer: The Keras 3 layer (or model) to wrap. Wrap an RNN, not its cell.
         include: Regular expressions, one or several, that are searched for in
             the paths of the layer's weights and choose those to be made sparse.
-            By default all trainable weights of rank 2 or more.
+            By default all trainable weights of rank 2 or more, biases not.
         paths: The chosen weights, as `{index in its weights: path}`, in the
             place of `include`. `sparsify` and saved models use this.
         name: Name of the layer; by default that of the wrapped layer.
@@ -112,6 +112,11 @@ class SparseWrapper(keras.layers.Wrapper):
             autocast=False,
             **kwargs,
         )
+        # A layer made under `keras.RematScope` would get no gradients of the
+        # weights that a call maps in: this one is computed again in its place.
+        for inner in layer._flatten_layers():
+            self._remat_mode = self._remat_mode or inner._remat_mode
+            inner._remat_mode = None
         self.include = _check_patterns(include)
         self._paths = None
         if paths is not None:
@@ -428,7 +433,11 @@ class SparseWrapper(keras.layers.Wrapper):
         """Builds the wrapped layer as it was built, then this one."""
         if not self.layer.built and config.get("layer"):
             self.layer.build_from_config(config["layer"])
-        if not self.sparse_weights and _fully_built(self.layer):
+            self.layer.built = True  # As Keras says when it loads a layer.
+        if self.sparse_weights or self._paths is None:
+            return
+        # A layer without a `build` method gets its weights when it is called.
+        if max(self._paths) < len(core(self.layer).weights):
             self.build()
 
     # Details.
@@ -462,7 +471,7 @@ class SparseWrapper(keras.layers.Wrapper):
             ).is_floating
         }
         if self.include is None:
-            chosen = {i for i, v in available.items() if len(v.shape) >= 2}
+            chosen = {i for i, v in available.items() if why_dense(v) is None}
         else:
             chosen = set()
             for pattern in self.include:
@@ -513,6 +522,14 @@ def argument_names(technique: type) -> list[str]:
                 )
             )
     return sorted(names)
+
+
+def why_dense(variable: keras.Variable) -> str | None:
+    """Why a weight is not made sparse by default, None if it is."""
+    if len(variable.shape) < 2:
+        return f"rank {len(variable.shape)}"
+    # Attention and GRU have biases of rank 2.
+    return "bias" if variable.name == "bias" else None
 
 
 def core(layer: keras.layers.Layer) -> keras.layers.Layer:

@@ -27,9 +27,7 @@ def sample_gate(log_alpha: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
     Returns:
         Gates in [0, 1], float32 of the same shape.
     """
-    u = tf.random.stateless_uniform(
-        tf.shape(log_alpha), key, alg=noise.ALGORITHM
-    )
+    u = noise.uniform(tf.shape(log_alpha), key)
     # u is a multiple of 2^-23, and 1 - u is exact: half a step up keeps both
     # logarithms finite and the distribution symmetric.
     u = u + 2.0**-24

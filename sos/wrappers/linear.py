@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from sos.wrappers.base import SparseWrapper
+from sos.wrappers.base import SparseWrapper, why_dense
 
 _LINEAR = (
     keras.layers.Dense,
@@ -56,7 +56,7 @@ def is_embedding(wrapper: SparseWrapper) -> bool:
 
 def biases(layer: keras.layers.Layer) -> list[keras.Variable]:
     """The weights of a linear layer other than its kernel."""
-    return [v for v in layer.weights if len(v.shape) < 2]
+    return [v for v in layer.weights if why_dense(v) is not None]
 
 
 @contextmanager
@@ -105,6 +105,6 @@ def _calls_like(layer: keras.layers.Layer, classes: tuple) -> bool:
 
 
 def _has_one_table(wrapper: SparseWrapper, layer: keras.layers.Layer) -> bool:
-    kernels = [v for v in layer.weights if len(v.shape) >= 2]
+    kernels = [v for v in layer.weights if why_dense(v) is None]
     chosen = [weight.variable for weight in wrapper.sparse_weights]
     return len(chosen) == len(kernels) == 1 and chosen[0] is kernels[0]

@@ -147,20 +147,24 @@ def test_training_without_a_driver_raises_where_one_is_needed(name):
 # Configuration and files.
 
 
+def as_json(config):
+    """A configuration as a file keeps it, with lists for tuples."""
+    return json.loads(json.dumps(config))
+
+
 @all_techniques
 def test_configuration_survives_json(name):
     wrapper = toys.wrap(name, keras.layers.Dense(5), include="kernel")
     wrapper.build((None, 4))
-    config = wrapper.get_config()
-    copy = type(wrapper).from_config(json.loads(json.dumps(config)))
+    config = as_json(wrapper.get_config())
+    copy = type(wrapper).from_config(dict(config))
     copy.build((None, 4))
-    assert copy.get_config() == config
+    assert as_json(copy.get_config()) == config
     loaded = keras.saving.deserialize_keras_object(
         keras.saving.serialize_keras_object(wrapper)
     )
     assert type(loaded) is type(wrapper)
-    loaded.build((None, 4))
-    assert loaded.get_config() == config
+    assert as_json(loaded.get_config()) == config
 
 
 CHANGED = {
@@ -184,7 +188,7 @@ def test_file_keeps_every_bit_and_setting(name, tmp_path):
     for old, new in zip(model.variables, loaded.variables, strict=True):
         assert old.dtype == new.dtype
         assert old.numpy().tobytes() == new.numpy().tobytes()
-    assert loaded.get_config() == model.get_config()
+    assert as_json(loaded.get_config()) == as_json(model.get_config())
     np.testing.assert_array_equal(model(x), loaded(x))
     for old, new in zip(model.layers, loaded.layers, strict=True):
         for setting in CHANGED:
@@ -286,52 +290,46 @@ def test_compiled_by_xla_it_gives_the_same(name):
 # Rematerialisation: what the backward pass computes again must be equal.
 
 
-class Block(keras.layers.Layer):
-    """Two sparse layers, optionally computed again in the backward pass."""
+class Stack(keras.layers.Layer):
+    """Three sparse layers, two of them perhaps computed again."""
 
     def __init__(self, technique, how):
-        super().__init__()
+        super().__init__(name="stack")
         self.how = how
-        self.first = toys.wrap(
-            technique, keras.layers.Dense(8, activation="tanh")
-        )
-        self.second = toys.wrap(technique, keras.layers.Dense(6))
+        units = {"first": 8, "second": 6, "last": 2}
+        for name, size in units.items():
+            layer = keras.layers.Dense(size, activation="tanh", name=name)
+            setattr(self, name, toys.wrap(technique, layer))
 
     def build(self, shape):
         self.first.build(shape)
         self.second.build((None, 8))
+        self.last.build((None, 6))
 
     def call(self, inputs, training=False):
-        def forward(x):
-            return self.second(self.first(x, training=training), training=training)
+        def two(x):
+            x = self.first(x, training=training)
+            return self.second(x, training=training)
 
         if self.how == "keras.remat":
-            return keras.remat(forward)(inputs)
+            two = keras.remat(two)
         if self.how == "tf.recompute_grad":
-            return tf.recompute_grad(forward)(inputs)
-        return forward(inputs)
+            two = tf.recompute_grad(two)
+        return self.last(two(inputs), training=training)
 
 
-def remat_model(technique, how):
+def gradients(technique, how, compiled):
     keras.utils.set_random_seed(0)
     if how == "keras.RematScope":
         with keras.RematScope(mode="full"):
-            block = Block(technique, how)
-            head = toys.wrap(technique, keras.layers.Dense(2))
+            model = Stack(technique, how)
     else:
-        block = Block(technique, how)
-        head = toys.wrap(technique, keras.layers.Dense(2))
-    model = keras.Sequential([keras.Input((6,)), block, head])
+        model = Stack(technique, how)
+    model.build((None, 6))
     for i, variable in enumerate(model.trainable_variables):
         noise = toys.normal(*variable.shape, seed=i, scale=0.3)
         variable.assign_add(noise)
     prune(model)
-    return model
-
-
-def gradients(technique, how, compiled=True):
-    model = remat_model(technique, how)
-    optimizer = keras.optimizers.SGD()
     x, y = toys.batch()
 
     def compute():
@@ -341,18 +339,21 @@ def gradients(technique, how, compiled=True):
             loss += 100 * sum(model.losses, 0.0)
         return [loss, *tape.gradient(loss, model.trainable_variables)]
 
-    with sos.Driver(model, optimizer):
+    with sos.Driver(model, keras.optimizers.SGD()):
         return tf.function(compute)() if compiled else compute()
 
 
 @all_techniques
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(
     "how", ["keras.remat", "keras.RematScope", "tf.recompute_grad"]
 )
-def test_rematerialisation_changes_no_gradient(name, how):
-    plain = gradients(name, None)
+def test_rematerialisation_changes_no_gradient(name, how, compiled):
+    if how == "keras.RematScope" and compiled:
+        pytest.skip("Keras cannot trace a plain Dense made in this scope.")
+    plain = gradients(name, None, compiled)
     assert all((g.numpy() != 0).any() for g in plain)
-    again = gradients(name, how)
+    again = gradients(name, how, compiled)
     for want, got in zip(plain, again, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
@@ -372,7 +373,10 @@ def test_include_chooses_weights():
     wrapper.build((None, 4, 2))
     (weight,) = wrapper.sparse_weights
     assert weight.variable is wrapper.layer.cell.recurrent_kernel
-    for include, message in (("nothing", "matches 'nothing'"), ("(", "regular")):
+    for include, message in (
+        ("nothing", "matches 'nothing'"),
+        ("(", "regular"),
+    ):
         with pytest.raises(ValueError, match=message):
             toys.wrap(
                 "MagnitudePruning", keras.layers.LSTM(3), include=include

@@ -89,7 +89,10 @@ def test_set_masks_sets_them_in_order():
 
 WRONG = {
     "count": (lambda good: good[:1], "has 2 masked weights. Received: 1"),
-    "shape": (lambda good: [good[0], good[1].T], r"Received: an array of shape"),
+    "shape": (
+        lambda good: [good[0], good[1].T],
+        r"Received: an array of shape",
+    ),
     "value": (lambda good: [good[0], good[1] * 0.5], "zeros and ones"),
     "nan": (lambda good: [good[0], good[1] * np.nan], "zeros and ones"),
     "negative": (lambda good: [good[0], -good[1]], "zeros and ones"),

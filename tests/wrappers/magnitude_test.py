@@ -113,9 +113,9 @@ def test_pruned_weights_keep_their_value_and_feel_decay_and_momentum():
 
 def test_tensors_are_ranked_each_for_itself():
     large = keras.layers.Dense(4, kernel_initializer="ones")
-    small = keras.layers.Dense(4, kernel_initializer=lambda s, dtype: (
-        1e-3 * tf.ones(s, dtype)
-    ))
+    small = keras.layers.Dense(
+        4, kernel_initializer=lambda s, dtype: 1e-3 * tf.ones(s, dtype)
+    )
     wrappers = [
         sos.MagnitudePruning(layer, schedule=toys.SCHEDULE)
         for layer in (large, small)

@@ -97,7 +97,9 @@ def test_kl_is_near_the_exact_integral(log_alpha):
 def test_kl_vanishes_at_infinity_and_stays_finite():
     far = tf.constant([-1e4, 50.0, 1e4])
     found = vd.kl_divergence(far).numpy()
-    np.testing.assert_allclose(found, [5000.0 + 0.63576, 0, 0], rtol=1e-6, atol=1e-20)
+    np.testing.assert_allclose(
+        found, [5000.0 + 0.63576, 0, 0], rtol=1e-6, atol=1e-20
+    )
     assert found.min() >= 0
 
 
@@ -218,7 +220,9 @@ def centred(layer, shape):
 
 
 def test_noise_is_standard_normal_and_independent_everywhere():
-    wrapper = centred(keras.layers.Conv2D(3, 1, use_bias=False), (None, 3, 3, 1))
+    wrapper = centred(
+        keras.layers.Conv2D(3, 1, use_bias=False), (None, 3, 3, 1)
+    )
     optimizer = toys.bind(wrapper)
     x = np.ones((8, 3, 3, 1), np.float32)
     steps = []
@@ -484,7 +488,10 @@ def test_clipped_log_sigma2_still_gets_no_nan_from_far_outside():
 @pytest.mark.parametrize("clip", [8.0, None])
 def test_penalty_and_its_gradients(clip):
     wrapper = wrap(
-        keras.layers.Dense(3), (None, 4), clip_log_alpha=clip, penalty_weight=0.7
+        keras.layers.Dense(3),
+        (None, 4),
+        clip_log_alpha=clip,
+        penalty_weight=0.7,
     )
     toys.bind(wrapper)
     theta, log_sigma2, outside = in_and_out_of_range(wrapper)
@@ -494,8 +501,12 @@ def test_penalty_and_its_gradients(clip):
     assert float(penalty) == pytest.approx(expected, rel=1e-5)
     found = gradients(wrapper, lambda: sum(wrapper.losses))
     expected = [
-        finite_differences(lambda t: 0.7 * numpy_kl(t, log_sigma2, clip), theta),
-        finite_differences(lambda s: 0.7 * numpy_kl(theta, s, clip), log_sigma2),
+        finite_differences(
+            lambda t: 0.7 * numpy_kl(t, log_sigma2, clip), theta
+        ),
+        finite_differences(
+            lambda s: 0.7 * numpy_kl(theta, s, clip), log_sigma2
+        ),
     ]
     for got, want in zip(found, expected, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
@@ -512,7 +523,9 @@ def test_penalty_of_many_normals():
     weight.state["log_sigma2"].assign(log_sigma2)
     penalty = wrapper.penalty(weight)
     assert penalty.shape == ()
-    assert float(penalty) == pytest.approx(numpy_kl(theta, log_sigma2), rel=1e-5)
+    assert float(penalty) == pytest.approx(
+        numpy_kl(theta, log_sigma2), rel=1e-5
+    )
 
 
 # Evaluation.

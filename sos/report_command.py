@@ -1,0 +1,290 @@
+"""The command that prints the sparsity of a saved model or a checkpoint."""
+
+import argparse
+import importlib
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tensorflow.core.protobuf import trackable_object_graph_pb2
+
+from sos.driver import set_all
+from sos.report import FIELDS, SparsityReport, sparsity_report
+from sos.wrappers.base import find_wrappers
+from sos.wrappers.l0 import mean_gate
+from sos.wrappers.variational_dropout import VariationalDropout, log_alpha_of
+
+_DEFAULT_THRESHOLD = 3.0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the report of a file.
+
+    Args:
+        arguments: The command line; by default that of the process.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m sos.sparsity_report",
+        description="Prints the sparsity of a saved model or a checkpoint.",
+    )
+    parser.add_argument(
+        "file",
+        metavar="FILE",
+        type=Path,
+        help="a .keras file, a TensorFlow checkpoint (such as ckpt-500), or a "
+        "directory of checkpoints, whose latest is taken",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        help="log alpha from which on variational dropout removes weights (by "
+        f"default the saved one, or {_DEFAULT_THRESHOLD})",
+    )
+    parser.add_argument(
+        "--csv", type=Path, metavar="OUT", help="also write the rows to a file"
+    )
+    parser.add_argument(
+        "--import",
+        action="append",
+        default=[],
+        dest="modules",
+        metavar="MODULE",
+        help="import a module that registers classes of your own first",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        report = _report(options)
+        if options.csv is not None:
+            report.save_csv(options.csv)
+    except _CommandError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    print(report)
+
+
+class _CommandError(Exception):
+    """What the user is told in one line."""
+
+
+def _report(options: argparse.Namespace) -> SparsityReport:
+    threshold = options.threshold
+    if threshold is not None and not math.isfinite(threshold):
+        raise _CommandError(
+            f"--threshold must be a finite number. Received: {threshold}"
+        )
+    for module in options.modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise _CommandError(f"--import {module}: {error}") from error
+    path = options.file
+    if path.suffix == ".keras" and path.is_file():
+        return _report_of_model(path, threshold)
+    prefix = _checkpoint_prefix(path)
+    try:
+        return SparsityReport(path.name, _Checkpoint(prefix).rows(threshold))
+    except (tf.errors.OpError, ValueError) as error:
+        _fail(f"{prefix} cannot be read as a checkpoint", error)
+
+
+def _fail(message: str, error: Exception) -> NoReturn:
+    text = str(error).strip() or type(error).__name__
+    # Keras puts the whole configuration before the point.
+    unknown = re.search(r"Could not locate .*", text)
+    line = unknown.group() if unknown else text.splitlines()[0]
+    raise _CommandError(f"{message}: {line[:300]}") from error
+
+
+def _report_of_model(path: Path, threshold: float | None) -> SparsityReport:
+    try:
+        model = keras.models.load_model(path, compile=False)
+    except (TypeError, ValueError, OSError, KeyError) as error:
+        _fail(
+            f"{path} cannot be loaded (if it holds classes of your own, name "
+            "the module that registers them with --import)",
+            error,
+        )
+    if threshold is not None and any(
+        isinstance(wrapper, VariationalDropout)
+        for wrapper in find_wrappers(model)
+    ):
+        set_all(model, threshold=threshold)
+    return sparsity_report(model)
+
+
+def _checkpoint_prefix(path: Path) -> str:
+    if path.is_dir():
+        latest = tf.train.latest_checkpoint(str(path))
+        if latest is None:
+            raise _CommandError(f"there is no checkpoint in {path}")
+        return latest
+    prefix = path.with_suffix("") if path.suffix == ".index" else path
+    if prefix.with_name(f"{prefix.name}.index").is_file():
+        return str(prefix)
+    if path.exists():
+        raise _CommandError(
+            f"{path} is neither a .keras file nor a TensorFlow checkpoint"
+        )
+    raise _CommandError(f"there is no file, directory or checkpoint {path}")
+
+
+class _Checkpoint:
+    """The sparse weights in a checkpoint, found without the model.
+
+    A checkpoint holds the graph of the attributes of the objects in it. Layers
+    that a technique wraps are those with an attribute `layer` beside variables
+    with the names of the techniques' states. Slots of optimizers are in other
+    objects and so do not count.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self._reader = tf.train.load_checkpoint(prefix)
+        graph = trackable_object_graph_pb2.TrackableObjectGraph()
+        graph.ParseFromString(
+            self._reader.get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH")
+        )
+        self._nodes = graph.nodes
+
+    def rows(self, threshold: float | None) -> list[dict[str, Any]]:
+        """One row for every tensor that a technique made sparse.
+
+        Args:
+            threshold: As on the command line.
+
+        Returns:
+            The rows of a `SparsityReport`.
+
+        Raises:
+            ValueError: If the checkpoint holds none.
+        """
+        rows = []
+        for path, node in self._walk(0):
+            children = self._children(node)
+            if "layer" not in children:
+                continue
+            for name, child in children.items():
+                for kind, technique, kept in (
+                    ("mask", "mask", self._mask),
+                    ("log_alpha", "L0Regularization", self._gate),
+                    ("log_sigma2", "VariationalDropout", self._low_noise),
+                ):
+                    weight = name.removesuffix(f"_{kind}")
+                    if weight == name or self._value(child) is None:
+                        continue
+                    nonzero = kept(weight, children, child, threshold)
+                    rows.append(
+                        _row([*path, weight], technique, np.asarray(nonzero))
+                    )
+        if not rows:
+            raise ValueError("it holds no masks, log alphas or log sigmas")
+        return rows
+
+    def _mask(
+        self, weight: str, children: dict, child: int, threshold: Any
+    ) -> Any:
+        return self._value(child) != 0
+
+    def _gate(
+        self, weight: str, children: dict, child: int, threshold: Any
+    ) -> Any:
+        return mean_gate(self._value(child)) > 0
+
+    def _low_noise(
+        self, weight: str, children: dict, child: int, threshold: Any
+    ) -> Any:
+        log_sigma2 = self._value(child)
+        theta = self._wrapped_weight(
+            weight, children["layer"], log_sigma2.shape
+        )
+        if threshold is None and "threshold_setting" in children:
+            threshold = self._value(children["threshold_setting"])
+        if threshold is None:
+            threshold = _DEFAULT_THRESHOLD
+        return log_alpha_of(theta, log_sigma2) < threshold
+
+    def _wrapped_weight(
+        self, weight: str, layer: int, shape: tuple[int, ...]
+    ) -> np.ndarray:
+        """Finds a wrapped layer's weight by its shape, then by its name."""
+        found = {
+            node: "_".join(path).split("_")
+            for path, node in self._walk(layer)
+            if self._shape(node) == shape
+            # The layer may be a wrapper too.
+            and not path[-1].endswith(("_mask", "_log_alpha", "_log_sigma2"))
+        }
+        if len(found) > 1:
+            words = weight.split("_")
+            found = {
+                node: path
+                for node, path in found.items()
+                if path[-1] == words[-1] and _in_order(words, path)
+            }
+            shortest = min(map(len, found.values()), default=0)
+            found = {n: p for n, p in found.items() if len(p) == shortest}
+        if len(found) != 1:
+            raise ValueError(
+                f"it does not tell which weight {weight!r} is; save the model "
+                "to a .keras file and report that"
+            )
+        (node,) = found
+        return self._value(node)
+
+    def _children(self, node: int) -> dict[str, int]:
+        return {
+            child.local_name: child.node_id
+            for child in self._nodes[node].children
+        }
+
+    def _walk(self, root: int) -> Iterator[tuple[list[str], int]]:
+        """All objects under one, each once, nearest first."""
+        seen = {root}
+        queue: list[tuple[list[str], int]] = [([], root)]
+        for path, node in queue:
+            yield path, node
+            for name, child in self._children(node).items():
+                if child not in seen:
+                    seen.add(child)
+                    queue.append(([*path, name], child))
+
+    def _key(self, node: int) -> str | None:
+        attributes = self._nodes[node].attributes
+        return attributes[0].checkpoint_key if attributes else None
+
+    def _shape(self, node: int) -> tuple[int, ...] | None:
+        key = self._key(node)
+        if key is None:
+            return None
+        return tuple(self._reader.get_variable_to_shape_map()[key])
+
+    def _value(self, node: int) -> np.ndarray | None:
+        key = self._key(node)
+        return None if key is None else self._reader.get_tensor(key)
+
+
+def _in_order(words: list[str], path: list[str]) -> bool:
+    remaining = iter(path)
+    return all(word in remaining for word in words)
+
+
+def _row(
+    path: list[str], technique: str, nonzero: np.ndarray
+) -> dict[str, Any]:
+    nonzeros = int(np.count_nonzero(nonzero))
+    # Keras keeps the layers of a model in lists whose names say nothing.
+    path = [p for p in path if p not in ("_functional", "_operations")]
+    return {
+        **dict.fromkeys(FIELDS),
+        "layer": "/".join(path[:-1]),
+        "weight": "/".join(path),
+        "technique": technique,
+        "rank": nonzero.ndim,
+        "size": nonzero.size,
+        "nonzeros": nonzeros,
+        "sparsity": 1 - nonzeros / nonzero.size if nonzero.size else 0.0,
+        "note": "",
+    }

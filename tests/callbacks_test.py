@@ -1,0 +1,252 @@
+import glob
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow.core.util import event_pb2
+
+import sos
+from tests import toys
+
+NEEDY = [
+    name
+    for name in toys.technique_names()
+    if sos.techniques()[name].needs_clock
+]
+PENALIZED = [
+    name
+    for name in toys.technique_names()
+    if issubclass(sos.techniques()[name], sos.PenalizedWrapper)
+]
+
+needy_techniques = pytest.mark.parametrize("name", NEEDY)
+
+
+def compiled(name, **settings):
+    model = toys.mlp(name, **settings)
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    return model
+
+
+def fit(model, *callbacks, batches=4, **settings):
+    x, y = toys.batch(batches * 2)
+    settings = {"batch_size": 2, "verbose": 0, **settings}
+    return model.fit(x, y, callbacks=list(callbacks), **settings)
+
+
+def check_refused(model, how=fit):
+    before = [v.numpy() for v in model.variables]
+    with pytest.raises(RuntimeError, match="SparsityCallback"):
+        how(model)
+    for old, new in zip(before, model.variables, strict=True):
+        np.testing.assert_array_equal(old, new.numpy())
+
+
+def train_on_batch(model):
+    model.train_on_batch(*toys.batch())
+
+
+# Forgetting the callback.
+
+
+@needy_techniques
+@pytest.mark.parametrize("how", [fit, train_on_batch])
+def test_training_without_the_callback_is_refused(name, how):
+    check_refused(compiled(name), how)
+
+
+@needy_techniques
+@pytest.mark.parametrize("how", [fit, train_on_batch])
+def test_training_on_without_the_callback_is_refused(name, how):
+    model = compiled(name)
+    fit(model, sos.SparsityCallback())
+    check_refused(model, how)
+    fit(model, sos.SparsityCallback())
+    assert int(model.optimizer.iterations) == 8
+    check_refused(model, how)
+
+
+@needy_techniques
+def test_compiling_again_does_not_bypass_the_callback(name):
+    model = compiled(name)
+    fit(model, sos.SparsityCallback())
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    check_refused(model)
+    fit(model, sos.SparsityCallback())
+
+
+class Interrupt(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 1:
+            raise KeyboardInterrupt
+
+
+@needy_techniques
+def test_an_interrupted_fit_leaves_no_way_around_the_callback(name):
+    model = compiled(name)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, sos.SparsityCallback(), Interrupt())
+    with pytest.raises(RuntimeError, match="SparsityCallback"):
+        fit(model)
+    fit(model, sos.SparsityCallback())
+
+
+@pytest.mark.parametrize("name", toys.technique_names())
+def test_evaluate_and_predict_need_no_callback(name):
+    model = compiled(name)
+    x, y = toys.batch()
+    for _ in range(2):
+        loss = model.evaluate(x, y, verbose=0)
+        outputs = model.predict(x, verbose=0)
+        assert loss == pytest.approx(((outputs - y) ** 2).mean(), rel=1e-5)
+        np.testing.assert_allclose(outputs, model(x), rtol=1e-5, atol=1e-6)
+        fit(model, sos.SparsityCallback())
+
+
+# Validation.
+
+
+@pytest.mark.parametrize("name", PENALIZED)
+def test_validation_has_no_penalty_and_training_has(name):
+    model = compiled(name, penalty_weight=1.0)
+    model.optimizer.learning_rate = 0.0
+    x, y = toys.batch(8)
+    callbacks = [sos.SparsityCallback()]
+    history = model.fit(
+        x,
+        y,
+        epochs=2,
+        validation_data=(x, y),
+        callbacks=callbacks,
+        verbose=0,
+    ).history
+    expected = ((model.predict(x, verbose=0) - y) ** 2).mean()
+    np.testing.assert_allclose(history["val_loss"], expected, rtol=1e-5)
+    # Both epochs, the second after a validation: about a unit per weight.
+    assert min(history["loss"]) > expected + 10
+
+
+def test_training_goes_on_after_a_validation():
+    layer = toys.Shift(
+        keras.layers.Dense(2), penalty_weight=1.0, ramp=sos.LinearRamp(1, 5)
+    )
+    model = keras.Sequential([keras.Input((6,)), layer])
+    model.compile(keras.optimizers.SGD(1.0, clipvalue=1.0), "mse")
+    x, y = toys.batch(8)
+    model.fit(
+        x,
+        y,
+        batch_size=4,
+        epochs=4,
+        validation_data=(x, y),
+        callbacks=[sos.SparsityCallback()],
+        verbose=0,
+    )
+    ramp = [min(max((t - 1) / 4, 0), 1) for t in range(8)]
+    assert toys.shift_of(layer) == pytest.approx(-sum(ramp), rel=1e-6)
+
+
+def test_evaluation_outside_of_fit_has_no_penalty_after_it():
+    model = compiled("VariationalDropout", penalty_weight=1.0)
+    x, y = toys.batch()
+    fit(model, sos.SparsityCallback())
+    loss = model.evaluate(x, y, verbose=0)
+    expected = ((model.predict(x, verbose=0) - y) ** 2).mean()
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
+# Updates.
+
+
+def recording(schedule):
+    recorder = toys.Recorder()
+    model = toys.mlp("MagnitudePruning", schedule=schedule)
+    for wrapper in model.layers:
+        wrapper.ranking = recorder
+    return model, recorder
+
+
+@pytest.mark.parametrize(
+    ("block", "ends"),
+    # With 6 batches an epoch, a block of 4 leaves one of 2.
+    [(1, range(1, 13)), (4, [4, 6, 10, 12]), (6, [6, 12])],
+)
+@pytest.mark.parametrize(
+    ("schedule", "due"),
+    [
+        (toys.Staircase(2, 12, 6), [2, 8, 12]),
+        (toys.Staircase(0, 11, 7), [0, 7, 11]),
+        (toys.Staircase(3, 100, 6), [3, 9]),
+    ],
+)
+def test_updates_in_fit_land_at_the_ends_of_blocks(block, ends, schedule, due):
+    model, recorder = recording(schedule)
+    model.compile("sgd", "mse", steps_per_execution=block)
+    landed = []
+    watch = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: landed.append(
+            (int(model.optimizer.iterations), toys.recorded(recorder.log)[-1:])
+        )
+    )
+    fit(model, sos.SparsityCallback(), watch, batches=6, epochs=2)
+    # Of two updates in one block, the later is made.
+    expected = [([t for t in due if t <= end] or [None])[-1] for end in ends]
+    assert landed == [
+        (end, [] if step is None else [step])
+        for end, step in zip(ends, expected, strict=True)
+    ]
+
+
+def test_blocks_longer_than_the_frequency_are_refused():
+    model, recorder = recording(toys.Staircase(frequency=2))
+    model.compile("sgd", "mse", steps_per_execution=3)
+    with pytest.raises(ValueError, match="every 2 steps.*steps_per_execution"):
+        fit(model, sos.SparsityCallback())
+    assert not recorder.log
+
+
+def test_second_fit_goes_on_with_the_schedule():
+    model, recorder = recording(toys.Staircase(0, 7, 2))
+    model.compile("sgd", "mse")
+    callback = sos.SparsityCallback()
+    for _ in range(2):
+        fit(model, callback)
+    # The step at which the second starts is updated again.
+    assert toys.recorded(recorder.log) == [0, 2, 4, 4, 6, 7]
+
+
+def test_masks_after_fit_are_those_of_the_final_weights_where_due():
+    schedule = sos.PolynomialDecay(0.0, 0.75, 0, 4, frequency=3)
+    model = compiled("MagnitudePruning", schedule=schedule)
+    fit(model, sos.SparsityCallback(), batches=4)
+    for wrapper in model.layers:
+        raw = np.abs(wrapper.layer.kernel.numpy()).ravel()
+        mask = toys.state(wrapper, "mask").numpy().ravel()
+        assert mask.sum() == raw.size // 4
+        assert raw[mask == 1].min() >= raw[mask == 0].max()
+
+
+# Logs.
+
+
+def test_history_has_the_sparsity():
+    schedule = sos.PolynomialDecay(0.0, 0.5, 0, 8, power=1, frequency=4)
+    model = compiled("MagnitudePruning", schedule=schedule)
+    history = fit(model, sos.SparsityCallback(), epochs=2).history
+    np.testing.assert_allclose(history["sparsity"], [0.25, 0.5])
+
+
+def test_tensorboard_gets_every_weight(tmp_path):
+    model = compiled("MagnitudePruning")
+    fit(model, sos.SparsityCallback(log_dir=str(tmp_path)), epochs=2)
+    (path,) = glob.glob(str(tmp_path / "*tfevents*"))
+    found = [
+        (event.step, value.tag)
+        for record in tf.data.TFRecordDataset(path)
+        for event in [event_pb2.Event.FromString(record.numpy())]
+        for value in event.summary.value
+    ]
+    tags = {"sparsity", "sparsity/toy/a/kernel", "sparsity/toy/b/kernel"}
+    assert {tag for _, tag in found} == tags
+    assert {step for step, _ in found} == {4, 8}

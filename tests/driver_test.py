@@ -1,0 +1,330 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import sos
+from sos.wrappers.base import find_wrappers
+from tests import toys
+
+TECHNIQUES = toys.technique_names()
+
+
+def model_with_record(schedule, names=("a", "b")):
+    """A model of pruned layers that share a recording ranking."""
+    recorder = toys.Recorder()
+    layers = [
+        sos.MagnitudePruning(
+            keras.layers.Dense(6, name=name),
+            schedule=schedule,
+            ranking=recorder,
+        )
+        for name in names
+    ]
+    model = keras.Sequential([keras.Input((6,)), *layers])
+    return model, recorder
+
+
+def move(optimizer, steps=1):
+    """As if the optimizer had made steps."""
+    optimizer.iterations.assign_add(steps)
+
+
+def drive(schedule, steps, start=0):
+    """The steps at which the masks are updated."""
+    model, recorder = model_with_record(schedule)
+    optimizer = keras.optimizers.SGD()
+    optimizer.iterations.assign(start)
+    with sos.Driver(model, optimizer) as driver:
+        for _ in range(steps):
+            move(optimizer)
+            driver.step()
+    return toys.recorded(recorder.log)
+
+
+# When masks are updated.
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "expected"),
+    [
+        (toys.Staircase(2, 8, 3), 12, [2, 5, 8]),
+        # An end that is no multiple of the frequency away.
+        (toys.Staircase(2, 10, 3), 12, [2, 5, 8, 10]),
+        # Training that ends with the schedule.
+        (toys.Staircase(0, 6, 2), 6, [0, 2, 4, 6]),
+        (toys.Staircase(0, 7, 2), 7, [0, 2, 4, 6, 7]),
+        (toys.Staircase(0, 9, 100), 9, [0, 9]),
+        (toys.Staircase(3, 9, 2), 2, []),
+    ],
+)
+def test_updates_run_at_the_steps_of_the_schedule(schedule, steps, expected):
+    assert drive(schedule, steps) == expected
+
+
+@pytest.mark.parametrize("start", [0, 4, 5, 6, 9])
+def test_restart_goes_on_with_the_schedule_and_repeats_the_step(start):
+    updates = drive(toys.Staircase(1, 9, 2), 10, start=start)
+    assert updates == [t for t in (1, 3, 5, 7, 9) if t >= start]
+
+
+def test_updates_are_tfmots():
+    """Updated at t if `should_prune` at t, from the weights after t steps."""
+    inner = sos.PolynomialDecay(0.1, 0.8, 1, 9, frequency=2)
+    model, _ = model_with_record(inner, names=("only",))
+    (wrapper,) = model.layers
+    wrapper.ranking = sos.PerTensorRanking()
+    optimizer = keras.optimizers.SGD(0.5, momentum=0.5)
+    optimizer.build(model.trainable_variables)
+    train = toys.train_step(model, optimizer)
+    x = toys.normal(8, 6)
+    expected = np.ones(36)
+
+    def expect(step):
+        due, sparsity = inner(tf.constant(step, tf.int64))
+        if due:
+            raw = np.abs(wrapper.layer.kernel.numpy()).ravel()
+            kept = np.argsort(-raw, kind="stable")[
+                : round(36 * (1 - float(sparsity)))
+            ]
+            expected[:] = 0
+            expected[kept] = 1
+        found = toys.state(wrapper, "mask").numpy().ravel()
+        np.testing.assert_array_equal(found, expected)
+
+    with sos.Driver(model, optimizer) as driver:
+        expect(0)
+        for step in range(1, 12):
+            train(x, toys.normal(8, 6, seed=step))
+            driver.step()
+            expect(step)
+    assert expected.sum() == 7
+
+
+def test_layers_with_equal_rankings_are_ranked_in_one_call():
+    schedule = sos.Schedule(sos.ConstantSparsity(0.5, 1, frequency=1))
+    model, recorder = model_with_record(schedule)
+    optimizer = keras.optimizers.SGD()
+    with sos.Driver(model, optimizer) as driver:
+        move(optimizer)
+        driver.step()
+    assert recorder.log == [[0.5, 0.5]]
+
+
+def test_layers_follow_schedules_of_their_own():
+    model, _ = model_with_record(toys.Staircase())
+    for i, wrapper in enumerate(model.layers):
+        wrapper.ranking = sos.PerTensorRanking()
+        wrapper.schedule = sos.ConstantSparsity(
+            0.25 + 0.5 * i, begin_step=1 + i, frequency=1
+        )
+    optimizer = keras.optimizers.SGD()
+    counts = []
+    with sos.Driver(model, optimizer) as driver:
+        for _ in range(2):
+            move(optimizer)
+            driver.step()
+            counts.append(
+                [int(toys.state(w, "mask").numpy().sum()) for w in model.layers]
+            )
+    assert counts == [[27, 36], [27, 9]]
+
+
+def test_step_does_nothing_while_the_optimizer_stands_still():
+    model, recorder = model_with_record(toys.Staircase())
+    optimizer = keras.optimizers.SGD()
+    with sos.Driver(model, optimizer) as driver:
+        driver.step()
+        move(optimizer)
+        for _ in range(3):
+            driver.step()
+    assert toys.recorded(recorder.log) == [0, 1]
+
+
+# What is forgotten.
+
+
+def test_forgotten_last_step_raises_at_the_end():
+    model, _ = model_with_record(toys.Staircase(frequency=10))
+    optimizer = keras.optimizers.SGD()
+    with pytest.raises(RuntimeError, match="2 steps after.*driver.step()"):
+        with sos.Driver(model, optimizer) as driver:
+            move(optimizer)
+            driver.step()
+            move(optimizer, 2)
+    assert not any(w.clock.bound for w in model.layers)
+
+
+def test_passed_over_updates_raise():
+    model, _ = model_with_record(toys.Staircase(frequency=2))
+    optimizer = keras.optimizers.SGD()
+    driver = sos.Driver(model, optimizer)
+    driver.start()
+    move(optimizer, 4)
+    with pytest.raises(RuntimeError, match=r"from step 0 to 4.*at \[2, 4\]"):
+        driver.step()
+    driver.stop()
+
+
+def test_one_update_within_a_block_lands_at_its_end():
+    model, recorder = model_with_record(toys.Staircase(1, 9, 4))
+    optimizer = keras.optimizers.SGD()
+    with sos.Driver(model, optimizer, steps_per_block=4) as driver:
+        for _ in range(3):
+            move(optimizer, 4)
+            driver.step()
+    assert toys.recorded(recorder.log) == [1, 5, 9]
+
+
+def test_the_end_may_share_a_block_with_another_update():
+    model, recorder = model_with_record(toys.Staircase(0, 7, 4))
+    optimizer = keras.optimizers.SGD()
+    with sos.Driver(model, optimizer, steps_per_block=4) as driver:
+        for _ in range(2):
+            move(optimizer, 4)
+            driver.step()
+    assert toys.recorded(recorder.log) == [0, 4, 7]
+
+
+def test_blocks_longer_than_the_frequency_are_refused():
+    model, _ = model_with_record(toys.Staircase(frequency=3))
+    optimizer = keras.optimizers.SGD()
+    with pytest.raises(ValueError, match="every 3 steps"):
+        sos.Driver(model, optimizer, steps_per_block=4).start()
+    assert not any(w.clock.bound for w in model.layers)
+
+
+def test_an_error_in_the_loop_is_not_hidden():
+    model, _ = model_with_record(toys.Staircase())
+    optimizer = keras.optimizers.SGD()
+    with pytest.raises(KeyError), sos.Driver(model, optimizer):
+        move(optimizer)
+        raise KeyError
+    assert not any(w.clock.bound for w in model.layers)
+
+
+def test_step_before_start_raises():
+    model, _ = model_with_record(toys.Staircase())
+    with pytest.raises(RuntimeError, match="not started"):
+        sos.Driver(model, keras.optimizers.SGD()).step()
+
+
+def test_optimizer_that_goes_back_raises():
+    model, _ = model_with_record(toys.Staircase())
+    optimizer = keras.optimizers.SGD()
+    driver = sos.Driver(model, optimizer)
+    driver.start()
+    move(optimizer, 1)
+    driver.step()
+    optimizer.iterations.assign(0)
+    with pytest.raises(RuntimeError, match="back from step 1 to 0"):
+        driver.step()
+    driver.stop()
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_custom_loop_needs_a_driver_and_evaluation_does_not(name):
+    model = toys.mlp(name)
+    optimizer = keras.optimizers.SGD(0.1)
+    optimizer.build(model.trainable_variables)
+    x, y = toys.batch()
+    model(x)
+    needs = any(w.needs_clock for w in model.layers)
+    for _ in range(2):
+        step = toys.train_step(model, optimizer)
+        if needs:
+            with pytest.raises(RuntimeError, match=r"sos.Driver\(model"):
+                step(x, y)
+        with sos.Driver(model, optimizer) as driver:
+            step = toys.train_step(model, optimizer)
+            step(x, y)
+            driver.step()
+        model(x)
+        model(x, training=False)
+
+
+# What is refused.
+
+
+def test_wrong_arguments_are_refused():
+    model, _ = model_with_record(toys.Staircase())
+    with pytest.raises(
+        TypeError, match="Keras 3 optimizer.*Received: optimizer"
+    ):
+        sos.Driver(model, "sgd")
+    dense = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    with pytest.raises(ValueError, match="holds no sparse layer"):
+        sos.Driver(dense, keras.optimizers.SGD())
+    unbuilt = keras.Sequential([toys.wrap("FixedMask", keras.layers.Dense(2))])
+    with pytest.raises(ValueError, match="unbuilt layers"):
+        sos.Driver(unbuilt, keras.optimizers.SGD())
+
+
+def test_a_schedule_of_ones_own_drives():
+    class Odd(sos.PruningSchedule):
+        def __call__(self, step):
+            return step % 2 == 1, tf.cast(step, tf.float32) / 1000
+
+        def get_config(self):
+            return {}
+
+    assert drive(Odd(), 6) == [1, 3, 5]
+
+
+# Several devices.
+
+
+def on_each_replica(variable):
+    return [value.numpy() for value in variable.value.values]
+
+
+def mirrored(name):
+    strategy = toys.two_replicas()
+    with strategy.scope():
+        model = toys.mlp(name)
+        optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
+        optimizer.build(model.trainable_variables)
+    return strategy, model, optimizer
+
+
+def check_replicas(model, before):
+    for variable in model.variables:
+        first, second = on_each_replica(variable)
+        assert first.tobytes() == second.tobytes()
+    for old, new in zip(before, model.trainable_variables, strict=True):
+        assert np.isfinite(new.numpy()).all()
+        assert (old != new.numpy()).any()
+    for wrapper in find_wrappers(model):
+        if isinstance(wrapper, sos.MaskedWrapper):
+            mask = toys.state(wrapper, "mask").numpy()
+            assert mask.sum() == mask.size // 2
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_custom_loop_on_two_replicas(name):
+    strategy, model, optimizer = mirrored(name)
+    before = [v.numpy() for v in model.trainable_variables]
+    inner = toys.train_step(model, optimizer).python_function
+
+    @tf.function
+    def step(x, y):
+        return strategy.run(lambda: inner(x, y))
+
+    with sos.Driver(model, optimizer) as driver:
+        for i in range(3):
+            step(*toys.batch(seed=i))
+            driver.step()
+    assert driver.iterations == 3
+    check_replicas(model, before)
+
+
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_fit_on_two_replicas(name):
+    strategy, model, optimizer = mirrored(name)
+    before = [v.numpy() for v in model.trainable_variables]
+    with strategy.scope():
+        model.compile(optimizer, "mse")
+    x, y = toys.batch(16)
+    model.fit(x, y, batch_size=8, verbose=0, callbacks=[sos.SparsityCallback()])
+    assert keras.ops.convert_to_numpy(optimizer.iterations) == 2
+    check_replicas(model, before)

@@ -1,0 +1,126 @@
+import csv
+import json
+import os
+
+import pytest
+
+from sos.experiments.results import COLUMNS, Results
+from sos.experiments.training import Outcome
+
+OUTCOME = Outcome(
+    achieved_sparsity=0.9,
+    model_sparsity=0.89,
+    test_accuracy=0.85,
+    test_loss=0.4,
+    train_loss=0.3,
+    seconds=12.5,
+)
+
+
+@pytest.fixture
+def runs(config, expand):
+    config.techniques = "dense,magnitude"
+    return expand(config)
+
+
+def _rows(results):
+    with results.table.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_table_holds_what_is_finished_in_the_order_of_runs(tmp_path, runs):
+    results = Results(tmp_path / "new" / "folder", runs)
+    assert _rows(results) == []
+    results.add(runs[2], OUTCOME)
+    results.add(runs[0], OUTCOME)
+    rows = _rows(results)
+    assert list(rows[0]) == list(COLUMNS)
+    assert [row["name"] for row in rows] == [runs[0].name, runs[2].name]
+    assert float(rows[1]["sparsity"]) == 0.9
+    assert float(rows[1]["test_accuracy"]) == 0.85
+    assert rows[0]["sparsity"] == ""
+    assert results.pending == [runs[1]]
+
+
+def test_finished_runs_are_found_again(tmp_path, runs):
+    first = Results(tmp_path, runs)
+    first.add(runs[1], OUTCOME)
+    before = first.table.read_bytes()
+    again = Results(tmp_path, runs)
+    assert again.outcomes == {runs[1]: OUTCOME}
+    assert again.table.read_bytes() == before
+
+
+def test_the_table_is_made_anew_from_the_runs(tmp_path, runs):
+    results = Results(tmp_path, runs)
+    results.add(runs[1], OUTCOME)
+    before = results.table.read_bytes()
+    results.table.write_text(before.decode()[:-20])
+    assert Results(tmp_path, runs).table.read_bytes() == before
+
+
+def test_a_half_written_file_is_no_result(tmp_path, runs):
+    results = Results(tmp_path, runs)
+    path = results.path(runs[0])
+    path.with_name(f".{path.stem}.abc.json").write_text('{"run": {"tec')
+    again = Results(tmp_path, runs)
+    assert again.outcomes == {}
+    assert again.others == 0
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"run": {}, "outcome": {}}']
+)
+def test_damaged_files_are_named_and_kept(tmp_path, runs, content):
+    results = Results(tmp_path, runs)
+    results.path(runs[0]).write_text(content)
+    with pytest.raises(ValueError, match=runs[0].name):
+        Results(tmp_path, runs)
+    assert results.path(runs[0]).read_text() == content
+
+
+@pytest.mark.parametrize("value", [None, "0.5", True])
+def test_wrong_numbers_are_refused(tmp_path, runs, value):
+    results = Results(tmp_path, runs)
+    results.add(runs[0], OUTCOME)
+    path = results.path(runs[0])
+    content = json.loads(path.read_text())
+    content["outcome"]["test_accuracy"] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="test_accuracy"):
+        Results(tmp_path, runs)
+
+
+def test_the_file_of_another_run_is_refused(tmp_path, runs):
+    results = Results(tmp_path, runs)
+    results.add(runs[1], OUTCOME)
+    results.path(runs[1]).rename(results.path(runs[2]))
+    with pytest.raises(ValueError, match="another run"):
+        Results(tmp_path, runs)
+
+
+def test_runs_of_another_config_are_left_alone(tmp_path, runs, config, expand):
+    Results(tmp_path, runs).add(runs[1], OUTCOME)
+    config.steps = 7
+    others = expand(config)
+    results = Results(tmp_path, others)
+    assert results.pending == others
+    assert results.others == 1
+    results.add(others[0], OUTCOME)
+    assert [row["steps"] for row in _rows(results)] == ["7"]
+    assert Results(tmp_path, runs).outcomes == {runs[1]: OUTCOME}
+
+
+@pytest.mark.parametrize("name", ["results.csv", "tradeoff.png"])
+def test_files_of_something_else_are_not_overwritten(tmp_path, runs, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=name):
+        Results(tmp_path, runs)
+    assert (tmp_path / name).read_text() == "mine"
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_a_directory_that_cannot_be_made_is_an_error(tmp_path, runs):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        Results(tmp_path / "file" / "workdir", runs)

@@ -1,0 +1,136 @@
+import dataclasses
+import json
+
+import pytest
+
+import sos
+from sos.experiments.runs import Run
+
+
+def test_expands_in_a_stable_order(config, expand):
+    config.seeds = (1, 0)
+    runs = expand(config)
+    assert len(runs) == 2 * (1 + 4 * 2)
+    assert runs == expand(config)
+    described = [(r.technique, r.sparsity, r.penalty, r.seed) for r in runs]
+    assert described[:4] == [
+        ("dense", None, None, 0),
+        ("dense", None, None, 1),
+        ("magnitude", 0.5, None, 0),
+        ("magnitude", 0.5, None, 1),
+    ]
+    assert described[-1] == ("l0", None, 1.0, 1)
+
+
+def test_fractions_become_steps(config, expand):
+    config.steps = 1000
+    config.techniques = "magnitude"
+    config.magnitude.update(begin=0.1, end=0.6, frequency=0.02)
+    run = expand(config)[0]
+    assert (run.begin_step, run.end_step, run.frequency) == (100, 600, 20)
+    schedule = run.technique_settings()["schedule"]
+    assert schedule.final_sparsity == 0.5
+
+
+def test_penalties_are_multiples_of_one_over_n(config, expand):
+    config.techniques = "l0"
+    run = expand(config)[0]
+    assert run.technique_settings()["penalty_weight"] == 0.1 / 256
+
+
+def test_only_sparsity_penalty_and_seed_share_a_shape(config, expand):
+    config.seeds = (0, 1)
+    runs = expand(config)
+    shapes = {run.shape for run in runs}
+    assert len(shapes) == 5
+    assert {s.technique for s in shapes} == set(config.techniques.split(","))
+    other = dataclasses.replace(runs[0], steps=7)
+    assert other.shape not in shapes
+
+
+def test_names_are_readable_and_distinct(config, expand):
+    runs = expand(config)
+    assert len({run.name for run in runs}) == len(runs)
+    assert runs[2].name.startswith("magnitude_sparsity-0.9_seed-0_")
+    changed = dataclasses.replace(runs[2], steps=7)
+    assert changed.name != runs[2].name
+
+
+def test_the_name_does_not_change_between_releases():
+    run = Run(
+        technique="magnitude",
+        sparsity=0.9,
+        seed=0,
+        model="convnet",
+        dataset="fashion_mnist",
+        train_examples=6000,
+        steps=700,
+        batch_size=128,
+        learning_rate=5e-3,
+    )
+    assert run.name == "magnitude_sparsity-0.9_seed-0_e4e2b07a"
+
+
+def test_a_run_survives_json(config, expand):
+    for run in expand(config):
+        copy = Run(**json.loads(json.dumps(dataclasses.asdict(run))))
+        assert copy == run
+        assert copy.name == run.name
+
+
+WRONG = [
+    ("steps", 0, "config.steps"),
+    ("batch_size", 0, "config.batch_size"),
+    ("batch_size", 257, "256"),
+    ("learning_rate", 0.0, "above 0"),
+    ("learning_rate", float("nan"), "config.learning_rate"),
+    ("seeds", (), "config.seeds"),
+    ("seeds", (-1,), "config.seeds"),
+    ("seeds", (0, 0), "different"),
+    ("seeds", (0.5,), "integers"),
+    ("techniques", "magnitude,magnitud", "dense,l0,magnitude,random"),
+    ("techniques", "", "names"),
+    ("techniques", "dense,dense", "once"),
+    ("techniques", "steps", "'steps'"),
+    ("magnitude.sparsities", (1.5,), "config.magnitude.sparsities"),
+    ("magnitude.sparsities", (1.0,), r"\[0, 1\)"),
+    ("magnitude.sparsities", (-0.5,), "config.magnitude.sparsities"),
+    ("magnitude.sparsities", (), "config.magnitude.sparsities"),
+    ("magnitude.sparsities", ("0.5x",), "0.5x"),
+    ("magnitude.frequency", 0.0, "config.magnitude.frequency"),
+    ("magnitude.begin", 0.9, "config.magnitude.begin"),
+    ("random.end", 1.5, "at most 1"),
+    ("random.wrapper", "Nothing", "config.random.wrapper"),
+    ("l0.penalties", (-1.0,), "not negative"),
+    ("l0.penalties", (float("inf"),), "config.l0.penalties"),
+    ("l0.begin", 0.95, "config.l0.begin"),
+    ("l0.learning_rate_multiplier", 0.0, "learning_rate_multiplier"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "text"), WRONG)
+def test_wrong_values_are_refused(config, expand, name, value, text):
+    if name == "techniques" and value == "":
+        text = "techniques"
+    config.update_from_flattened_dict({name: value})
+    with pytest.raises(ValueError, match=text) as error:
+        expand(config)
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_arguments_of_a_technique_are_refused(config, expand):
+    with config.unlocked():
+        config.l0.arguments.initial_alpha = 1.0
+    with pytest.raises(ValueError, match="config.l0.*initial_alpha"):
+        expand(config)
+
+
+def test_a_technique_from_elsewhere_joins_the_study(config, expand):
+    @sos.register
+    class SmallestPruning(sos.MagnitudePruning):
+        def scores(self, weight):
+            return -super().scores(weight)
+
+    config.magnitude.wrapper = "SmallestPruning"
+    config.techniques = "magnitude"
+    assert expand(config)[0].wrapper == "SmallestPruning"

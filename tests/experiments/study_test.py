@@ -1,0 +1,149 @@
+import io
+import pathlib
+
+import pytest
+from rich.console import Console
+
+from models import convnet
+from sos.experiments import progress, study
+from sos.experiments.training import Trainer
+
+
+class _Recorder(progress.Progress):
+    """Remembers which runs were trained, and may stop the study."""
+
+    def __init__(self, stop_after=None, *, terminal=False):
+        self.output = io.StringIO()
+        super().__init__(
+            Console(
+                file=self.output,
+                force_terminal=terminal,
+                highlight=False,
+                width=80,
+            )
+        )
+        self.trained = []
+        self._stop_after = stop_after
+
+    def begin(self, run):
+        if len(self.trained) == self._stop_after:
+            raise KeyboardInterrupt
+        super().begin(run)
+
+    def finish(self, run, outcome):
+        self.trained.append(run)
+        super().finish(run, outcome)
+
+
+@pytest.fixture
+def run_study(data, tmp_path):
+    def call(runs, recorder, workdir="workdir"):
+        return study.run_study(
+            runs,
+            data=data,
+            build_model=convnet.build,
+            workdir=pathlib.Path(tmp_path / workdir),
+            progress=recorder,
+        )
+
+    return call
+
+
+def _numbers(results):
+    return [{**row, "seconds": None} for row in results.rows()]
+
+
+def test_an_interrupted_study_is_continued(run_study, config, expand):
+    config.techniques = "magnitude,l0"
+    runs = expand(config)
+    first, second, third = _Recorder(stop_after=3), _Recorder(), _Recorder()
+    with pytest.raises(KeyboardInterrupt):
+        run_study(runs, first)
+    continued = run_study(runs, second)
+    assert first.trained + second.trained == runs
+    assert continued.figure.stat().st_size > 5_000
+    table = continued.table.read_bytes()
+    assert len(table.splitlines()) == 1 + len(runs)
+    assert run_study(runs, third).table.read_bytes() == table
+    assert third.trained == []
+    assert "nothing to train" in third.output.getvalue()
+    whole = run_study(runs, _Recorder(), "another")
+    assert _numbers(whole) == _numbers(continued)
+
+
+def test_runs_of_one_technique_share_a_trainer(
+    run_study, config, expand, monkeypatch
+):
+    made = []
+
+    class Counted(Trainer):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(study, "Trainer", Counted)
+    config.techniques = "dense,magnitude"
+    config.seeds = (0, 1)
+    run_study(expand(config), _Recorder())
+    assert len(made) == 2
+    for trainer in made:
+        assert trainer.train_step.experimental_get_tracing_count() == 1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"), [("conv9", "conv9"), ("(", r"\(")]
+)
+def test_what_cannot_be_built_is_known_before_training(
+    run_study, config, expand, pattern, text
+):
+    config.keep_dense = pattern
+    recorder = _Recorder()
+    with pytest.raises(ValueError, match=text):
+        run_study(expand(config), recorder)
+    assert recorder.trained == []
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_names_every_run(run_study, config, expand, terminal):
+    config.techniques = "dense,magnitude"
+    recorder = _Recorder(terminal=terminal)
+    results = run_study(expand(config), recorder)
+    text = recorder.output.getvalue()
+    for part in ("1/3", "3/3", "dense", "magnitude 50%", "magnitude 90%"):
+        assert part in text
+    assert "left" in text
+    assert ("\x1b[" in text) == terminal
+    recorder.console.print(progress.summary(results))
+    assert recorder.output.getvalue().count("90.00%") >= 2
+
+
+def test_the_time_left_goes_by_the_pace_of_each_technique(
+    tmp_path, config, expand
+):
+    from sos.experiments.results import Results
+    from sos.experiments.training import Outcome
+
+    def outcome(seconds):
+        return Outcome(
+            achieved_sparsity=0.5,
+            model_sparsity=0.5,
+            test_accuracy=0.5,
+            test_loss=1.0,
+            train_loss=1.0,
+            seconds=seconds,
+        )
+
+    config.techniques = "magnitude,l0"
+    runs = expand(config)
+    results = Results(tmp_path, runs)
+    recorder = _Recorder()
+    with recorder.study(results):
+        assert recorder.seconds_left() > 0
+        results.add(runs[0], outcome(10.0))
+        # A run with a penalty is taken for twice as long as a plain one.
+        assert recorder.seconds_left() == pytest.approx(10 + 2 * 20)
+        results.add(runs[1], outcome(10.0))
+        results.add(runs[2], outcome(50.0))
+        assert recorder.seconds_left() == pytest.approx(50)
+        results.add(runs[3], outcome(50.0))
+        assert recorder.seconds_left() == 0
