@@ -1,5 +1,7 @@
 r"""Trains a network with every technique and compares them.
 
+For example, with fewer steps than the config has:
+
     python -m models.study --config=configs/fashion_mnist.py \
         --workdir=runs/fashion_mnist --config.steps=300
 """
@@ -81,6 +83,7 @@ def _study() -> None:
     except (ValueError, FloatingPointError) as error:
         _fail(str(error))
     shown.console.print(progress.summary(results))
+    shown.console.print()
     for path in (results.table, results.figure):
         shown.console.print(f"Wrote {path}", soft_wrap=True)
     if results.others:

@@ -15,7 +15,7 @@ from sos.schedules import (
 )
 from sos.surgery import sparsify, strip
 from sos.version import __version__
-from sos.wrappers.base import SparseWeight, SparseWrapper
+from sos.wrappers.base import SparseWrapper
 from sos.wrappers.fixed_mask import FixedMask
 from sos.wrappers.l0 import L0Regularization
 from sos.wrappers.magnitude import MagnitudePruning
@@ -23,6 +23,7 @@ from sos.wrappers.masked import MaskedWrapper, PruningWrapper
 from sos.wrappers.penalized import PenalizedWrapper
 from sos.wrappers.random_pruning import RandomPruning
 from sos.wrappers.settings import Setting
+from sos.wrappers.sparse_weight import SparseWeight
 from sos.wrappers.variational_dropout import VariationalDropout
 
 __all__ = [

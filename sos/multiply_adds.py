@@ -8,7 +8,8 @@ from typing import Any
 
 import keras
 
-from sos.wrappers.base import core, why_dense
+from sos.wrappers.base import core
+from sos.wrappers.selection import why_dense
 
 _CONV = (
     keras.layers.Conv1D,

@@ -12,8 +12,9 @@ from rich.table import Table
 
 from sos.files import atomic_write
 from sos.multiply_adds import uses_by_variable
-from sos.surgery import can_take_apart, leaves
-from sos.wrappers.base import find_wrappers, why_dense
+from sos.plan import can_take_apart, leaves
+from sos.wrappers.base import find_wrappers
+from sos.wrappers.selection import why_dense
 
 #: The keys of a row, in order.
 FIELDS = (

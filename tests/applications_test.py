@@ -49,7 +49,8 @@ def cases():
     for make in MODELS:
         for technique in harness.TECHNIQUES:
             slow = make not in QUICK or (
-                make is not encoder and technique is sos.RandomPruning
+                make is not encoder
+                and technique in (sos.RandomPruning, sos.FixedMask)
             )
             if make in QUICK or technique in (
                 sos.MagnitudePruning,

@@ -1,8 +1,10 @@
 """What the tests of all techniques share.
 
-The tests walk the registry: a technique that is registered is tested, without
-being named here, if its arguments are among those of `settings`.
+The tests walk the registry: a technique of the package is tested without being
+named here, if it can do with the arguments of `settings`.
 """
+
+import inspect
 
 import keras
 import numpy as np
@@ -20,12 +22,8 @@ def settings(technique, sparsity=0.5):
         return {"schedule": schedule}
     if issubclass(technique, sos.PenalizedWrapper):
         return {"penalty_weight": 1e-3}
-    return {"sparsity": sparsity} if hasattr_init(technique, "sparsity") else {}
-
-
-def hasattr_init(technique, name):
-    """Whether a technique's own constructor takes an argument."""
-    return name in technique.__init__.__kwdefaults__
+    takes_sparsity = "sparsity" in inspect.signature(technique).parameters
+    return {"sparsity": sparsity} if takes_sparsity else {}
 
 
 def wrap(technique, layer, **kwargs):

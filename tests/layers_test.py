@@ -15,8 +15,13 @@ from keras import layers
 import sos
 from tests import harness
 
-# These share their code with MagnitudePruning once masks are set.
-MORE_OF_THE_SAME = (sos.RandomPruning, sos.FixedMask)
+# All run in the slow tests. The fast ones leave out what runs the same code:
+# pruning is a mask, and L0 differs from it for embeddings alone.
+FAST = {
+    sos.RandomPruning: ("Dense",),
+    sos.FixedMask: ("Dense",),
+    sos.L0Regularization: ("Dense", "Embedding", "LSTM masked", "own layer"),
+}
 
 
 @keras.saving.register_keras_serializable(package="layers_test")
@@ -249,7 +254,7 @@ def each_case(*techniques):
         pytest.param(
             technique,
             name,
-            marks=[pytest.mark.slow] if technique in MORE_OF_THE_SAME else [],
+            marks=[pytest.mark.slow] * (name not in FAST.get(technique, CASES)),
             id=f"{technique.__name__}-{name}",
         )
         for technique in techniques or harness.TECHNIQUES

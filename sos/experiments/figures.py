@@ -123,9 +123,7 @@ def _draw_technique(
 def _style(axes: Axes) -> None:
     axes.set_xscale("log")
     axes.invert_xaxis()
-    axes.set_xlabel(
-        "sparsity of the pruned layers, achieved (log scale of density)"
-    )
+    axes.set_xlabel("achieved sparsity (density on a logarithmic scale)")
     axes.set_ylabel("test accuracy")
     axes.xaxis.set_major_locator(
         matplotlib.ticker.FixedLocator([1 - s / 100 for s in _SPARSITY_TICKS])

@@ -162,7 +162,7 @@ class Trainer:
                     "`build_model` must give all layers the same names each "
                     f"time. Received: {own.path!r}, then {new.path!r}"
                 )
-            own.assign(new)
+            own.assign(keras.ops.convert_to_tensor(new))
         for own, value in zip(
             self.optimizer.variables, self._optimizer_state, strict=True
         ):

@@ -1,10 +1,7 @@
 """The base of all techniques: a layer that runs with effective weights."""
 
-import functools
 import inspect
-import re
-from collections.abc import Callable, Mapping, Sequence
-from inspect import Parameter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -12,45 +9,9 @@ import tensorflow as tf
 
 from sos import noise
 from sos.clock import Clock
+from sos.wrappers import calling, selection
 from sos.wrappers.settings import Settings
-
-
-class SparseWeight:
-    """One weight of the wrapped layer, with what its technique adds to it.
-
-    A plain object: Keras would count variables that it finds in lists or
-    dictionaries of a layer twice.
-
-    Attributes:
-        variable: The weight, a `keras.Variable` of the wrapped layer. Its value
-            is never changed to apply sparsity.
-        index: Its position in the `weights` of the innermost wrapped layer.
-        path: Its path, in the original model where there was one.
-        state: The technique's variables for this weight by name.
-    """
-
-    def __init__(self, variable: keras.Variable, index: int, path: str) -> None:
-        self.variable = variable
-        self.index = index
-        self.path = path
-        self.state: dict[str, keras.Variable] = {}
-
-    @property
-    def value(self) -> tf.Tensor:
-        """The dense weight, in the dtype in which it is stored."""
-        return keras.ops.convert_to_tensor(self.variable)
-
-    @property
-    def size(self) -> int:
-        """The number of elements."""
-        return self.variable.shape.num_elements()
-
-
-class _Weights:
-    """Hides a list of sparse weights from Keras's tracking."""
-
-    def __init__(self) -> None:
-        self.items: list[SparseWeight] = []
+from sos.wrappers.sparse_weight import SparseWeight, SparseWeights
 
 
 class SparseWrapper(keras.layers.Wrapper):
@@ -104,7 +65,7 @@ class SparseWrapper(keras.layers.Wrapper):
                 f"Its arguments: {argument_names(type(self))}"
             )
         # Keras reads the signature of `call` when the layer is made.
-        self.call = _call_like(self, layer)
+        self.call = calling.call_like(self, layer)
         super().__init__(
             layer,
             name=name or layer.name,
@@ -117,13 +78,13 @@ class SparseWrapper(keras.layers.Wrapper):
         for inner in layer._flatten_layers():
             self._remat_mode = self._remat_mode or inner._remat_mode
             inner._remat_mode = None
-        self.include = _check_patterns(include)
+        self.include = selection.check_patterns(include)
         self._paths = None
         if paths is not None:
             self._paths = {int(index): path for index, path in paths.items()}
         self.supports_masking = layer.supports_masking
         self.clock = Clock()
-        self._sparse = _Weights()
+        self._sparse = SparseWeights()
         self.settings = Settings()
 
     # What a technique overrides.
@@ -232,7 +193,9 @@ class SparseWrapper(keras.layers.Wrapper):
         Returns:
             The variable.
         """
-        full_name = f"{self._short_name(weight)}_{name}"
+        variables = [other.variable for other in self.sparse_weights]
+        short_name = selection.short_name(weight.variable, variables)
+        full_name = f"{short_name}_{name}"
         variable = self.add_state(full_name, weight.variable.shape, **kwargs)
         weight.state[name] = variable
         return variable
@@ -269,14 +232,14 @@ class SparseWrapper(keras.layers.Wrapper):
             if first in kwargs:
                 args = (kwargs.pop(first),)
         if not self.sparse_weights:
-            if not _fully_built(self.layer):
+            if not calling.fully_built(self.layer):
                 # Keras hands a wrapper's `build` the first shape alone, but
                 # attention needs all of them by name. Calling the layer on
                 # symbolic inputs builds it as Keras would without the wrapper.
                 self.layer(
-                    *keras.tree.map_structure(_symbolic, args),
+                    *keras.tree.map_structure(calling.symbolic, args),
                     **{
-                        name: keras.tree.map_structure(_symbolic, value)
+                        name: keras.tree.map_structure(calling.symbolic, value)
                         for name, value in kwargs.items()
                         if name != "training"
                     },
@@ -457,57 +420,22 @@ class SparseWrapper(keras.layers.Wrapper):
         """Applies `include`, or the default, to the built layer's weights."""
         taken = set()
         for inner in find_wrappers(self.layer):
-            taken |= {id(v) for v in inner.weights} - {
-                id(v) for v in inner.layer.weights
-            }
+            taken |= {id(v) for v in inner.weights}
+            taken -= {id(v) for v in inner.layer.weights}
             taken |= {id(w.variable) for w in inner.sparse_weights}
         trainable = {id(v) for v in self.layer.trainable_weights}
         available = {
-            index: v
-            for index, v in enumerate(core(self.layer).weights)
-            if id(v) in trainable - taken
-            and tf.as_dtype(
-                keras.backend.standardize_dtype(v.dtype)
-            ).is_floating
+            index: variable
+            for index, variable in enumerate(core(self.layer).weights)
+            if id(variable) in trainable - taken
         }
-        if self.include is None:
-            chosen = {i for i, v in available.items() if why_dense(v) is None}
-        else:
-            chosen = set()
-            for pattern in self.include:
-                found = {
-                    i
-                    for i, v in available.items()
-                    if re.search(pattern, v.path)
-                }
-                if not found:
-                    self._fail_to_choose(f"matches {pattern!r}", available)
-                chosen |= found
-        if not chosen:
-            self._fail_to_choose("has rank 2 or more", available)
-        return {index: available[index].path for index in sorted(chosen)}
-
-    def _fail_to_choose(self, what: str, available: dict) -> None:
-        paths = [f"{v.path} {tuple(v.shape)}" for v in available.values()]
-        raise ValueError(
-            f"{type(self).__name__} found nothing to make sparse in the layer "
-            f"{self.layer.name!r}: none of its trainable weights that are not "
-            f"sparse already {what}. Its trainable weights: {paths}. "
-            f"Received: include={self.include!r}"
-        )
-
-    def _short_name(self, weight: SparseWeight) -> str:
-        """The end of the weight's path that tells it from the others.
-
-        Without the numbers of names that Keras makes up: they count the layers
-        made before in the process, and checkpoints must not depend on those.
-        """
-        paths = [_without_numbers(w.variable.path) for w in self.sparse_weights]
-        own = _without_numbers(weight.variable.path)
-        for length in range(1, len(own) + 1):
-            if sum(path[-length:] == own[-length:] for path in paths) == 1:
-                return "_".join(own[-length:])
-        return f"{'_'.join(own[-2:])}_{weight.index}"
+        try:
+            return selection.choose(available, self.include)
+        except ValueError as error:
+            raise ValueError(
+                f"{type(self).__name__} found nothing to make sparse in the "
+                f"layer {self.layer.name!r}: {error}"
+            ) from error
 
 
 def argument_names(technique: type) -> list[str]:
@@ -522,14 +450,6 @@ def argument_names(technique: type) -> list[str]:
                 )
             )
     return sorted(names)
-
-
-def why_dense(variable: keras.Variable) -> str | None:
-    """Why a weight is not made sparse by default, None if it is."""
-    if len(variable.shape) < 2:
-        return f"rank {len(variable.shape)}"
-    # Attention and GRU have biases of rank 2.
-    return "bias" if variable.name == "bias" else None
 
 
 def core(layer: keras.layers.Layer) -> keras.layers.Layer:
@@ -579,63 +499,3 @@ def _check_layer(layer: Any, technique: str) -> None:
         f"{technique} wraps Keras 3 layers. {advice} "
         f"Received: layer={layer!r} of type {module}.{type(layer).__name__}"
     )
-
-
-def _check_patterns(include: Any) -> list[str] | None:
-    if include is None:
-        return None
-    patterns = [include] if isinstance(include, str) else list(include)
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise ValueError(
-                "`include` must be a regular expression on weight paths or "
-                f"several of them ({error}). Received: include={include!r}"
-            ) from error
-    return patterns
-
-
-def _without_numbers(path: str) -> list[str]:
-    return [re.sub(r"_\d+$", "", part) for part in path.split("/")]
-
-
-def _fully_built(layer: keras.layers.Layer) -> bool:
-    """Whether a layer and all that it holds are built.
-
-    A layer without a `build` method may call itself built before it was called
-    and its sublayers have weights.
-    """
-    return all(inner.built for inner in layer._flatten_layers())
-
-
-def _call_like(
-    wrapper: SparseWrapper, layer: keras.layers.Layer
-) -> Callable[..., Any]:
-    """A wrapper's `call` with the signature of the wrapped layer's.
-
-    By the signature Keras tells tensors from flags among keyword arguments,
-    and fills in masks.
-    """
-    signature = inspect.signature(layer.call)
-    parameters = list(signature.parameters.values())
-    if "training" not in signature.parameters:
-        last = bool(parameters) and parameters[-1].kind == Parameter.VAR_KEYWORD
-        training = Parameter("training", Parameter.KEYWORD_ONLY, default=False)
-        parameters.insert(len(parameters) - last, training)
-    call = functools.partial(type(wrapper).call, wrapper)
-    call.__signature__ = signature.replace(parameters=parameters)
-    return call
-
-
-def _symbolic(value: Any) -> Any:
-    if (
-        isinstance(value, keras.KerasTensor)
-        or tf.is_tensor(value)
-        or (hasattr(value, "__array__") and hasattr(value, "shape"))
-    ):
-        return keras.KerasTensor(
-            tuple(value.shape),
-            dtype=keras.backend.standardize_dtype(value.dtype),
-        )
-    return value

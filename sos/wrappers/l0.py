@@ -9,8 +9,8 @@ import tensorflow as tf
 from sos import noise
 from sos.registry import register
 from sos.wrappers import linear
-from sos.wrappers.base import SparseWeight
 from sos.wrappers.penalized import PenalizedWrapper
+from sos.wrappers.sparse_weight import SparseWeight
 
 BETA = 2 / 3
 GAMMA = -0.1

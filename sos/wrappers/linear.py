@@ -7,7 +7,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from sos.wrappers.base import SparseWrapper, why_dense
+from sos.wrappers.base import SparseWrapper
+from sos.wrappers.selection import why_dense
 
 _LINEAR = (
     keras.layers.Dense,

@@ -3,8 +3,8 @@
 import tensorflow as tf
 
 from sos.registry import register
-from sos.wrappers.base import SparseWeight
 from sos.wrappers.masked import PruningWrapper
+from sos.wrappers.sparse_weight import SparseWeight
 
 
 @register

@@ -8,7 +8,8 @@ import tensorflow as tf
 
 from sos.rankings import PerTensorRanking, Ranking
 from sos.schedules import PruningSchedule, Schedule, as_schedule
-from sos.wrappers.base import SparseWeight, SparseWrapper
+from sos.wrappers.base import SparseWrapper
+from sos.wrappers.sparse_weight import SparseWeight
 
 
 class MaskedWrapper(SparseWrapper):

@@ -6,8 +6,9 @@ import keras
 import tensorflow as tf
 
 from sos.ramps import Ramp, as_ramp
-from sos.wrappers.base import SparseWeight, SparseWrapper
+from sos.wrappers.base import SparseWrapper
 from sos.wrappers.settings import Setting
+from sos.wrappers.sparse_weight import SparseWeight
 
 
 class PenalizedWrapper(SparseWrapper):

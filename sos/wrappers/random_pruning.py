@@ -7,9 +7,9 @@ import tensorflow as tf
 
 from sos import noise
 from sos.registry import register
-from sos.wrappers.base import SparseWeight
 from sos.wrappers.masked import PruningWrapper
 from sos.wrappers.settings import Setting
+from sos.wrappers.sparse_weight import SparseWeight
 
 
 @register

@@ -9,9 +9,9 @@ import tensorflow as tf
 from sos import noise
 from sos.registry import register
 from sos.wrappers import linear
-from sos.wrappers.base import SparseWeight
 from sos.wrappers.penalized import PenalizedWrapper
 from sos.wrappers.settings import Setting
+from sos.wrappers.sparse_weight import SparseWeight
 
 EPSILON = 1e-8
 
@@ -171,10 +171,11 @@ class VariationalDropout(PenalizedWrapper):
         Outside of them it is theta^2 times a constant, so that log sigma^2 gets
         no gradient and theta does.
         """
-        variance = tf.exp(log_sigma2)
         limit = self.clip_log_alpha
         if limit is None:
-            return variance
+            return tf.exp(log_sigma2)
+        # An infinite variance would be clipped, but have a gradient of NaN.
+        variance = tf.exp(tf.minimum(log_sigma2, 80.0))
         # Clipping the variance itself saves the logarithms of clipping log
         # alpha.
         square = tf.square(theta) + EPSILON

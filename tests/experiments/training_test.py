@@ -134,6 +134,7 @@ print(json.dumps(dataclasses.asdict(outcome)))
 """
 
 
+@pytest.mark.slow
 def test_another_process_gives_the_same_numbers(config, expand, make_trainer):
     config.techniques = "variational_dropout"
     run = expand(config)[1]

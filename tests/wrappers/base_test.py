@@ -423,8 +423,8 @@ def test_batch_statistics_move_inside_a_wrapped_model(name):
     toys.bind(wrapper)
     norm = inner.layers[1]
     wrapper(toys.normal(8, 4) + 3, training=True)
-    assert (norm.moving_mean.numpy() != 0).all()
     before = norm.moving_mean.numpy()
+    assert (before != 0).any()  # a mask may leave a column empty
     wrapper(toys.normal(8, 4))
     np.testing.assert_array_equal(norm.moving_mean, before)
 
@@ -440,3 +440,32 @@ def test_dense_weights_are_never_changed_by_a_call(name):
     model(toys.batch()[0])
     for old, new in zip(before, model.variables, strict=True):
         np.testing.assert_array_equal(old, new.numpy())
+
+
+class Recomputing(keras.layers.Layer):
+    """A layer whose own code is computed again in the backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(3)
+
+    def build(self, shape):
+        self.dense.build(shape)
+
+    def call(self, inputs):
+        return keras.remat(lambda x: self.dense(x))(inputs)
+
+
+@pytest.mark.xfail(
+    reason="Rematerialisation inside a wrapped layer passes gradients to "
+    "variables only, not to the effective weights that stand for them."
+)
+@all_techniques
+def test_rematerialisation_inside_a_wrapped_layer(name):
+    wrapper = toys.wrap(name, Recomputing())
+    wrapper.build((None, 4))
+    toys.bind(wrapper)
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(wrapper(toys.normal(2, 4), training=True))
+    kernel = wrapper.layer.dense.kernel.value
+    assert tape.gradient(loss, kernel) is not None

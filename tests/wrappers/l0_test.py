@@ -28,6 +28,15 @@ def probability_below(stretched, log_alpha):
     )
 
 
+def moment(log_alpha, power):
+    """The mean of gate^power, by quadrature over the uniform noise."""
+    zero, below_one = (probability_below(z, log_alpha) for z in (0.0, 1.0))
+    between, _ = scipy.integrate.quad(
+        lambda u: gate_of(u, log_alpha) ** power, zero, below_one
+    )
+    return between + (1 - below_one)
+
+
 def wrap(layer, shape, *, seed=0, log_alpha=None, **settings):
     """A built wrapper with random weights and log alpha."""
     wrapper = sos.L0Regularization(layer, **{"penalty_weight": 1.0, **settings})
@@ -55,15 +64,7 @@ def test_sampled_gates_are_hard_concrete(log_alpha):
     one = 1 - probability_below(1.0, log_alpha)
     for found, p in (((z == 0).mean(), zero), ((z == 1).mean(), one)):
         assert abs(found - p) < 5 * np.sqrt(p * (1 - p) / count)
-    # The mean by quadrature over the uniform noise, split at the clips.
-    ends = [0, zero, 1 - one, 1]
-    mean, square = [
-        sum(
-            scipy.integrate.quad(lambda u: gate_of(u, log_alpha) ** n, a, b)[0]
-            for a, b in zip(ends, ends[1:], strict=False)
-        )
-        for n in (1, 2)
-    ]
+    mean, square = (moment(log_alpha, n) for n in (1, 2))
     deviation = np.sqrt(max(square - mean**2, 1e-12))
     assert abs(z.mean() - mean) < 5 * deviation / np.sqrt(count) + 1e-6
     # Between the clips, against the logistic distribution.
@@ -178,8 +179,7 @@ def test_gates_over_many_steps_are_independent():
     assert np.abs(correlation).max() < 6 / np.sqrt(2_000)
     a, b = samples[1:].ravel(), samples[:-1].ravel()
     assert abs(np.corrcoef(a, b)[0, 1]) < 5 / np.sqrt(a.size)
-    mean = scipy.integrate.quad(gate_of, 0, 1, args=(0.0,), limit=200)[0]
-    error = np.abs(samples.mean(0) - mean) / samples.std(0)
+    error = np.abs(samples.mean(0) - moment(0.0, 1)) / samples.std(0)
     assert error.max() < 5 / np.sqrt(2_000)
 
 

@@ -474,8 +474,9 @@ def test_gradients_of_the_output_are_finite_differences(clip):
         assert (np.abs(found[0] - through_mean)[outside] > 0.01).any()
 
 
-def test_clipped_log_sigma2_still_gets_no_nan_from_far_outside():
-    wrapper = wrap(keras.layers.Dense(3), (None, 4), log_sigma2=60.0)
+@pytest.mark.parametrize("log_sigma2", [60.0, 100.0, -200.0])
+def test_gradients_are_finite_far_outside_of_the_limits(log_sigma2):
+    wrapper = wrap(keras.layers.Dense(3), (None, 4), log_sigma2=log_sigma2)
     toys.bind(wrapper)
     x = toys.normal(6, 4)
     theta, log_sigma2 = gradients(

@@ -1,0 +1,121 @@
+"""Which weights of a layer are made sparse, and what they are called."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+def why_dense(variable: keras.Variable) -> str | None:
+    """Why a weight is not made sparse by default, None if it is."""
+    if len(variable.shape) < 2:
+        return f"rank {len(variable.shape)}"
+    # Attention and GRU have biases of rank 2.
+    return "bias" if variable.name == "bias" else None
+
+
+def check_patterns(include: Any) -> list[str] | None:
+    """Checks the argument `include` of a technique.
+
+    Args:
+        include: None, a regular expression or several.
+
+    Returns:
+        None or a list of regular expressions.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    if include is None:
+        return None
+    patterns = [include] if isinstance(include, str) else list(include)
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                "`include` must be a regular expression on weight paths or "
+                f"several of them ({error}). Received: include={include!r}"
+            ) from error
+    return patterns
+
+
+def choose(
+    available: Mapping[int, keras.Variable], include: Sequence[str] | None
+) -> dict[int, str]:
+    """Chooses the weights to make sparse.
+
+    Args:
+        available: The weights to choose from, by their position in the layer.
+        include: Regular expressions to search for in their paths; None for the
+            default, `why_dense`.
+
+    Returns:
+        The paths of the chosen weights by position.
+
+    Raises:
+        ValueError: If nothing is chosen, or an expression matches nothing.
+    """
+    available = {
+        index: variable
+        for index, variable in available.items()
+        if tf.as_dtype(
+            keras.backend.standardize_dtype(variable.dtype)
+        ).is_floating
+    }
+    if include is None:
+        chosen = {i for i, v in available.items() if why_dense(v) is None}
+        if not chosen:
+            _fail("has rank 2 or more and is not a bias", available, include)
+    else:
+        chosen = set()
+        for pattern in include:
+            found = {
+                i for i, v in available.items() if re.search(pattern, v.path)
+            }
+            if not found:
+                _fail(f"matches {pattern!r}", available, include)
+            chosen |= found
+    return {index: available[index].path for index in sorted(chosen)}
+
+
+def short_name(
+    variable: keras.Variable, variables: Sequence[keras.Variable]
+) -> str:
+    """The end of a weight's path that tells it from others.
+
+    Without the numbers of names that Keras makes up: they count the layers made
+    before in the process, and checkpoints must not depend on those.
+
+    Args:
+        variable: The weight.
+        variables: All weights to tell apart, this one among them.
+
+    Returns:
+        Parts of the path, joined by underscores.
+    """
+    paths = [_without_numbers(other.path) for other in variables]
+    own = _without_numbers(variable.path)
+    for length in range(1, len(own) + 1):
+        if sum(path[-length:] == own[-length:] for path in paths) == 1:
+            return "_".join(own[-length:])
+    position = [id(other) for other in variables].index(id(variable))
+    return f"{'_'.join(own[-2:])}_{position}"
+
+
+def _fail(
+    what: str,
+    available: Mapping[int, keras.Variable],
+    include: Sequence[str] | None,
+) -> None:
+    paths = [f"{v.path} {tuple(v.shape)}" for v in available.values()]
+    raise ValueError(
+        f"none of its trainable weights that are not sparse already {what}. "
+        f"These weights: {paths}. Received: include={include!r}"
+    )
+
+
+def _without_numbers(path: str) -> list[str]:
+    return [re.sub(r"_\d+$", "", part) for part in path.split("/")]
