@@ -51,7 +51,7 @@ def print_report(
         return
     rows = report["results"]
     table = rich.table.Table(title=title, title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for key in next(iter(rows.values())):
         table.add_column(key.replace("_", " "), justify="right")
     for name, figures in rows.items():

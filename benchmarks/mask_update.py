@@ -43,9 +43,9 @@ from tensorflow_model_optimization.python.core.sparsity.keras import (
 )
 
 OURS_HOST = "sos"
-OURS_DEVICE = "sos, device code on the CPU"
+OURS_DEVICE = "sos, device path on CPU"
 TFMOT = "tfmot"
-PARTITION = "bare numpy.partition"
+PARTITION = "numpy.partition"
 
 
 def sparse_resnet50(sparsity: float) -> list[sos.PruningWrapper]:

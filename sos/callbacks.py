@@ -1,5 +1,6 @@
 """Training with `fit`."""
 
+import importlib.util
 from typing import Any
 
 import keras
@@ -21,10 +22,19 @@ class SparsityCallback(keras.callbacks.Callback):
     Args:
         log_dir: A directory for TensorBoard, which then gets the sparsity of
             each weight after every epoch; None for none.
+
+    Raises:
+        ImportError: If there is a `log_dir` and TensorBoard is not installed.
     """
 
     def __init__(self, log_dir: str | None = None) -> None:
         super().__init__()
+        if log_dir is not None and not importlib.util.find_spec("tensorboard"):
+            raise ImportError(
+                "Writing summaries for TensorBoard needs the package "
+                "`tensorboard`: pip install tensorboard. "
+                f"Received: log_dir={log_dir!r}"
+            )
         self.log_dir = log_dir
         self._driver: Driver | None = None
         self._writer: tf.summary.SummaryWriter | None = None

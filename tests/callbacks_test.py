@@ -244,7 +244,6 @@ def test_history_has_the_sparsity():
 
 def test_tensorboard_gets_every_weight(tmp_path):
     # TensorFlow writes summaries only where TensorBoard is installed.
-    pytest.importorskip("tensorboard")
     model = compiled("MagnitudePruning")
     fit(model, sos.SparsityCallback(log_dir=str(tmp_path)), epochs=2)
     (path,) = glob.glob(str(tmp_path / "*tfevents*"))

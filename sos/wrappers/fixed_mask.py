@@ -54,7 +54,10 @@ class FixedMask(MaskedWrapper):
             else:
                 shape = tuple(weight.variable.shape)
                 generator = np.random.Generator(
-                    np.random.Philox([self.seed, noise.text_id(weight.path)])
+                    np.random.Philox(
+                        # NumPy takes no negative seeds.
+                        [self.seed % 2**32, noise.text_id(weight.path)]
+                    )
                 )
                 scores = generator.random(shape, dtype=np.float32)
                 count = keep_count(scores.size, self.sparsity)

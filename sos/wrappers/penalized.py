@@ -26,7 +26,8 @@ class PenalizedWrapper(SparseWrapper):
             a multiple of 1 / (number of training examples).
         ramp: A `sos.Ramp` that raises the penalty with the step; by default the
             penalty is constant.
-        seed: Seed of the noise, an integer.
+        seed: Seed of the noise, an integer. Streams differ by the weights'
+            paths, so name layers that are to draw the same noise again.
         **kwargs: As for `SparseWrapper`.
 
     Raises:
