@@ -22,11 +22,11 @@ class Driver:
             driver.step()
     ```
 
-    `fit` uses `sos.SparsityCallback` in its place. Call the training step inside
-    the scope only: a `tf.function` that was traced there and is called outside
-    trains on with the masks that it finds. `model.losses` holds the penalties
-    while the driver runs; between `pause` and `resume` they are zero, as the
-    loss of an evaluation should have it.
+    `fit` uses `sos.SparsityCallback` in its place. Call the training step
+    inside the scope only: a `tf.function` that was traced there and is called
+    outside trains on with the masks that it finds. `model.losses` holds the
+    penalties while the driver runs; between `pause` and `resume` they are zero,
+    as the loss of an evaluation should have it.
 
     Args:
         model: A model with sparse layers, built.
