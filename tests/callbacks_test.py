@@ -253,6 +253,6 @@ def test_tensorboard_gets_every_weight(tmp_path):
         for event in [event_pb2.Event.FromString(record.numpy())]
         for value in event.summary.value
     ]
-    tags = {"sparsity", "sparsity/toy/a/kernel", "sparsity/toy/b/kernel"}
+    tags = {"sparsity", "sparsity/a/kernel", "sparsity/b/kernel"}
     assert {tag for _, tag in found} == tags
     assert {step for step, _ in found} == {4, 8}
