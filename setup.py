@@ -75,6 +75,8 @@ def read_readme():
 
 
 setup(
+    # Not `build`, which is `BUILD` where case does not tell names apart.
+    options={"build": {"build_base": ".build"}},
     name="state-of-sparsity",
     version=read_version(),
     description=(

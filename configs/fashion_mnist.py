@@ -22,7 +22,7 @@ larger penalties for L0):
 
 Some techniques only:
 
-    make study ARGS="--config.techniques=dense,magnitude"
+    make study WORKDIR=runs/some ARGS="--config.techniques=dense,magnitude"
 
 The number of steps, the batch size, the optimizer and the learning rate are the
 same for all techniques. What each may choose for itself (when pruning or a

@@ -14,10 +14,12 @@ from typing import NoReturn
 
 from absl import app, flags
 
+from models import config_flag
 from models.config_flag import define_config, parse_flags
 from models.quiet import quiet
 
 _CONFIG = define_config()
+flags.adopt_module_key_flags(config_flag)
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
@@ -35,6 +37,8 @@ def main(argv: Sequence[str]) -> None:
     """
     if argv[1:]:
         _fail(f"There are only flags here. Received: {' '.join(argv[1:])}")
+    if not _WORKDIR.value:
+        _fail("--workdir must name a directory. Received: an empty text")
     try:
         _study()
     except KeyboardInterrupt:

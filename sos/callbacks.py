@@ -38,7 +38,7 @@ class SparsityCallback(keras.callbacks.Callback):
         self.log_dir = log_dir
         self._driver: Driver | None = None
         self._writer: tf.summary.SummaryWriter | None = None
-        self._batch_pending = False
+        self._batch_begun = False
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Binds the clocks."""
@@ -52,11 +52,16 @@ class SparsityCallback(keras.callbacks.Callback):
         if self.log_dir is not None:
             self._writer = tf.summary.create_file_writer(self.log_dir)
 
+    def on_train_batch_begin(
+        self, batch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        """Lets the compiled step run."""
+        self._batch_begun = True
+
     def on_train_batch_end(
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
         """Updates the masks that are due."""
-        self._batch_pending = False
         self._driver.step()
 
     def on_epoch_end(
@@ -77,16 +82,6 @@ class SparsityCallback(keras.callbacks.Callback):
                         )
             self._writer.flush()
 
-    def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Takes the penalties out of the validation loss."""
-        if self._driver is not None:
-            self._driver.pause()
-
-    def on_test_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Goes on after a validation within `fit`."""
-        if self._driver is not None:
-            self._driver.resume()
-
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Unbinds the clocks."""
         self._driver.stop()
@@ -96,29 +91,35 @@ class SparsityCallback(keras.callbacks.Callback):
             self._writer = None
 
     def _guard_train_function(self) -> None:
-        """Makes the compiled step refuse to run without this callback.
+        """Binds the clocks while the compiled step runs, and only then.
 
-        `on_train_end` is not called when an error or Ctrl-C ends `fit`. A later
-        `fit` without the callback would use the compiled step again and train
-        on in silence, without mask updates.
+        So nothing but a batch of this `fit` can train: neither an evaluation,
+        whose loss is to hold no penalties, nor a later `fit` without this
+        callback, which would use the compiled step again. (`on_train_end` is
+        not called when an error or Ctrl-C ends `fit`.)
         """
         model = self.model
         # A guard that an interrupted `fit` left behind is taken off.
         train_function = getattr(
             model.train_function, "unguarded", model.train_function
         )
-        self._batch_pending = False
+        self._driver.pause()
+        self._batch_begun = False
 
         def guarded(iterator: Any) -> Any:
-            if self._batch_pending:
+            if not self._batch_begun:
                 raise RuntimeError(
                     f"The model {model.name!r} was trained with "
                     "`sos.SparsityCallback` and is now trained without it, so "
                     "that its masks are not updated. Pass "
                     "`callbacks=[sos.SparsityCallback()]` to every `fit`."
                 )
-            self._batch_pending = True
-            return train_function(iterator)
+            self._batch_begun = False
+            self._driver.resume()
+            try:
+                return train_function(iterator)
+            finally:
+                self._driver.pause()
 
         guarded.unguarded = train_function
         model.train_function = guarded

@@ -4,10 +4,12 @@ from types import TracebackType
 from typing import Any
 
 import keras
+import tensorflow as tf
 
-from sos.schedules import Schedule
-from sos.wrappers.base import find_wrappers
+from sos.schedules import Schedule, as_schedule
+from sos.wrappers.base import SparseWrapper, find_wrappers
 from sos.wrappers.masked import PruningWrapper, update_masks
+from sos.wrappers.sparse_weight import SparseWeight
 
 
 class Driver:
@@ -53,6 +55,16 @@ class Driver:
                 f"Received: optimizer={optimizer!r} of type "
                 f"{type(optimizer).__module__}.{type(optimizer).__name__}"
             )
+        if not isinstance(model, keras.layers.Layer):
+            raise TypeError(
+                "`model` must be a Keras 3 model or layer. "
+                f"Received: model={model!r} of type {type(model).__name__}"
+            )
+        if not steps_per_block >= 1:
+            raise ValueError(
+                "`steps_per_block` must be at least 1. "
+                f"Received: steps_per_block={steps_per_block!r}"
+            )
         wrappers = find_wrappers(model)
         if not wrappers:
             raise ValueError(
@@ -66,11 +78,14 @@ class Driver:
                 "masks can be set. Give the model an `Input` or call it on a "
                 f"batch first. Received: unbuilt layers {unbuilt}"
             )
+        _check_streams(wrappers)
         self.model = model
         self.optimizer = optimizer
         self._steps_per_block = steps_per_block
         self._wrappers = wrappers
         self._last: int | None = None
+        self._first: int | None = None
+        self._calls = 0
 
     @property
     def iterations(self) -> int:
@@ -80,13 +95,19 @@ class Driver:
     def start(self) -> None:
         """Binds the clocks and makes the mask update of this step, if due.
 
+        Masks of ones are brought to what the schedule had for the last update
+        before this step: a checkpoint may have been saved just before it.
+
         Raises:
-            ValueError: If a schedule is finer than `steps_per_block`.
+            ValueError: If a schedule is finer than `steps_per_block`, or a
+                technique needs gradients before the first step.
         """
         for wrapper in self._pruning_wrappers():
             wrapper.schedule.check_block(self._steps_per_block)
         self.resume()
         self._last = self.iterations
+        self._first, self._calls = self._last, 0
+        self._catch_up(self._last)
         # After a restart this repeats the update of the checkpoint's step: the
         # same weights give the same masks.
         self._update(self._last - 1, self._last)
@@ -106,13 +127,21 @@ class Driver:
                 "The driver is not started. Use it as "
                 "`with sos.Driver(model, optimizer) as driver:`."
             )
+        if not tf.executing_eagerly():
+            raise RuntimeError(
+                "`driver.step()` was called inside a `tf.function`, where it "
+                "would run once, when the function is traced. Call it after "
+                "the compiled step, in the Python loop."
+            )
+        self._calls += 1
         last, now = self._last, self.iterations
         if now == last:
             return
         if now < last:
             raise RuntimeError(
                 f"The optimizer went back from step {last} to {now}. Restore "
-                "checkpoints before the driver starts."
+                "checkpoints before the driver starts; in `fit`, list "
+                "`BackupAndRestore` before `SparsityCallback`."
             )
         self._last = now
         self._update(last, now)
@@ -132,10 +161,12 @@ class Driver:
         self.pause()
         self._last = None
         model = self.model
+        # What was traced with the clock bound would train on in silence,
+        # without mask updates, or evaluate with penalties in the loss.
         if getattr(model, "train_function", None) is not None:
-            # The compiled step of `fit` was traced with the clock bound and
-            # would train on in silence, without mask updates.
             model.make_train_function(force=True)
+        if getattr(model, "test_function", None) is not None:
+            model.make_test_function(force=True)
 
     def __enter__(self) -> "Driver":
         """Starts."""
@@ -151,11 +182,25 @@ class Driver:
         """Stops.
 
         Raises:
-            RuntimeError: If the optimizer moved after the last `step`.
+            RuntimeError: If the optimizer moved after the last `step`, or never
+                moved although `step` was called.
         """
-        missed = self.iterations - self._last
+        last = self._last
         self.stop()
-        if error is None and missed:
+        if error is not None or last is None:
+            return
+        missed = self.iterations - last
+        patience = self.optimizer.gradient_accumulation_steps or 1
+        scaled = isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer)
+        # Under loss scaling, overflows may hold the optimizer back for long.
+        if self._calls >= patience and last == self._first and not scaled:
+            raise RuntimeError(
+                f"The optimizer stood still at step {last} through "
+                f"{self._calls} calls of `driver.step()`, so that nothing was "
+                "pruned or ramped. Give `sos.Driver` the optimizer that trains "
+                "the model."
+            )
+        if missed > 0:
             raise RuntimeError(
                 f"The optimizer made {missed} steps after the last "
                 "`driver.step()`, whose mask updates are lost. Call "
@@ -164,6 +209,17 @@ class Driver:
 
     def _pruning_wrappers(self) -> list[PruningWrapper]:
         return [w for w in self._wrappers if isinstance(w, PruningWrapper)]
+
+    def _catch_up(self, now: int) -> None:
+        updates = {}
+        for wrapper in self._pruning_wrappers():
+            if wrapper.schedule.due(now):
+                continue
+            if all(_is_dense(weight) for weight in wrapper.sparse_weights):
+                due = wrapper.schedule.due_steps(-1, now - 1)
+                if due and (sparsity := wrapper.schedule.sparsity(due[-1])):
+                    updates[wrapper] = sparsity
+        update_masks(updates)
 
     def _update(self, after: int, until: int) -> None:
         updates: dict[PruningWrapper, float] = {}
@@ -182,9 +238,36 @@ class Driver:
                     f"that were due at {due}. Call `driver.step()` after every "
                     "training step, or choose a larger `frequency`."
                 )
+            if due and until == 0 and wrapper.uses_gradient:
+                raise ValueError(
+                    f"{type(wrapper).__name__} ranks weights by gradients, and "
+                    "there is none before the first step. Use a schedule with "
+                    f"a `begin_step` of at least 1. Received: {schedule}"
+                )
             if due:
                 updates[wrapper] = schedule.sparsity(due[-1])
         update_masks(updates)
+
+
+def _is_dense(weight: SparseWeight) -> bool:
+    return bool(tf.reduce_all(weight.state["mask"].value == 1))
+
+
+def _check_streams(wrappers: list[SparseWrapper]) -> None:
+    """Refuses paths that would give two weights the same random numbers."""
+    paths = [
+        weight.path
+        for wrapper in wrappers
+        if "seed" in wrapper.settings.values()
+        for weight in wrapper.sparse_weights
+    ]
+    twice = sorted({path for path in paths if paths.count(path) > 1})
+    if twice:
+        raise ValueError(
+            "Several sparse weights have the same path, so that they would "
+            "draw the same random numbers. Give their layers different names. "
+            f"Received: {twice}"
+        )
 
 
 def set_all(model: keras.layers.Layer, **values: Any) -> None:
@@ -198,14 +281,29 @@ def set_all(model: keras.layers.Layer, **values: Any) -> None:
             or `schedule=...`.
 
     Raises:
-        ValueError: If no layer has a setting of that name.
+        TypeError: If a schedule is not one.
+        ValueError: If no layer has a setting of that name, or a value is wrong;
+            nothing is changed then.
     """
     wrappers = find_wrappers(model)
+    jobs = []
     for name, value in values.items():
-        owners = [w for w in wrappers if hasattr(type(w), name)]
+        owners = [w for w in wrappers if name in _changeable(w)]
         if not owners:
+            valid = sorted({n for w in wrappers for n in _changeable(w)})
             raise ValueError(
-                f"No sparse layer of {model.name!r} has the setting {name!r}."
+                f"No sparse layer of {model.name!r} has the setting {name!r}. "
+                f"Valid names: {valid}"
             )
-        for wrapper in owners:
-            setattr(wrapper, name, value)
+        if name == "schedule":
+            value = as_schedule(value)
+        else:
+            value = getattr(type(owners[0]), name).check(value)
+        jobs += [(wrapper, name, value) for wrapper in owners]
+    for wrapper, name, value in jobs:
+        setattr(wrapper, name, value)
+
+
+def _changeable(wrapper: SparseWrapper) -> set[str]:
+    scheduled = isinstance(wrapper, PruningWrapper)
+    return {*wrapper.settings.values(), *(["schedule"] if scheduled else [])}

@@ -20,6 +20,11 @@ _CONV = (
     keras.layers.SeparableConv1D,
     keras.layers.SeparableConv2D,
 )
+_RECURRENT = (
+    keras.layers.SimpleRNN,
+    keras.layers.LSTM,
+    keras.layers.GRU,
+)
 _CONV_TRANSPOSE = (
     keras.layers.Conv1DTranspose,
     keras.layers.Conv2DTranspose,
@@ -61,8 +66,12 @@ def uses_by_variable(
         keras.KerasTensor((1, *x.shape[1:]), dtype=x.dtype)
         for x in model.inputs
     ]
-    with _observed(layers, count):
-        model.compute_output_spec(inputs)
+    try:
+        with _observed(layers, count):
+            model.compute_output_spec(inputs)
+    except (ValueError, TypeError):
+        # A model whose operations have another batch size written into them.
+        return {}
     return {key: times for key, times in result.items() if times is not None}
 
 
@@ -139,7 +148,9 @@ def _uses(
             f"/{name}/" in variable.path for name in ("key", "value")
         )
         return math.prod(inputs[1 if of_value else 0][1:-1])
-    if isinstance(layer, keras.layers.RNN | keras.layers.Bidirectional):
+    if isinstance(layer, keras.layers.Bidirectional):
+        layer = layer.forward_layer
+    if isinstance(layer, _RECURRENT):
         return inputs[0][1]
     return None
 

@@ -32,8 +32,10 @@ def call_label(label: str) -> Iterator[None]:
     Labels make them independent, as the uses of a shared embedding are in Gale
     et al. 2019.
 
-    A label must be the same when a call is computed again in the backward pass:
-    where a function is rematerialised, open the scope inside that function.
+    Open the scope in the code that is traced and runs on the replicas, such as
+    the `call` of a model: around a compiled function it has no effect. A label
+    must be the same when a call is computed again in the backward pass: where a
+    function is rematerialised, open the scope inside that function.
 
     Args:
         label: Any text that names the call within the step.

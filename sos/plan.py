@@ -54,6 +54,11 @@ def make_plan(
     settings: dict[str, Any],
 ) -> tuple[dict[int, list[Job]], Notes]:
     """Decides what becomes of every weight, before anything is made."""
+    if not isinstance(rules, Mapping):
+        raise TypeError(
+            "`rules` must be a dictionary from regular expressions on weight "
+            f"paths to what is to be different. Received: rules={rules!r}"
+        )
     default = _resolve(technique, settings, {}) if technique else None
     if technique is None and settings:
         raise TypeError(
@@ -67,27 +72,39 @@ def make_plan(
     notes = Notes()
     plan: dict[int, list[Job]] = {}
     used: dict[str, list[str]] = {pattern: [] for pattern in rules}
-    eligible = []
+    eligible: list[str] = []
+    owners: dict[int, keras.layers.Layer] = {}
     for layer in leaves(model):
         trainable = {id(v) for v in layer.trainable_weights}
         jobs: dict[int, Job] = {}
         for index, variable in enumerate(layer.weights):
+            owner = owners.setdefault(id(variable), layer)
+            if owner is not layer:
+                raise ValueError(
+                    f"The layers {owner.name!r} and {layer.name!r} share the "
+                    f"weight {variable.path!r}, which copies or wrappers of "
+                    "two layers could not. Use one layer object in both "
+                    "places, or a subclassed model, which is wrapped as a "
+                    "whole."
+                )
             reason = why_dense(variable)
             if id(variable) not in trainable:
                 reason = "not trainable"
             if reason is not None:
                 notes.add(variable, reason)
                 continue
-            eligible.append(variable.path)
-            matches = [p for p in rules if re.search(p, variable.path)]
+            # Without the model's own name, which Keras may have made up.
+            path = variable.path.removeprefix(f"{model.name}/")
+            eligible.append(path)
+            matches = [p for p in rules if re.search(p, path)]
             if len(matches) > 1:
                 raise ValueError(
-                    f"More than one rule matches the weight {variable.path!r}: "
+                    f"More than one rule matches the weight {path!r}: "
                     f"{matches}. Make the regular expressions narrower."
                 )
             choice = default
             if matches:
-                used[matches[0]].append(variable.path)
+                used[matches[0]].append(path)
                 choice = resolved[matches[0]]
             if choice is None:
                 because = f"rule {matches[0]!r}" if matches else "no rule"
@@ -95,7 +112,9 @@ def make_plan(
                 continue
             # Weights of one layer that share settings share a wrapper.
             job = jobs.setdefault(id(choice), Job(*choice))
-            job.paths[index] = variable.path
+            # Two nested models may hold layers of equal names.
+            count = eligible.count(path)
+            job.paths[index] = path if count == 1 else f"{path}#{count}"
             if layer is model or not _is_keras_layer(layer):
                 notes.add(
                     variable, f"{type(layer).__name__} wrapped as a whole"
@@ -168,19 +187,26 @@ def _resolve(
             if "schedule" not in full:
                 raise TypeError(
                     "A `sparsity` needs a `schedule` whose final sparsity it "
-                    f"replaces. Received: {own!r}"
+                    f"replaces. Received: {full | {'sparsity': sparsity}!r}"
                 )
             full["schedule"] = full["schedule"].with_sparsity(sparsity)
-    # Wrong settings are found here, before anything is made.
-    technique(keras.layers.Dense(1), **full)
+    reserved = {"include", "paths", "name"} & set(full)
+    if reserved:
+        raise TypeError(
+            "In a whole model, `rules` choose the weights, and layers keep "
+            f"their names. Received: {sorted(reserved)}"
+        )
+    # Wrong settings are found here, before anything is made. The layer has a
+    # name, so as not to use up one of Keras's automatic names.
+    technique(keras.layers.Dense(1, name="check"), **full)
     return technique, full
 
 
 @functools.cache
 def _functional_class() -> type:
     # Keras does not export the class of functional models.
-    inputs = keras.Input((1,))
-    return type(keras.Model(inputs, inputs))
+    inputs = keras.Input((1,), name="check_input")
+    return type(keras.Model(inputs, inputs, name="check"))
 
 
 def can_take_apart(layer: Any) -> bool:

@@ -3,6 +3,7 @@
 Ramps are part of the training step, so they are built of TensorFlow operations.
 """
 
+import operator
 from typing import Any
 
 import keras
@@ -58,10 +59,15 @@ class LinearRamp(Ramp):
     """
 
     def __init__(self, begin_step: int, end_step: int):
-        if not 0 <= begin_step < end_step:
+        try:
+            valid = 0 <= operator.index(begin_step) < operator.index(end_step)
+        except TypeError:
+            valid = False
+        if not valid:
             raise ValueError(
-                "A ramp needs 0 <= begin_step < end_step; for the full "
-                "penalty from the start use `ConstantRamp()`. Received: "
+                "A ramp needs integers with 0 <= begin_step < end_step; for "
+                "the full penalty from the start use `ConstantRamp()`. "
+                "Received: "
                 f"begin_step={begin_step}, end_step={end_step}"
             )
         self.begin_step = int(begin_step)

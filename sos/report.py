@@ -2,12 +2,13 @@
 
 import csv
 import os
+import shutil
 from typing import Any
 
 import keras
 import numpy as np
 import rich.box
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from sos.files import atomic_write
@@ -94,20 +95,36 @@ class SparsityReport:
             writer.writeheader()
             writer.writerows(self.rows)
 
-    def __rich__(self) -> Table:
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> RenderResult:
+        """The table, with the multiply-adds where there is room for them."""
+        yield self._table(wide=options.max_width >= 100)
+
+    def _table(self, wide: bool) -> Table:
         """The table: weights of rank 2 or more, the others in one line."""
+        sparse = any(row["technique"] for row in self.rows)
+        caption = f"{self.model_sparsity:.2%} of all weights are zero"
+        if sparse:
+            caption = (
+                f"{self.sparsity:.2%} of the weights made sparse are zero, "
+                f"{caption.removesuffix(' are zero')}"
+            )
         table = Table(
             title=f"Sparsity of {self.name}",
             box=rich.box.SIMPLE_HEAD,
-            caption=f"{self.sparsity:.2%} of the weights made sparse are zero",
+            caption=caption,
             caption_justify="left",
         )
         table.add_column("weight", overflow="fold")
         headings = ["size", "zero", "target"]
-        if counted := any(r["multiply_adds"] is not None for r in self.rows):
+        counted = wide and any(
+            row["multiply_adds"] is not None for row in self.rows
+        )
+        if counted:
             headings += ["multiply-adds", "sparse"]
         for heading in headings:
-            table.add_column(heading, justify="right")
+            table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("technique, or why none")
         vectors = [row for row in self.rows if _is_vector(row)]
         for row in self.rows:
@@ -124,7 +141,10 @@ class SparsityReport:
                 "multiply_adds": None,
                 "sparse_multiply_adds": None,
             }
-            table.add_row(f"{len(vectors)} vectors", *_cells(summary, counted))
+            plural = "s" * (len(vectors) > 1)
+            table.add_row(
+                f"{len(vectors)} vector{plural}", *_cells(summary, counted)
+            )
         table.add_section()
         table.add_row("total", *_cells(self.totals, counted), style="bold")
         unknown = [
@@ -140,8 +160,9 @@ class SparsityReport:
         return table
 
     def __str__(self) -> str:
-        """The table as plain text, as wide as it has to be."""
-        console = Console(width=1000, no_color=True, force_terminal=False)
+        """The table as plain text, no wider than a terminal if there is one."""
+        width = shutil.get_terminal_size(fallback=(1000, 0)).columns
+        console = Console(width=width, no_color=True, force_terminal=False)
         with console.capture() as capture:
             console.print(self)
         return "\n".join(line.rstrip() for line in capture.get().splitlines())

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import math
 import re
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -100,6 +101,10 @@ def _fail(message: str, error: Exception) -> NoReturn:
 
 
 def _report_of_model(path: Path, threshold: float | None) -> SparsityReport:
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise _CommandError(
+            f"{path} is damaged or no `.keras` file: it is no zip archive"
+        )
     try:
         model = keras.models.load_model(path, compile=False)
     except (TypeError, ValueError, OSError, KeyError) as error:

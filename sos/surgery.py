@@ -9,6 +9,18 @@ import keras
 from sos.plan import Notes, Rule, can_take_apart, make_plan
 from sos.wrappers.base import SparseWrapper, core, find_wrappers
 
+# What a model class may override to be trained in a way of its own.
+_TRAINING_METHODS = (
+    "train_step",
+    "test_step",
+    "predict_step",
+    "compute_loss",
+    "compute_metrics",
+    "make_train_function",
+    "make_test_function",
+    "make_predict_function",
+)
+
 
 @keras.saving.register_keras_serializable(package="sos")
 class SparseModel(keras.Model):
@@ -84,11 +96,11 @@ def sparsify(
         technique: A registered technique or its name; None leaves everything
             dense that no rule speaks of.
         rules: What is to be different, by regular expressions that are searched
-            for in the paths of `model`'s weights (`[v.path for v in
-            model.weights]`): None leaves the weights dense, a technique or its
-            name uses that, a dictionary overrides settings, with the keys
-            `technique`, `sparsity` (the schedule's final sparsity) and any
-            argument of the technique.
+            for in the paths of the weights, as the report prints them (without
+            the name of the model in front): None leaves the weights dense, a
+            technique or its name uses that, a dictionary overrides settings,
+            with the keys `technique`, `sparsity` (the schedule's final
+            sparsity) and any argument of the technique.
         copy: Whether the result gets copies of the layers and weights. If not,
             it shares them with `model`.
         **settings: Arguments of the technique, such as `schedule`.
@@ -105,7 +117,8 @@ def sparsify(
             make sparse.
     """
     _check_model(model)
-    plan, notes = make_plan(model, technique, rules or {}, settings)
+    rules = {} if rules is None else rules
+    plan, notes = make_plan(model, technique, rules, settings)
     pairs: list[tuple[keras.layers.Layer, keras.layers.Layer]] = []
     wrappers: list[SparseWrapper] = []
 
@@ -228,10 +241,15 @@ def _check_model(model: Any) -> None:
             "`sparsify` with `rules` for several techniques, or `strip` it "
             "first."
         )
-    if type(model).train_step is not keras.Model.train_step:
+    own = [
+        name
+        for name in _TRAINING_METHODS
+        if getattr(type(model), name) is not getattr(keras.Model, name)
+    ]
+    if own:
         raise TypeError(
             f"The model {model.name!r} of class {type(model).__name__} has a "
-            "`train_step` of its own, which a copy would lose. Wrap its layers "
+            f"`{own[0]}` of its own, which a copy would lose. Wrap its layers "
             "where it makes them, as in "
             "`self.dense = sos.MagnitudePruning(keras.layers.Dense(8), ...)`."
         )
@@ -278,6 +296,8 @@ def _clone_layer(layer: keras.layers.Layer) -> keras.layers.Layer:
             "of its `__init__`, or use `copy=False`, which makes the model "
             f"itself sparse. ({error})"
         ) from error
+    # Not part of a configuration, so that Keras's own copies lose it.
+    new._remat_mode = layer._remat_mode
     return new
 
 

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,17 +56,20 @@ class Results:
         self.outcomes: dict[Run, Outcome] = {}
         self._folder = workdir / FOLDER
         for path in (self.table, self.figure):
-            if path.exists() and not self._folder.is_dir():
+            if path.exists() and not self._is_ours():
                 raise ValueError(
-                    f"{path} is there, but no results of a study beside it, "
-                    "so that it would be lost. Choose another work directory, "
-                    "or move the file away."
+                    f"{path} is there, but is not of a study like this, so "
+                    "that it would be lost. Choose another work directory, or "
+                    "move the file away."
                 )
         for run in self.runs:
             if self.path(run).exists():
                 self.outcomes[run] = _read(self.path(run), run)
-        # Writing now shows whether writing will be possible.
-        self._write_table()
+        # Shows now whether writing will be possible. The table stays until
+        # there is something new to say.
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
 
     @property
     def table(self) -> Path:
@@ -118,7 +122,7 @@ class Results:
         with atomic_write(self.path(run)) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
         self.outcomes[run] = outcome
-        self._write_table()
+        self.write_table()
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of the table, in the order of the runs."""
@@ -131,8 +135,16 @@ class Results:
             for run, outcome in self.ordered()
         ]
 
-    def _write_table(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
+    def _is_ours(self) -> bool:
+        """Whether the table that is there is one that this class wrote."""
+        try:
+            with self.table.open(newline="", encoding="utf-8") as file:
+                return next(csv.reader(file), []) == list(COLUMNS)
+        except (OSError, UnicodeDecodeError, csv.Error):
+            return False
+
+    def write_table(self) -> None:
+        """Writes the table of the runs that are finished."""
         with (
             atomic_write(self.table) as temporary,
             temporary.open("w", newline="", encoding="utf-8") as file,

@@ -34,7 +34,8 @@ def run_study(
         OSError: If the work directory cannot be written to.
         ValueError: If files in the work directory are damaged, or a network
             cannot be made sparse as a run asks for.
-        FloatingPointError: If the loss of a run is not finite.
+        FloatingPointError: If the loss of runs is not finite, when all others
+            are finished.
     """
     results = Results(workdir, runs)
     # All of them first, so that what cannot be built is known before training.
@@ -42,11 +43,19 @@ def run_study(
     for run in results.pending:
         if run.shape not in trainers:
             trainers[run.shape] = Trainer(run, data, build_model)
+    failures = []
     with progress.study(results):
         for run in results.pending:
             progress.begin(run)
-            outcome = trainers[run.shape].train(run, progress.step)
+            try:
+                outcome = trainers[run.shape].train(run, progress.step)
+            except FloatingPointError as error:
+                failures.append(str(error))
+                continue
             results.add(run, outcome)
             progress.finish(run, outcome)
+    results.write_table()
     figures.save_tradeoff(results.figure, results.ordered())
+    if failures:
+        raise FloatingPointError("\n".join(failures))
     return results

@@ -119,7 +119,7 @@ class Trainer:
                 if not math.isfinite(loss):
                     raise FloatingPointError(
                         f"The loss of the run {run.name} is {loss} at step "
-                        f"{step}. A lower `config.learning_rate` may help. "
+                        f"{step}. A lower learning rate or penalty may help. "
                         f"Received: learning_rate={run.learning_rate}"
                     )
                 if driver is not None:

@@ -264,7 +264,7 @@ class SparseWrapper(keras.layers.Wrapper):
         if self._paths is None:
             self._paths = self._choose_paths()
         self._sparse.items = [
-            SparseWeight(weights[index], index, path)
+            SparseWeight(weights[index], path)
             for index, path in self._paths.items()
         ]
         self.settings.build(self)
@@ -376,6 +376,17 @@ class SparseWrapper(keras.layers.Wrapper):
     def compute_mask(self, *args: Any, **kwargs: Any) -> Any:
         """That of the wrapped layer."""
         return self.layer.compute_mask(*args, **kwargs)
+
+    def quantize(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses, as quantized dense weights would lose the zeros.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            f"The sparse layer {self.name!r} cannot be quantized, as its dense "
+            "weights would be. `sos.strip` the model first, then quantize."
+        )
 
     def get_config(self) -> dict[str, Any]:
         """The layer's configuration, which `from_config` takes."""

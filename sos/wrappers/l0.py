@@ -90,6 +90,11 @@ class L0Regularization(PenalizedWrapper):
         initial_log_alpha: float = 2.197,
         **kwargs: Any,
     ) -> None:
+        if not math.isfinite(initial_log_alpha):
+            raise ValueError(
+                "`initial_log_alpha` must be finite. "
+                f"Received: initial_log_alpha={initial_log_alpha!r}"
+            )
         super().__init__(layer, penalty_weight=penalty_weight, **kwargs)
         self.initial_log_alpha = float(initial_log_alpha)
 

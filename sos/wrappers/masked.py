@@ -49,19 +49,25 @@ class MaskedWrapper(SparseWrapper):
                 f"The layer {self.name!r} has {len(weights)} masked weights. "
                 f"Received: {len(masks)} masks."
             )
-        arrays = [keras.ops.convert_to_numpy(mask) for mask in masks]
+        arrays = [
+            _check_mask(weight, mask)
+            for weight, mask in zip(weights, masks, strict=True)
+        ]
         for weight, array in zip(weights, arrays, strict=True):
-            if (
-                array.shape != tuple(weight.variable.shape)
-                or not ((array == 0) | (array == 1)).all()
-            ):
-                raise ValueError(
-                    f"The mask of {weight.path} must hold zeros and ones and "
-                    f"have shape {tuple(weight.variable.shape)}. Received: an "
-                    f"array of shape {array.shape} and dtype {array.dtype}."
-                )
-        for weight, array in zip(weights, arrays, strict=True):
-            weight.state["mask"].assign(array.astype("uint8"))
+            weight.state["mask"].assign(array)
+
+
+def _check_mask(weight: SparseWeight, mask: Any) -> Any:
+    """Returns a mask as a uint8 array, or says what is wrong with it."""
+    array = keras.ops.convert_to_numpy(mask)
+    shape = tuple(weight.variable.shape)
+    if array.shape != shape or not ((array == 0) | (array == 1)).all():
+        raise ValueError(
+            f"The mask of {weight.path} must hold zeros and ones and have "
+            f"shape {shape}. Received: an array of shape {array.shape} and "
+            f"dtype {array.dtype}."
+        )
+    return array.astype("uint8")
 
 
 class PruningWrapper(MaskedWrapper):
@@ -85,8 +91,9 @@ class PruningWrapper(MaskedWrapper):
 
     needs_clock = True
 
-    #: Keeps the last gradient of each effective weight, dense, in
-    #: `weight.state["gradient"]`, averaged over the replicas.
+    #: Sums the gradients of each effective weight since its last mask update,
+    #: dense, in `weight.state["gradient"]`, averaged over the replicas. Under
+    #: loss scaling they are scaled; what is not finite is left out.
     uses_gradient = False
 
     #: A weight once pruned stays so.
@@ -159,7 +166,9 @@ class PruningWrapper(MaskedWrapper):
         @tf.custom_gradient
         def keep_gradient(value: tf.Tensor) -> tuple:
             def grad(upstream: tf.Tensor) -> tf.Tensor:
-                weight.state["gradient"].assign(upstream)
+                finite = tf.where(tf.math.is_finite(upstream), upstream, 0.0)
+                total = weight.state["gradient"]
+                total.assign(total.value + tf.cast(finite, total.dtype))
                 return upstream
 
             return tf.identity(value), grad
@@ -224,9 +233,16 @@ def update_masks(updates: dict[PruningWrapper, float]) -> None:
             for wrapper, sparsity in members
             for weight in wrapper.sparse_weights
         ]
-        scores = [wrapper.scores(weight) for wrapper, weight, _ in jobs]
+        scores = [
+            _checked_scores(wrapper, weight) for wrapper, weight, _ in jobs
+        ]
         try:
             masks = ranking.masks(scores, [sparsity for _, _, sparsity in jobs])
+            if not isinstance(ranking, PerTensorRanking):
+                masks = [
+                    _check_mask(weight, mask)
+                    for (_, weight, _), mask in zip(jobs, masks, strict=True)
+                ]
         except ValueError as error:
             paths = [weight.path for _, weight, _ in jobs]
             raise ValueError(
@@ -238,3 +254,17 @@ def update_masks(updates: dict[PruningWrapper, float]) -> None:
         if wrapper.cumulative:
             mask = tf.minimum(tf.cast(mask, tf.uint8), variable.value)
         variable.assign(mask)
+        if wrapper.uses_gradient:
+            gradient = weight.state["gradient"]
+            gradient.assign(tf.zeros(gradient.shape))
+
+
+def _checked_scores(wrapper: PruningWrapper, weight: SparseWeight) -> Any:
+    scores = wrapper.scores(weight)
+    if tuple(scores.shape) != tuple(weight.variable.shape):
+        raise ValueError(
+            f"`{type(wrapper).__name__}.scores` must return one score for each "
+            f"element of {weight.path}, of shape "
+            f"{tuple(weight.variable.shape)}. Received: {tuple(scores.shape)}"
+        )
+    return scores

@@ -12,8 +12,9 @@ def why_dense(variable: keras.Variable) -> str | None:
     """Why a weight is not made sparse by default, None if it is."""
     if len(variable.shape) < 2:
         return f"rank {len(variable.shape)}"
-    # Attention and GRU have biases of rank 2.
-    return "bias" if variable.name == "bias" else None
+    # Attention and GRU have biases of rank 2, norms over several axes scales.
+    vectors = {"bias": "bias", "beta": "norm", "gamma": "norm"}
+    return vectors.get(variable.name)
 
 
 def check_patterns(include: Any) -> list[str] | None:
@@ -78,7 +79,24 @@ def choose(
             if not found:
                 _fail(f"matches {pattern!r}", available, include)
             chosen |= found
-    return {index: available[index].path for index in sorted(chosen)}
+    return unique({index: available[index].path for index in sorted(chosen)})
+
+
+def unique(paths: Mapping[int, str]) -> dict[int, str]:
+    """Tells equal paths apart by a number, as noise is a function of them.
+
+    Args:
+        paths: The paths of weights by any key.
+
+    Returns:
+        The same with `#2`, `#3` and so on behind what came before.
+    """
+    seen: dict[str, int] = {}
+    result = {}
+    for key, path in paths.items():
+        seen[path] = seen.get(path, 0) + 1
+        result[key] = path if seen[path] == 1 else f"{path}#{seen[path]}"
+    return result
 
 
 def short_name(

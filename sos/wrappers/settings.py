@@ -1,5 +1,6 @@
 """Numbers that compiled steps read from variables."""
 
+import math
 from typing import Any, Protocol
 
 import keras
@@ -34,21 +35,38 @@ class Setting:
             raise AttributeError(self.name) from error
 
     def __set__(self, owner: Any, value: float) -> None:
+        owner.settings.set(self, self.check(value))
+
+    def check(self, value: Any) -> float:
+        """Checks a value.
+
+        Args:
+            value: What is to be set.
+
+        Returns:
+            The value as a Python number.
+
+        Raises:
+            ValueError: If it is no number, not finite or out of range.
+        """
         number = int if self.dtype == "int32" else float
         try:
-            valid = number(value) == value and (
-                self.minimum is None or value >= self.minimum
+            valid = (
+                not isinstance(value, bool | str)
+                and number(value) == value
+                and abs(value) < (2**31 if number is int else math.inf)
+                and (self.minimum is None or value >= self.minimum)
             )
         except (TypeError, ValueError, OverflowError):
             valid = False
         if not valid:
-            kind = "an integer" if number is int else "a number"
+            kind = "a 32-bit integer" if number is int else "a finite number"
             least = "" if self.minimum is None else f" >= {self.minimum}"
             raise ValueError(
                 f"`{self.name}` must be {kind}{least}. "
                 f"Received: {self.name}={value!r}"
             )
-        owner.settings.set(self, number(value))
+        return number(value)
 
 
 class _StatefulLayer(Protocol):

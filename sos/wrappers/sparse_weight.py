@@ -13,14 +13,12 @@ class SparseWeight:
     Attributes:
         variable: The weight, a `keras.Variable` of the wrapped layer. Its value
             is never changed to apply sparsity.
-        index: Its position in the `weights` of the innermost wrapped layer.
         path: Its path, in the original model where there was one.
         state: The technique's variables for this weight by name.
     """
 
-    def __init__(self, variable: keras.Variable, index: int, path: str) -> None:
+    def __init__(self, variable: keras.Variable, path: str) -> None:
         self.variable = variable
-        self.index = index
         self.path = path
         self.state: dict[str, keras.Variable] = {}
 
@@ -28,11 +26,6 @@ class SparseWeight:
     def value(self) -> tf.Tensor:
         """The dense weight, in the dtype in which it is stored."""
         return keras.ops.convert_to_tensor(self.variable)
-
-    @property
-    def size(self) -> int:
-        """The number of elements."""
-        return self.variable.shape.num_elements()
 
 
 class SparseWeights:

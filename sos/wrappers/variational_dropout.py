@@ -105,10 +105,18 @@ class VariationalDropout(PenalizedWrapper):
         clip_log_alpha: float | None = 8.0,
         **kwargs: Any,
     ) -> None:
-        if clip_log_alpha is not None and not clip_log_alpha > 0:
+        if clip_log_alpha is not None and not (
+            isinstance(clip_log_alpha, int | float) and 0 < clip_log_alpha <= 80
+        ):
             raise ValueError(
-                "`clip_log_alpha` must be positive, or None for no limit. "
+                "`clip_log_alpha` must be a number in (0, 80], as exp(88) is "
+                "no float32, or None for no limit. "
                 f"Received: clip_log_alpha={clip_log_alpha!r}"
+            )
+        if not math.isfinite(initial_log_sigma2):
+            raise ValueError(
+                "`initial_log_sigma2` must be finite. "
+                f"Received: initial_log_sigma2={initial_log_sigma2!r}"
             )
         super().__init__(layer, penalty_weight=penalty_weight, **kwargs)
         self.initial_log_sigma2 = float(initial_log_sigma2)
@@ -134,8 +142,9 @@ class VariationalDropout(PenalizedWrapper):
     def evaluation_weight(self, weight: SparseWeight) -> tf.Tensor:
         """Theta where log alpha, not clipped, is below the threshold."""
         theta, log_sigma2 = self._parameters(weight)
-        kept = log_alpha_of(theta, log_sigma2) < self.setting("threshold")
-        return tf.where(kept, theta, 0.0)
+        # Written so that a weight of NaN stays one, and is not removed.
+        removed = log_alpha_of(theta, log_sigma2) >= self.setting("threshold")
+        return tf.where(removed, 0.0, theta)
 
     def penalty(self, weight: SparseWeight) -> tf.Tensor:
         """The sum of the KL divergences, with log alpha clipped."""
