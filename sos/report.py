@@ -3,6 +3,7 @@
 import csv
 import os
 import shutil
+import sys
 from typing import Any
 
 import keras
@@ -161,7 +162,9 @@ class SparsityReport:
 
     def __str__(self) -> str:
         """The table as plain text, no wider than a terminal if there is one."""
-        width = shutil.get_terminal_size(fallback=(1000, 0)).columns
+        width = 1000
+        if sys.stdout.isatty():
+            width = shutil.get_terminal_size().columns
         console = Console(width=width, no_color=True, force_terminal=False)
         with console.capture() as capture:
             console.print(self)

@@ -91,9 +91,49 @@ def test_an_interrupted_fit_leaves_no_way_around_the_callback(name):
     model = compiled(name)
     with pytest.raises(KeyboardInterrupt):
         fit(model, sos.SparsityCallback(), Interrupt())
-    with pytest.raises(RuntimeError, match="SparsityCallback"):
-        fit(model)
+    assert not any(wrapper.clock.bound for wrapper in model.layers)
+    with pytest.raises(RuntimeError, match="nothing drives its clock"):
+        model(toys.batch()[0], training=True)
+    check_refused(model, train_on_batch)
+    check_refused(model, fit)
     fit(model, sos.SparsityCallback())
+    assert int(model.optimizer.iterations) == 2 + 4
+
+
+@pytest.mark.parametrize("name", PENALIZED)
+@pytest.mark.parametrize("validated", [False, True])
+def test_evaluation_after_an_interrupted_fit_has_no_penalty(name, validated):
+    model = compiled(name, penalty_weight=1e3)
+    model.optimizer.learning_rate = 0.0
+    x, y = toys.batch(8)
+    if validated:
+        # The compiled evaluation is made, and used again.
+        model.evaluate(x, y, verbose=0)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, sos.SparsityCallback(), Interrupt())
+    expected = ((model.predict(x, verbose=0) - y) ** 2).mean()
+    assert model.evaluate(x, y, verbose=0) == pytest.approx(expected, rel=1e-5)
+
+
+class Watch(keras.callbacks.Callback):
+    """Notes whether the clocks are bound between the batches of `fit`."""
+
+    def __init__(self):
+        super().__init__()
+        self.bound = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.bound += [wrapper.clock.bound for wrapper in self.model.layers]
+
+    on_epoch_end = on_train_batch_begin = on_train_batch_end
+
+
+@two_techniques
+def test_clocks_are_bound_while_a_compiled_step_runs_only(name):
+    model, watch = compiled(name), Watch()
+    fit(model, sos.SparsityCallback(), watch)
+    assert watch.bound
+    assert not any(watch.bound)
 
 
 @pytest.mark.parametrize("name", toys.technique_names())

@@ -62,10 +62,39 @@ def test_updates_run_at_the_steps_of_the_schedule(schedule, steps, expected):
     assert drive(schedule, steps) == expected
 
 
-@pytest.mark.parametrize("start", [0, 4, 5, 6, 9])
-def test_restart_goes_on_with_the_schedule_and_repeats_the_step(start):
+@pytest.mark.parametrize(
+    ("start", "first"), [(0, 1), (1, 1), (4, 3), (5, 5), (6, 5), (9, 9)]
+)
+def test_restart_goes_on_with_the_schedule_and_repeats_the_step(start, first):
     updates = drive(toys.Staircase(1, 9, 2), 10, start=start)
-    assert updates == [t for t in (1, 3, 5, 7, 9) if t >= start]
+    assert updates == [t for t in (1, 3, 5, 7, 9) if t >= first]
+
+
+def test_masks_of_ones_are_brought_to_the_last_update_before_the_start():
+    schedule = sos.PolynomialDecay(0.0, 0.9, 0, 20)
+    model = toys.mlp("MagnitudePruning", schedule=schedule)
+    optimizer = keras.optimizers.SGD()
+    optimizer.iterations.assign(100)
+    with sos.Driver(model, optimizer):
+        for wrapper in model.layers:
+            mask = toys.state(wrapper, "mask").numpy()
+            assert mask.sum() == round(0.1 * mask.size)
+
+
+def test_masks_that_are_not_dense_are_left_alone_on_start():
+    schedule = sos.PolynomialDecay(0.0, 0.9, 0, 20)
+    model = toys.mlp("MagnitudePruning", schedule=schedule)
+    masks = []
+    for wrapper in model.layers:
+        masks.append(np.ones(wrapper.layer.kernel.shape))
+        masks[-1][0, 0] = 0
+        wrapper.set_masks(masks[-1:])
+    optimizer = keras.optimizers.SGD()
+    optimizer.iterations.assign(100)
+    with sos.Driver(model, optimizer):
+        pass
+    for wrapper, mask in zip(model.layers, masks, strict=True):
+        np.testing.assert_array_equal(toys.state(wrapper, "mask"), mask)
 
 
 def test_updates_are_tfmots():
@@ -243,11 +272,115 @@ def test_custom_loop_needs_a_driver_and_evaluation_does_not(name):
         model(x, training=False)
 
 
+def test_an_optimizer_that_never_moves_raises_at_the_end():
+    model, _ = model_with_record(toys.Staircase())
+    trained, given = keras.optimizers.SGD(), keras.optimizers.SGD()
+    with pytest.raises(RuntimeError, match="stood still at step 0.*3 calls"):
+        with sos.Driver(model, given) as driver:
+            for _ in range(3):
+                move(trained)
+                driver.step()
+    assert not any(w.clock.bound for w in model.layers)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: keras.optimizers.SGD(gradient_accumulation_steps=4),
+        lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()),
+    ],
+    ids=["accumulation", "loss_scaling"],
+)
+def test_an_optimizer_with_a_reason_to_stand_still_does_not_raise(make):
+    model, _ = model_with_record(toys.Staircase())
+    with sos.Driver(model, make()) as driver:
+        for _ in range(3):
+            driver.step()
+
+
+def test_an_optimizer_restored_to_a_smaller_step_may_end():
+    model, _ = model_with_record(toys.Staircase())
+    optimizer = keras.optimizers.SGD()
+    with sos.Driver(model, optimizer) as driver:
+        move(optimizer)
+        driver.step()
+        optimizer.iterations.assign(0)
+    assert not any(w.clock.bound for w in model.layers)
+
+
+def test_stop_inside_the_scope_ends_it():
+    model, _ = model_with_record(toys.Staircase())
+    optimizer = keras.optimizers.SGD()
+    with sos.Driver(model, optimizer) as driver:
+        move(optimizer)
+        driver.step()
+        driver.stop()
+        move(optimizer, 5)
+        with pytest.raises(RuntimeError, match="not started"):
+            driver.step()
+    assert not any(w.clock.bound for w in model.layers)
+
+
+def test_step_in_a_compiled_function_raises():
+    model, recorder = model_with_record(toys.Staircase())
+    optimizer = keras.optimizers.SGD()
+    with sos.Driver(model, optimizer) as driver:
+        with pytest.raises(RuntimeError, match=r"inside a `tf\.function`"):
+            tf.function(driver.step)()
+    assert toys.recorded(recorder.log) == [0]
+
+
+def test_evaluation_traced_within_the_scope_has_no_penalty_after_it():
+    model = toys.mlp("L0Regularization", penalty_weight=1e3)
+    optimizer = keras.optimizers.SGD(0.1)
+    model.compile(optimizer, "mse")
+    x, y = toys.batch()
+    with sos.Driver(model, optimizer):
+        within = model.evaluate(x, y, verbose=0)
+    assert within > 1e3
+    plain = ((model.predict(x, verbose=0) - y) ** 2).mean()
+    after = model.evaluate(x, y, verbose=0)
+    assert after == pytest.approx(plain, rel=1e-5)
+
+
+class Gradients(sos.PruningWrapper):
+    uses_gradient = True
+
+    def scores(self, weight):
+        return weight.state["gradient"].value
+
+
+def test_gradients_are_not_there_before_the_first_step():
+    for begin, refused in ((0, True), (1, False)):
+        layer = Gradients(
+            keras.layers.Dense(2),
+            schedule=sos.ConstantSparsity(0.5, begin, frequency=1),
+        )
+        model = keras.Sequential([keras.Input((3,)), layer])
+        driver = sos.Driver(model, keras.optimizers.SGD())
+        if refused:
+            with pytest.raises(ValueError, match="Gradients.*`begin_step`"):
+                driver.start()
+            assert toys.state(layer, "mask").numpy().all()
+        else:
+            driver.start()
+        driver.stop()
+
+
 # What is refused.
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_blocks_of_no_steps_are_refused(steps):
+    model, _ = model_with_record(toys.Staircase())
+    with pytest.raises(ValueError, match=f"Received: steps_per_block={steps}"):
+        sos.Driver(model, keras.optimizers.SGD(), steps_per_block=steps)
 
 
 def test_wrong_arguments_are_refused():
     model, _ = model_with_record(toys.Staircase())
+    with pytest.raises(TypeError, match="Keras 3 model or layer.*model='m'"):
+        sos.Driver("m", keras.optimizers.SGD())
     with pytest.raises(
         TypeError, match="Keras 3 optimizer.*Received: optimizer"
     ):

@@ -80,7 +80,9 @@ def test_ramps_take_keras_variables_and_refuse_fractions():
 
 
 @pytest.mark.parametrize("cls", [ramps.LinearRamp, ramps.CubicRamp])
-@pytest.mark.parametrize("steps", [(-1, 5), (5, 5), (5, 4)])
+@pytest.mark.parametrize(
+    "steps", [(-1, 5), (5, 5), (5, 4), (0.9, 10.7), (0, 10.0), ("0", 10)]
+)
 def test_ramps_validate_their_steps(cls, steps):
     with pytest.raises(ValueError, match=f"begin_step={steps[0]}, end_step"):
         cls(*steps)

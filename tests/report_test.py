@@ -305,7 +305,7 @@ def test_command_refuses_what_it_cannot_read(tmp_path, capsys):
     assert "neither a .keras file nor a TensorFlow" in fails(capsys, text)
     fake = tmp_path / "fake.keras"
     fake.write_text("text")
-    assert "fake.keras cannot be loaded" in fails(capsys, fake)
+    assert "fake.keras is damaged or no `.keras` file" in fails(capsys, fake)
     fake = tmp_path / "fake.index"
     fake.write_text("text")
     assert "cannot be read as a checkpoint" in fails(capsys, fake)
@@ -344,6 +344,14 @@ def test_command_imports_classes_of_ones_own(tmp_path, capsys, monkeypatch):
         "--import" in message and "Could not locate class 'OwnDense'" in message
     )
     assert "own_dense/kernel" in run(capsys, path, "--import", "own_classes")
+
+
+def test_the_module_of_the_command_does_not_take_the_functions_place():
+    function = sos.sparsity_report
+    with pytest.raises(ImportError, match="is a function.*python -m"):
+        importlib.import_module("sos.sparsity_report")
+    assert sos.sparsity_report is function
+    assert sos.sparsity_report(reported()).rows
 
 
 def test_command_is_a_module(tmp_path, capsys, monkeypatch):

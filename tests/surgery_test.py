@@ -11,6 +11,7 @@ import pytest
 from keras import layers, ops
 
 import sos
+from sos.wrappers.base import find_wrappers
 from tests import harness
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -420,6 +421,107 @@ def test_fine_tuning_starts_from_the_dense_accuracy():
     assert sparse.evaluate(x, y, verbose=0)[1] > dense[1] - 0.05
 
 
+# Names.
+
+
+@pytest.mark.parametrize("name", [None, "net"])
+def test_rules_and_report_leave_out_the_models_own_name(name):
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Dense(8, name="first"),
+            layers.Dense(4, name="last"),
+        ],
+        name=name,
+    )
+    assert model.weights[0].path == f"{model.name}/first/kernel"
+    sparse = sparse_of(model, rules={r"^first/": None})
+    rows = [r for r in sos.sparsity_report(sparse).rows if r["rank"] > 1]
+    assert [row["weight"] for row in rows] == ["first/kernel", "last/kernel"]
+    assert [bool(row["technique"]) for row in rows] == [False, True]
+
+
+def towers():
+    """Two nested models whose layers have equal names."""
+
+    def tower(name):
+        inputs = keras.Input((6,))
+        outputs = layers.Dense(40, name="dense")(inputs)
+        return keras.Model(inputs, outputs, name=name)
+
+    inputs = keras.Input((6,))
+    outputs = [tower("left")(inputs), tower("right")(inputs)]
+    return keras.Model(inputs, outputs)
+
+
+def test_equal_names_in_nested_models_get_random_masks_of_their_own(tmp_path):
+    sparse = sparse_of(towers(), sos.RandomPruning)
+    sparse.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    found = []
+    for model in (sparse, loaded):
+        with sos.Driver(model, keras.optimizers.SGD()):
+            left, right = (
+                np.ravel(wrapper.sparse_weights[0].state["mask"])
+                for wrapper in find_wrappers(model)
+            )
+        assert abs(np.corrcoef(left, right)[0, 1]) < 6 / np.sqrt(240)
+        found.append((left, right))
+    assert_same(*found)
+
+
+def test_equal_names_in_nested_models_get_noise_of_their_own():
+    sparse = sparse_of(towers(), sos.L0Regularization, initial_log_alpha=0.0)
+    with sos.Driver(sparse, keras.optimizers.SGD()):
+        left, right = (
+            np.ravel(wrapper.training_weight(weight) / weight.value)
+            for wrapper in find_wrappers(sparse)
+            for weight in wrapper.sparse_weights
+        )
+    assert abs(np.corrcoef(left, right)[0, 1]) < 6 / np.sqrt(240)
+
+
+# What is kept, and what is refused.
+
+
+def test_rematerialisation_is_kept():
+    with keras.RematScope(mode="full"):
+        model = sequential()
+    sparse = sparse_of(model)
+    modes = [layer._remat_mode for layer in sparse.layers]
+    assert [mode.mode for mode in modes] == ["full"] * 3
+
+
+@keras.saving.register_keras_serializable(package="surgery_test")
+class Tied(layers.Layer):
+    """Multiplies by the matrix of an embedding."""
+
+    def __init__(self, embedding, **kwargs):
+        super().__init__(**kwargs)
+        self.embedding = embedding
+
+    def call(self, inputs):
+        return ops.matmul(inputs, ops.transpose(self.embedding.embeddings))
+
+
+def tied():
+    inputs = keras.Input((5,), dtype="int32")
+    embedding = layers.Embedding(7, 4, name="embedding")
+    x = embedding(inputs)
+    return keras.Model(inputs, Tied(embedding, name="tied")(x))
+
+
+class OwnLoss(Subclassed):
+    def compute_loss(self, *args, **kwargs):
+        return 2 * super().compute_loss(*args, **kwargs)
+
+
+def own_loss():
+    model = OwnLoss()
+    model.build((None, 6))
+    return model
+
+
 class OwnTrainStep(Subclassed):
     def train_step(self, data):
         return super().train_step(data)
@@ -510,6 +612,49 @@ MAGNITUDE = {"technique": sos.MagnitudePruning, "schedule": SCHEDULE}
             ValueError,
             "left to make sparse",
         ),
+        (
+            sequential,
+            {"technique": sos.MagnitudePruning, "sparsity": 0.625},
+            TypeError,
+            r"needs a `schedule`.*Received: .*'sparsity': 0.625",
+        ),
+        (
+            sequential,
+            {**MAGNITUDE, "include": "first"},
+            TypeError,
+            r"Received: \['include'\]",
+        ),
+        (
+            sequential,
+            {**MAGNITUDE, "name": "sparse", "paths": {0: "first/kernel"}},
+            TypeError,
+            r"Received: \['name', 'paths'\]",
+        ),
+        (
+            sequential,
+            {**MAGNITUDE, "rules": {"last": {"include": "last"}}},
+            TypeError,
+            r"Received: \['include'\]",
+        ),
+        (
+            sequential,
+            {**MAGNITUDE, "rules": ["last"]},
+            TypeError,
+            r"`rules` must be a dictionary.*Received: rules=\['last'\]",
+        ),
+        (
+            sequential,
+            {**MAGNITUDE, "rules": "last"},
+            TypeError,
+            "Received: rules='last'",
+        ),
+        (
+            tied,
+            MAGNITUDE,
+            ValueError,
+            "'embedding' and 'tied' share the weight.*embeddings",
+        ),
+        (own_loss, MAGNITUDE, TypeError, r"`compute_loss` of its own"),
         (own_train_step, MAGNITUDE, TypeError, r"`train_step` of its own"),
         (
             lambda: keras.Sequential([layers.Dense(2)]),

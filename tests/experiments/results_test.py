@@ -30,7 +30,8 @@ def _rows(results):
 
 def test_the_table_holds_what_is_finished_in_the_order_of_runs(tmp_path, runs):
     results = Results(tmp_path / "new" / "folder", runs)
-    assert _rows(results) == []
+    # What a refused start finds there stays.
+    assert not results.table.exists()
     results.add(runs[2], OUTCOME)
     results.add(runs[0], OUTCOME)
     rows = _rows(results)
@@ -56,7 +57,17 @@ def test_the_table_is_made_anew_from_the_runs(tmp_path, runs):
     results.add(runs[1], OUTCOME)
     before = results.table.read_bytes()
     results.table.write_text(before.decode()[:-20])
-    assert Results(tmp_path, runs).table.read_bytes() == before
+    again = Results(tmp_path, runs)
+    again.write_table()
+    assert again.table.read_bytes() == before
+
+
+def test_a_table_of_somebody_else_is_kept(tmp_path, runs):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "results.csv").write_text("mine\n1\n")
+    with pytest.raises(ValueError, match="would be lost"):
+        Results(tmp_path, runs)
+    assert (tmp_path / "results.csv").read_text() == "mine\n1\n"
 
 
 def test_a_half_written_file_is_no_result(tmp_path, runs):

@@ -38,6 +38,30 @@ def test_penalties_are_multiples_of_one_over_n(config, expand):
     assert run.technique_settings()["penalty_weight"] == 0.1 / 256
 
 
+def test_the_technique_gets_all_settings_of_the_run(config, expand):
+    config.steps = 1000
+    config.seeds = (3,)
+    for name in ("magnitude", "random", "variational_dropout", "l0"):
+        config[name].update(begin=0.1, end=0.6)
+    for name in ("magnitude", "random"):
+        config[name].frequency = 0.02
+    settings = {
+        run.technique: run.technique_settings()
+        for run in expand(config)
+        if run.wrapper and (run.sparsity == 0.9 or run.penalty == 1.0)
+    }
+    schedule = sos.Schedule(sos.PolynomialDecay(0.0, 0.9, 100, 600, 3, 20))
+    for name in ("magnitude", "random"):
+        assert sos.Schedule(settings[name]["schedule"]) == schedule
+    for name in ("variational_dropout", "l0"):
+        assert settings[name]["ramp"] == sos.LinearRamp(100, 600)
+        assert settings[name]["penalty_weight"] == 1.0 / 256
+    # Magnitude pruning draws nothing.
+    seeds = {name: s.get("seed") for name, s in settings.items()}
+    assert seeds.pop("magnitude") is None
+    assert set(seeds.values()) == {3}
+
+
 def test_only_sparsity_penalty_and_seed_share_a_shape(config, expand):
     config.seeds = (0, 1)
     runs = expand(config)

@@ -6,7 +6,8 @@ from rich.console import Console
 
 from models import convnet
 from sos.experiments import progress, study
-from sos.experiments.training import Trainer
+from sos.experiments import results as results_lib
+from sos.experiments.training import Outcome, Trainer
 
 
 class _Recorder(progress.Progress):
@@ -117,12 +118,37 @@ def test_progress_names_every_run(run_study, config, expand, terminal):
     assert recorder.output.getvalue().count("90.00%") >= 2
 
 
+def test_the_time_left_goes_by_the_pace_of_the_run_itself(
+    tmp_path, config, expand, monkeypatch
+):
+    now = 1000.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    config.steps = 100
+    config.techniques = "magnitude"
+    first, second = expand(config)
+    recorder = _Recorder()
+    with recorder.study(results_lib.Results(tmp_path, [first, second])):
+        recorder.begin(first)
+        guess = recorder.seconds_left()
+        now += 30.0  # The first step is compiled, and says nothing.
+        for step in range(1, 41):
+            recorder.step(step, 1.0)
+            if step < 20:
+                left = (200 - step) / 200
+                assert recorder.seconds_left() == pytest.approx(guess * left)
+            now += 0.5
+        now -= 0.5
+        # 60 steps of this run and 100 of the next, of half a second each.
+        assert recorder.seconds_left() == pytest.approx(80.0)
+    assert f"{progress._duration(80.0)}" == "1:20"
+    assert "magnitude 50%: step 1 of 100, loss 1.000" in (
+        recorder.output.getvalue()
+    )
+
+
 def test_the_time_left_goes_by_the_pace_of_each_technique(
     tmp_path, config, expand
 ):
-    from sos.experiments.results import Results
-    from sos.experiments.training import Outcome
-
     def outcome(seconds):
         return Outcome(
             achieved_sparsity=0.5,
@@ -135,7 +161,7 @@ def test_the_time_left_goes_by_the_pace_of_each_technique(
 
     config.techniques = "magnitude,l0"
     runs = expand(config)
-    results = Results(tmp_path, runs)
+    results = results_lib.Results(tmp_path, runs)
     recorder = _Recorder()
     with recorder.study(results):
         assert recorder.seconds_left() > 0

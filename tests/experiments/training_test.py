@@ -64,6 +64,22 @@ def test_the_loss_falls(config, expand, make_trainer):
     assert outcome.test_accuracy > 0.4
 
 
+def test_the_learning_rate_falls_as_a_cosine_to_zero(
+    config, expand, make_trainer
+):
+    config.techniques = "dense"
+    (run,) = expand(config)
+    trainer = make_trainer(run)
+    trainer.train(run)
+    optimizer = trainer.optimizer
+    assert int(optimizer.iterations) == run.steps
+    for fraction, factor in ((1, 0), (0, 1), (1 / 2, 1 / 2), (1 / 3, 3 / 4)):
+        optimizer.iterations.assign(round(fraction * run.steps))
+        found = float(optimizer.learning_rate)
+        expected = factor * config.learning_rate
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
 def test_the_multiplier_scales_what_the_technique_adds(
     config, expand, make_trainer
 ):
@@ -112,7 +128,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(config, expand, make_trainer):
     config.learning_rate = 1e30
     config.steps = 20
     (run,) = expand(config)
-    with pytest.raises(FloatingPointError, match=r"config\.learning_rate"):
+    with pytest.raises(FloatingPointError, match=r"lower learning rate"):
         make_trainer(run).train(run)
 
 

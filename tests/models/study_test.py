@@ -85,7 +85,7 @@ def test_an_interrupt_ends_it_with_one_line(tmp_path):
     )
     try:
         deadline = time.monotonic() + 120
-        while not (tmp_path / "results.csv").exists():
+        while not (tmp_path / "runs").exists():
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.1)

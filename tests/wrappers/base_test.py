@@ -389,6 +389,43 @@ def test_layer_without_matrices_is_refused():
         wrapper.build((None, 3))
 
 
+def test_scales_and_biases_of_rank_2_stay_dense():
+    inputs = keras.Input((4, 6))
+    x = keras.layers.LayerNormalization(axis=[1, 2], name="norm")(inputs)
+    x = keras.layers.GRU(6, return_sequences=True, name="gru")(x)
+    x = keras.layers.MultiHeadAttention(2, 3, name="attention")(x, inputs)
+    model = keras.Model(inputs, x)
+    sparse = sos.sparsify(model, "MagnitudePruning", schedule=toys.SCHEDULE)
+    dense = {"bias": "bias", "gamma": "norm", "beta": "norm"}
+    vectors = 0
+    for row in sos.sparsity_report(sparse).rows:
+        kind = row["weight"].rpartition("/")[2]
+        assert bool(row["technique"]) == (kind not in dense), row
+        if row["rank"] > 1 and kind in dense:
+            assert row["note"] == dense[kind]
+            vectors += 1
+    # Two of the norm, one of the GRU, three of the attention's four.
+    assert vectors == 6
+    # The same where layers are wrapped by hand.
+    gru = toys.wrap("MagnitudePruning", keras.layers.GRU(3))
+    gru.build((None, 4, 2))
+    names = [weight.variable.name for weight in gru.sparse_weights]
+    assert names == ["kernel", "recurrent_kernel"]
+    norm = keras.layers.LayerNormalization(axis=[1, 2])
+    with pytest.raises(ValueError, match="nothing to make sparse"):
+        toys.wrap("MagnitudePruning", norm).build((None, 3, 4))
+
+
+@all_techniques
+def test_quantizing_is_refused(name):
+    wrapper = toys.wrap(name, keras.layers.Dense(3))
+    wrapper.build((None, 4))
+    before = wrapper.layer.kernel.numpy()
+    with pytest.raises(NotImplementedError, match="strip.*then quantize"):
+        wrapper.quantize("int8")
+    np.testing.assert_array_equal(wrapper.layer.kernel, before)
+
+
 @all_techniques
 def test_weight_decay_and_activity_losses_are_kept(name):
     layer = keras.layers.Dense(
@@ -469,3 +506,103 @@ def test_rematerialisation_inside_a_wrapped_layer(name):
         loss = tf.reduce_sum(wrapper(toys.normal(2, 4), training=True))
     kernel = wrapper.layer.dense.kernel.value
     assert tape.gradient(loss, kernel) is not None
+
+
+# Scores, rankings and gradients.
+
+
+class Returning(sos.Ranking):
+    """Returns what it is told to, in the place of masks."""
+
+    def __init__(self, result):
+        self.result = result
+
+    def get_config(self):
+        return {"result": self.result}
+
+    def masks(self, scores, sparsities):
+        return [self.result(tuple(score.shape)) for score in scores]
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        lambda shape: np.full(shape, 0.7),
+        lambda shape: np.full(shape, 2),
+        lambda shape: np.zeros(shape[::-1]),
+        lambda shape: np.zeros(()),
+    ],
+    ids=["fraction", "two", "transposed", "scalar"],
+)
+def test_wrong_masks_of_a_ranking_change_no_mask(result):
+    rankings = {"first": None, "last": Returning(result)}
+    wrappers = [
+        toys.wrap(
+            "MagnitudePruning",
+            keras.layers.Dense(3, name=name),
+            ranking=ranking,
+        )
+        for name, ranking in rankings.items()
+    ]
+    for wrapper in wrappers:
+        wrapper.build((None, 4))
+    with pytest.raises(ValueError, match="last/kernel.*hold zeros and ones"):
+        update_masks(dict.fromkeys(wrappers, 0.5))
+    for wrapper in wrappers:
+        assert toys.state(wrapper, "mask").numpy().all()
+
+
+class ByColumn(sos.PruningWrapper):
+    """Scores of a wrong shape."""
+
+    def scores(self, weight):
+        return tf.reduce_sum(weight.value, axis=0)
+
+
+def test_scores_of_a_wrong_shape_are_refused():
+    wrapper = ByColumn(keras.layers.Dense(3), schedule=toys.SCHEDULE)
+    wrapper.build((None, 4))
+    with pytest.raises(ValueError, match=r"ByColumn.*\(4, 3\).*d: \(3,\)"):
+        update_masks({wrapper: 0.5})
+    assert toys.state(wrapper, "mask").numpy().all()
+
+
+class ByGradient(sos.PruningWrapper):
+    """Keeps the weights with the largest gradients."""
+
+    uses_gradient = True
+
+    def scores(self, weight):
+        return tf.abs(weight.state["gradient"].value)
+
+
+def test_gradient_sums_over_calls_and_steps_until_an_update():
+    layer = keras.layers.Dense(3, use_bias=False)
+    wrapper = ByGradient(layer, schedule=toys.SCHEDULE)
+    wrapper.build((None, 4))
+    toys.bind(wrapper)
+    gradient = toys.state(wrapper, "gradient")
+    inputs = toys.normal(2, 5, 4)
+    upstream = toys.normal(2, 5, 3, seed=1)
+
+    def step():
+        """The layer is shared by two uses."""
+        with tf.GradientTape() as tape:
+            loss = sum(
+                tf.reduce_sum(wrapper(x, training=True) * u)
+                for x, u in zip(inputs, upstream, strict=True)
+            )
+        tape.gradient(loss, layer.kernel.value)
+
+    once = sum(x.T @ u for x, u in zip(inputs, upstream, strict=True))
+    for count in (1, 2):
+        step()
+        wrapper(inputs[0])  # An evaluation leaves no trace.
+        np.testing.assert_allclose(gradient, count * once, rtol=1e-4, atol=1e-5)
+    update_masks({wrapper: 0.5})
+    assert not gradient.numpy().any()
+    kept = toys.state(wrapper, "mask").numpy() == 1
+    assert np.abs(once)[kept].min() > np.abs(once)[~kept].max()
+    # That of a masked weight is seen too, so that it may come back.
+    step()
+    np.testing.assert_allclose(gradient, once, rtol=1e-4, atol=1e-5)

@@ -1,3 +1,5 @@
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -39,6 +41,9 @@ def moment(log_alpha, power):
 
 def wrap(layer, shape, *, seed=0, log_alpha=None, **settings):
     """A built wrapper with random weights and log alpha."""
+    # Noise is a function of paths, in which Keras numbers what was made before.
+    for inner in layer._flatten_layers():
+        inner.name = re.sub(r"_\d+$", "", inner.name)
     wrapper = sos.L0Regularization(layer, **{"penalty_weight": 1.0, **settings})
     wrapper.build(shape)
     for i, variable in enumerate(layer.weights):
@@ -107,13 +112,15 @@ def test_mean_gate_is_zero_and_one_exactly_outside_the_limits():
 
 
 def test_initial_log_alpha():
-    wrapper = toys.wrap("L0Regularization", keras.layers.Dense(300))
+    wrapper = toys.wrap("L0Regularization", keras.layers.Dense(300, name="a"))
     wrapper.build((None, 300))
     values = toys.state(wrapper, "log_alpha").numpy().ravel()
     assert abs(values.mean() - 2.197) < 5 * 0.01 / np.sqrt(values.size)
     assert values.std() == pytest.approx(0.01, rel=0.02)
     assert scipy.stats.kstest((values - 2.197) / 0.01, "norm").pvalue > 1e-3
-    other = toys.wrap("L0Regularization", keras.layers.Dense(300), seed=1)
+    other = toys.wrap(
+        "L0Regularization", keras.layers.Dense(300, name="a"), seed=1
+    )
     other.build((None, 300))
     assert (toys.state(other, "log_alpha").numpy().ravel() != values).any()
 
@@ -124,6 +131,12 @@ def test_initial_log_alpha_can_be_chosen():
     )
     wrapper.build((None, 9))
     assert abs(toys.state(wrapper, "log_alpha").numpy() + 4).max() < 0.06
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_initial_log_alpha_must_be_finite(value):
+    with pytest.raises(ValueError, match="Received: initial_log_alpha="):
+        wrap(keras.layers.Dense(2), (None, 2), initial_log_alpha=value)
 
 
 # The layer in training.

@@ -120,7 +120,9 @@ def test_pruned_weights_stay_out_of_the_outputs_and_get_no_gradient():
     np.testing.assert_array_equal(tape.gradient(loss, kernel.value), mask)
 
 
-@pytest.mark.parametrize("seed", [0.5, "a", None])
+@pytest.mark.parametrize("seed", [0.5, "a", None, 2**40, -(2**31) - 1])
 def test_seed_must_be_an_integer(seed):
-    with pytest.raises(ValueError, match="`seed` must be an integer.*Received"):
+    with pytest.raises(
+        ValueError, match="`seed` must be a 32-bit integer.*Rec"
+    ):
         wrap(seed=seed)

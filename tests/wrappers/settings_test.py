@@ -54,16 +54,23 @@ def test_seed_changes_the_noise_without_a_new_trace():
 
 
 @pytest.mark.parametrize(
-    "value", [-1e-9, float("nan"), "much", None, [1.0], -float("inf")]
+    "value",
+    [-1e-9, float("nan"), "much", "1", True, None, [1.0], -np.inf, np.inf],
 )
-def test_penalty_weight_must_be_a_number_from_0_on(value):
-    with pytest.raises(ValueError, match="`penalty_weight` must be a number"):
+def test_penalty_weight_must_be_a_finite_number_from_0_on(value):
+    with pytest.raises(ValueError, match="`penalty_weight` must be a finite"):
         penalized(penalty_weight=value)
     wrapper = penalized(penalty_weight=0.5)
     wrapper.build((None, 2))
     with pytest.raises(ValueError, match=">= 0.0. Received: penalty_weight="):
         wrapper.penalty_weight = value
     assert wrapper.penalty_weight == 0.5
+
+
+@pytest.mark.parametrize("value", [2**40, 2**31, -(2**31), 0.5, "1"])
+def test_seed_must_be_a_32_bit_integer(value):
+    with pytest.raises(ValueError, match="`seed` must be a 32-bit integer"):
+        penalized(seed=value)
 
 
 def test_settings_are_not_trainable_and_are_saved_in_the_config():
@@ -103,8 +110,23 @@ def test_set_all_changes_those_that_have_the_setting():
     schedule = sos.PolynomialDecay(0.0, 0.9, 0, 10)
     sos.set_all(model, schedule=schedule)
     assert magnitude.schedule.inner is schedule
-    with pytest.raises(ValueError, match="has the setting 'treshold'"):
-        sos.set_all(model, treshold=1.0)
+
+
+def test_set_all_names_the_settings_there_are_and_changes_all_or_nothing():
+    model = toys.mlp("VariationalDropout", penalty_weight=0.5)
+    valid = r"\['penalty_weight', 'seed', 'threshold'\]"
+    with pytest.raises(ValueError, match=f"'treshold'. Valid names: {valid}"):
+        sos.set_all(model, penalty_weight=1.0, treshold=1.0)
+    with pytest.raises(ValueError, match="'schedule'"):
+        sos.set_all(model, penalty_weight=1.0, schedule=toys.SCHEDULE)
+    with pytest.raises(ValueError, match="Received: seed=0.5"):
+        sos.set_all(model, penalty_weight=1.0, threshold=1.0, seed=0.5)
+    for wrapper in model.layers:
+        assert (wrapper.penalty_weight, wrapper.threshold) == (0.5, 3.0)
+    model = toys.mlp("RandomPruning")
+    with pytest.raises(TypeError, match="Received: schedule=0.9"):
+        sos.set_all(model, seed=1, schedule=0.9)
+    assert [wrapper.seed for wrapper in model.layers] == [0, 0]
 
 
 class Scaled(sos.SparseWrapper):

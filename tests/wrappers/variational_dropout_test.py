@@ -1,3 +1,5 @@
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -69,6 +71,9 @@ def finite_differences(function, at, step=1e-6):
 
 def wrap(layer, shape, *, seed=0, log_sigma2=None, **settings):
     """A built wrapper around a layer with random theta and log sigma^2."""
+    # Noise is a function of paths, in which Keras numbers what was made before.
+    for inner in layer._flatten_layers():
+        inner.name = re.sub(r"_\d+$", "", inner.name)
     settings = {"penalty_weight": 1.0, **settings}
     wrapper = sos.VariationalDropout(layer, **settings)
     wrapper.build(shape)
@@ -288,6 +293,7 @@ def test_embedding_clips_the_rows():
 PLAIN = {
     **LINEAR,
     "embedding": lambda: (keras.layers.Embedding(7, 3), (6,)),
+    "rnn": lambda: (keras.layers.SimpleRNN(3, return_sequences=True), (4, 2)),
     "lstm": lambda: (keras.layers.LSTM(3, return_sequences=True), (4, 2)),
     "gru": lambda: (keras.layers.GRU(3), (4, 2)),
     "separable": lambda: (keras.layers.SeparableConv1D(3, 2), (4, 2)),
@@ -385,6 +391,17 @@ def test_sampled_weights_have_the_right_moments():
     assert recurrent.state["log_sigma2"].shape == (4, 4)
 
 
+def test_epsilon_is_added_once_to_the_weights_variance():
+    layer = keras.layers.SimpleRNN(60, use_bias=False)
+    wrapper = wrap(layer, (None, 1, 60), log_sigma2=-1e7, clip_log_alpha=None)
+    toys.bind(wrapper)
+    for weight in wrapper.sparse_weights:
+        weight.variable.assign(tf.zeros((60, 60)))
+        noise = np.float64(wrapper.training_weight(weight)) / 1e-4
+        assert noise.var() == pytest.approx(1, abs=6 * np.sqrt(2 / 3_600))
+        assert scipy.stats.kstest(noise.ravel(), "norm").pvalue > 1e-3
+
+
 def test_weights_of_one_layer_have_noise_of_their_own():
     layer = keras.layers.SimpleRNN(30)
     wrapper = wrap(layer, (None, 2, 30), log_sigma2=0.0, clip_log_alpha=None)
@@ -423,7 +440,7 @@ def gradients(wrapper, loss):
         [theta.value, log_sigma2.value],
         unconnected_gradients="zero",
     )
-    return [np.float64(g) for g in found]
+    return [np.float64(tf.convert_to_tensor(g)) for g in found]
 
 
 def in_and_out_of_range(wrapper):
@@ -436,31 +453,55 @@ def in_and_out_of_range(wrapper):
     return theta, np.float64(weight.state["log_sigma2"]), np.abs(log_alpha) > 8
 
 
-@pytest.mark.parametrize("clip", [8.0, None])
-def test_gradients_of_the_output_are_finite_differences(clip):
-    layer = keras.layers.Dense(3)
-    wrapper = wrap(layer, (None, 4), clip_log_alpha=clip)
-    toys.bind(wrapper)
-    theta, log_sigma2, outside = in_and_out_of_range(wrapper)
+def dense_case():
     x = toys.normal(6, 4, seed=3)
-    bias = np.float64(layer.bias)
-    outputs = np.float64(wrapper(x, training=True))
+    return keras.layers.Dense(3), x, x
+
+
+def conv_case():
+    x = toys.normal(2, 4, 4, 2, seed=3)
+    patches = tf.image.extract_patches(
+        x, [1, 3, 3, 1], [1, 2, 2, 1], [1, 1, 1, 1], "SAME"
+    )
+    layer = keras.layers.Conv2D(3, 3, strides=2, padding="same")
+    return layer, x, patches.numpy().reshape(-1, 18)
+
+
+def embedding_case():
+    ids = np.array([[0, 2, 1], [4, 2, 3]])
+    return keras.layers.Embedding(5, 3), ids, np.eye(5)[ids.ravel()]
+
+
+@pytest.mark.parametrize("clip", [8.0, None])
+@pytest.mark.parametrize("case", [dense_case, conv_case, embedding_case])
+def test_gradients_of_the_output_are_finite_differences(case, clip):
+    """Against x @ theta + bias + sqrt(x^2 @ sigma^2 + epsilon) * noise."""
+    layer, inputs, x = case()
+    x = np.float64(x)
+    wrapper = wrap(layer, inputs.shape, clip_log_alpha=clip)
+    toys.bind(wrapper)
+    matrices = in_and_out_of_range(wrapper)
+    theta, log_sigma2, outside = [m.reshape(-1, 3) for m in matrices]
+    bias = np.float64(getattr(layer, "bias", 0.0))
+
+    def call():
+        return tf.reshape(wrapper(inputs, training=True), (-1, 3))
+
+    outputs = np.float64(call())
 
     def std(theta, log_sigma2):
         variance = numpy_variance(theta, log_sigma2, clip)
-        return np.sqrt(np.float64(x) ** 2 @ variance + 1e-8)
+        return np.sqrt(x**2 @ variance + 1e-8)
 
     noise = (outputs - x @ theta - bias) / std(theta, log_sigma2)
-    upstream = toys.normal(6, 3, seed=9)
+    upstream = toys.normal(len(x), 3, seed=9)
 
     def loss(theta, log_sigma2):
         sample = x @ theta + bias + std(theta, log_sigma2) * noise
         return (sample * upstream).sum()
 
-    found = gradients(
-        wrapper,
-        lambda: tf.reduce_sum(wrapper(x, training=True) * upstream),
-    )
+    found = gradients(wrapper, lambda: tf.reduce_sum(call() * upstream))
+    found = [g.reshape(-1, 3) for g in found]
     expected = [
         finite_differences(lambda t: loss(t, log_sigma2), theta),
         finite_differences(lambda s: loss(theta, s), log_sigma2),
@@ -554,6 +595,29 @@ def test_a_weight_at_the_threshold_is_removed():
     layer.kernel.assign([[1.0]])  # log(1 + epsilon) is 0 in float32
     wrapper.threshold = 3.0
     assert wrapper(np.ones((1, 1), np.float32)).numpy() == 0.0
+
+
+def test_a_weight_of_nan_stays_one_in_evaluation():
+    layer = keras.layers.Dense(2, use_bias=False)
+    wrapper = wrap(layer, (None, 2), log_sigma2=-10.0)
+    layer.kernel.assign([[1.0, np.nan], [1e-9, 2.0]])
+    model = keras.Sequential([keras.Input((2,)), wrapper])
+    (found,) = wrapper.evaluation_weights().values()
+    np.testing.assert_array_equal(found, [[1.0, np.nan], [0.0, 2.0]])
+    assert sos.sparsity_report(model).sparsity == 0.25
+    assert np.isnan(model(np.ones((1, 2), np.float32))[0, 1])
+
+
+@pytest.mark.parametrize("value", [1000, "8", 0, -1.0, 80.5, float("nan")])
+def test_limits_of_log_alpha_without_a_float32_exponential(value):
+    with pytest.raises(ValueError, match=r"\(0, 80\].*Received: clip_log_al"):
+        wrap(keras.layers.Dense(2), (None, 2), clip_log_alpha=value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_initial_log_sigma2_must_be_finite(value):
+    with pytest.raises(ValueError, match="Received: initial_log_sigma2="):
+        wrap(keras.layers.Dense(2), (None, 2), initial_log_sigma2=value)
 
 
 @pytest.mark.parametrize("name", PLAIN)
