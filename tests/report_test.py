@@ -351,7 +351,7 @@ def test_the_module_of_the_command_does_not_take_the_functions_place():
     with pytest.raises(ImportError, match="is a function.*python -m"):
         importlib.import_module("sos.sparsity_report")
     assert sos.sparsity_report is function
-    assert sos.sparsity_report(reported()).rows
+    assert sos.sparsity_report(recurrent()).rows
 
 
 def test_command_is_a_module(tmp_path, capsys, monkeypatch):
