@@ -41,7 +41,7 @@ class SparsityCallback(keras.callbacks.Callback):
         self._batch_begun = False
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Binds the clocks."""
+        """Makes the mask update of this step, if due, and guards training."""
         self._driver = Driver(
             self.model,
             self.model.optimizer,

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from sos.schedules import Schedule, as_schedule
+from sos.schedules import as_schedule
 from sos.wrappers.base import SparseWrapper, find_wrappers
 from sos.wrappers.masked import PruningWrapper, update_masks
 from sos.wrappers.sparse_weight import SparseWeight
@@ -37,8 +37,9 @@ class Driver:
             `step`, at most.
 
     Raises:
-        TypeError: If `optimizer` is not a Keras 3 optimizer.
-        ValueError: If the model has no sparse layer or is not built.
+        TypeError: If `model` or `optimizer` is not one of Keras 3.
+        ValueError: If the model has no sparse layer or is not built, weights
+            share a path and so their noise, or `steps_per_block` is below 1.
     """
 
     def __init__(
@@ -223,13 +224,13 @@ class Driver:
 
     def _update(self, after: int, until: int) -> None:
         updates: dict[PruningWrapper, float] = {}
-        due_of: dict[int, tuple[Schedule, list[int]]] = {}
+        # Layers share schedules, and asking a user's own one may be slow.
+        due_of: dict[int, list[int]] = {}
         for wrapper in self._pruning_wrappers():
             schedule = wrapper.schedule
             if id(schedule) not in due_of:
-                due = schedule.due_steps(after, until)
-                due_of[id(schedule)] = (schedule, due)
-            due = due_of[id(schedule)][1]
+                due_of[id(schedule)] = schedule.due_steps(after, until)
+            due = due_of[id(schedule)]
             # The schedule's last step is due whatever its frequency.
             if len([step for step in due if step != schedule.end_step]) > 1:
                 raise RuntimeError(

@@ -11,7 +11,7 @@ from sos.registry import get_technique
 from sos.schedules import as_schedule
 from sos.wrappers.base import SparseWrapper
 from sos.wrappers.masked import PruningWrapper
-from sos.wrappers.selection import why_dense
+from sos.wrappers.selection import unique, why_dense
 
 Rule = None | type | str | Mapping[str, Any]
 
@@ -73,6 +73,7 @@ def make_plan(
     plan: dict[int, list[Job]] = {}
     used: dict[str, list[str]] = {pattern: [] for pattern in rules}
     eligible: list[str] = []
+    chosen: list[tuple[Job, int, int]] = []
     owners: dict[int, keras.layers.Layer] = {}
     for layer in leaves(model):
         trainable = {id(v) for v in layer.trainable_weights}
@@ -112,15 +113,17 @@ def make_plan(
                 continue
             # Weights of one layer that share settings share a wrapper.
             job = jobs.setdefault(id(choice), Job(*choice))
-            # Two nested models may hold layers of equal names.
-            count = eligible.count(path)
-            job.paths[index] = path if count == 1 else f"{path}#{count}"
+            chosen.append((job, index, len(eligible) - 1))
             if layer is model or not _is_keras_layer(layer):
                 notes.add(
                     variable, f"{type(layer).__name__} wrapped as a whole"
                 )
         if jobs:
             plan[id(layer)] = list(jobs.values())
+    # Two nested models may hold layers of equal names.
+    names = unique(dict(enumerate(eligible)))
+    for job, index, place in chosen:
+        job.paths[index] = names[place]
     for pattern, paths in used.items():
         if not paths:
             raise ValueError(

@@ -216,7 +216,8 @@ def update_masks(updates: dict[PruningWrapper, float]) -> None:
         updates: The sparsity to reach, by wrapper.
 
     Raises:
-        ValueError: If a score is NaN; no mask is changed then.
+        ValueError: If a score is NaN, or scores or masks have a wrong shape or
+            value; no mask is changed then.
     """
     groups: list[tuple[Ranking, list[tuple[PruningWrapper, float]]]] = []
     for wrapper, sparsity in updates.items():
