@@ -1,5 +1,6 @@
 """Drives the clock of a model's sparse layers while it trains."""
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -35,6 +36,8 @@ class Driver:
         optimizer: The optimizer that trains it.
         steps_per_block: The number of optimizer steps between two calls of
             `step`, at most.
+        update_masks: What ranks the weights and sets the masks: called with
+            the sparsity to reach, by wrapper, of the layers that are due.
 
     Raises:
         TypeError: If `model` or `optimizer` is not one of Keras 3.
@@ -48,6 +51,9 @@ class Driver:
         optimizer: keras.optimizers.Optimizer,
         *,
         steps_per_block: int = 1,
+        update_masks: Callable[
+            [dict[PruningWrapper, float]], None
+        ] = update_masks,
     ) -> None:
         if not isinstance(optimizer, keras.optimizers.Optimizer):
             raise TypeError(
@@ -83,6 +89,7 @@ class Driver:
         self.model = model
         self.optimizer = optimizer
         self._steps_per_block = steps_per_block
+        self._update_masks = update_masks
         self._wrappers = wrappers
         self._last: int | None = None
         self._first: int | None = None
@@ -93,11 +100,16 @@ class Driver:
         """The number of completed optimizer steps."""
         return int(keras.ops.convert_to_numpy(self.optimizer.iterations))
 
-    def start(self) -> None:
+    def start(self, *, up_to_date: bool = False) -> None:
         """Binds the clocks and makes the mask update of this step, if due.
 
         Masks of ones are brought to what the schedule had for the last update
         before this step: a checkpoint may have been saved just before it.
+
+        Args:
+            up_to_date: Whether the masks, and gradients that were gathered for
+                them, come from a checkpoint that was saved after the `step` of
+                its optimizer step. Nothing is due then.
 
         Raises:
             ValueError: If a schedule is finer than `steps_per_block`, or a
@@ -108,6 +120,8 @@ class Driver:
         self.resume()
         self._last = self.iterations
         self._first, self._calls = self._last, 0
+        if up_to_date:
+            return
         self._catch_up(self._last)
         # After a restart this repeats the update of the checkpoint's step: the
         # same weights give the same masks.
@@ -146,6 +160,24 @@ class Driver:
             )
         self._last = now
         self._update(last, now)
+
+    def next_update(self, until: int) -> int | None:
+        """The next step at which masks are to be updated.
+
+        Args:
+            until: The last step that is asked for.
+
+        Returns:
+            A number of completed steps above `iterations` and at most `until`,
+            or None.
+        """
+        now = self.iterations
+        due = [
+            steps[0]
+            for schedule in {w.schedule for w in self._pruning_wrappers()}
+            if (steps := schedule.due_steps(now, until))
+        ]
+        return min(due, default=None)
 
     def pause(self) -> None:
         """Unbinds the clocks: penalties are zero until `resume`."""
@@ -220,7 +252,7 @@ class Driver:
                 due = wrapper.schedule.due_steps(-1, now - 1)
                 if due and (sparsity := wrapper.schedule.sparsity(due[-1])):
                     updates[wrapper] = sparsity
-        update_masks(updates)
+        self._update_masks(updates)
 
     def _update(self, after: int, until: int) -> None:
         updates: dict[PruningWrapper, float] = {}
@@ -247,7 +279,7 @@ class Driver:
                 )
             if due:
                 updates[wrapper] = schedule.sparsity(due[-1])
-        update_masks(updates)
+        self._update_masks(updates)
 
 
 def _is_dense(weight: SparseWeight) -> bool:

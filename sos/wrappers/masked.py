@@ -179,6 +179,21 @@ class PruningWrapper(MaskedWrapper):
         """The masked weight."""
         return super().training_weight(weight)
 
+    def assign_mask(self, weight: SparseWeight, mask: Any) -> None:
+        """Sets the mask of one weight that was ranked.
+
+        Args:
+            weight: The weight.
+            mask: Zeros and ones of the weight's shape.
+        """
+        variable = weight.state["mask"]
+        if self.cumulative:
+            mask = tf.minimum(tf.cast(mask, tf.uint8), variable.value)
+        variable.assign(mask)
+        if self.uses_gradient:
+            gradient = weight.state["gradient"]
+            gradient.assign(tf.zeros(gradient.shape))
+
     def target_sparsity(self) -> float | None:
         """The sparsity at the end of the schedule, None for an open end."""
         return self.schedule.target_sparsity
@@ -251,13 +266,7 @@ def update_masks(updates: dict[PruningWrapper, float]) -> None:
             ) from error
         results.extend(zip(jobs, masks, strict=True))
     for (wrapper, weight, _), mask in results:
-        variable = weight.state["mask"]
-        if wrapper.cumulative:
-            mask = tf.minimum(tf.cast(mask, tf.uint8), variable.value)
-        variable.assign(mask)
-        if wrapper.uses_gradient:
-            gradient = weight.state["gradient"]
-            gradient.assign(tf.zeros(gradient.shape))
+        wrapper.assign_mask(weight, mask)
 
 
 def _checked_scores(wrapper: PruningWrapper, weight: SparseWeight) -> Any:

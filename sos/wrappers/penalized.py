@@ -63,6 +63,20 @@ class PenalizedWrapper(SparseWrapper):
             f"{type(self).__name__} must override `penalty`."
         )
 
+    def weighted_penalty(self, weight: SparseWeight) -> tf.Tensor:
+        """The penalty of one weight as it stands in the loss.
+
+        Args:
+            weight: The weight.
+
+        Returns:
+            A float32 scalar, zero while no driver is bound.
+        """
+        if not self.clock.bound:
+            return tf.zeros(())
+        factor = self.setting("penalty_weight") * self.ramp(self.clock.step)
+        return factor * self.penalty(weight)
+
     def add_penalized_state(
         self, weight: SparseWeight, name: str, **kwargs: Any
     ) -> keras.Variable:
@@ -116,12 +130,4 @@ class _Penalty(keras.Regularizer):
 
     def __call__(self, variable: Any) -> tf.Tensor:
         del variable  # The technique reads all of the weight's variables.
-        wrapper = self._wrapper
-        if not wrapper.clock.bound:
-            return tf.zeros(())
-        factor = wrapper.setting("penalty_weight")
-        return (
-            factor
-            * wrapper.ramp(wrapper.clock.step)
-            * wrapper.penalty(self._weight)
-        )
+        return self._wrapper.weighted_penalty(self._weight)

@@ -1,0 +1,1 @@
+"""The training engine: estimator-style, on tf.distribute, losing no step."""

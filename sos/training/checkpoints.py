@@ -1,0 +1,421 @@
+"""Checkpoints that are complete or absent."""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+import tensorflow as tf
+from absl import logging
+
+_FOLDER = re.compile(r"step-(\d{8,})")
+_METADATA = "metadata.json"
+_VARIABLES = "variables"
+_TEMPORARY = ".writing-"
+_SEEDS = re.compile(r"^(seed_generator)_\d+/")
+
+
+class CheckpointError(Exception):
+    """A checkpoint could not be written, or none could be restored."""
+
+
+class Checkpoints:
+    """The checkpoints in a directory.
+
+    Each is a directory `step-00001000` with the variables, as TensorFlow's
+    `tf.train.Checkpoint(model=..., optimizer=...)` reads them, and
+    `metadata.json`: the step, the configuration, and what belongs to it. It is
+    written under a temporary name and renamed, so that it is complete or
+    absent; sizes and checksums tell what was damaged later. On an object store
+    such as `gs://`, where directories cannot be renamed in one go, a checkpoint
+    counts only when all its files are there.
+
+    A checkpoint holds everything that training is a function of: weights,
+    masks, the optimizer's slots and the step, which also is the position in the
+    input.
+
+    Args:
+        directory: Where the checkpoints are; it is made when one is saved.
+        configuration: What decides what is computed; JSON values by name. A
+            checkpoint of another configuration is refused.
+        keep: How many of the newest are kept.
+        keep_every: Keep those whose step is a multiple of it for good; None
+            for none.
+
+    Raises:
+        ValueError: If `keep` or `keep_every` is below 1.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        configuration: Mapping[str, Any],
+        keep: int = 5,
+        keep_every: int | None = None,
+    ) -> None:
+        for name, value in (("keep", keep), ("keep_every", keep_every)):
+            if value is not None and value < 1:
+                raise ValueError(
+                    f"`{name}` must be at least 1. Received: {name}={value}"
+                )
+        self.directory = os.fspath(directory)
+        # What a file can hold: tuples become lists.
+        self._configuration = json.loads(json.dumps(dict(configuration)))
+        self._keep = keep
+        self._keep_every = keep_every
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints that are there, oldest first."""
+        if not tf.io.gfile.isdir(self.directory):
+            return []
+        matches = [
+            _FOLDER.fullmatch(name.rstrip("/"))
+            for name in tf.io.gfile.listdir(self.directory)
+        ]
+        return sorted(int(match[1]) for match in matches if match)
+
+    def path(self, step: int) -> str:
+        """The directory of the checkpoint of a step."""
+        return os.path.join(self.directory, f"step-{step:08d}")
+
+    def save(
+        self,
+        step: int,
+        model: keras.Model,
+        optimizer: keras.optimizers.Optimizer,
+        *,
+        notes: Mapping[str, Any] | None = None,
+        chief: bool = True,
+    ) -> None:
+        """Saves a checkpoint and removes those that are no longer kept.
+
+        All workers must call it, as reading some variables takes all of them;
+        only the chief's is kept.
+
+        Args:
+            step: The number of completed optimizer steps.
+            model: The model.
+            optimizer: Its optimizer.
+            notes: What to write down beside it; JSON values by name.
+            chief: Whether this process is the chief.
+
+        Raises:
+            CheckpointError: If it cannot be written. Nothing is left of it,
+                and the checkpoints that were there are as they were.
+        """
+        # Workers may share the directory, so each has a name of its own.
+        worker = "" if chief else f"-{os.getpid()}"
+        temporary = os.path.join(
+            self.directory, f"{_TEMPORARY}{step:08d}{worker}"
+        )
+        try:
+            with _removed(temporary):
+                tf.io.gfile.makedirs(temporary)
+                checkpoint = _checkpoint(model, optimizer)
+                checkpoint.write(os.path.join(temporary, _VARIABLES))
+                if not chief:
+                    return
+                self._write_metadata(
+                    temporary, step, model, optimizer, notes or {}
+                )
+                _sync(temporary)
+                if tf.io.gfile.isdir(self.path(step)):
+                    # Only a damaged one is ever written again.
+                    tf.io.gfile.rmtree(self.path(step))
+                tf.io.gfile.rename(temporary, self.path(step))
+                _sync_directory(self.directory)
+        except (tf.errors.OpError, OSError) as error:
+            last = self.steps()
+            raise CheckpointError(
+                f"The checkpoint of step {step} could not be written to "
+                f"{self.directory}: {_reason(error)}. "
+                + (
+                    f"That of step {last[-1]} is the last one that is there. "
+                    if last
+                    else "There is no other one. "
+                )
+                + "Make room or choose another directory, and run the same "
+                "command again."
+            ) from error
+        self._remove_old()
+
+    def _write_metadata(
+        self,
+        folder: str,
+        step: int,
+        model: keras.Model,
+        optimizer: keras.optimizers.Optimizer,
+        notes: Mapping[str, Any],
+    ) -> None:
+        files = {
+            name: tf.io.gfile.stat(os.path.join(folder, name)).length
+            for name in sorted(tf.io.gfile.listdir(folder))
+        }
+        metadata = {
+            "step": step,
+            "notes": dict(notes),
+            "configuration": self._configuration,
+            "versions": {
+                "tensorflow": tf.__version__,
+                "keras": keras.__version__,
+            },
+            "variables": _described(model, optimizer),
+            "files": files,
+        }
+        with tf.io.gfile.GFile(os.path.join(folder, _METADATA), "w") as file:
+            file.write(json.dumps(metadata, indent=1) + "\n")
+
+    def restore(
+        self, model: keras.Model, optimizer: keras.optimizers.Optimizer
+    ) -> dict[str, Any] | None:
+        """Restores the newest checkpoint that is not damaged.
+
+        Args:
+            model: The model to restore into.
+            optimizer: Its optimizer, built.
+
+        Returns:
+            Its "step" and notes, or None if there is no checkpoint.
+
+        Raises:
+            CheckpointError: If the checkpoint is of another configuration, or
+                all that are there are damaged.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                return self.restore_step(step, model, optimizer)
+            except _Damaged as damage:
+                logging.warning(
+                    "The checkpoint %s is damaged and not used: %s",
+                    self.path(step),
+                    damage,
+                )
+        if steps:
+            raise CheckpointError(
+                f"All checkpoints in {self.directory} are damaged: of steps "
+                f"{steps}. Move them away to begin anew."
+            )
+        return None
+
+    def restore_step(
+        self,
+        step: int,
+        model: keras.Model,
+        optimizer: keras.optimizers.Optimizer,
+    ) -> dict[str, Any]:
+        """Restores the checkpoint of one step.
+
+        Args:
+            step: One of `steps()`.
+            model: The model to restore into.
+            optimizer: Its optimizer, built.
+
+        Returns:
+            The "step" and notes that were saved with it.
+
+        Raises:
+            CheckpointError: If it is damaged or of another configuration.
+        """
+        metadata = self._read_metadata(step)
+        self._check(step, metadata, _described(model, optimizer))
+        checkpoint = _checkpoint(model, optimizer)
+        try:
+            status = checkpoint.read(os.path.join(self.path(step), _VARIABLES))
+            status.assert_existing_objects_matched().assert_consumed()
+        # What TensorFlow raises depends on where the damage is.
+        except (tf.errors.OpError, ValueError, AssertionError) as error:
+            raise _Damaged(_reason(error)) from error
+        found = int(keras.ops.convert_to_numpy(optimizer.iterations))
+        if found != step:
+            raise _Damaged(f"it holds step {found}")
+        return {"step": step, **metadata["notes"]}
+
+    def _read_metadata(self, step: int) -> dict[str, Any]:
+        folder = self.path(step)
+        try:
+            with tf.io.gfile.GFile(os.path.join(folder, _METADATA)) as file:
+                metadata = json.loads(file.read())
+            for name, size in metadata["files"].items():
+                found = tf.io.gfile.stat(os.path.join(folder, name)).length
+                if found != size:
+                    raise _Damaged(
+                        f"{name} has {found} bytes in place of {size}"
+                    )
+            if metadata["step"] != step:
+                raise _Damaged(f"{_METADATA} is of step {metadata['step']}")
+            return {
+                key: dict(metadata[key])
+                for key in ("notes", "configuration", "variables")
+            }
+        except (tf.errors.OpError, OSError) as error:
+            raise _Damaged(_reason(error)) from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise _Damaged(
+                f"{_METADATA} cannot be read ({type(error).__name__}: {error})"
+            ) from error
+
+    def _check(
+        self,
+        step: int,
+        metadata: Mapping[str, Any],
+        variables: Mapping[str, Any],
+    ) -> None:
+        """Refuses a checkpoint of something else."""
+        differences = [
+            *_differences(metadata["configuration"], self._configuration),
+            *_differences(metadata["variables"], variables),
+        ]
+        if not differences:
+            return
+        shown = "".join(f"\n  {line}" for line in differences[:20])
+        more = len(differences) - 20
+        raise CheckpointError(
+            f"The checkpoint {self.path(step)} is of another configuration. "
+            "Use the settings that it was made with, or another work "
+            f"directory. Differences (there: in the checkpoint):{shown}"
+            + (f"\n  and {more} more" if more > 0 else "")
+        )
+
+    def _remove_old(self) -> None:
+        for step in self.steps()[: -self._keep]:
+            if self._keep_every is None or step % self._keep_every:
+                # Under another name first: half a checkpoint is none.
+                old = os.path.join(self.directory, f"{_TEMPORARY}old")
+                with contextlib.suppress(tf.errors.OpError):
+                    _remove(old)
+                    tf.io.gfile.rename(self.path(step), old)
+                    _remove(old)
+
+
+class _Damaged(CheckpointError):
+    """A checkpoint cannot be read."""
+
+
+def check_writable(directory: str | os.PathLike) -> None:
+    """Refuses a work directory early in which nothing can be written.
+
+    Args:
+        directory: The directory; it is made if need be.
+
+    Raises:
+        CheckpointError: If it cannot be made or written to.
+    """
+    directory = os.fspath(directory)
+    probe = os.path.join(directory, f".probe-{os.getpid()}")
+    try:
+        tf.io.gfile.makedirs(directory)
+        with tf.io.gfile.GFile(probe, "w") as file:
+            file.write("\n")
+        tf.io.gfile.remove(probe)
+    except (tf.errors.OpError, OSError) as error:
+        raise CheckpointError(
+            f"The work directory {directory} cannot be written to: "
+            f"{_reason(error)}. Choose another one, or change its permissions."
+        ) from error
+
+
+def remove_unfinished(directory: str | os.PathLike) -> None:
+    """Removes what processes that were killed left of their checkpoints.
+
+    Args:
+        directory: That of the checkpoints. No other process may be writing.
+    """
+    directory = os.fspath(directory)
+    if tf.io.gfile.isdir(directory):
+        for name in tf.io.gfile.listdir(directory):
+            if name.startswith(_TEMPORARY):
+                _remove(os.path.join(directory, name.rstrip("/")))
+
+
+def _checkpoint(
+    model: keras.Model, optimizer: keras.optimizers.Optimizer
+) -> tf.train.Checkpoint:
+    # The states of random generators, such as those of dropout layers, are
+    # variables of a model that TensorFlow does not find in it.
+    weights = {id(weight) for weight in model.weights}
+    return tf.train.Checkpoint(
+        model=model,
+        optimizer=optimizer,
+        seeds=[v.value for v in model.variables if id(v) not in weights],
+    )
+
+
+def _described(
+    model: keras.Model, optimizer: keras.optimizers.Optimizer
+) -> dict[str, str]:
+    """Shape and dtype of all variables, by path."""
+    described: dict[str, str] = {}
+    # Keras numbers optimizers and seed generators through all of a process.
+    prefix = f"{optimizer.name}/"
+    named = [(_SEEDS.sub(r"\1/", v.path), v) for v in model.variables] + [
+        (f"optimizer/{v.path.removeprefix(prefix)}", v)
+        for v in optimizer.variables
+    ]
+    for path, variable in named:
+        name, count = path, 1
+        while name in described:
+            count += 1
+            name = f"{path} ({count})"
+        shape = "x".join(str(size) for size in variable.shape) or "scalar"
+        described[name] = f"{variable.dtype} {shape}"
+    return described
+
+
+def _differences(
+    saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
+) -> Iterator[str]:
+    for name in sorted({*saved, *now}):
+        if name not in now:
+            yield f"{prefix}{name}: {saved[name]!r} there, absent now"
+        elif name not in saved:
+            yield f"{prefix}{name}: absent there, {now[name]!r} now"
+        elif isinstance(saved[name], dict) and isinstance(now[name], dict):
+            yield from _differences(saved[name], now[name], f"{prefix}{name}.")
+        elif saved[name] != now[name]:
+            yield f"{prefix}{name}: {saved[name]!r} there, {now[name]!r} now"
+
+
+@contextlib.contextmanager
+def _removed(folder: str) -> Iterator[None]:
+    """Sees to it that a folder is not there before and after."""
+    _remove(folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(tf.errors.OpError):
+            _remove(folder)
+
+
+def _remove(folder: str) -> None:
+    if tf.io.gfile.isdir(folder):
+        tf.io.gfile.rmtree(folder)
+
+
+def _sync(folder: str) -> None:
+    """Brings local files to the disk, that a power cut finds them there."""
+    if os.path.isdir(folder):
+        for path in Path(folder).iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        _sync_directory(folder)
+
+
+def _sync_directory(folder: str) -> None:
+    if os.path.isdir(folder):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _reason(error: BaseException) -> str:
+    text = error.message if isinstance(error, tf.errors.OpError) else str(error)
+    lines = [line for line in text.strip().splitlines() if line]
+    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,0 +1,136 @@
+"""Mask updates as a compiled function that runs on the replicas."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from sos.masks import (
+    keep_count,
+    nan_count,
+    refuse_nan,
+    top_k_mask_device,
+)
+from sos.rankings import PerTensorRanking, Ranking
+from sos.wrappers.masked import PruningWrapper
+from sos.wrappers.sparse_weight import SparseWeight
+
+
+class CompiledMaskUpdate:
+    """Does what `sos.wrappers.masked.update_masks` does, on a TPU.
+
+    There nothing can run but compiled code inside `strategy.run`. The number of
+    weights to keep is an argument of that code, so that there is one
+    compilation for a ranking of single tensors; other rankings are compiled for
+    each sparsity.
+    """
+
+    def __init__(self) -> None:
+        self._strategy = tf.distribute.get_strategy()
+        self._functions: dict[Any, Any] = {}
+
+    def __call__(self, updates: dict[PruningWrapper, float]) -> None:
+        """Ranks weights and sets their masks.
+
+        Args:
+            updates: The sparsity to reach, by wrapper.
+
+        Raises:
+            ValueError: If a score is NaN; masks of the weight stay as they are.
+        """
+        if not updates:
+            return
+        jobs = [
+            (wrapper, weight)
+            for wrapper in updates
+            for weight in wrapper.sparse_weights
+        ]
+        counts = [
+            keep_count(math.prod(weight.variable.shape), updates[wrapper])
+            for wrapper, weight in jobs
+        ]
+        # Python sparsities are part of a compilation only where they must be.
+        identity = (
+            tuple(id(wrapper) for wrapper in updates),
+            tuple(
+                sparsity
+                for wrapper, sparsity in updates.items()
+                if not _ranks_by_count(wrapper.ranking)
+            ),
+        )
+        if identity not in self._functions:
+            self._functions[identity] = self._compile(dict(updates))
+        nans = self._functions[identity](tf.constant(counts, tf.int32))
+        nans = self._strategy.experimental_local_results(nans)[0].numpy()
+        for (_, weight), nan in zip(jobs, nans, strict=True):
+            refuse_nan(int(nan), f" of {weight.path}")
+
+    def _compile(self, updates: dict[PruningWrapper, float]) -> Any:
+        def step(counts: tf.Tensor) -> tf.Tensor:
+            return mask_update_step(updates, counts)
+
+        @tf.function
+        def update(counts: tf.Tensor) -> tf.Tensor:
+            return self._strategy.run(step, args=(counts,))
+
+        return update
+
+
+def mask_update_step(
+    updates: dict[PruningWrapper, float], counts: tf.Tensor
+) -> tf.Tensor:
+    """Ranks weights and sets their masks, on one replica.
+
+    Args:
+        updates: The sparsity to reach, by wrapper.
+        counts: int32 of shape [weights]: how many elements each weight keeps.
+
+    Returns:
+        int32 of shape [weights]: the number of scores that are NaN. A weight
+        with any keeps its mask.
+    """
+    groups: dict[Any, list[tuple[PruningWrapper, SparseWeight, int]]] = {}
+    place = 0
+    for wrapper in updates:
+        for weight in wrapper.sparse_weights:
+            groups.setdefault(wrapper.ranking, []).append(
+                (wrapper, weight, place)
+            )
+            place += 1
+    nans: list[Any] = [None] * place
+    for ranking, members in groups.items():
+        scores = [_scores(wrapper, weight) for wrapper, weight, _ in members]
+        if _ranks_by_count(ranking):
+            masks: Sequence[Any] = [
+                top_k_mask_device(score, counts[i])
+                for score, (_, _, i) in zip(scores, members, strict=True)
+            ]
+        else:
+            masks = ranking.masks(
+                scores, [updates[wrapper] for wrapper, _, _ in members]
+            )
+        for (wrapper, weight, i), score, mask in zip(
+            members, scores, masks, strict=True
+        ):
+            nans[i] = nan_count(score)
+            old = weight.state["mask"].value
+            new = tf.cast(mask, tf.uint8)
+            wrapper.assign_mask(weight, tf.where(nans[i] > 0, old, new))
+    return tf.stack(nans)
+
+
+def _scores(wrapper: PruningWrapper, weight: SparseWeight) -> tf.Tensor:
+    if wrapper.uses_gradient:
+        # Every replica has gathered the gradients of its own examples.
+        gradient = weight.state["gradient"]
+        mean = tf.distribute.get_replica_context().all_reduce(
+            tf.distribute.ReduceOp.MEAN, gradient.value
+        )
+        gradient.assign(mean)
+    return wrapper.scores(weight)
+
+
+def _ranks_by_count(ranking: Ranking) -> bool:
+    # Of a subclass nobody knows what it does with the sparsity.
+    return type(ranking) is PerTensorRanking

@@ -1,0 +1,372 @@
+"""The compiled functions of training: steps, evaluation, summaries."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from sos.noise import call_label
+from sos.training.task import Measure, Task
+from sos.wrappers.base import SparseWrapper, find_wrappers
+from sos.wrappers.penalized import PenalizedWrapper
+from sos.wrappers.sparse_weight import SparseWeight
+
+_NEVER = 2**31 - 1
+
+
+class Steps:
+    """What runs on the replicas, for one model and its optimizer.
+
+    Make it in the strategy's scope. The functions ending in `_step` are those
+    of one replica, to be called in `strategy.run`; the others are compiled and
+    called by the host.
+
+    The gradient is that of `loss + sum(model.losses)`, where the loss is the
+    mean over the weights of the whole batch: over all replicas and
+    micro-batches, even if their weights differ, as those of sentences do. With
+    several replicas gradients are clipped after they are summed; Keras alone
+    would clip each replica's.
+
+    Args:
+        task: What is trained.
+        model: Its model.
+        optimizer: The model's optimizer, built.
+        micro_batches: The number of parts, computed one after the other, that a
+            replica's batch is cut into.
+
+    Raises:
+        ValueError: If the optimizer accumulates gradients or scales the loss
+            itself, or a replica's batch cannot be cut evenly.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        model: keras.Model,
+        optimizer: keras.optimizers.Optimizer,
+        *,
+        micro_batches: int = 1,
+    ) -> None:
+        self._task = task
+        self._model = model
+        self._optimizer = optimizer
+        self._micro_batches = micro_batches
+        self._strategy = tf.distribute.get_strategy()
+        self._replicas = self._strategy.num_replicas_in_sync
+        self._check()
+        # Every replica has its own, and reading them sums them.
+        shape = (len(task.metric_names), 2)
+        self._train_totals, self._eval_totals = (
+            tf.Variable(
+                tf.zeros(shape),
+                trainable=False,
+                synchronization=tf.VariableSynchronization.ON_READ,
+                aggregation=tf.VariableAggregation.SUM,
+            )
+            for _ in range(2)
+        )
+        # The same on all replicas, as it is made of sums over them.
+        self._bad_step = tf.Variable(
+            _NEVER,
+            trainable=False,
+            synchronization=tf.VariableSynchronization.ON_READ,
+            aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+        )
+        self.sparse_weights: list[tuple[SparseWrapper, SparseWeight]] = [
+            (wrapper, weight)
+            for wrapper in find_wrappers(model)
+            for weight in wrapper.sparse_weights
+        ]
+
+    def _check(self) -> None:
+        optimizer, parts = self._optimizer, self._micro_batches
+        if getattr(optimizer, "gradient_accumulation_steps", None):
+            raise ValueError(
+                "The optimizer must not accumulate gradients itself, which "
+                "Keras cannot do under a strategy: the training engine does it "
+                "under every one, with `micro_batches`. Received: "
+                "gradient_accumulation_steps="
+                f"{optimizer.gradient_accumulation_steps}"
+            )
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            raise ValueError(
+                "The optimizer must not scale the loss, as it then skips "
+                "steps, and the input of a step would depend on how many were "
+                "skipped before. Use bfloat16, which needs no scaling. "
+                "Received: a LossScaleOptimizer"
+            )
+        batch = self._task.batch_size
+        if parts < 1 or batch % (self._replicas * parts):
+            raise ValueError(
+                "The batch size must be a multiple of replicas times "
+                f"micro-batches. Received: batch_size={batch}, "
+                f"{self._replicas} replicas, micro_batches={parts}"
+            )
+
+    # On the host.
+
+    @tf.function
+    def train(self, iterator: Iterator[Any], steps: tf.Tensor) -> None:
+        """Makes some optimizer steps.
+
+        Args:
+            iterator: Gives a batch for every replica.
+            steps: How many, an int32 scalar: another number is no new trace.
+        """
+        for _ in tf.range(steps):
+            self._strategy.run(self.train_step, args=(next(iterator),))
+
+    @tf.function
+    def evaluate(self, iterator: Iterator[Any], batches: tf.Tensor) -> None:
+        """Adds some batches to what `take_eval_metrics` returns.
+
+        Args:
+            iterator: Gives a batch for every replica.
+            batches: How many, an int32 scalar.
+        """
+        for _ in tf.range(batches):
+            self._strategy.run(self.eval_step, args=(next(iterator),))
+
+    def take_train_metrics(self) -> dict[str, float]:
+        """The means since the last call, by metric name."""
+        return self._take(self._train_totals)
+
+    def take_eval_metrics(self) -> dict[str, float]:
+        """The means of what was evaluated since the last call."""
+        return self._take(self._eval_totals)
+
+    def take_bad_step(self) -> int | None:
+        """The first step since the last call whose loss was not finite.
+
+        Returns:
+            The number of steps completed before it, or None.
+        """
+        # Read as the replicas have it: it is no sum over them.
+        step = int(self._strategy.experimental_local_results(self._bad_step)[0])
+        self._bad_step.assign(_NEVER)
+        return None if step == _NEVER else step
+
+    def summary(self) -> tuple[dict[str, int], dict[str, float]]:
+        """What can be said of every sparse weight now.
+
+        Returns:
+            By weight path, the number of zeros in evaluation; and the penalty
+            of the weights that have one, zero while no driver is bound.
+        """
+        if not self.sparse_weights:
+            return {}, {}
+        zeros, penalties = (
+            self._strategy.experimental_local_results(x)[0].numpy()
+            for x in self._summarize()
+        )
+        paths = [weight.path for _, weight in self.sparse_weights]
+        penalized = [
+            weight.path
+            for wrapper, weight in self.sparse_weights
+            if isinstance(wrapper, PenalizedWrapper)
+        ]
+        return (
+            dict(zip(paths, zeros.tolist(), strict=True)),
+            dict(zip(penalized, penalties.tolist(), strict=True)),
+        )
+
+    @tf.function
+    def _summarize(self) -> tuple[tf.Tensor, tf.Tensor]:
+        return self._strategy.run(self.summary_step)
+
+    @tf.function
+    def _finite(self) -> tf.Tensor:
+        return self._strategy.run(self.finite_step)
+
+    def weights_are_finite(self) -> bool:
+        """Whether no trainable variable holds NaN or an infinity."""
+        finite = self._strategy.experimental_local_results(self._finite())
+        return bool(finite[0])
+
+    def _take(self, totals: tf.Variable) -> dict[str, float]:
+        sums = np.asarray(totals.read_value(), np.float64)
+        totals.assign(tf.zeros_like(sums, tf.float32))
+        return {
+            name: float(total / weight) if weight else float("nan")
+            for name, (total, weight) in zip(
+                self._task.metric_names, sums, strict=True
+            )
+        }
+
+    # On a replica.
+
+    def train_step(self, batch: Any) -> None:
+        """Makes one optimizer step, on one replica.
+
+        Args:
+            batch: The replica's share of the batch.
+        """
+        variables = self._model.trainable_variables
+        if self._micro_batches == 1:
+            gradients, totals, penalty = self._gradients(batch)
+        else:
+            gradients, totals, penalty = self._accumulated(batch)
+        weights = totals[:, 1]
+        everywhere = totals
+        if self._replicas > 1:
+            everywhere = tf.distribute.get_replica_context().all_reduce(
+                tf.distribute.ReduceOp.SUM, totals
+            )
+        at = self._task.metric_names.index("loss")
+        if self._replicas > 1 or self._micro_batches > 1:
+            share = tf.math.divide_no_nan(1.0, everywhere[at, 1])
+            if self._micro_batches == 1:
+                share *= weights[at]
+            gradients = [_scaled(g, share) for g in gradients]
+        loss = tf.math.divide_no_nan(*tf.unstack(everywhere[at]))
+        step = tf.cast(
+            keras.ops.convert_to_tensor(self._optimizer.iterations), tf.int32
+        )
+        bad = tf.where(tf.math.is_finite(loss + penalty), _NEVER, step)
+        self._bad_step.assign(tf.minimum(self._bad_step, bad))
+        self._train_totals.assign_add(totals)
+        self._optimizer.apply(self._clipped(gradients), variables)
+
+    def eval_step(self, batch: Any) -> None:
+        """Measures one batch, on one replica.
+
+        Args:
+            batch: The replica's share of the batch.
+        """
+        measured = self._task.measure(self._model, batch, training=False)
+        self._eval_totals.assign_add(self._totals(measured))
+
+    def summary_step(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """The zeros and penalties of the sparse weights, on one replica.
+
+        Returns:
+            int32 of shape [sparse weights], and float32 of shape [weights with
+            a penalty].
+        """
+        zeros, penalties = [], []
+        for wrapper in find_wrappers(self._model):
+            for weight, value in wrapper.evaluation_weights().items():
+                zeros.append(tf.reduce_sum(tf.cast(value == 0, tf.int32)))
+                if isinstance(wrapper, PenalizedWrapper):
+                    penalties.append(wrapper.weighted_penalty(weight))
+        return (
+            tf.stack(zeros),
+            tf.stack(penalties) if penalties else tf.zeros([0]),
+        )
+
+    def finite_step(self) -> tf.Tensor:
+        """Whether all trainable variables are finite, on one replica."""
+        finite = [
+            tf.reduce_all(tf.math.is_finite(variable.value))
+            for variable in self._model.trainable_variables
+            if variable.dtype.startswith(("float", "bfloat"))
+        ]
+        return tf.reduce_all(tf.stack(finite))
+
+    def _gradients(self, batch: Any) -> tuple[list[Any], tf.Tensor, tf.Tensor]:
+        """The gradients of a batch's objective, its totals, and the penalty."""
+        variables = self._model.trainable_variables
+        with tf.GradientTape() as tape:
+            measured = self._task.measure(self._model, batch, training=True)
+            objective = tf.math.divide_no_nan(*measured["loss"])
+            losses = self._model.losses
+            penalty = tf.add_n(losses) if losses else tf.zeros([])
+            objective += tf.cast(penalty, objective.dtype)
+        gradients = tape.gradient(objective, variables)
+        totals = self._totals(measured)
+        return gradients, totals, tf.cast(penalty, tf.float32)
+
+    def _accumulated(
+        self, batch: Any
+    ) -> tuple[list[Any], tf.Tensor, tf.Tensor]:
+        """As `_gradients`, but the gradients are sums times weights."""
+        at = self._task.metric_names.index("loss")
+        sums: list[Any] = []
+        totals = tf.zeros([])
+        penalties = tf.zeros([])
+        for index in range(self._micro_batches):
+            # One after the other, as the point is to have the activations of
+            # one only in memory; each with activation noise of its own.
+            done = [g for g in sums if g is not None]
+            with (
+                tf.control_dependencies(done),
+                call_label(f"micro_batch_{index}"),
+            ):
+                part = tf.nest.map_structure(
+                    lambda x, index=index: self._part(x, index), batch
+                )
+                gradients, part_totals, penalty = self._gradients(part)
+            weight = part_totals[at, 1]
+            dense = [
+                None
+                if g is None
+                else tf.convert_to_tensor(g) * tf.cast(weight, g.dtype)
+                for g in gradients
+            ]
+            sums = [
+                None if g is None else total + g
+                for total, g in zip(
+                    sums or [0.0] * len(dense), dense, strict=True
+                )
+            ]
+            totals += part_totals
+            penalties += penalty
+        return sums, totals, penalties
+
+    def _part(self, tensor: tf.Tensor, index: int) -> tf.Tensor:
+        size = tensor.shape[0] // self._micro_batches
+        return tf.identity(tensor[index * size : (index + 1) * size])
+
+    def _totals(self, measured: dict[str, Measure]) -> tf.Tensor:
+        """float32 of shape [metrics, 2]: sums and weights."""
+        names = self._task.metric_names
+        if set(measured) != set(names):
+            raise ValueError(
+                f"`{type(self._task).__name__}.measure` must return the "
+                f"`metric_names` {list(names)}. Received: {list(measured)}"
+            )
+        return tf.stack(
+            [
+                tf.stack([tf.cast(x, tf.float32) for x in measured[n]])
+                for n in names
+            ]
+        )
+
+    def _clipped(self, gradients: list[Any]) -> list[Any]:
+        """Gradients such that the optimizer clips the sum over replicas."""
+        optimizer = self._optimizer
+        by_value = getattr(optimizer, "clipvalue", None)
+        by_norm = getattr(optimizer, "clipnorm", None)
+        by_global_norm = getattr(optimizer, "global_clipnorm", None)
+        if self._replicas == 1 or not (by_value or by_norm or by_global_norm):
+            return gradients
+        present = [tf.convert_to_tensor(g) for g in gradients if g is not None]
+        present = tf.distribute.get_replica_context().all_reduce(
+            tf.distribute.ReduceOp.SUM, present
+        )
+        if by_value:
+            present = [
+                tf.clip_by_value(g, -by_value, by_value) for g in present
+            ]
+        elif by_norm:
+            present = [tf.clip_by_norm(g, by_norm) for g in present]
+        else:
+            present, _ = tf.clip_by_global_norm(present, by_global_norm)
+        # Keras sums over the replicas once more. Its own clipping leaves the
+        # parts alone, as they are within the limit.
+        parts = iter([g / self._replicas for g in present])
+        return [None if g is None else next(parts) for g in gradients]
+
+
+def _scaled(gradient: Any, factor: tf.Tensor) -> Any:
+    """A gradient times a number; None stays None, and rows stay rows."""
+    if gradient is None:
+        return None
+    factor = tf.cast(factor, gradient.dtype)
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(
+            gradient.values * factor, gradient.indices, gradient.dense_shape
+        )
+    return gradient * factor

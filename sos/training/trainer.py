@@ -1,0 +1,449 @@
+"""The controller: runs compiled loops, and the host's actions between them."""
+
+import contextlib
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import keras
+import tensorflow as tf
+
+from sos.driver import Driver
+from sos.training.checkpoints import CheckpointError, Checkpoints
+from sos.training.mask_updates import CompiledMaskUpdate
+from sos.training.records import Record
+from sos.training.steps import Steps
+from sos.training.strategies import gather, is_chief
+from sos.training.task import Task
+from sos.wrappers.masked import update_masks
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss, a penalty or a weight became NaN or infinite.
+
+    Attributes:
+        step: The number of steps completed before it.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class Stopped(Exception):
+    """Training was asked to stop, and saved before it did.
+
+    Attributes:
+        signal: What asked.
+        step: The number of steps that are done and saved.
+    """
+
+    def __init__(self, signum: signal.Signals, step: int, saved: bool) -> None:
+        how = "saved" if saved else "not saved, as there are no checkpoints"
+        super().__init__(f"Stopped by {signum.name} at step {step}, {how}.")
+        self.signal = signum
+        self.step = step
+
+
+class StopSource(Protocol):
+    """What may ask training to stop, such as `sos.training.signals`."""
+
+    @property
+    def requested(self) -> signal.Signals | None:
+        """The signal that asks for it, None while there is none."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Action:
+    """Something that the host does between two steps.
+
+    Attributes:
+        call: What is done; called with the trainer.
+        every: Do it whenever this many more steps are done.
+        at: Do it after these numbers of steps.
+        at_end: Do it after the last step.
+    """
+
+    call: Callable[["Trainer"], Any]
+    every: int | None = None
+    at: tuple[int, ...] = ()
+    at_end: bool = False
+
+    def __post_init__(self) -> None:
+        if self.every is not None and self.every < 1:
+            raise ValueError(
+                f"`every` must be at least 1. Received: every={self.every}"
+            )
+
+    def next_after(self, step: int) -> int | None:
+        """The first step after a step at which it is due, but for the end."""
+        steps = [s for s in self.at if s > step]
+        if self.every is not None:
+            steps.append((step // self.every + 1) * self.every)
+        return min(steps, default=None)
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether it is due after a step."""
+        return self.next_after(step - 1) == step or (
+            self.at_end and step == last
+        )
+
+
+class Trainer:
+    """Trains and evaluates what a task describes, under a strategy.
+
+    The model, the optimizer and the compiled functions are made once, in the
+    strategy's scope. The host then lets the devices run up to `steps_per_loop`
+    steps at a time and does between them what is due: mask updates, records,
+    checkpoints, actions. Loops end exactly where something is due, so that how
+    they are cut changes nothing of what is computed.
+
+    Args:
+        task: What is trained.
+        strategy: Where; see `make_strategy`.
+        micro_batches: The number of parts, computed one after the other, that
+            each replica's batch is cut into to save memory. Their gradients are
+            accumulated into one step.
+        steps_per_loop: The number of steps in a loop, at most.
+        max_seconds_per_loop: Loops are kept so short that they take about this
+            long, as nothing can interrupt one: neither a signal nor a save.
+
+    Attributes:
+        task: As given.
+        strategy: As given.
+        model: The model.
+        optimizer: Its optimizer.
+        steps: The compiled functions.
+        seconds: The duration of all training loops, also of those before a
+            restart.
+
+    Raises:
+        ValueError: If a number is out of range, the batch cannot be cut as
+            asked, or the optimizer does what only the engine can do.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        *,
+        strategy: tf.distribute.Strategy,
+        micro_batches: int = 1,
+        steps_per_loop: int = 100,
+        max_seconds_per_loop: float = 10.0,
+    ) -> None:
+        if steps_per_loop < 1 or not max_seconds_per_loop > 0:
+            raise ValueError(
+                "`steps_per_loop` must be at least 1 and "
+                "`max_seconds_per_loop` positive. Received: "
+                f"steps_per_loop={steps_per_loop}, "
+                f"max_seconds_per_loop={max_seconds_per_loop}"
+            )
+        self.task = task
+        self.strategy = strategy
+        self._micro_batches = micro_batches
+        self._steps_per_loop = steps_per_loop
+        self._max_seconds = max_seconds_per_loop
+        # Of one step, once one was measured that was not traced.
+        self._pace: float | None = None
+        self._traced = False
+        self.seconds = 0.0
+        with strategy.scope():
+            self.model = task.build_model()
+            self.optimizer = task.build_optimizer(self.model)
+            # Not left to the first step, which runs on the replicas, where
+            # Keras 3.15 cannot make variables.
+            if not self.optimizer.built:
+                self.optimizer.build(self.model.trainable_variables)
+            self.steps = Steps(
+                task, self.model, self.optimizer, micro_batches=micro_batches
+            )
+            self._update_masks = (
+                CompiledMaskUpdate()
+                if isinstance(strategy, tf.distribute.TPUStrategy)
+                else update_masks
+            )
+
+    @property
+    def step(self) -> int:
+        """The number of completed optimizer steps."""
+        return int(keras.ops.convert_to_numpy(self.optimizer.iterations))
+
+    def configuration(self) -> dict[str, Any]:
+        """All settings that decide what is computed, by name."""
+        return {
+            **self.task.configuration(),
+            "micro_batches": self._micro_batches,
+        }
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this process is the one that writes files."""
+        return is_chief(self.strategy)
+
+    def restore(self, checkpoints: Checkpoints) -> int | None:
+        """Restores the newest checkpoint that is not damaged.
+
+        Args:
+            checkpoints: Where to look.
+
+        Returns:
+            The step, or None if there is no checkpoint.
+
+        Raises:
+            CheckpointError: If it is of another configuration, all are damaged,
+                or workers do not see the same ones.
+        """
+        restored = checkpoints.restore(self.model, self.optimizer)
+        step = None if restored is None else restored["step"]
+        seen = gather(self.strategy, [-1 if step is None else step])[:, 0]
+        if len(set(seen)) > 1:
+            raise CheckpointError(
+                "The workers must see the same checkpoints: the directory has "
+                "to be one that they share. Received: steps "
+                f"{[int(s) for s in seen]} in {checkpoints.directory}"
+            )
+        if restored is not None:
+            self.seconds = restored["seconds"]
+        return step
+
+    def save(self, checkpoints: Checkpoints) -> None:
+        """Saves a checkpoint of this step; all workers must call it.
+
+        Args:
+            checkpoints: Where to.
+
+        Raises:
+            CheckpointError: If it cannot be written.
+            NonFiniteLossError: If a weight is not finite: what is kept must be
+                worth to go on from.
+        """
+        step = self.step
+        if not self.steps.weights_are_finite():
+            raise NonFiniteLossError(
+                f"A weight became NaN or infinite by step {step}, so that "
+                "nothing was saved. A lower learning rate may help.",
+                step,
+            )
+        checkpoints.save(
+            step,
+            self.model,
+            self.optimizer,
+            notes={
+                "seconds": self.seconds,
+                "examples_seen": step * self.task.batch_size,
+            },
+            chief=self.is_chief,
+        )
+
+    def train(
+        self,
+        steps: int,
+        *,
+        checkpoints: Checkpoints | None = None,
+        save_every: int | None = None,
+        actions: Sequence[Action] = (),
+        on_record: Sequence[Callable[[Record], Any]] = (),
+        stop: StopSource | None = None,
+    ) -> None:
+        """Trains until a number of steps is completed, from where it is.
+
+        Args:
+            steps: The number of steps, of the whole training.
+            checkpoints: Where to save; after the last step and when training is
+                asked to stop, at least.
+            save_every: Save whenever this many more steps are done, too.
+            actions: What else to do. At one step, a checkpoint is saved before
+                they are called, in their order.
+            on_record: Called with a record after every loop.
+            stop: Tells when to stop before the end.
+
+        Raises:
+            NonFiniteLossError: If the loss is NaN or infinite. No checkpoint
+                was saved since.
+            Stopped: If training was asked to stop.
+            CheckpointError: If a checkpoint cannot be written.
+        """
+        save = Action(
+            call=lambda trainer: trainer.save(checkpoints),
+            every=save_every,
+            at_end=True,
+        )
+        actions = [save, *actions] if checkpoints is not None else [*actions]
+        dataset = self._distributed(self._train_dataset)
+        with self._driving() as driver:
+            iterator = iter(dataset)
+            while (step := self.step) < steps:
+                begin = time.perf_counter()
+                end = self._loop_end(step, steps, actions)
+                self._run(iterator, step, end, driver)
+                record = self._record(step, end, steps, begin)
+                for call in on_record:
+                    call(record)
+                stopping = self._agree(record, end - step, stop)
+                if end == steps:
+                    stopping = None
+                if (
+                    stopping is not None
+                    and checkpoints is not None
+                    and not save.due(end, steps)
+                ):
+                    self.save(checkpoints)
+                for action in actions:
+                    if action.due(end, steps):
+                        action.call(self)
+                if stopping is not None:
+                    raise Stopped(stopping, end, checkpoints is not None)
+
+    def evaluate(self, total_steps: int | None = None) -> Record:
+        """Evaluates the model as it is now.
+
+        Args:
+            total_steps: For the record, the steps of the whole training.
+
+        Returns:
+            The record, of the kind "eval".
+        """
+        begin = time.perf_counter()
+        iterator = iter(
+            self._distributed(
+                lambda context: self.task.eval_dataset(context).repeat()
+            )
+        )
+        self.steps.evaluate(
+            iterator, tf.constant(self.task.eval_batches, tf.int32)
+        )
+        metrics = self.steps.take_eval_metrics()
+        step = self.step
+        seconds = time.perf_counter() - begin
+        return Record(
+            step=step,
+            total_steps=step if total_steps is None else total_steps,
+            kind="eval",
+            metrics=metrics,
+            seconds=seconds,
+            **self._sparsity(),
+        )
+
+    def _train_dataset(
+        self, context: tf.distribute.InputContext
+    ) -> tf.data.Dataset:
+        dataset = self.task.train_dataset(context, self.step)
+        # Otherwise workers ask each other at every step whether all have data.
+        return dataset.apply(
+            tf.data.experimental.assert_cardinality(
+                tf.data.INFINITE_CARDINALITY
+            )
+        )
+
+    def _distributed(
+        self,
+        make_dataset: Callable[[tf.distribute.InputContext], tf.data.Dataset],
+    ) -> Any:
+        return self.strategy.distribute_datasets_from_function(make_dataset)
+
+    @contextlib.contextmanager
+    def _driving(self) -> Iterator[Driver | None]:
+        """Drives the sparse layers, if there are any."""
+        if not self.steps.sparse_weights:
+            yield None
+            return
+        driver = Driver(
+            self.model, self.optimizer, update_masks=self._update_masks
+        )
+        # A step that was reached here or saved has had its update.
+        driver.start(up_to_date=self.step > 0)
+        try:
+            yield driver
+        finally:
+            driver.stop()
+
+    def _loop_end(
+        self, step: int, steps: int, actions: Sequence[Action]
+    ) -> int:
+        """The step at which the host has to look next."""
+        size = self._steps_per_loop
+        if self._pace is None:
+            # The first loop is traced, the second measured.
+            limit = 1
+        else:
+            limit = max(1, int(self._max_seconds / self._pace))
+        ends = [
+            steps,
+            (step // size + 1) * size,
+            step + limit,
+            *(action.next_after(step) for action in actions),
+        ]
+        return min(end for end in ends if end is not None)
+
+    def _run(
+        self, iterator: Any, step: int, end: int, driver: Driver | None
+    ) -> None:
+        """Runs a loop, in parts between which masks are updated."""
+        while step < end:
+            part_end = end
+            if driver is not None:
+                part_end = driver.next_update(end) or end
+            self.steps.train(iterator, tf.constant(part_end - step, tf.int32))
+            if driver is not None:
+                driver.step()
+            step = part_end
+        bad = self.steps.take_bad_step()
+        if bad is not None:
+            raise NonFiniteLossError(
+                f"The loss is NaN or infinite at step {bad}; checkpoints are "
+                "of steps before. A lower learning rate or penalty may help.",
+                bad,
+            )
+
+    def _record(self, step: int, end: int, steps: int, begin: float) -> Record:
+        metrics = self.steps.take_train_metrics()
+        # The metrics are there: all steps are done, on any device.
+        seconds = time.perf_counter() - begin
+        self.seconds += seconds
+        pace = seconds / (end - step)
+        rate = keras.ops.convert_to_numpy(self.optimizer.learning_rate)
+        return Record(
+            step=end,
+            total_steps=steps,
+            metrics=metrics,
+            learning_rate=float(rate),
+            examples_per_second=self.task.batch_size / pace,
+            seconds=seconds,
+            seconds_left=pace * (steps - end),
+            **self._sparsity(),
+        )
+
+    def _sparsity(self) -> dict[str, Any]:
+        """The sparsity and penalties of a record."""
+        if not self.steps.sparse_weights:
+            return {}
+        zeros, penalties = self.steps.summary()
+        sizes = {
+            weight.path: weight.variable.value.shape.num_elements()
+            for _, weight in self.steps.sparse_weights
+        }
+        return {
+            "sparsity": sum(zeros.values()) / max(sum(sizes.values()), 1),
+            "penalty": sum(penalties.values()) if penalties else None,
+            "weight_sparsity": {
+                path: count / max(sizes[path], 1)
+                for path, count in zeros.items()
+            },
+            "weight_penalty": penalties,
+        }
+
+    def _agree(
+        self, record: Record, steps: int, stop: StopSource | None
+    ) -> signal.Signals | None:
+        """Sets the pace and tells whether to stop, the same on all workers."""
+        requested = stop.requested if stop is not None else None
+        said = gather(
+            self.strategy, [record.seconds / steps, float(requested or 0)]
+        )
+        if self._traced:
+            self._pace = float(said[:, 0].max())
+        self._traced = True
+        signum = int(said[:, 1].max())
+        return signal.Signals(signum) if signum else None
