@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 _NAME = "config"
@@ -57,6 +57,9 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         for argument in arguments:
             _check_name(argument, config)
     rest = app.parse_flags_with_usage(arguments)
+    if flags.FLAGS["verbosity"].using_default_value:
+        # TensorFlow has much to say of its checkpoints.
+        logging.set_verbosity(logging.WARNING)
     if flags.FLAGS[_NAME].value is None:
         _fail(f"A config is needed, such as --{_NAME}=configs/NAME.py")
     return rest

@@ -20,6 +20,9 @@ import tensorflow as tf
 from sos.files import atomic_write
 from sos.training.records import Record
 
+# Later than any.
+_NO_STEP = 2**62
+
 
 class Console:
     """Prints a line for every record, and on a terminal a progress bar below.
@@ -34,7 +37,7 @@ class Console:
 
     def __call__(self, record: Record) -> None:
         """Prints a record."""
-        if self.console.is_terminal:
+        if self.console.is_terminal and record.kind == "train":
             self._show_bar(record)
         self.console.print(
             describe(record), soft_wrap=True, markup=False, highlight=False
@@ -55,9 +58,6 @@ class Console:
             "left": "" if left is None else f"{_duration(left)} left",
         }
         if self._bar is not None:
-            if left is None:
-                # An evaluation does not know, and training goes on after it.
-                del state["left"]
             self._bar.update(self._task, refresh=True, **state)
             return
         self._bar = rich.progress.Progress(
@@ -139,6 +139,9 @@ class JsonLines:
             self._file = open(self.path, "a", encoding="utf-8")
         else:
             self._file = tf.io.gfile.GFile(self.path, "a")
+            # Opened, and made if need be, by the first write only.
+            self._file.write("")
+            self._file.flush()
 
     def __call__(self, record: Record) -> None:
         """Appends a record."""
@@ -198,7 +201,7 @@ class TensorBoard:
     Args:
         directory: The log directory; `gs://` works too.
         resume_step: The step that training goes on from. What was written for
-            later steps is no longer shown.
+            later steps is no longer shown. By default all is.
     """
 
     def __init__(
@@ -244,11 +247,11 @@ class TensorBoard:
         )
         writer = tf.io.TFRecordWriter(os.path.join(folder, name))
         _write(writer, file_version="brain.Event:2")
-        if self._resume_step is not None:
-            start = tf.compat.v1.SessionLog(
-                status=tf.compat.v1.SessionLog.START
-            )
-            _write(writer, step=self._resume_step + 1, session_log=start)
+        # TensorBoard forgets what it has of this step and later ones, if it is
+        # not the first such event of a run.
+        step = _NO_STEP if self._resume_step is None else self._resume_step + 1
+        start = tf.compat.v1.SessionLog(status=tf.compat.v1.SessionLog.START)
+        _write(writer, step=step, session_log=start)
         return writer
 
 

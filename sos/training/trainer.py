@@ -409,9 +409,12 @@ class Trainer:
             total_steps=steps,
             metrics=metrics,
             learning_rate=float(rate),
-            examples_per_second=self.task.batch_size / pace,
+            # Tracing says nothing of the pace.
+            examples_per_second=(
+                self.task.batch_size / pace if self._traced else None
+            ),
             seconds=seconds,
-            seconds_left=pace * (steps - end),
+            seconds_left=pace * (steps - end) if self._traced else None,
             **self._sparsity(),
         )
 
