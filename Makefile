@@ -25,7 +25,8 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 export KERAS_BACKEND := tensorflow
 
 .DELETE_ON_ERROR:
-.PHONY: help study test test-slow lint format bench lock wheel clean
+.PHONY: help study study-full test test-slow soak lint format bench lock \
+	wheel clean
 
 help:  ## list the targets
 	@echo "Usage: make TARGET [VARIABLE=value]"
@@ -55,6 +56,12 @@ study: $(READY)  ## run the study on Fashion-MNIST (WORKDIR=, ARGS=)
 	@$(RUN) -m models.study --config=configs/fashion_mnist.py \
 		--workdir="$(WORKDIR)" $(ARGS)
 
+study-full: $(READY)  ## run the long study on a residual network (hours)
+	@$(RUN) -m models.study --config=configs/fashion_mnist_full.py \
+		--workdir="$(WORKDIR)" $(ARGS)
+
+study-full: WORKDIR = runs/fashion_mnist_full
+
 test: $(READY)  ## run the fast tests (ARGS="-k name" picks some)
 	@$(RUN) -m pytest -m "not slow" --numprocesses=$(JOBS) $(ARGS)
 
@@ -62,6 +69,9 @@ test-slow: $(READY)  ## run the slow tests
 	@$(RUN) -m pytest -m slow $(ARGS) || { status=$$?; \
 		test $$status -eq 5 || exit $$status; \
 		echo "No slow tests to run."; }
+
+soak: $(READY)  ## kill training 50 times and compare the weights (ARGS=)
+	@$(RUN) -m tests.soak $(ARGS)
 
 lint: $(READY)  ## check style and formatting
 	@$(RUN) -m ruff check $(SOURCES)
@@ -72,7 +82,7 @@ format: $(READY)  ## repair what can be repaired of style and formatting
 	@$(RUN) -m ruff format $(SOURCES)
 
 bench: $(READY)  ## run every benchmark (ARGS go to each)
-	@for name in mask_update train_step; do \
+	@for name in mask_update train_step resume shared_step; do \
 		$(RUN) -m benchmarks.$$name $(ARGS) || exit; \
 	done
 

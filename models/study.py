@@ -23,9 +23,12 @@ flags.adopt_module_key_flags(config_flag)
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "Directory for results.csv, tradeoff.png and a file for each finished run. "
+    "Directory for results.csv, the figures and a file for each finished run. "
     "What is finished there is not run again.",
     required=True,
+)
+_AGAIN = (
+    "Run the same command again to continue: what is finished is not repeated."
 )
 
 
@@ -42,11 +45,8 @@ def main(argv: Sequence[str]) -> None:
     try:
         _study()
     except KeyboardInterrupt:
-        print(
-            "\nInterrupted. Run the same command again to continue: "
-            "finished runs are kept.",
-            file=sys.stderr,
-        )
+        # While TensorFlow is loaded or networks are built.
+        print(f"\nInterrupted. {_AGAIN}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -56,9 +56,11 @@ def _study() -> None:
     with quiet():
         import tensorflow as tf
 
-        from models import convnet
-        from sos.datasets import fashion_mnist
+        from models import networks
         from sos.experiments import progress, runs, study
+        from sos.training.checkpoints import CheckpointError
+        from sos.training.signals import StopRequest, exit_code
+        from sos.training.trainer import NonFiniteLossError, Stopped
 
         tf.config.list_logical_devices()  # Says what GPUs are not there.
     # The same command gives the same numbers.
@@ -67,28 +69,32 @@ def _study() -> None:
     # an error message and no other effect.
     tf.config.optimizer.set_experimental_options({"remapping": False})
 
-    data = fashion_mnist.load()
+    config = _CONFIG.value
     shown = progress.Progress()
     try:
-        results = study.run_study(
-            runs.expand(
-                _CONFIG.value,
-                model="convnet",
-                dataset="fashion_mnist",
-                train_examples=len(data.y_train),
-            ),
-            data=data,
-            build_model=convnet.build,
-            workdir=pathlib.Path(_WORKDIR.value).expanduser(),
-            progress=shown,
-        )
+        data = networks.load_data(config.dataset)
+        with StopRequest() as stop:
+            results = study.run_study(
+                runs.expand(config, train_examples=len(data.y_train)),
+                data=data,
+                build_model=networks.builder(config.model),
+                workdir=pathlib.Path(_WORKDIR.value).expanduser(),
+                progress=shown,
+                layerwise_sparsity=config.layerwise_sparsity,
+                stop=stop,
+            )
+    except Stopped as stopped:
+        print(f"{stopped} {_AGAIN}", file=sys.stderr)
+        sys.exit(exit_code(stopped.signal))
+    except FileNotFoundError as error:
+        _fail(str(error))
     except OSError as error:
         _fail(f"The work directory {_WORKDIR.value} cannot be used: {error}")
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, CheckpointError, NonFiniteLossError) as error:
         _fail(str(error))
     shown.console.print(progress.summary(results))
     shown.console.print()
-    for path in (results.table, results.figure):
+    for path in (results.table, results.tradeoff, results.layerwise):
         shown.console.print(f"Wrote {path}", soft_wrap=True)
     if results.others:
         shown.console.print(

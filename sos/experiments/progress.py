@@ -1,17 +1,17 @@
 """Shows a study in the terminal: progress, time left, and the summary."""
 
 import contextlib
+import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import rich.box
 import rich.progress
 from rich.console import Console
 from rich.table import Table
 
-from sos.experiments.results import Results
-from sos.experiments.runs import Run, title
-from sos.experiments.training import Outcome
+from sos.experiments.results import Outcome, Results
+from sos.experiments.runs import Run
 
 # A step with a penalty takes about two plain ones, until it is measured.
 _PENALIZED_STEP = 2.0
@@ -45,6 +45,7 @@ class Progress:
         """
         self._results = results
         self._total = sum(self._cost(run) for run in results.runs)
+        self._width = max(len(describe(run)) for run in results.runs)
         self._line_time = time.monotonic()
         done, total = len(results.outcomes), len(results.runs)
         if done:
@@ -74,20 +75,21 @@ class Progress:
         """Announces the run that comes next."""
         self._run = run
         self._step = 0
-        self._first_step_time = None
+        self._first: tuple[int, float] | None = None
         self._show(None)
 
     def step(self, step: int, loss: float) -> None:
-        """Tells that a step of the current run is done.
+        """Tells how many steps of the current run are done.
 
         Args:
-            step: The number of steps done.
+            step: The number of steps done; one or many more than last time, or
+                many at once where a run is continued.
             loss: The loss of the last one.
         """
         self._step = step
-        if self._first_step_time is None:
-            # The first step is traced and compiled, and says nothing.
-            self._first_step_time = time.monotonic()
+        if self._first is None:
+            # What comes before is traced and compiled, and says nothing.
+            self._first = step, time.monotonic()
         self._show(loss)
 
     def finish(self, run: Run, outcome: Outcome) -> None:
@@ -96,7 +98,7 @@ class Progress:
         results = self._results
         line = (
             f"{len(results.outcomes):{len(str(len(results.runs)))}d}"
-            f"/{len(results.runs)}  {describe(run):<26}  "
+            f"/{len(results.runs)}  {describe(run):<{self._width}}  "
             f"accuracy {outcome.test_accuracy:6.2%}  "
             f"sparsity {outcome.achieved_sparsity:6.2%}"
         )
@@ -146,9 +148,10 @@ class Progress:
     def _step_seconds(self, run: Run) -> float:
         """The pace of a run's technique, measured or guessed."""
         if self._run is not None and run.technique == self._run.technique:
-            if self._step >= 20:
-                elapsed = time.monotonic() - self._first_step_time
-                return elapsed / (self._step - 1)
+            first_step, first_time = self._first or (0, 0.0)
+            if self._first and self._step - first_step >= 19:
+                elapsed = time.monotonic() - first_time
+                return elapsed / (self._step - first_step)
         outcomes = self._results.outcomes
         measured = {
             other.technique: outcome.seconds / other.steps
@@ -169,12 +172,15 @@ class Progress:
 
 def describe(run: Run) -> str:
     """The technique and setting of a run, as text for people."""
-    text = f"{title(run.technique)} {run.setting}".strip()
+    text = f"{run.title} {run.setting}".strip()
     return f"{text} seed {run.seed}" if run.seed else text
 
 
 def summary(results: Results) -> Table:
-    """The table of all finished runs.
+    """The table of all finished runs, one row for each setting.
+
+    Where a setting has several seeds, a row holds their means, and behind them
+    half the distance from the lowest to the highest value.
 
     Args:
         results: The results of the study.
@@ -182,31 +188,47 @@ def summary(results: Results) -> Table:
     Returns:
         A table for `rich` to print.
     """
+    settings: dict[Run, list[Outcome]] = {}
+    for run, outcome in results.ordered():
+        setting = dataclasses.replace(run, seed=0)
+        settings.setdefault(setting, []).append(outcome)
+    counts = {len(outcomes) for outcomes in settings.values()}
+    caption = None
+    if max(counts, default=1) > 1:
+        number = " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
+        caption = f"mean of {number} seeds ± half their range"
     table = Table(
-        box=rich.box.SIMPLE_HEAD, show_edge=False, collapse_padding=True
+        box=rich.box.SIMPLE_HEAD,
+        show_edge=False,
+        collapse_padding=True,
+        caption=caption,
+        caption_justify="left",
     )
     table.add_column("technique", no_wrap=True)
     table.add_column("setting", no_wrap=True)
-    for heading in ("sparsity", "of model", "accuracy", "loss", "time"):
+    for heading in ("sparsity", "accuracy", "time"):
         table.add_column(heading, justify="right", no_wrap=True)
     last = None
-    for run, outcome in results.ordered():
+    for run, outcomes in settings.items():
         if last not in (None, run.technique):
             table.add_section()
-        setting = run.setting
-        if len({other.seed for other in results.runs}) > 1:
-            setting = f"{setting} seed {run.seed}".strip()
         table.add_row(
-            "" if run.technique == last else title(run.technique),
-            setting,
-            f"{outcome.achieved_sparsity:.2%}",
-            f"{outcome.model_sparsity:.2%}",
-            f"{outcome.test_accuracy:.2%}",
-            f"{outcome.test_loss:.3f}",
-            f"{outcome.seconds:.1f} s",
+            "" if run.technique == last else run.title,
+            run.setting,
+            _percent([outcome.achieved_sparsity for outcome in outcomes]),
+            _percent([outcome.test_accuracy for outcome in outcomes]),
+            f"{sum(o.seconds for o in outcomes) / len(outcomes):.1f} s",
         )
         last = run.technique
     return table
+
+
+def _percent(values: Sequence[float]) -> str:
+    """The mean and, of several values, half their range, in percent."""
+    text = f"{sum(values) / len(values):.2%}"
+    if len(values) == 1:
+        return text
+    return f"{text} ± {50 * (max(values) - min(values)):.2f}"
 
 
 def _relative_cost(run: Run) -> float:

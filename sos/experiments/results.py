@@ -8,21 +8,93 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sos.experiments.runs import Run
-from sos.experiments.training import Outcome
+from sos.experiments.runs import IDENTITY, Run
 from sos.files import atomic_write
+from sos.report import SparsityReport
 
 TABLE = "results.csv"
-FIGURE = "tradeoff.png"
+TRADEOFF = "tradeoff.png"
+LAYERWISE = "layerwise.png"
 FOLDER = "runs"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightSparsity:
+    """How sparse one weight of a trained network is.
+
+    Attributes:
+        path: The weight's path in the dense network.
+        size: The number of its elements.
+        sparsity: Fraction of zeros, as evaluation sees them.
+    """
+
+    path: str
+    size: int
+    sparsity: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run gave; all but `weights` are columns of the results table.
+
+    Attributes:
+        achieved_sparsity: Fraction of zeros in the weights made sparse, as
+            evaluation sees them.
+        model_sparsity: Fraction of zeros in all weights of the model.
+        test_accuracy: Fraction of the test examples classified correctly.
+        test_loss: Mean cross-entropy on the test examples, in nats.
+        train_loss: Mean cross-entropy of the last tenth of the steps, in nats,
+            without penalties and with the technique's noise.
+        seconds: Duration of training and evaluation.
+        peak_memory: Peak memory of the process during the run, in MiB.
+        parameters_trained: The number of elements of all trainable variables,
+            with those that the technique adds.
+        weights: The weights of rank 2 or more, dense ones too, in the order of
+            the network.
+    """
+
+    achieved_sparsity: float
+    model_sparsity: float
+    test_accuracy: float
+    test_loss: float
+    train_loss: float
+    seconds: float
+    peak_memory: float
+    parameters_trained: int
+    weights: tuple[WeightSparsity, ...] = ()
+
+
+def weight_sparsities(report: SparsityReport) -> tuple[WeightSparsity, ...]:
+    """What `Outcome.weights` holds, from a report of the trained network.
+
+    Args:
+        report: What `sos.sparsity_report` says of the network.
+
+    Returns:
+        The weights of rank 2 or more, in the order of the report.
+    """
+    return tuple(
+        WeightSparsity(
+            path=row["weight"], size=row["size"], sparsity=row["sparsity"]
+        )
+        for row in report.rows
+        if row["rank"] >= 2
+    )
+
+
+_NUMBERS = tuple(
+    field.name
+    for field in dataclasses.fields(Outcome)
+    if field.name != "weights"
+)
 
 #: The columns of the table: what tells runs apart, what they gave, the rest.
 COLUMNS = tuple(
     dict.fromkeys(
         [
             *("technique", "sparsity", "penalty", "seed"),
-            *(field.name for field in dataclasses.fields(Outcome)),
-            *(field.name for field in dataclasses.fields(Run)),
+            *_NUMBERS,
+            *IDENTITY,
             "name",
         ]
     )
@@ -46,7 +118,7 @@ class Results:
 
     Raises:
         OSError: If the directory cannot be written to.
-        ValueError: If a run's file is damaged, or the table or figure is not
+        ValueError: If a run's file is damaged, or the table or a figure is not
             of a study.
     """
 
@@ -55,7 +127,7 @@ class Results:
         self.runs = list(runs)
         self.outcomes: dict[Run, Outcome] = {}
         self._folder = workdir / FOLDER
-        for path in (self.table, self.figure):
+        for path in (self.table, self.tradeoff, self.layerwise):
             if path.exists() and not self._is_ours():
                 raise ValueError(
                     f"{path} is there, but is not of a study like this, so "
@@ -77,9 +149,14 @@ class Results:
         return self.workdir / TABLE
 
     @property
-    def figure(self) -> Path:
-        """The figure, `tradeoff.png`."""
-        return self.workdir / FIGURE
+    def tradeoff(self) -> Path:
+        """The figure of accuracy against sparsity, `tradeoff.png`."""
+        return self.workdir / TRADEOFF
+
+    @property
+    def layerwise(self) -> Path:
+        """The figure of sparsity by layer, `layerwise.png`."""
+        return self.workdir / LAYERWISE
 
     @property
     def pending(self) -> list[Run]:
@@ -116,7 +193,7 @@ class Results:
             outcome: What it gave.
         """
         content = {
-            "run": dataclasses.asdict(run),
+            "run": run.identity(),
             "outcome": dataclasses.asdict(outcome),
         }
         with atomic_write(self.path(run)) as temporary:
@@ -129,8 +206,8 @@ class Results:
         return [
             {
                 "name": run.name,
-                **dataclasses.asdict(run),
-                **dataclasses.asdict(outcome),
+                **run.identity(),
+                **{name: getattr(outcome, name) for name in _NUMBERS},
             }
             for run, outcome in self.ordered()
         ]
@@ -158,13 +235,19 @@ def _read(path: Path, run: Run) -> Outcome:
     """Reads the file of a run and checks that it is that run's."""
     try:
         content = json.loads(path.read_text("utf-8"))
-        if content["run"] != dataclasses.asdict(run):
+        if content["run"] != run.identity():
             raise ValueError("its settings are those of another run")
-        outcome = Outcome(**content["outcome"])
-        for name, value in dataclasses.asdict(outcome).items():
+        found = content["outcome"]
+        weights = tuple(WeightSparsity(**w) for w in found.pop("weights"))
+        numbers = {
+            **found,
+            **{weight.path: weight.sparsity for weight in weights},
+        }
+        for name, value in numbers.items():
             if type(value) not in (int, float):
                 raise ValueError(f"{name} is {value!r}")
-    except (ValueError, TypeError, KeyError) as error:
+        outcome = Outcome(**found, weights=weights)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged or not the result of a run "
             f"({type(error).__name__}: {error}). Move it away to repeat the "

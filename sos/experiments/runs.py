@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,12 +21,14 @@ from sos.wrappers.penalized import PenalizedWrapper
 class Run:
     """All that decides what a run computes: its identity.
 
-    The fields are also the columns of the results table. Two runs that differ
-    only in `sparsity`, `penalty` and `seed` have one shape and share one
-    compiled training step.
+    The fields are also the columns of the results table, but for the title,
+    which decides nothing. Two runs that differ only in `sparsity`, `penalty`
+    and `seed` have one shape and share one compiled training step.
 
     Attributes:
         technique: The technique's name in the config.
+        title: The technique's name for people. By default it is made of
+            `technique`.
         sparsity: The sparsity that a pruning technique is to reach.
         penalty: The weight of a penalty, as a multiple of 1 / (number of
             training examples).
@@ -36,6 +39,9 @@ class Run:
         steps: The number of optimizer steps.
         batch_size: The number of examples in one step.
         learning_rate: Initial learning rate of Adam; a cosine takes it to 0.
+        weight_decay: Decoupled weight decay (Loshchilov and Hutter 2019, the
+            factor of the learning rate) of the weights of rank 2 or more; not
+            of biases, norms and what a technique adds.
         keep_dense: Regular expression on weight paths; what it matches is not
             made sparse. Empty for none.
         wrapper: Name of the registered technique; None for a dense run.
@@ -48,6 +54,7 @@ class Run:
     """
 
     technique: str
+    title: str = dataclasses.field(default="", compare=False)
     sparsity: float | None = None
     penalty: float | None = None
     seed: int
@@ -57,6 +64,7 @@ class Run:
     steps: int
     batch_size: int
     learning_rate: float
+    weight_decay: float = 0.0
     keep_dense: str = ""
     wrapper: str | None = None
     begin_step: int | None = None
@@ -64,6 +72,14 @@ class Run:
     frequency: int | None = None
     learning_rate_multiplier: float | None = None
     arguments: str = "{}"
+
+    def __post_init__(self) -> None:
+        if not self.title:
+            object.__setattr__(self, "title", _title(self.technique))
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that tell runs apart, by name: all but the title."""
+        return {name: getattr(self, name) for name in IDENTITY}
 
     @property
     def setting(self) -> str:
@@ -81,7 +97,7 @@ class Run:
         for key in ("sparsity", "penalty", "seed"):
             if getattr(self, key) is not None:
                 parts.append(f"{key}-{getattr(self, key):.6g}")
-        settings = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        settings = json.dumps(self.identity(), sort_keys=True)
         digest = hashlib.blake2s(settings.encode(), digest_size=4)
         return "_".join([*parts, digest.hexdigest()])
 
@@ -119,21 +135,19 @@ class Run:
         return settings
 
 
-def expand(
-    config: Mapping[str, Any],
-    *,
-    model: str,
-    dataset: str,
-    train_examples: int,
-) -> list[Run]:
+#: The names of the fields that tell runs apart.
+IDENTITY = tuple(
+    field.name for field in dataclasses.fields(Run) if field.compare
+)
+
+
+def expand(config: Mapping[str, Any], *, train_examples: int) -> list[Run]:
     """Makes the list of runs that a config asks for.
 
     Args:
         config: The config, such as that of `configs/fashion_mnist.py`, which
             says what it has to contain.
-        model: As in `Run`.
-        dataset: As in `Run`.
-        train_examples: As in `Run`.
+        train_examples: The number of training examples of its data set.
 
     Returns:
         The runs: technique by technique, then by sparsity or penalty, then by
@@ -143,20 +157,25 @@ def expand(
         ValueError: If a value in the config is wrong; the text names it.
     """
     common = {
-        "model": model,
-        "dataset": dataset,
+        "model": _text(config, "model"),
+        "dataset": _text(config, "dataset"),
         "train_examples": train_examples,
         "steps": _integer(config, "steps", 1),
         "batch_size": _integer(config, "batch_size", 1, train_examples),
         "learning_rate": _number(config, "learning_rate", above=0.0),
-        "keep_dense": str(config["keep_dense"]),
+        "weight_decay": _number(config, "weight_decay"),
     }
+    # It is no setting of a run, but no better known after hours of training.
+    _number(config, "layerwise_sparsity", maximum=1.0)
     seeds = _values(config, "seeds", "config.seeds", integer=True)
     runs = []
     for name in technique_names(config):
+        title = str(config[name].get("title", ""))
         for settings in _sweep(name, config[name], common):
             for seed in seeds:
-                run = Run(technique=name, seed=seed, **settings, **common)
+                run = Run(
+                    technique=name, title=title, seed=seed, **settings, **common
+                )
                 _check_technique(run)
                 runs.append(run)
     return runs
@@ -188,6 +207,14 @@ def _sweep(
         yield {}
         return
     at = f"config.{name}"
+    keep_dense = technique.get("keep_dense", "")
+    try:
+        re.compile(keep_dense)
+    except (TypeError, re.error) as error:
+        raise ValueError(
+            f"`{at}.keep_dense` must be a regular expression ({error}). "
+            f"Received: {keep_dense!r}"
+        ) from error
     try:
         wrapper = get_technique(technique["wrapper"])
     except ValueError as error:
@@ -196,6 +223,7 @@ def _sweep(
     end = _number(technique, "end", at=at, maximum=1.0)
     steps = common["steps"]
     settings = {
+        "keep_dense": keep_dense,
         "wrapper": technique["wrapper"],
         "begin_step": round(begin * steps),
         "end_step": round(end * steps),
@@ -243,6 +271,13 @@ def _check_technique(run: Run) -> None:
         technique(keras.layers.Dense(1), **run.technique_settings())
     except (TypeError, ValueError) as error:
         raise ValueError(f"`config.{run.technique}`: {error}") from error
+
+
+def _text(config: Mapping[str, Any], name: str) -> str:
+    value = config.get(name)
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"`config.{name}` must be a name. Received: {value!r}")
+    return value
 
 
 def _integer(
@@ -303,7 +338,7 @@ def _values(
     return sorted(int(v) if integer else float(v) for v in values)
 
 
-def title(technique: str) -> str:
+def _title(technique: str) -> str:
     """The name of a technique in a config, as text for people."""
     # Names as short as this are abbreviations.
     return (

@@ -1,13 +1,17 @@
-"""Runs a study: what is not finished yet, then the table and the figure."""
+"""Runs a study: what is not finished yet, then the table and the figures."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from sos.experiments import figures
+from sos.experiments.classification import BuildModel, Data
 from sos.experiments.progress import Progress
 from sos.experiments.results import Results
+from sos.experiments.runner import Runner
 from sos.experiments.runs import Run
-from sos.experiments.training import BuildModel, Data, Trainer
+from sos.training.trainer import NonFiniteLossError, StopSource
+
+_CHECKPOINTS = "checkpoints"
 
 
 def run_study(
@@ -17,15 +21,19 @@ def run_study(
     build_model: BuildModel,
     workdir: Path,
     progress: Progress,
+    layerwise_sparsity: float,
+    stop: StopSource | None = None,
 ) -> Results:
-    """Trains all runs that are not finished, and draws the figure.
+    """Trains all runs that are not finished, and draws the figures.
 
     Args:
         runs: The runs, in the order in which they are trained.
         data: The examples.
-        build_model: As for `Trainer`.
+        build_model: As for `Runner`.
         workdir: Where the results are and come to be.
         progress: Tells the user how far it is.
+        layerwise_sparsity: The overall sparsity at which layers are compared.
+        stop: Tells when to stop before the end.
 
     Returns:
         The results of all runs.
@@ -34,28 +42,43 @@ def run_study(
         OSError: If the work directory cannot be written to.
         ValueError: If files in the work directory are damaged, or a network
             cannot be made sparse as a run asks for.
-        FloatingPointError: If the loss of runs is not finite, when all others
+        NonFiniteLossError: If the loss of runs is not finite, when all others
             are finished.
+        Stopped: If it was asked to stop; the run in progress is saved.
+        CheckpointError: If the run in progress cannot be saved.
     """
     results = Results(workdir, runs)
     # All of them first, so that what cannot be built is known before training.
-    trainers: dict[Run, Trainer] = {}
+    runners: dict[Run, Runner] = {}
     for run in results.pending:
-        if run.shape not in trainers:
-            trainers[run.shape] = Trainer(run, data, build_model)
+        if run.shape not in runners:
+            runners[run.shape] = Runner(run, data, build_model)
     failures = []
     with progress.study(results):
         for run in results.pending:
             progress.begin(run)
             try:
-                outcome = trainers[run.shape].train(run, progress.step)
-            except FloatingPointError as error:
-                failures.append(str(error))
+                outcome = runners[run.shape].train(
+                    run,
+                    checkpoints=workdir / _CHECKPOINTS / run.name,
+                    on_record=lambda record: progress.step(
+                        record.step, record.metrics["loss"]
+                    ),
+                    stop=stop,
+                )
+            except NonFiniteLossError as error:
+                failures.append((run, error))
                 continue
             results.add(run, outcome)
             progress.finish(run, outcome)
     results.write_table()
-    figures.save_tradeoff(results.figure, results.ordered())
+    figures.save_tradeoff(results.tradeoff, results.ordered())
+    figures.save_layerwise(
+        results.layerwise, results.ordered(), layerwise_sparsity
+    )
     if failures:
-        raise FloatingPointError("\n".join(failures))
+        raise NonFiniteLossError(
+            "\n".join(f"{run.name}: {error}" for run, error in failures),
+            failures[0][1].step,
+        )
     return results

@@ -142,7 +142,7 @@ class Checkpoints:
                 + "Make room or choose another directory, and run the same "
                 "command again."
             ) from error
-        self._remove_old()
+        self._remove_old(step)
 
     def _write_metadata(
         self,
@@ -228,8 +228,9 @@ class Checkpoints:
         try:
             status = checkpoint.read(os.path.join(self.path(step), _VARIABLES))
             status.assert_existing_objects_matched().assert_consumed()
-        # What TensorFlow raises depends on where the damage is.
-        except (tf.errors.OpError, ValueError, AssertionError) as error:
+        # What TensorFlow raises depends on where the damage is: an IndexError,
+        # for one.
+        except Exception as error:
             raise _Damaged(_reason(error)) from error
         found = int(keras.ops.convert_to_numpy(optimizer.iterations))
         if found != step:
@@ -282,8 +283,10 @@ class Checkpoints:
             + (f"\n  and {more} more" if more > 0 else "")
         )
 
-    def _remove_old(self) -> None:
-        for step in self.steps()[: -self._keep]:
+    def _remove_old(self, newest: int) -> None:
+        # Those of later steps are damaged, as training began before them.
+        steps = [step for step in self.steps() if step <= newest]
+        for step in steps[: -self._keep]:
             if self._keep_every is None or step % self._keep_every:
                 # Under another name first: half a checkpoint is none.
                 old = os.path.join(self.directory, f"{_TEMPORARY}old")

@@ -127,9 +127,14 @@ def evaluation_batches(
         and 0 for what only fills the last batch up.
 
     Raises:
-        ValueError: If the arrays differ in length, or the replicas cannot
-            share a batch evenly.
+        ValueError: If the arrays differ in length or one is named "weight", or
+            the replicas cannot share a batch evenly.
     """
+    if "weight" in arrays:
+        raise ValueError(
+            "No array may be named 'weight', as the weights that tell examples "
+            f"from padding are. Received: {sorted(arrays)}"
+        )
     tensors, examples = _tensors(arrays)
     replica_batch = _replica_batch(batch_size, context)
     padded = evaluation_batch_count(examples, batch_size) * batch_size

@@ -97,6 +97,12 @@ class Steps:
                 "skipped before. Use bfloat16, which needs no scaling. "
                 "Received: a LossScaleOptimizer"
             )
+        if optimizer.loss_scale_factor:
+            raise ValueError(
+                "The optimizer must not scale gradients, as the engine's are "
+                "those of the loss itself. Received: loss_scale_factor="
+                f"{optimizer.loss_scale_factor}"
+            )
         batch = self._task.batch_size
         if parts < 1 or batch % (self._replicas * parts):
             raise ValueError(
@@ -157,9 +163,11 @@ class Steps:
         """
         if not self.sparse_weights:
             return {}, {}
+        # The penalties of a function traced without a driver are zero for good.
+        driven = any(wrapper.clock.bound for wrapper, _ in self.sparse_weights)
         zeros, penalties = (
             self._strategy.experimental_local_results(x)[0].numpy()
-            for x in self._summarize()
+            for x in self._summarize(driven)
         )
         paths = [weight.path for _, weight in self.sparse_weights]
         penalized = [
@@ -173,7 +181,8 @@ class Steps:
         )
 
     @tf.function
-    def _summarize(self) -> tuple[tf.Tensor, tf.Tensor]:
+    def _summarize(self, driven: bool) -> tuple[tf.Tensor, tf.Tensor]:
+        del driven  # For another trace.
         return self._strategy.run(self.summary_step)
 
     @tf.function

@@ -1,8 +1,9 @@
 """Strategies: how training is spread over devices and machines."""
 
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,12 @@ import tensorflow as tf
 
 #: The names that `make_strategy` takes.
 STRATEGIES = ("tpu", "mirrored", "multi_worker", "one_device")
+
+# Dtypes that TensorFlow cannot send to other workers.
+_NOT_SENT = (tf.uint8, tf.int8, tf.uint16, tf.int16)
+
+# By strategy, the compiled function of `gather`.
+_GATHERING: dict[tf.distribute.Strategy, Callable[[tf.Tensor], tf.Tensor]] = {}
 
 
 def make_strategy(
@@ -52,7 +59,7 @@ def make_strategy(
         return _tpu_strategy(tpu or "local")
     if name == "multi_worker":
         _check_workers()
-        return tf.distribute.MultiWorkerMirroredStrategy()
+        return _MultiWorkerStrategy()
     gpus = tf.config.list_logical_devices("GPU")
     cpus = tf.config.list_logical_devices("CPU")
     if name == "one_device":
@@ -97,19 +104,78 @@ def gather(
     row = np.asarray([values], np.float64)
     if not several_processes(strategy):
         return row
-    values_of_replicas = strategy.gather(
-        strategy.experimental_distribute_values_from_function(
-            lambda context: tf.constant(row)
-        ),
-        axis=0,
-    ).numpy()
-    return values_of_replicas
+    if strategy not in _GATHERING:
+        # Once: `strategy.gather` would trace a function in every call.
+        _GATHERING[strategy] = _make_gather(strategy)
+    rows = _GATHERING[strategy](tf.constant(row)).numpy()
+    # The replicas of a process say the same.
+    return rows[:: len(strategy.extended.worker_devices)]
+
+
+def _make_gather(
+    strategy: tf.distribute.Strategy,
+) -> Callable[[tf.Tensor], tf.Tensor]:
+    def on_a_replica(row: tf.Tensor) -> tf.Tensor:
+        context = tf.distribute.get_replica_context()
+        # What is gathered must be on the device of the replica.
+        return context.all_gather(tf.identity(row), axis=0)
+
+    @tf.function
+    def gather_rows(row: tf.Tensor) -> tf.Tensor:
+        rows = strategy.run(on_a_replica, args=(row,))
+        return strategy.experimental_local_results(rows)[0]
+
+    return gather_rows
 
 
 def several_processes(strategy: tf.distribute.Strategy) -> bool:
     """Whether other processes take part in a job, running the same program."""
     # A TPU pod is driven by one process, whatever its number of hosts.
     return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+
+
+class _MultiWorkerStrategy(tf.distribute.MultiWorkerMirroredStrategy):
+    """A strategy in whose scope masks can be made.
+
+    TensorFlow gives all workers the chief's initial value of every variable,
+    and cannot send uint8. Such variables are sent as int32.
+    """
+
+    @contextlib.contextmanager
+    def scope(self) -> Iterator[None]:
+        """The scope to make variables in."""
+        sent: list[tf.DType] = []
+
+        def widen(make: Callable[..., tf.Variable], **kwargs: Any) -> Any:
+            dtype = kwargs.get("dtype")
+            if dtype is None or tf.as_dtype(dtype) not in _NOT_SENT:
+                return make(**kwargs)
+            sent.append(tf.as_dtype(dtype))
+            try:
+                return make(**_cast(kwargs, tf.int32))
+            finally:
+                sent.pop()
+
+        def narrow(make: Callable[..., tf.Variable], **kwargs: Any) -> Any:
+            return make(**(_cast(kwargs, sent[-1]) if sent else kwargs))
+
+        # What is entered last is called first: the strategy sends in between.
+        with (
+            tf.variable_creator_scope(narrow),
+            super().scope(),
+            tf.variable_creator_scope(widen),
+        ):
+            yield
+
+
+def _cast(kwargs: dict[str, Any], dtype: tf.DType) -> dict[str, Any]:
+    """The arguments of a variable for another dtype."""
+    value = kwargs["initial_value"]
+
+    def cast_value() -> tf.Tensor:
+        return tf.cast(value() if callable(value) else value, dtype)
+
+    return {**kwargs, "initial_value": cast_value, "dtype": dtype}
 
 
 def _name_for_this_machine(tpu: str | None) -> str:
@@ -122,7 +188,7 @@ def _name_for_this_machine(tpu: str | None) -> str:
 
 
 def _workers() -> list[str]:
-    cluster = _tf_config().get("cluster", {})
+    cluster = _tf_config()["cluster"]
     return [
         address
         for job in ("chief", "worker")
@@ -131,11 +197,18 @@ def _workers() -> list[str]:
 
 
 def _tf_config() -> dict[str, Any]:
+    """TF_CONFIG, with a cluster and a task even if they are empty."""
     text = os.environ.get("TF_CONFIG", "")
     try:
         config = json.loads(text) if text.strip() else {}
         if not isinstance(config, dict):
             raise ValueError("it is no JSON object")
+        config = {"cluster": {}, "task": {}, **config}
+        for name in ("cluster", "task"):
+            if not isinstance(config[name], dict):
+                raise ValueError(f"its {name} is no JSON object")
+        if not all(isinstance(job, list) for job in config["cluster"].values()):
+            raise ValueError("a job of its cluster is no list of addresses")
     except ValueError as error:
         raise ValueError(
             "The environment variable TF_CONFIG must be a JSON object such as "
@@ -147,8 +220,13 @@ def _tf_config() -> dict[str, Any]:
 
 
 def _check_workers() -> None:
-    config, workers = _tf_config(), _workers()
-    if not workers or "task" not in config:
+    config = _tf_config()
+    task = config["task"]
+    job = config["cluster"].get(str(task.get("type")), [])
+    index = task.get("index")
+    if not _workers() or not (
+        isinstance(index, int) and 0 <= index < len(job)
+    ):
         raise ValueError(
             "The strategy multi_worker needs the environment variable "
             "TF_CONFIG with the addresses of all workers and the task of this "

@@ -1,6 +1,10 @@
 import dataclasses
+import gzip
 import io
 import pathlib
+import struct
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -132,3 +136,192 @@ def test_label_out_of_range(damaged):
     damaged(_archive(y_test=np.full(4000, 10, np.uint8)))
     with pytest.raises(ValueError, match="y_test must be below 10"):
         fashion_mnist.load()
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A directory with the four files, of 30 and 20 images of 28 x 28."""
+    monkeypatch.delenv(fashion_mnist.DIRECTORY_VARIABLE, raising=False)
+    monkeypatch.setattr(fashion_mnist, "DEBIAN_DIRECTORY", tmp_path / "none")
+    directory = tmp_path / "published"
+    directory.mkdir()
+    generator = np.random.default_rng(0)
+    for name, file in fashion_mnist._FULL_FILES.items():
+        count = 30 if "train" in name else 20
+        shape = (count, 28, 28) if name.startswith("x") else (count,)
+        array = generator.integers(
+            256 if name.startswith("x") else 10, size=shape
+        )
+        monkeypatch.setitem(fashion_mnist._FULL_SHAPES, name, shape)
+        content = gzip.compress(_idx(array))
+        (directory / f"{file}.gz").write_bytes(content)
+    return directory
+
+
+def _idx(array, magic=None):
+    """An IDX file as its format is published, independently of the reader."""
+    if magic is None:
+        magic = 0x0800 + array.ndim
+    header = struct.pack(">I", magic)
+    for dimension in array.shape:
+        header += struct.pack(">I", dimension)
+    return header + bytes(int(value) for value in array.ravel())
+
+
+def _pixels(directory, file):
+    content = gzip.decompress((directory / file).read_bytes())
+    return np.array(list(content[16:])).reshape(-1, 28, 28)
+
+
+def test_the_whole_is_60_000_and_10_000():
+    counts = {n: s[0] for n, s in fashion_mnist._FULL_SHAPES.items()}
+    assert counts["x_train"] == counts["y_train"] == 60_000
+    assert counts["x_test"] == counts["y_test"] == 10_000
+
+
+def test_reads_published_files(published):
+    data = fashion_mnist.load_full(published)
+    assert data.x_train.shape == (30, 28, 28, 1)
+    assert data.x_test.shape == (20, 28, 28, 1)
+    assert data.x_train.dtype == np.float32
+    assert data.y_train.dtype == np.int32
+    pixels = _pixels(published, "train-images-idx3-ubyte.gz")
+    np.testing.assert_allclose(255 * data.x_train[..., 0], pixels, rtol=1e-6)
+    labels = gzip.decompress(
+        (published / "t10k-labels-idx1-ubyte.gz").read_bytes()
+    )
+    assert data.y_test.tolist() == list(labels[8:])
+
+
+def test_reads_uncompressed_files(published):
+    expected = fashion_mnist.load_full(published)
+    for path in list(published.iterdir()):
+        path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+        path.unlink()
+    found = fashion_mnist.load_full(str(published))
+    np.testing.assert_array_equal(found.x_test, expected.x_test)
+
+
+def test_looks_where_the_variable_says_then_where_debian_puts_it(
+    published, monkeypatch
+):
+    monkeypatch.setattr(fashion_mnist, "DEBIAN_DIRECTORY", published)
+    assert len(fashion_mnist.load_full().x_train) == 30
+    nowhere = published / "nowhere"
+    monkeypatch.setenv(fashion_mnist.DIRECTORY_VARIABLE, str(nowhere))
+    # A place that was named is not passed over in silence.
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        fashion_mnist.load_full()
+    monkeypatch.setenv(fashion_mnist.DIRECTORY_VARIABLE, "")
+    assert len(fashion_mnist.load_full().x_train) == 30
+    # An argument goes before the variable.
+    monkeypatch.setenv(fashion_mnist.DIRECTORY_VARIABLE, str(nowhere))
+    assert len(fashion_mnist.load_full(published).x_train) == 30
+
+
+class _Builder:
+    data_dir = "/data/of/tfds"
+
+    def __init__(self, arrays):
+        self._arrays = arrays
+
+    def is_prepared(self):
+        return self._arrays is not None
+
+    def as_dataset(self, *, split, batch_size):
+        assert batch_size == -1
+        return self._arrays[split]
+
+
+@pytest.fixture
+def tfds(monkeypatch):
+    """Puts a stand-in for tensorflow-datasets in place."""
+
+    def put(arrays):
+        module = types.ModuleType("tensorflow_datasets")
+        module.__spec__ = types.SimpleNamespace(name=module.__name__)
+        module.builder = {"fashion_mnist": _Builder(arrays)}.__getitem__
+        module.as_numpy = lambda dataset: dataset
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    return put
+
+
+def test_reads_what_tfds_has_prepared(published, tfds):
+    generator = np.random.default_rng(1)
+    arrays = {
+        split: {
+            "image": generator.integers(
+                256, size=(count, 28, 28, 1), dtype=np.uint8
+            ),
+            "label": generator.integers(10, size=count),
+        }
+        for split, count in (("train", 5), ("test", 3))
+    }
+    tfds(arrays)
+    data = fashion_mnist.load_full()
+    np.testing.assert_allclose(255 * data.x_train, arrays["train"]["image"])
+    np.testing.assert_array_equal(data.y_test, arrays["test"]["label"])
+    assert data.y_test.dtype == np.int32
+
+
+def test_all_ways_are_told_where_there_is_none(published, tfds):
+    tfds(None)
+    with pytest.raises(FileNotFoundError) as error:
+        fashion_mnist.load_full()
+    for part in (
+        "dataset-fashion-mnist",
+        fashion_mnist.DIRECTORY_VARIABLE,
+        "tensorflow-datasets",
+        "/data/of/tfds",
+        "--config.dataset=fashion_mnist",
+    ):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_named(published):
+    (published / "t10k-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(FileNotFoundError, match="Missing: t10k-labels"):
+        fashion_mnist.load_full(published)
+
+
+IMAGES = np.zeros((30, 28, 28), int)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"<html>Not found</html>", "BadGzipFile"),
+        (gzip.compress(_idx(IMAGES))[:-9], "EOFError"),
+        (gzip.compress(_idx(IMAGES)[:-1]), "must hold 23520 elements"),
+        (gzip.compress(_idx(IMAGES) + b"x"), "Received: 23521"),
+        (gzip.compress(_idx(IMAGES, magic=0x0D03)), "IDX file of uint8"),
+        (gzip.compress(_idx(IMAGES[:29])), r"of shape \(30, 28, 28\)"),
+        (gzip.compress(b""), "IDX file"),
+    ],
+)
+def test_damaged_files_are_named(published, content, text):
+    path = published / "train-images-idx3-ubyte.gz"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=text) as error:
+        fashion_mnist.load_full(published)
+    assert str(path) in str(error.value)
+
+
+def test_labels_out_of_range_are_refused(published):
+    path = published / "train-labels-idx1-ubyte.gz"
+    path.write_bytes(gzip.compress(_idx(np.full(30, 10))))
+    with pytest.raises(ValueError, match="must be below 10"):
+        fashion_mnist.load_full(published)
+
+
+@pytest.mark.skipif(
+    not fashion_mnist.DEBIAN_DIRECTORY.is_dir(),
+    reason="needs Debian's package dataset-fashion-mnist",
+)
+def test_the_embedded_images_are_the_first_of_the_whole(data):
+    whole = fashion_mnist.load_full(fashion_mnist.DEBIAN_DIRECTORY)
+    for name in ("x_train", "y_train", "x_test", "y_test"):
+        part = getattr(data, name)
+        np.testing.assert_array_equal(getattr(whole, name)[: len(part)], part)

@@ -7,8 +7,8 @@ import pytest
 from configs import fashion_mnist as config_file
 from models import convnet
 from sos.datasets import fashion_mnist
+from sos.experiments import runner
 from sos.experiments import runs as runs_lib
-from sos.experiments import training
 
 TRAIN, TEST = 256, 100
 
@@ -29,9 +29,10 @@ def data():
 def config():
     """The shipped config, cut down to a few steps and runs."""
     config = config_file.get_config().lock()
+    config.seeds = (0,)
     config.steps = 6
     config.batch_size = 32
-    for name in ("magnitude", "random"):
+    for name in ("magnitude", "magnitude_dense_first", "random"):
         config[name].sparsities = (0.5, 0.9)
     for name in ("variational_dropout", "l0"):
         config[name].penalties = (0.1, 1.0)
@@ -42,18 +43,10 @@ def config():
 def expand():
     """Makes the runs of a config."""
 
-    def call(config):
-        return runs_lib.expand(
-            config,
-            model="convnet",
-            dataset="fashion_mnist",
-            train_examples=TRAIN,
-        )
-
-    return call
+    return lambda config: runs_lib.expand(config, train_examples=TRAIN)
 
 
 @pytest.fixture
-def make_trainer(data):
-    """Makes a trainer for a run."""
-    return lambda run: training.Trainer(run, data, convnet.build)
+def make_runner(data):
+    """Makes a runner for the shape of a run."""
+    return lambda run: runner.Runner(run, data, convnet.build)

@@ -1,14 +1,20 @@
 import dataclasses
 
+import matplotlib.colors
 import matplotlib.image
 import numpy as np
 import pytest
 
 from sos.experiments import figures
-from sos.experiments.training import Outcome
+from sos.experiments.results import Outcome, WeightSparsity
+
+# Matplotlib warns of what it cannot draw.
+pytestmark = pytest.mark.filterwarnings("error::UserWarning")
+
+LAYERS = {"conv1/kernel": 144, "hidden/kernel": 131_072, "logits/kernel": 1280}
 
 
-def _outcome(sparsity, accuracy):
+def _outcome(sparsity, accuracy, layers=(0.1, 0.95, 0.5)):
     return Outcome(
         achieved_sparsity=sparsity,
         model_sparsity=sparsity,
@@ -16,16 +22,71 @@ def _outcome(sparsity, accuracy):
         test_loss=0.4,
         train_loss=0.3,
         seconds=1.0,
+        peak_memory=800.0,
+        parameters_trained=150_000,
+        weights=tuple(
+            WeightSparsity(path=path, size=size, sparsity=layer)
+            for (path, size), layer in zip(LAYERS.items(), layers, strict=True)
+        ),
     )
 
 
 @pytest.fixture
 def results(config, expand):
+    """Two seeds; penalties of 0.1 and 1 lead to 60 and 94 % or so."""
     config.seeds = (0, 1)
-    return [
-        (run, _outcome(run.sparsity or 0.4, 0.8 + 0.01 * run.seed))
-        for run in expand(config)
-    ]
+    results = []
+    for run in expand(config):
+        sparsity = run.sparsity or 0.0
+        if run.penalty:
+            sparsity = (0.6 if run.penalty == 0.1 else 0.94) + 0.02 * run.seed
+        layers = (sparsity, sparsity, sparsity)
+        if run.technique == "l0":
+            layers = (0.2 + 0.1 * run.seed, 1.0, 0.5)
+        accuracy = 0.88 - 0.1 * sparsity + 0.02 * run.seed
+        results.append((run, _outcome(sparsity, accuracy, layers)))
+    return results
+
+
+@pytest.fixture
+def draw(monkeypatch, tmp_path):
+    """Draws, and returns the figure itself."""
+    saved = []
+    save = figures._save
+
+    def keep(figure, path):
+        saved.append(figure)
+        save(figure, path)
+
+    monkeypatch.setattr(figures, "_save", keep)
+
+    def call(function, *args):
+        function(tmp_path / "figure.png", *args)
+        assert [p.name for p in tmp_path.iterdir()] == ["figure.png"]
+        return saved.pop()
+
+    return call
+
+
+def _curves(figure):
+    """The labelled curves of a figure, by label."""
+    (axes,) = figure.axes
+    return {
+        line.get_label(): line
+        for line in axes.lines
+        if not line.get_label().startswith("_")
+    }
+
+
+def _bars(figure, colour):
+    """Beginnings and ends of the error bars of a colour, of shape (n, 2, 2)."""
+    (axes,) = figure.axes
+    segments = []
+    for collection in axes.collections:
+        found = matplotlib.colors.to_hex(collection.get_edgecolor()[0])
+        if found.upper() == colour.upper():
+            segments += collection.get_segments()
+    return np.array(segments)
 
 
 def _colours(path):
@@ -33,31 +94,187 @@ def _colours(path):
     return {tuple(c) for c in np.round(255 * pixels.reshape(-1, 3)).astype(int)}
 
 
-def test_every_technique_has_its_colour(tmp_path, results):
-    path = tmp_path / "tradeoff.png"
-    figures.save_tradeoff(path, results)
+@pytest.mark.parametrize(
+    "draw_figure",
+    [
+        figures.save_tradeoff,
+        lambda path, results: figures.save_layerwise(path, results, 0.9),
+    ],
+)
+def test_every_technique_has_its_colour(tmp_path, results, draw_figure):
+    path = tmp_path / "figure.png"
+    draw_figure(path, results)
     colours = _colours(path)
-    for colour in figures._COLOURS[:4]:
+    for colour in figures._COLOURS[:5]:
         rgb = tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
         assert rgb in colours
-    assert [p.name for p in tmp_path.iterdir()] == ["tradeoff.png"]
+    assert [p.name for p in tmp_path.iterdir()] == ["figure.png"]
+
+
+def test_curves_join_the_means_over_seeds(draw, results):
+    curves = _curves(draw(figures.save_tradeoff, results))
+    assert list(curves) == [
+        "dense",
+        "magnitude",
+        "magnitude, first layer dense",
+        "random",
+        "variational dropout",
+        "L0",
+    ]
+    # The axes hold densities and errors.
+    x, y = curves["magnitude"].get_data()
+    np.testing.assert_allclose(x, [0.5, 0.1])
+    np.testing.assert_allclose(y, [0.16, 0.20])
+    x, y = curves["L0"].get_data()
+    np.testing.assert_allclose(x, [(0.4 * 0.38) ** 0.5, (0.06 * 0.04) ** 0.5])
+    np.testing.assert_allclose(y, [0.171, 0.205])
+    np.testing.assert_allclose(curves["dense"].get_ydata(), 0.11)
+
+
+def test_bars_reach_from_the_lowest_to_the_highest_seed(draw, results):
+    figure = draw(figures.save_tradeoff, results)
+    # Magnitude pruning has bars of accuracy only: its sparsity does not vary.
+    bars = _bars(figure, figures._COLOURS[0])
+    np.testing.assert_allclose(bars[..., 0], [(0.5, 0.5), (0.1, 0.1)])
+    np.testing.assert_allclose(bars[..., 1], [(0.15, 0.17), (0.19, 0.21)])
+    bars = _bars(figure, figures._COLOURS[4])
+    assert len(bars) == 4
+    np.testing.assert_allclose(bars[:2, :, 0], [(0.38, 0.4), (0.04, 0.06)])
+    np.testing.assert_allclose(bars[2:, :, 1], [(0.162, 0.18), (0.196, 0.214)])
+    (axes,) = figure.axes
+    (band,) = axes.patches
+    assert np.ptp(band.get_extents().get_points()[:, 1]) > 10
+    assert "2 seeds" in axes.get_legend().get_title().get_text()
+
+
+def test_one_seed_has_neither_bars_nor_a_band(draw, results):
+    one = [(run, outcome) for run, outcome in results if run.seed == 0]
+    figure = draw(figures.save_tradeoff, one)
+    (axes,) = figure.axes
+    assert len(axes.patches) == 0
+    for colour in figures._COLOURS[:5]:
+        assert len(_bars(figure, colour)) == 0
+    assert axes.get_legend().get_title().get_text() == ""
+
+
+def test_high_sparsities_are_far_apart(draw, results):
+    figure = draw(figures.save_tradeoff, results)
+    (axes,) = figure.axes
+    positions = [
+        axes.transAxes.inverted().transform(
+            axes.transData.transform((1 - sparsity, 0.2))
+        )[0]
+        for sparsity in (0.5, 0.9, 0.95)
+    ]
+    assert positions == sorted(positions)
+    assert positions[2] - positions[1] > 0.2
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert {"90%", "95%", "98%"} <= set(labels)
+    accuracies = [label.get_text() for label in axes.get_yticklabels()]
+    assert {"80%", "90%"} <= set(accuracies)
+
+
+def test_layers_are_drawn_in_the_order_of_the_network(draw, results):
+    figure = draw(figures.save_layerwise, results, 0.9)
+    (axes,) = figure.axes
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert labels == ["conv1\n144", "hidden\n131k", "logits\n1,280"]
+    curves = _curves(figure)
+    for i, curve in enumerate(curves.values()):
+        shifts = curve.get_xdata() - [0, 1, 2]
+        np.testing.assert_allclose(shifts, 0.15 * (i - 2))
+    densities = {
+        label: curve.get_ydata().tolist() for label, curve in curves.items()
+    }
+    assert densities["magnitude (90.0%)"] == pytest.approx(3 * [0.1])
+    # Of the settings at 61 and 95 % it is the nearer one.
+    assert densities["variational dropout (95.0%)"] == pytest.approx(3 * [0.05])
+    # Nothing is left of the second layer.
+    expected = [0.75, figures._LEAST_DENSITY, 0.5]
+    assert densities["L0 (95.0%)"] == pytest.approx(expected)
+    assert axes.get_yticklabels()[-1].get_text() == "≥ 99.9%"
+
+
+def test_the_setting_follows_the_sparsity(draw, results):
+    labels = _curves(draw(figures.save_layerwise, results, 0.55))
+    assert "magnitude (50.0%)" in labels
+    assert "L0 (61.0%)" in labels
+
+
+def test_bars_of_layers_reach_over_the_seeds(draw, results):
+    figure = draw(figures.save_layerwise, results, 0.9)
+    # Of the first layer alone: the others are alike in both.
+    bars = _bars(figure, figures._COLOURS[4])
+    np.testing.assert_allclose(bars[..., 1], [(0.7, 0.8)])
+
+
+def test_long_networks_have_legible_names(draw, results):
+    long = []
+    for run, outcome in results:
+        weights = tuple(
+            WeightSparsity(
+                path=f"stage{i}_block1_conv1/kernel", size=9216, sparsity=0.9
+            )
+            for i in range(22)
+        )
+        long.append((run, dataclasses.replace(outcome, weights=weights)))
+    figure = draw(figures.save_layerwise, long, 0.9)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+    assert len(boxes) == 22
+    # They end one beside the other, more than a line apart.
+    ends = np.array([box.x1 for box in boxes])
+    height = 7.5 / 72 * figure.dpi
+    assert np.diff(ends).min() > height
+    # And inside the figure.
+    assert min(box.y0 for box in boxes) > 0
+    assert min(box.x0 for box in boxes) > 0
+
+
+def test_both_figures_use_the_same_colours(draw, results):
+    tradeoff = _curves(draw(figures.save_tradeoff, results))
+    layerwise = _curves(draw(figures.save_layerwise, results, 0.9))
+    assert len(layerwise) == 5
+    for label, curve in layerwise.items():
+        other = tradeoff[label.partition(" (")[0]]
+        assert curve.get_color() == other.get_color()
+        assert curve.get_marker() == other.get_marker()
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 1.0])
-def test_extreme_sparsities_can_be_drawn(tmp_path, results, sparsity):
+def test_extreme_sparsities_can_be_drawn(draw, results, sparsity):
     same = [
-        (run, dataclasses.replace(outcome, achieved_sparsity=sparsity))
-        for run, outcome in results
+        (run, _outcome(sparsity, accuracy, 3 * (sparsity,)))
+        for run, _ in results
+        for accuracy in (0.0, 1.0)
     ]
-    figures.save_tradeoff(tmp_path / "tradeoff.png", same)
-    assert (tmp_path / "tradeoff.png").stat().st_size > 5_000
+    draw(figures.save_tradeoff, same)
+    draw(figures.save_layerwise, same, 0.9)
 
 
-def test_more_techniques_than_colours_can_be_drawn(tmp_path, results):
+@pytest.mark.parametrize("kept", [[], ["dense"], ["l0"]])
+def test_few_techniques_can_be_drawn(draw, results, kept):
+    few = [pair for pair in results if pair[0].technique in kept]
+    draw(figures.save_tradeoff, few)
+    draw(figures.save_layerwise, few, 0.9)
+
+
+def test_results_without_layers_can_be_drawn(draw, results):
+    bare = [(r, dataclasses.replace(o, weights=())) for r, o in results]
+    draw(figures.save_layerwise, bare, 0.9)
+
+
+def test_more_techniques_than_colours_can_be_drawn(draw, results):
     many = [
-        (dataclasses.replace(run, technique=f"technique {i}"), outcome)
+        (
+            dataclasses.replace(run, technique=f"technique {i}", title=""),
+            outcome,
+        )
         for i in range(15)
         for run, outcome in results
         if run.wrapper is not None
     ]
-    figures.save_tradeoff(tmp_path / "tradeoff.png", many)
+    curves = _curves(draw(figures.save_tradeoff, many))
+    styles = {(c.get_color(), c.get_marker()) for c in curves.values()}
+    assert len(styles) == len(curves) == 15

@@ -1,11 +1,19 @@
 import csv
+import dataclasses
 import json
 import os
 
 import pytest
 
-from sos.experiments.results import COLUMNS, Results
-from sos.experiments.training import Outcome
+import sos
+from models import convnet
+from sos.experiments.results import (
+    COLUMNS,
+    Outcome,
+    Results,
+    WeightSparsity,
+    weight_sparsities,
+)
 
 OUTCOME = Outcome(
     achieved_sparsity=0.9,
@@ -14,6 +22,12 @@ OUTCOME = Outcome(
     test_loss=0.4,
     train_loss=0.3,
     seconds=12.5,
+    peak_memory=812.5,
+    parameters_trained=155_786,
+    weights=(
+        WeightSparsity(path="conv1/kernel", size=144, sparsity=0.25),
+        WeightSparsity(path="hidden/kernel", size=131_072, sparsity=0.95),
+    ),
 )
 
 
@@ -41,6 +55,53 @@ def test_the_table_holds_what_is_finished_in_the_order_of_runs(tmp_path, runs):
     assert float(rows[1]["test_accuracy"]) == 0.85
     assert rows[0]["sparsity"] == ""
     assert results.pending == [runs[1]]
+
+
+def test_a_row_says_all_that_a_reader_asks_for(tmp_path, runs):
+    results = Results(tmp_path, runs)
+    results.add(runs[2], OUTCOME)
+    (row,) = _rows(results)
+    asked = {
+        "technique": "magnitude",
+        "keep_dense": "",
+        "begin_step": "1",
+        "seed": "0",
+        "sparsity": "0.9",
+        "achieved_sparsity": "0.9",
+        "test_accuracy": "0.85",
+        "steps": "6",
+        "seconds": "12.5",
+        "peak_memory": "812.5",
+        "parameters_trained": "155786",
+    }
+    assert {name: row[name] for name in asked} == asked
+    # Those are in the run's own file.
+    assert "weights" not in row
+    content = json.loads(results.path(runs[2]).read_text())
+    assert content["outcome"]["weights"][0] == {
+        "path": "conv1/kernel",
+        "size": 144,
+        "sparsity": 0.25,
+    }
+
+
+def test_weights_are_those_of_rank_two_in_the_networks_order():
+    dense = convnet.build((28, 28, 1), 10, seed=0)
+    sparse = sos.sparsify(
+        dense,
+        sos.FixedMask,
+        sparsity=0.75,
+        rules={"^conv1/": None},
+    )
+    weights = weight_sparsities(sos.sparsity_report(sparse))
+    assert [(w.path, w.size) for w in weights] == [
+        ("conv1/kernel", 144),
+        ("conv2/kernel", 4_608),
+        ("conv3/kernel", 18_432),
+        ("hidden/kernel", 131_072),
+        ("logits/kernel", 1_280),
+    ]
+    assert [w.sparsity for w in weights] == [0.0] + 4 * [0.75]
 
 
 def test_finished_runs_are_found_again(tmp_path, runs):
@@ -102,6 +163,31 @@ def test_wrong_numbers_are_refused(tmp_path, runs, value):
         Results(tmp_path, runs)
 
 
+@pytest.mark.parametrize(
+    "weights",
+    [
+        None,
+        [{"path": "conv1/kernel"}],
+        [{"path": "conv1/kernel", "size": 144, "sparsity": "0.5"}],
+    ],
+)
+def test_wrong_weights_are_refused(tmp_path, runs, weights):
+    results = Results(tmp_path, runs)
+    results.add(runs[0], OUTCOME)
+    path = results.path(runs[0])
+    content = json.loads(path.read_text())
+    content["outcome"]["weights"] = weights
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="is damaged"):
+        Results(tmp_path, runs)
+
+
+def test_a_title_can_be_changed_afterwards(tmp_path, runs):
+    Results(tmp_path, runs).add(runs[2], OUTCOME)
+    renamed = [dataclasses.replace(run, title="another") for run in runs]
+    assert Results(tmp_path, renamed).outcomes == {runs[2]: OUTCOME}
+
+
 def test_the_file_of_another_run_is_refused(tmp_path, runs):
     results = Results(tmp_path, runs)
     results.add(runs[1], OUTCOME)
@@ -122,7 +208,9 @@ def test_runs_of_another_config_are_left_alone(tmp_path, runs, config, expand):
     assert Results(tmp_path, runs).outcomes == {runs[1]: OUTCOME}
 
 
-@pytest.mark.parametrize("name", ["results.csv", "tradeoff.png"])
+@pytest.mark.parametrize(
+    "name", ["results.csv", "tradeoff.png", "layerwise.png"]
+)
 def test_files_of_something_else_are_not_overwritten(tmp_path, runs, name):
     (tmp_path / name).write_text("mine")
     with pytest.raises(ValueError, match=name):

@@ -10,7 +10,7 @@ from sos.experiments.runs import Run
 def test_expands_in_a_stable_order(config, expand):
     config.seeds = (1, 0)
     runs = expand(config)
-    assert len(runs) == 2 * (1 + 4 * 2)
+    assert len(runs) == 2 * (1 + 5 * 2)
     assert runs == expand(config)
     described = [(r.technique, r.sparsity, r.penalty, r.seed) for r in runs]
     assert described[:4] == [
@@ -41,7 +41,8 @@ def test_penalties_are_multiples_of_one_over_n(config, expand):
 def test_the_technique_gets_all_settings_of_the_run(config, expand):
     config.steps = 1000
     config.seeds = (3,)
-    for name in ("magnitude", "random", "variational_dropout", "l0"):
+    config.techniques = "magnitude,random,variational_dropout,l0"
+    for name in config.techniques.split(","):
         config[name].update(begin=0.1, end=0.6)
     for name in ("magnitude", "random"):
         config[name].frequency = 0.02
@@ -66,7 +67,7 @@ def test_only_sparsity_penalty_and_seed_share_a_shape(config, expand):
     config.seeds = (0, 1)
     runs = expand(config)
     shapes = {run.shape for run in runs}
-    assert len(shapes) == 5
+    assert len(shapes) == 6
     assert {s.technique for s in shapes} == set(config.techniques.split(","))
     other = dataclasses.replace(runs[0], steps=7)
     assert other.shape not in shapes
@@ -92,7 +93,53 @@ def test_the_name_does_not_change_between_releases():
         batch_size=128,
         learning_rate=5e-3,
     )
-    assert run.name == "magnitude_sparsity-0.9_seed-0_e4e2b07a"
+    assert run.name == "magnitude_sparsity-0.9_seed-0_72011f83"
+
+
+def test_a_title_is_for_people_and_decides_nothing(config, expand):
+    config.techniques = "magnitude_dense_first,variational_dropout,l0"
+    runs = expand(config)
+    assert list(dict.fromkeys(run.title for run in runs)) == [
+        "magnitude, first layer dense",
+        "variational dropout",
+        "L0",
+    ]
+    config.magnitude_dense_first.title = "another"
+    renamed = expand(config)
+    assert renamed[0].title == "another"
+    assert renamed == runs
+    assert [run.name for run in renamed] == [run.name for run in runs]
+    assert hash(renamed[0]) == hash(runs[0])
+    assert "title" not in runs[0].identity()
+    assert {**runs[0].identity(), "title": "another"} == dataclasses.asdict(
+        renamed[0]
+    )
+
+
+def test_each_technique_keeps_its_own_weights_dense(config, expand):
+    kept = {run.technique: run.keep_dense for run in expand(config)}
+    assert kept.pop("magnitude_dense_first") == "^conv1/"
+    assert set(kept.values()) == {""}
+    # The two have nothing else to tell them apart, and share no step.
+    one, other = (
+        run
+        for run in expand(config)
+        if run.technique.startswith("magnitude") and run.sparsity == 0.9
+    )
+    assert one.shape != other.shape
+    same = dataclasses.replace(
+        other, technique=one.technique, keep_dense="", title=""
+    )
+    assert same == one
+
+
+def test_the_config_names_the_network_and_the_data(config, expand):
+    config.model = "residual"
+    config.dataset = "elsewhere"
+    config.weight_decay = 1e-4
+    run = expand(config)[0]
+    assert (run.model, run.dataset) == ("residual", "elsewhere")
+    assert run.weight_decay == 1e-4
 
 
 def test_a_run_survives_json(config, expand):
@@ -112,7 +159,7 @@ WRONG = [
     ("seeds", (-1,), "config.seeds"),
     ("seeds", (0, 0), "different"),
     ("seeds", (0.5,), "integers"),
-    ("techniques", "magnitude,magnitud", "dense,l0,magnitude,random"),
+    ("techniques", "magnitude,magnitud", "dense,l0,magnitude,magnitude_dense_"),
     ("techniques", "", "names"),
     ("techniques", "dense,dense", "once"),
     ("techniques", "steps", "'steps'"),
@@ -129,6 +176,10 @@ WRONG = [
     ("l0.penalties", (float("inf"),), "config.l0.penalties"),
     ("l0.begin", 0.95, "config.l0.begin"),
     ("l0.learning_rate_multiplier", 0.0, "learning_rate_multiplier"),
+    ("weight_decay", -1e-4, "config.weight_decay"),
+    ("model", "", "config.model"),
+    ("layerwise_sparsity", 1.5, "config.layerwise_sparsity"),
+    ("random.keep_dense", "conv(", "config.random.keep_dense"),
 ]
 
 

@@ -7,7 +7,8 @@ from rich.console import Console
 from models import convnet
 from sos.experiments import progress, study
 from sos.experiments import results as results_lib
-from sos.experiments.training import Outcome, Trainer
+from sos.experiments.results import Outcome
+from sos.experiments.runner import Runner
 
 
 class _Recorder(progress.Progress):
@@ -45,13 +46,15 @@ def run_study(data, tmp_path):
             build_model=convnet.build,
             workdir=pathlib.Path(tmp_path / workdir),
             progress=recorder,
+            layerwise_sparsity=0.5,
         )
 
     return call
 
 
 def _numbers(results):
-    return [{**row, "seconds": None} for row in results.rows()]
+    measured = {"seconds": None, "peak_memory": None}
+    return [{**row, **measured} for row in results.rows()]
 
 
 def test_an_interrupted_study_is_continued(run_study, config, expand):
@@ -62,7 +65,8 @@ def test_an_interrupted_study_is_continued(run_study, config, expand):
         run_study(runs, first)
     continued = run_study(runs, second)
     assert first.trained + second.trained == runs
-    assert continued.figure.stat().st_size > 5_000
+    for figure in (continued.tradeoff, continued.layerwise):
+        assert figure.stat().st_size > 5_000
     table = continued.table.read_bytes()
     assert len(table.splitlines()) == 1 + len(runs)
     assert run_study(runs, third).table.read_bytes() == table
@@ -72,23 +76,24 @@ def test_an_interrupted_study_is_continued(run_study, config, expand):
     assert _numbers(whole) == _numbers(continued)
 
 
-def test_runs_of_one_technique_share_a_trainer(
+def test_runs_of_one_technique_share_a_step(
     run_study, config, expand, monkeypatch
 ):
     made = []
 
-    class Counted(Trainer):
+    class Counted(Runner):
         def __init__(self, *args):
             super().__init__(*args)
             made.append(self)
 
-    monkeypatch.setattr(study, "Trainer", Counted)
+    monkeypatch.setattr(study, "Runner", Counted)
     config.techniques = "dense,magnitude"
     config.seeds = (0, 1)
     run_study(expand(config), _Recorder())
     assert len(made) == 2
-    for trainer in made:
-        assert trainer.train_step.experimental_get_tracing_count() == 1
+    for runner in made:
+        train = runner.trainer.steps.train
+        assert train.experimental_get_tracing_count() == 1
 
 
 @pytest.mark.parametrize(
@@ -97,7 +102,7 @@ def test_runs_of_one_technique_share_a_trainer(
 def test_what_cannot_be_built_is_known_before_training(
     run_study, config, expand, pattern, text
 ):
-    config.keep_dense = pattern
+    config.magnitude.keep_dense = pattern
     recorder = _Recorder()
     with pytest.raises(ValueError, match=text):
         run_study(expand(config), recorder)
@@ -157,6 +162,8 @@ def test_the_time_left_goes_by_the_pace_of_each_technique(
             test_loss=1.0,
             train_loss=1.0,
             seconds=seconds,
+            peak_memory=1.0,
+            parameters_trained=1,
         )
 
     config.techniques = "magnitude,l0"

@@ -13,6 +13,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 QUICK = (
     "--config.steps=3",
+    "--config.seeds=0,",
     "--config.techniques=dense,magnitude",
     "--config.magnitude.sparsities=0.5,0.9",
 )
@@ -34,14 +35,15 @@ def test_trains_once_and_writes_everything(tmp_path):
         result = _run(f"--workdir={tmp_path}", *QUICK)
         assert result.returncode == 0, result.stderr
         assert result.stderr == ""
-        assert str(tmp_path / "tradeoff.png") in result.stdout
+        for figure in ("tradeoff.png", "layerwise.png"):
+            assert str(tmp_path / figure) in result.stdout
+            assert (tmp_path / figure).stat().st_size > 5_000
         assert ("nothing to train" in result.stdout) == (
             time_of_run == "second"
         )
         with (tmp_path / "results.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         assert [row["sparsity"] for row in rows] == ["", "0.5", "0.9"]
-    assert (tmp_path / "tradeoff.png").stat().st_size > 5_000
 
 
 @pytest.mark.parametrize(
@@ -85,7 +87,7 @@ def test_an_interrupt_ends_it_with_one_line(tmp_path):
     )
     try:
         deadline = time.monotonic() + 120
-        while not (tmp_path / "runs").exists():
+        while not (tmp_path / "checkpoints").exists():
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.1)
@@ -95,5 +97,8 @@ def test_an_interrupt_ends_it_with_one_line(tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130
-    assert stderr.strip().count("\n") == 0
-    assert "same command" in stderr
+    lines = stderr.strip().splitlines()
+    assert len(lines) == 2, stderr
+    assert "SIGINT received" in lines[0]
+    assert "same command" in lines[1]
+    assert list((tmp_path / "checkpoints").glob("dense*/step-*"))

@@ -126,6 +126,113 @@ class ToyTask(Task):
         return {"x": self.points[part], "y": self.labels[part]}
 
 
+class GivenTask(Task):
+    """Regression on given examples in their order, so that steps are known.
+
+    Step k sees the k-th `batch_size` rows of the arrays.
+
+    Args:
+        make_model: Makes the model of `x`.
+        make_optimizer: Makes its optimizer.
+        arrays: Examples by name: "x", "y" of the shape of the outputs, and if
+            they are not all ones, "weight".
+        batch_size: The global batch size.
+    """
+
+    metric_names = ("error", "loss")
+
+    def __init__(self, make_model, make_optimizer, arrays, *, batch_size):
+        self.make_model = make_model
+        self.make_optimizer = make_optimizer
+        self.arrays = {
+            "weight": np.ones(len(arrays["x"]), np.float32),
+            **arrays,
+        }
+        self.batch_size = batch_size
+        self.eval_batches = len(arrays["x"]) // batch_size
+        #: What `measure` saw in training, if it is set to a list: dictionaries
+        #: with the step, the replica, the batch and the outputs.
+        self.seen = None
+
+    def configuration(self):
+        return {"batch_size": self.batch_size}
+
+    def build_model(self):
+        keras.utils.set_random_seed(0)
+        return self.make_model()
+
+    def build_optimizer(self, model):
+        self.optimizer = self.make_optimizer()
+        return self.optimizer
+
+    def train_dataset(self, context, step):
+        return self._batches(context).skip(
+            step * context.num_replicas_in_sync
+        )
+
+    def eval_dataset(self, context):
+        return self._batches(context)
+
+    def rows(self, step):
+        """The examples of a step."""
+        part = slice(step * self.batch_size, (step + 1) * self.batch_size)
+        return {name: array[part] for name, array in self.arrays.items()}
+
+    def losses(self, outputs, batch):
+        """The squared errors, one of each example."""
+        errors = tf.square(tf.cast(outputs, tf.float32) - batch["y"])
+        return tf.reduce_mean(tf.reshape(errors, [len(errors), -1]), axis=1)
+
+    def measure(self, model, batch, training):
+        outputs = model(batch["x"], training=training)
+        if training and self.seen is not None:
+            self._note(batch, outputs)
+        losses, weight = self.losses(outputs, batch), batch["weight"]
+        return {
+            # Not weighted, so that the two have other means.
+            "error": (
+                tf.reduce_sum(tf.sqrt(losses)),
+                tf.cast(len(losses), tf.float32),
+            ),
+            "loss": (tf.reduce_sum(weight * losses), tf.reduce_sum(weight)),
+        }
+
+    def _batches(self, context):
+        return (
+            tf.data.Dataset.from_tensor_slices(self.arrays)
+            .batch(
+                context.get_per_replica_batch_size(self.batch_size),
+                drop_remainder=True,
+            )
+            .repeat()
+        )
+
+    def _note(self, batch, outputs):
+        context = tf.distribute.get_replica_context()
+
+        def note(step, replica, outputs, *values):
+            self.seen.append(
+                {
+                    "step": int(step),
+                    "replica": int(replica),
+                    "outputs": outputs,
+                    **dict(zip(batch, values, strict=True)),
+                }
+            )
+            return np.int32(0)
+
+        tf.numpy_function(
+            note,
+            [
+                keras.ops.convert_to_tensor(self.optimizer.iterations),
+                context.replica_id_in_sync_group,
+                tf.cast(outputs, tf.float32),
+                *batch.values(),
+            ],
+            tf.int32,
+        )
+
+
 def values(trainer):
     """Copies of all variables of a trainer's model and optimizer.
 

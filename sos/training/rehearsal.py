@@ -1,0 +1,329 @@
+"""Rehearses a step for the TPU on a machine that has none.
+
+```
+strategy = rehearsal.rehearsal_strategy(8)
+with strategy.scope():
+    model = ...
+
+@tf.function
+def train(batch):
+    def step(batch): ...  # no lambda: the cluster is named after the function
+    return strategy.run(step, args=(batch,))
+
+rehearsal.check(train.get_concrete_function(batch_spec))
+```
+
+The strategy is TensorFlow's own TPUStrategy, told of a TPU that does not exist.
+Under it a step is traced into the very cluster that a TPU would compile, and
+every operation of the cluster is looked up in a table of what that compiler
+accepts. Nothing can be run: numbers, speed and memory stay unknown
+(`benchmarks/tpu_compile.py` in the source tree goes on to the compiler itself).
+
+The table, data/tpu_ops_tf2.20.json, gives for each operation its kernels, and
+for each kernel the types that it takes. It is the registry of the newest
+TensorFlow for TPUs: the kernels of the device XLA_TPU_JIT that
+`tensorflow.python.framework.kernels.get_all_registered_kernels()` lists in
+tensorflow-tpu 2.20.0 with libtpu 0.0.21, after a first call of
+`experimental_get_compiler_ir` has loaded them, which needs no TPU either.
+"""
+
+import collections
+import dataclasses
+import functools
+import importlib.resources
+import json
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import tensorflow as tf
+
+# TensorFlow has no public name for it.
+from tensorflow.python.tpu.tpu_system_metadata import TPUSystemMetadata
+
+_TABLE = "tpu_ops_tf2.20.json"
+_HOST = "/job:localhost/replica:0/task:0/device:"
+_Device = collections.namedtuple("_Device", ["name", "device_type"])
+
+# They frame a cluster and are gone when it is compiled.
+_FRAME = ("TPUReplicateMetadata", "TPUCompilationResult")
+
+
+class _Resolver(tf.distribute.cluster_resolver.ClusterResolver):
+    """Describes one host with a TPU that does not exist."""
+
+    task_type = "localhost"
+    task_id = 0
+    environment = ""
+    tpu_topology = None
+    tpu_hardware_feature = None
+
+    def __init__(self, cores: int) -> None:
+        self._cores = cores
+
+    def get_tpu_system_metadata(self) -> TPUSystemMetadata:
+        return TPUSystemMetadata(
+            num_cores=self._cores,
+            num_hosts=1,
+            num_of_cores_per_host=self._cores,
+            topology=None,
+            devices=[
+                _Device(f"{_HOST}CPU:0", "CPU"),
+                *(
+                    _Device(f"{_HOST}TPU:{i}", "TPU")
+                    for i in range(self._cores)
+                ),
+            ],
+        )
+
+    def cluster_spec(self) -> tf.train.ClusterSpec:
+        return tf.train.ClusterSpec({})
+
+    def master(self, *args: Any, **kwargs: Any) -> str:
+        return ""
+
+    def num_accelerators(self, *args: Any, **kwargs: Any) -> dict[str, int]:
+        return {"TPU": self._cores}
+
+    def get_job_name(self) -> str:
+        return "localhost"
+
+    def get_coordination_service_leader(self) -> str:
+        return ""
+
+
+def rehearsal_strategy(replicas: int) -> tf.distribute.TPUStrategy:
+    """Makes a TPUStrategy on a machine without a TPU, for tracing only.
+
+    Its variables lie in the host's memory, where TensorFlow puts what it finds
+    no device for. They can be assigned, read and saved outside of
+    `strategy.run`; to run a function with a cluster is an error. The process
+    is left as it was, and may use other strategies.
+
+    Args:
+        replicas: The number of replicas, one for each core; at least 1.
+
+    Returns:
+        The strategy.
+
+    Raises:
+        ValueError: If `replicas` is no positive integer.
+        RuntimeError: If soft device placement is off, without which variables
+            cannot be created.
+    """
+    try:
+        valid = operator.index(replicas) >= 1
+    except TypeError:
+        valid = False
+    if not valid:
+        raise ValueError(
+            "`replicas` must be an integer of at least 1. "
+            f"Received: replicas={replicas!r}"
+        )
+    if not tf.config.get_soft_device_placement():
+        raise RuntimeError(
+            "A rehearsal needs soft device placement, TensorFlow's default, as "
+            "there is no TPU to put variables on. Remove "
+            "`tf.config.set_soft_device_placement(False)`."
+        )
+    return tf.distribute.TPUStrategy(_Resolver(operator.index(replicas)))
+
+
+def check(function: Any) -> None:
+    """Raises if a function holds anything that a TPU does not accept.
+
+    Args:
+        function: As for `violations`.
+
+    Raises:
+        ValueError: If there are violations, with all of them in its text, or
+            there is nothing to check.
+        TypeError: If it is not a concrete function.
+    """
+    found = violations(function)
+    if found:
+        lines = "".join(f"\n- {line}" for line in found)
+        raise ValueError(
+            "The TPU compiler would not accept this function. Do on the host "
+            "what a TPU cannot do (decoding, strings, prints), choose another "
+            "operation or type, and give every tensor a static shape, inputs "
+            "too (`drop_remainder=True`; without it their operation is "
+            f"XlaSetDynamicDimensionSize):{lines}"
+        )
+
+
+def violations(function: Any) -> list[str]:
+    """Lists what a TPU does not accept in a traced function.
+
+    All operations that `strategy.run` put into TPU clusters are looked at, in
+    host loops around clusters and in loops, branches and functions inside of
+    them: the operation and its types must be in the table, and all shapes must
+    be static. An operation that TensorFlow could move to the host, at the price
+    of a transfer in every step, is a violation.
+
+    Args:
+        function: A concrete function, from `get_concrete_function` of a
+            `tf.function` that calls `run` of a `rehearsal_strategy`.
+
+    Returns:
+        One line for each kind of violation, with its number and an example.
+        Of tensors without a static shape only those are listed where it begins.
+
+    Raises:
+        TypeError: If it is not a concrete function.
+        ValueError: If it holds no TPU cluster, so that there is nothing to
+            check.
+    """
+    graph = getattr(function, "graph", None)
+    if not isinstance(graph, tf.Graph):
+        raise TypeError(
+            "Only a traced function can be checked: "
+            "`my_function.get_concrete_function(...)` of a `tf.function`. "
+            f"Received: function={function!r} of type {type(function).__name__}"
+        )
+    found: dict[str, list[str]] = {}
+    empty = True
+    for node in _cluster_nodes(graph):
+        empty = False
+        for problem in _problems(node):
+            found.setdefault(problem, []).append(node.place)
+    if empty:
+        raise ValueError(
+            "The function holds no TPU cluster, so that there is nothing to "
+            "check. It must call `strategy.run` of a `rehearsal_strategy`, "
+            f"which makes one. Received: function={function!r}"
+        )
+    return [
+        f"{problem} ({len(places)} "
+        f"{'node' if len(places) == 1 else 'nodes'}, such as {places[0]})"
+        for problem, places in found.items()
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Node:
+    """A node of a cluster, a NodeDef with the shapes of its outputs."""
+
+    definition: Any
+    place: str
+    #: Whether a tensor that it takes has no static shape.
+    dynamic_input: bool
+
+
+def _problems(node: _Node) -> Iterator[str]:
+    definition = node.definition
+    operation = definition.op
+    if operation in _FRAME:
+        return
+    kernels = _table().get(operation)
+    if kernels is None:
+        yield f"{operation}: a TPU has no such operation"
+    elif kernels:
+        wrong = [_wrong_types(definition, kernel) for kernel in kernels]
+        if all(wrong):
+            # Of several kernels the one that comes closest.
+            types = ", ".join(min(wrong, key=len))
+            yield f"{operation} with {types}: a TPU does not do it in this type"
+    if not node.dynamic_input:
+        for shape in dict.fromkeys(map(str, _dynamic_shapes(definition))):
+            yield f"{operation} of shape {shape}: the shape is not static"
+
+
+def _wrong_types(definition: Any, kernel: dict[str, set[int]]) -> list[str]:
+    wrong = []
+    for name, allowed in kernel.items():
+        value = definition.attr[name] if name in definition.attr else None
+        if value is None or not allowed:
+            continue
+        single = value.WhichOneof("value") == "type"
+        types = [value.type] if single else value.list.type
+        wrong += [
+            f"{name}={tf.as_dtype(other).name}"
+            for other in dict.fromkeys(types)
+            if other not in allowed
+        ]
+    return wrong
+
+
+def _dynamic_shapes(definition: Any) -> list[tf.TensorShape]:
+    shapes = map(tf.TensorShape, definition.attr["_output_shapes"].list.shape)
+    return [shape for shape in shapes if not shape.is_fully_defined()]
+
+
+def _cluster_nodes(graph: tf.Graph) -> Iterator[_Node]:
+    """Walks through all nodes that are in clusters, each function once."""
+    definition = graph.as_graph_def(add_shapes=True)
+    functions = {f.signature.name: f for f in definition.library.function}
+    seen = set()
+    # Nodes, whether they are in a cluster, names of arguments that have no
+    # static shape, and the name of the function.
+    pending = [(definition.node, False, frozenset(), "")]
+    while pending:
+        nodes, inside, dynamic, where = pending.pop()
+
+        # A host loop has its clusters in the body, which is a function.
+        def is_in_cluster(node: Any, inside: bool = inside) -> bool:
+            return inside or "_tpu_replicate" in node.attr
+
+        dynamic |= {
+            node.name
+            for node in nodes
+            if is_in_cluster(node) and _dynamic_shapes(node)
+        }
+        for node in nodes:
+            in_cluster = is_in_cluster(node)
+            if in_cluster:
+                sources = {i.split(":")[0] for i in node.input}
+                place = f"{node.name!r}" + (f" in {where}" if where else "")
+                yield _Node(node, place, bool(sources & dynamic))
+            for name in _called(node):
+                if name in functions and (name, in_cluster) not in seen:
+                    seen.add((name, in_cluster))
+                    called = functions[name]
+                    pending.append(
+                        (
+                            called.node_def,
+                            in_cluster,
+                            _dynamic_arguments(called)
+                            if in_cluster
+                            else frozenset(),
+                            name,
+                        )
+                    )
+
+
+def _called(node: Any) -> Iterator[str]:
+    """The names of the functions that a node calls."""
+    for value in node.attr.values():
+        if value.WhichOneof("value") == "func":
+            yield value.func.name
+        for function in value.list.func:
+            yield function.name
+
+
+def _dynamic_arguments(function: Any) -> frozenset[str]:
+    # They are no violation of their own: the caller's tensors are.
+    shapes = function.attr["_input_shapes"].list.shape
+    return frozenset(
+        argument.name
+        for argument, shape in zip(
+            function.signature.input_arg, shapes, strict=False
+        )
+        if not tf.TensorShape(shape).is_fully_defined()
+    )
+
+
+@functools.cache
+def _table() -> dict[str, list[dict[str, set[int]]]]:
+    """Kernels by operation: for each attribute, the types that it may have."""
+    file = importlib.resources.files("sos.training") / "data" / _TABLE
+    return {
+        operation: [
+            {
+                name: {tf.as_dtype(t).as_datatype_enum for t in types.split()}
+                for name, types in kernel.items()
+            }
+            for kernel in kernels
+        ]
+        for operation, kernels in json.loads(file.read_text("utf-8")).items()
+    }

@@ -1,0 +1,624 @@
+import errno
+import json
+import os
+import pathlib
+import random
+import resource
+import shutil
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from absl import logging
+
+import sos
+from sos import report_command
+from sos.training import checkpoints as checkpoints_module
+from sos.training.checkpoints import (
+    CheckpointError,
+    Checkpoints,
+    check_writable,
+    remove_unfinished,
+)
+from tests import toys
+
+CONFIGURATION = {"rate": 0.5, "seed": 1, "data": {"name": "toy", "size": 9}}
+
+
+class Trained:
+    """A model and its optimizer with values that tell the step.
+
+    They are random, as are the states of their random generators.
+    """
+
+    def __init__(self, technique="MagnitudePruning", *, step=0, units=8):
+        keras.utils.set_random_seed(0)
+        layers = keras.layers
+        self.model = sos.sparsify(
+            keras.Sequential(
+                [
+                    keras.Input((6,)),
+                    layers.Dense(units, name="a"),
+                    layers.BatchNormalization(name="norm"),
+                    layers.Dropout(0.5, name="drop"),
+                    layers.Dense(2, name="b"),
+                ],
+                name="toy",
+            ),
+            technique,
+            **toys.settings(technique),
+        )
+        self.optimizer = keras.optimizers.Adam(0.01)
+        self.optimizer.build(self.model.trainable_variables)
+        self.move_to(step)
+
+    @property
+    def variables(self):
+        return [*self.model.variables, *self.optimizer.variables]
+
+    def move_to(self, step):
+        """Gives all variables the values that they have at a step."""
+        generator = np.random.default_rng(step)
+        for variable in self.variables:
+            values = generator.random(variable.shape)
+            if "int" in variable.dtype:
+                values = generator.integers(2, size=variable.shape)
+            variable.assign(values.astype(variable.dtype))
+        self.optimizer.iterations.assign(step)
+
+    def bits(self):
+        return [
+            keras.ops.convert_to_numpy(variable).tobytes()
+            for variable in self.variables
+        ]
+
+    def is_at(self, step):
+        """Whether all values are those of a step, bit for bit."""
+        found = self.bits()
+        before = [variable.numpy() for variable in self.variables]
+        self.move_to(step)
+        expected = self.bits()
+        for variable, value in zip(self.variables, before, strict=True):
+            variable.assign(value)
+        return found == expected
+
+    def save(self, checkpoints, *steps, **notes):
+        for step in steps:
+            self.move_to(step)
+            checkpoints.save(step, self.model, self.optimizer, notes=notes)
+
+    def restore(self, checkpoints):
+        self.move_to(987)
+        return checkpoints.restore(self.model, self.optimizer)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "work" / "checkpoints"
+
+
+@pytest.fixture
+def make(folder):
+    """Makes checkpoints in one directory."""
+
+    def make(configuration=CONFIGURATION, **kwargs):
+        return Checkpoints(folder, configuration=configuration, **kwargs)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return Trained()
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """What is logged."""
+    lines = []
+    monkeypatch.setattr(
+        logging, "warning", lambda text, *values: lines.append(text % values)
+    )
+    return lines
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# What is saved comes back.
+
+
+@pytest.mark.parametrize("technique", toys.technique_names())
+def test_everything_comes_back_bit_for_bit(make, technique):
+    Trained(technique).save(make(), 12, seconds=2.5)
+    # Keras numbers what is made later differently.
+    other = Trained(technique)
+    assert any("seed_generator" in v.path for v in other.variables)
+    found = other.restore(make())
+    assert found == {"step": 12, "seconds": 2.5}
+    assert other.is_at(12)
+
+
+def test_without_checkpoints_nothing_is_restored(make, trained, folder):
+    assert trained.restore(make()) is None
+    assert make().steps() == []
+    assert not folder.exists()
+    folder.mkdir(parents=True)
+    assert trained.restore(make()) is None
+    assert trained.is_at(987)
+
+
+def test_one_step_of_several_can_be_restored(make, trained):
+    trained.save(make(), 1, 2, 3)
+    found = make().restore_step(2, trained.model, trained.optimizer)
+    assert found["step"] == 2
+    assert trained.is_at(2)
+
+
+def test_tensorflow_reads_it_without_the_engine(make, trained):
+    trained.save(make(), 3)
+    other = Trained(step=50)
+    prefix = os.path.join(make().path(3), "variables")
+    read = tf.train.Checkpoint(model=other.model, optimizer=other.optimizer)
+    read.read(prefix).assert_existing_objects_matched()
+    trained.move_to(3)
+    for name in ("weights", "trainable_variables"):
+        for variable, expected in zip(
+            getattr(other.model, name),
+            getattr(trained.model, name),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(variable, expected)
+    assert other.optimizer.iterations.numpy() == 3
+
+
+def test_the_metadata_says_what_it_is(make, trained):
+    trained.save(make(), 3, seconds=1.5)
+    path = pathlib.Path(make().path(3), "metadata.json")
+    metadata = json.loads(path.read_text())
+    assert metadata["step"] == 3
+    assert metadata["notes"] == {"seconds": 1.5}
+    assert metadata["configuration"] == CONFIGURATION
+    assert metadata["versions"] == {
+        "tensorflow": tf.__version__,
+        "keras": keras.__version__,
+    }
+    for name, size in metadata["files"].items():
+        assert path.with_name(name).stat().st_size == size
+    assert len(metadata["variables"]) == len(trained.variables)
+    assert metadata["variables"]["toy/a/kernel_mask"] == "uint8 6x8"
+
+
+def test_the_report_command_reads_it(make, trained, capsys):
+    trained.save(make(), 3)
+    report_command.main([os.path.join(make().path(3), "variables")])
+    printed = capsys.readouterr().out
+    for path, mask in toys.sparse_state(trained.model).items():
+        # It knows the layers by their places alone.
+        layer = {"a": "model/1/", "b": "model/4/"}[path.split("/")[-2]]
+        (line,) = [line for line in printed.splitlines() if layer in line]
+        assert f" {mask.size} " in line
+        assert f"{1 - mask.mean():.2%}" in line
+
+
+def test_replicas_and_one_device_read_each_others(make):
+    with toys.two_replicas().scope():
+        two = Trained()
+    two.save(make(), 4)
+    one = Trained()
+    assert one.restore(make())["step"] == 4
+    assert one.is_at(4)
+    one.save(make(), 5)
+    assert two.restore(make())["step"] == 5
+    assert two.is_at(5)
+    for variable in two.variables:
+        first, second = variable.value.values
+        assert first.numpy().tobytes() == second.numpy().tobytes()
+
+
+def test_the_names_of_steps_sort_by_number(make, trained, folder):
+    steps = [9, 99_999_999, 100_000_000, 123_456_789_012]
+    trained.save(make(), *reversed(steps[1:]), steps[0])
+    assert make().steps() == steps
+    assert "step-00000009" in names(folder)
+    assert trained.restore(make())["step"] == steps[-1]
+
+
+# How many are kept.
+
+
+@pytest.mark.parametrize(
+    ("kept", "left"),
+    [
+        ({}, [3, 4, 5, 6, 7]),
+        ({"keep": 2}, [6, 7]),
+        ({"keep": 1}, [7]),
+        ({"keep": 9}, [1, 2, 3, 4, 5, 6, 7]),
+        ({"keep": 1, "keep_every": 3}, [3, 6, 7]),
+        ({"keep": 2, "keep_every": 1}, [1, 2, 3, 4, 5, 6, 7]),
+        ({"keep": 2, "keep_every": 100}, [6, 7]),
+    ],
+    ids=str,
+)
+def test_the_newest_are_kept_and_every_kth(make, trained, folder, kept, left):
+    for step in range(1, 8):
+        trained.save(make(**kept), step)
+    assert make().steps() == left
+    assert names(folder) == [f"step-{step:08d}" for step in left]
+
+
+def test_what_cannot_be_removed_stays_and_nothing_fails(
+    make, trained, monkeypatch
+):
+    trained.save(make(), 1, 2)
+    rename = tf.io.gfile.rename
+
+    def fail_for_the_old(source, target):
+        if "old" in target:
+            raise tf.errors.PermissionDeniedError(None, None, "no")
+        return rename(source, target)
+
+    monkeypatch.setattr(tf.io.gfile, "rename", fail_for_the_old)
+    trained.save(make(keep=1), 3)
+    assert make().steps() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["keep", "keep_every"])
+def test_keeping_less_than_one_is_refused(make, name):
+    with pytest.raises(ValueError, match=f"`{name}`.*Received: {name}=0"):
+        make(**{name: 0})
+
+
+# Damage.
+
+
+def cut(name, size):
+    def damage(path):
+        os.truncate(path / name, size)
+
+    return damage
+
+
+def flip(name, place):
+    def damage(path):
+        data = bytearray((path / name).read_bytes())
+        data[int(place * len(data))] ^= 16
+        (path / name).write_bytes(data)
+
+    return damage
+
+
+def write(name, text):
+    def damage(path):
+        (path / name).write_text(text)
+
+    return damage
+
+
+def remove(name):
+    def damage(path):
+        (path / name).unlink()
+
+    return damage
+
+
+def empty(path):
+    shutil.rmtree(path)
+    path.mkdir()
+
+
+def change(**values):
+    def damage(path):
+        metadata = json.loads((path / "metadata.json").read_text())
+        (path / "metadata.json").write_text(json.dumps({**metadata, **values}))
+
+    return damage
+
+
+DATA = "variables.data-00000-of-00001"
+INDEX = "variables.index"
+DAMAGES = {
+    "data_cut": cut(DATA, 100),
+    "data_of_no_bytes": cut(DATA, 0),
+    "data_flipped_early": flip(DATA, 0.1),
+    "data_flipped_late": flip(DATA, 0.9),
+    "data_missing": remove(DATA),
+    "index_cut": cut(INDEX, 64),
+    "index_flipped": flip(INDEX, 0.3),
+    "index_missing": remove(INDEX),
+    "index_of_text": write(INDEX, "no index"),
+    "metadata_missing": remove("metadata.json"),
+    "metadata_cut": cut("metadata.json", 50),
+    "metadata_of_no_bytes": cut("metadata.json", 0),
+    "metadata_of_bytes": lambda path: (path / "metadata.json").write_bytes(
+        b"\xff\x00\x80"
+    ),
+    "metadata_of_a_list": write("metadata.json", "[1]"),
+    "metadata_of_nothing": write("metadata.json", "{}"),
+    "metadata_of_odd_files": change(files=[1]),
+    "metadata_of_odd_variables": change(variables=3),
+    "metadata_of_another_step": change(step=4),
+    "metadata_of_another_place": change(files={"../x": 3}),
+    "empty": empty,
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_the_one_before_a_damaged_one_is_used(
+    make, trained, warnings, monkeypatch, name
+):
+    trained.save(make(), 5, 10)
+    DAMAGES[name](pathlib.Path(make().path(10)))
+    assert trained.restore(make())["step"] == 5
+    assert trained.is_at(5)
+    (line,) = warnings
+    assert f"{make().path(10)} is damaged and not used: " in line
+
+
+def test_a_copy_under_the_name_of_another_step_is_damaged(
+    make, trained, warnings
+):
+    trained.save(make(), 5)
+    shutil.copytree(make().path(5), make().path(7))
+    change(step=7)(pathlib.Path(make().path(7)))
+    assert trained.restore(make())["step"] == 5
+    assert "it holds step 5" in warnings[0]
+
+
+def test_all_damaged_is_an_error(make, trained, warnings):
+    trained.save(make(), 5, 10)
+    for step in (5, 10):
+        empty(pathlib.Path(make().path(step)))
+    with pytest.raises(CheckpointError, match=r"damaged: of steps \[5, 10\]"):
+        trained.restore(make())
+    assert len(warnings) == 2
+
+
+def test_no_flipped_bit_passes_unnoticed(make, trained, warnings):
+    """Whatever the bit: the values are those saved, or it is an error."""
+    trained.save(make(), 5)
+    expected = trained.bits()
+    chance = random.Random(0)
+    refused = 0
+    for name in (DATA, INDEX):
+        path = pathlib.Path(make().path(5), name)
+        data = path.read_bytes()
+        # Near its end the index tells where the rest is.
+        ends = range(len(data) - 60, len(data)) if name == INDEX else ()
+        for place in [*chance.sample(range(len(data)), 60), *ends]:
+            changed = bytearray(data)
+            changed[place] ^= 1 << chance.randrange(8)
+            path.write_bytes(changed)
+            try:
+                trained.restore(make())
+            except CheckpointError:
+                refused += 1
+            else:
+                assert trained.bits() == expected
+        path.write_bytes(data)
+    assert refused > 100
+    assert trained.restore(make())["step"] == 5
+
+
+def test_a_damaged_one_is_written_again(make, trained, folder):
+    checkpoints = make()
+    trained.save(checkpoints, 5, 10)
+    empty(folder / "step-00000010")
+    trained.restore(checkpoints)
+    trained.save(checkpoints, 10)
+    assert trained.restore(make())["step"] == 10
+    assert trained.is_at(10)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_damaged_ones_do_not_take_the_place_of_those_that_are_kept(
+    make, trained, folder, warnings, keep
+):
+    trained.save(make(), 10, 20, 30)
+    for step in (20, 30):
+        empty(folder / f"step-{step:08d}")
+    assert trained.restore(make())["step"] == 10
+    # A save on the way to what is damaged.
+    trained.save(make(keep=keep), 15)
+    assert trained.restore(make())["step"] == 15
+
+
+# Checkpoints of something else.
+
+
+@pytest.mark.parametrize(
+    ("now", "line"),
+    [
+        ({"rate": 0.25}, "rate: 0.5 there, 0.25 now"),
+        ({"rate": None}, "rate: 0.5 there, None now"),
+        ({"seed": "1"}, "seed: 1 there, '1' now"),
+        ({"new": [1]}, "new: absent there, [1] now"),
+        ({"data": {"name": "toy"}}, "data.size: 9 there, absent now"),
+        (
+            {"data": {"name": "all", "size": 9}},
+            "data.name: 'toy' there, 'all' now",
+        ),
+        ({"data": 3}, "data: {'name': 'toy', 'size': 9} there, 3 now"),
+    ],
+    ids=str,
+)
+def test_another_configuration_is_refused(make, trained, now, line):
+    trained.save(make(), 5)
+    with pytest.raises(CheckpointError, match="another configuration") as error:
+        trained.restore(make({**CONFIGURATION, **now}))
+    assert str(error.value).splitlines()[1:] == [f"  {line}"]
+    assert make().path(5) in str(error.value)
+    # Nothing was restored.
+    assert trained.is_at(987)
+
+
+def test_a_key_that_is_gone_is_a_difference(make, trained):
+    trained.save(make({**CONFIGURATION, "old": True}), 5)
+    with pytest.raises(CheckpointError, match="old: True there, absent now"):
+        trained.restore(make())
+
+
+def test_all_differences_are_listed_up_to_a_number(make, trained):
+    trained.save(make({f"{i:02d}": i for i in range(25)}), 5)
+    with pytest.raises(CheckpointError) as error:
+        trained.restore(make({f"{i:02d}": -1 for i in range(25)}))
+    lines = str(error.value).splitlines()[1:]
+    assert len(lines) == 21
+    assert lines[7] == "  07: 7 there, -1 now"
+    assert lines[-1] == "  and 5 more"
+
+
+def test_other_variables_are_differences(make, trained):
+    trained.save(make(), 5)
+    with pytest.raises(CheckpointError) as error:
+        Trained(units=9).restore(make())
+    lines = [line.strip() for line in str(error.value).splitlines()[1:]]
+    assert "toy/a/kernel: 'float32 6x8' there, 'float32 6x9' now" in lines
+    assert "toy/a/kernel_mask: 'uint8 6x8' there, 'uint8 6x9' now" in lines
+    assert all("seed" not in line for line in lines)
+    with pytest.raises(CheckpointError) as error:
+        Trained("L0Regularization").restore(make())
+    text = str(error.value)
+    assert "toy/a/kernel_mask: 'uint8 6x8' there, absent now" in text
+    assert "toy/a/kernel_log_alpha: absent there, 'float32 6x8' now" in text
+
+
+def test_another_optimizer_is_a_difference(make, trained):
+    trained.save(make(), 5)
+    other = Trained()
+    other.optimizer = keras.optimizers.Adam(
+        keras.optimizers.schedules.CosineDecay(0.1, 9), amsgrad=True
+    )
+    other.optimizer.build(other.model.trainable_variables)
+    with pytest.raises(CheckpointError) as error:
+        other.restore(make())
+    text = str(error.value)
+    assert "optimizer/learning_rate: 'float32 scalar' there, absent" in text
+    assert "a_kernel_velocity_hat: absent there, 'float32 6x8' now" in text
+
+
+def test_the_newest_is_refused_even_if_an_older_one_fits(make, trained):
+    trained.save(make(), 5)
+    trained.save(make({"rate": 1}), 10)
+    with pytest.raises(CheckpointError, match="another configuration"):
+        trained.restore(make())
+
+
+def test_configurations_are_compared_as_a_file_holds_them(make, trained):
+    trained.save(make({"sizes": (1, 2), "rates": {1: 0.1}}), 5)
+    found = trained.restore(make({"rates": {1: 0.1}, "sizes": [1, 2]}))
+    assert found["step"] == 5
+
+
+# What killed processes leave.
+
+
+def test_leftovers_are_no_checkpoints_and_can_be_removed(make, trained, folder):
+    trained.save(make(), 5)
+    for name in (".writing-00000010", ".writing-00000010-77", ".writing-old"):
+        (folder / name).mkdir()
+        (folder / name / "variables.index").write_text("half of it")
+    (folder / "notes.txt").write_text("mine")
+    (folder / "step-5").mkdir()
+    assert make().steps() == [5]
+    assert trained.restore(make())["step"] == 5
+    remove_unfinished(folder)
+    assert names(folder) == ["notes.txt", "step-00000005", "step-5"]
+
+
+def test_there_may_be_nothing_to_remove(folder):
+    remove_unfinished(folder)
+    assert not folder.exists()
+
+
+def test_leftovers_of_the_same_step_are_written_over(make, trained, folder):
+    (folder / ".writing-00000005").mkdir(parents=True)
+    (folder / ".writing-00000005" / "variables.index").write_text("half of it")
+    (folder / ".writing-00000005" / "other").write_text("litter")
+    trained.save(make(), 5)
+    assert trained.restore(make())["step"] == 5
+    assert names(folder) == ["step-00000005"]
+    assert "other" not in names(folder / "step-00000005")
+
+
+# Where nothing can be written.
+
+
+def test_a_full_disk_leaves_what_was_there(make, folder, trained):
+    trained.save(make(), 5)
+    large = Trained(units=20_000)
+    # What a file may hold; the system says so in the midst of writing.
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError) as error:
+            large.save(make(), 10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "of step 10 could not be written" in str(error.value)
+    assert "That of step 5 is the last one that is there" in str(error.value)
+    assert names(folder) == ["step-00000005"]
+    assert trained.restore(make())["step"] == 5
+    # With room again it goes on.
+    trained.save(make(), 10)
+    assert trained.restore(make())["step"] == 10
+
+
+@pytest.mark.parametrize("where", ["_write_metadata", "fsync", "rename"])
+def test_a_failure_at_any_point_leaves_what_was_there(
+    make, folder, trained, monkeypatch, where
+):
+    trained.save(make(), 5)
+
+    def full(*arguments):
+        if where == "rename":
+            raise tf.errors.ResourceExhaustedError(None, None, "no space left")
+        raise OSError(errno.ENOSPC, "no space left")
+
+    owner = {
+        "_write_metadata": checkpoints_module.Checkpoints,
+        "fsync": os,
+        "rename": tf.io.gfile,
+    }[where]
+    monkeypatch.setattr(owner, where, full)
+    with pytest.raises(CheckpointError, match="no space left.*step 5.*Make"):
+        trained.save(make(keep=1), 10)
+    assert names(folder) == ["step-00000005"]
+    assert trained.restore(make())["step"] == 5
+
+
+def test_a_first_checkpoint_that_cannot_be_written(tmp_path, trained):
+    (tmp_path / "file").write_text("")
+    checkpoints = Checkpoints(tmp_path / "file" / "work", configuration={})
+    with pytest.raises(CheckpointError, match="There is no other one"):
+        trained.save(checkpoints, 1)
+
+
+def test_workers_that_are_not_the_chief_leave_nothing(make, trained, folder):
+    trained.save(make(), 5)
+    trained.move_to(6)
+    make(keep=1).save(6, trained.model, trained.optimizer, chief=False)
+    assert names(folder) == ["step-00000005"]
+
+
+def test_a_directory_is_checked_before_anything_is_computed(tmp_path):
+    check_writable(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    check_writable(tmp_path / "a" / "b")
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "work"):
+        with pytest.raises(CheckpointError, match="cannot be written to"):
+            check_writable(path)
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_directory_that_may_only_be_read(tmp_path, monkeypatch):
+    class Refused(tf.io.gfile.GFile):
+        def write(self, content):
+            raise tf.errors.PermissionDeniedError(None, None, "Read-only")
+
+    monkeypatch.setattr(tf.io.gfile, "GFile", Refused)
+    with pytest.raises(CheckpointError, match=f"{tmp_path}.*: Read-only. Choo"):
+        check_writable(tmp_path)

@@ -1,0 +1,219 @@
+import json
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from sos.training import strategies
+from sos.training.strategies import gather, is_chief, make_strategy
+from tests import toys
+
+TWO_WORKERS = {"worker": ["localhost:2222", "localhost:2223"]}
+
+
+@pytest.fixture(autouse=True)
+def no_tf_config(monkeypatch):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+
+
+@pytest.fixture
+def tf_config(monkeypatch):
+    """Sets TF_CONFIG to a text or to an object."""
+
+    def set_to(value):
+        text = value if isinstance(value, str) else json.dumps(value)
+        monkeypatch.setenv("TF_CONFIG", text)
+
+    return set_to
+
+
+def devices(strategy):
+    return [
+        device.split("/")[-1] for device in strategy.extended.worker_devices
+    ]
+
+
+# What is made. There is no accelerator where the tests run.
+
+
+def test_one_device():
+    strategy = make_strategy("one_device")
+    assert type(strategy) is tf.distribute.OneDeviceStrategy
+    assert devices(strategy) == ["device:CPU:0"]
+
+
+def test_mirrored_takes_all_logical_devices():
+    strategy = make_strategy("mirrored")
+    assert type(strategy) is tf.distribute.MirroredStrategy
+    assert devices(strategy) == ["device:CPU:0", "device:CPU:1"]
+
+
+def test_several_mirrored_strategies_work_in_one_process():
+    for _ in range(2):
+        strategy = make_strategy("mirrored")
+
+        @tf.function
+        def total(strategy=strategy):
+            def one():
+                context = tf.distribute.get_replica_context()
+                return context.all_reduce("sum", tf.constant(1.0))
+
+            return strategy.run(one)
+
+        (first, second) = strategy.experimental_local_results(total())
+        assert float(first) == float(second) == 2.0
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "",
+        " ",
+        "{}",
+        {"cluster": {}},
+        {"cluster": {"worker": ["localhost:2222"]}},
+        # Evaluators and parameter servers do not train.
+        {"cluster": {"worker": ["localhost:2222"], "ps": ["localhost:2223"]}},
+    ],
+)
+def test_without_other_workers_the_default_is_one_device(tf_config, config):
+    tf_config(config)
+    assert type(make_strategy()) is tf.distribute.OneDeviceStrategy
+
+
+def test_several_workers_are_found_in_the_environment(tf_config):
+    # Not to be joined here, as the task of this one is missing.
+    tf_config({"cluster": TWO_WORKERS})
+    with pytest.raises(ValueError, match="The strategy multi_worker needs"):
+        make_strategy()
+    chief = {"chief": ["localhost:2222"], "worker": ["localhost:2223"]}
+    tf_config({"cluster": chief})
+    with pytest.raises(ValueError, match="The strategy multi_worker needs"):
+        make_strategy()
+
+
+def test_names_are_those_that_the_error_lists():
+    with pytest.raises(ValueError) as error:
+        make_strategy("tpus")
+    for name in strategies.STRATEGIES:
+        assert name in str(error.value)
+    assert "Received: strategy='tpus'" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["mirrored", "multi_worker", "one_device"])
+def test_a_tpu_goes_with_no_other_strategy(name):
+    with pytest.raises(ValueError, match=f"tpu='mine' with strategy='{name}'"):
+        make_strategy(name, tpu="mine")
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"name": "tpu"}, {"tpu": "local"}], ids=str
+)
+def test_a_tpu_that_is_not_there(arguments):
+    with pytest.raises(RuntimeError, match="TPU 'local' cannot be used.*--tpu"):
+        make_strategy(**arguments)
+
+
+# Mistakes in TF_CONFIG: none may end in a wait for workers.
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "worker",
+        "[]",
+        "3",
+        '{"cluster": "localhost:2222"}',
+        '{"cluster": ["localhost:2222"]}',
+        '{"cluster": {"worker": "localhost:2222"}}',
+        '{"cluster": {"worker": ["a:1", "b:1"]}, "task": "worker"}',
+        '{"cluster": {"worker": ["a:1", "b:1"]}, "task": null}',
+    ],
+)
+@pytest.mark.parametrize("name", [None, "multi_worker"])
+def test_tf_config_that_cannot_be_read(tf_config, text, name):
+    tf_config(text)
+    with pytest.raises(ValueError, match="TF_CONFIG must be") as error:
+        make_strategy(name)
+    assert "Cause: " in str(error.value)
+    assert f"Received: {text!r}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "",
+        {},
+        {"task": {"type": "worker", "index": 0}},
+        {"cluster": {}, "task": {"type": "worker", "index": 0}},
+        {"cluster": TWO_WORKERS},
+        {"cluster": TWO_WORKERS, "task": {}},
+        {"cluster": TWO_WORKERS, "task": {"type": "worker"}},
+        {"cluster": TWO_WORKERS, "task": {"index": 0}},
+        {"cluster": TWO_WORKERS, "task": {"type": "worker", "index": 2}},
+        {"cluster": TWO_WORKERS, "task": {"type": "worker", "index": -1}},
+        {"cluster": TWO_WORKERS, "task": {"type": "worker", "index": "0"}},
+        {"cluster": TWO_WORKERS, "task": {"type": "chief", "index": 0}},
+        {"cluster": TWO_WORKERS, "task": {"type": ["worker"], "index": 0}},
+    ],
+    ids=str,
+)
+def test_tf_config_that_does_not_name_this_worker(tf_config, config):
+    tf_config(config)
+    with pytest.raises(ValueError, match="multi_worker needs.*TF_CONFIG="):
+        make_strategy("multi_worker")
+
+
+# Who writes, and what the others say.
+
+
+class SeveralWorkers(tf.distribute.MultiWorkerMirroredStrategy):
+    """What can be asked of a strategy without the other workers."""
+
+    def __init__(self, cluster, job, index):
+        self._resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+            tf.train.ClusterSpec(cluster), task_type=job, task_id=index
+        )
+
+    @property
+    def cluster_resolver(self):
+        return self._resolver
+
+
+@pytest.mark.parametrize(
+    ("cluster", "job", "index", "chief"),
+    [
+        (TWO_WORKERS, "worker", 0, True),
+        (TWO_WORKERS, "worker", 1, False),
+        ({"chief": ["a:1"], **TWO_WORKERS}, "chief", 0, True),
+        ({"chief": ["a:1"], **TWO_WORKERS}, "worker", 0, False),
+        ({"chief": ["a:1"], **TWO_WORKERS}, "worker", 1, False),
+        # TF_CONFIG says nothing: this process alone.
+        ({}, None, None, True),
+    ],
+)
+def test_one_worker_is_the_chief(cluster, job, index, chief):
+    strategy = SeveralWorkers(cluster, job, index)
+    assert is_chief(strategy) is chief
+    assert strategies.several_processes(strategy)
+
+
+@pytest.mark.parametrize("name", ["one_device", "mirrored"])
+def test_a_process_by_itself_is_the_chief(name, tf_config):
+    tf_config({"cluster": TWO_WORKERS, "task": {"type": "worker", "index": 1}})
+    strategy = make_strategy(name)
+    assert is_chief(strategy)
+    assert not strategies.several_processes(strategy)
+
+
+@pytest.mark.parametrize(
+    "make", [toys.two_replicas, tf.distribute.get_strategy]
+)
+def test_a_process_by_itself_hears_what_it_says(make):
+    # Whatever the number of its replicas; exact in float64.
+    values = [1.0 / 3.0, 2.0**53 - 1, -0.0]
+    found = gather(make(), values)
+    assert found.dtype == np.float64
+    assert found.shape == (1, 3)
+    assert found.tobytes() == np.array([values]).tobytes()
