@@ -1,4 +1,4 @@
-"""Checks what `make study` left behind: a table of runs and a figure."""
+"""Checks what `make study` left behind: a table of runs and two figures."""
 
 import argparse
 import csv
@@ -65,10 +65,11 @@ def main():
     options = parser.parse_args()
     try:
         check_results(options.workdir / "results.csv", options.runs)
-        check_figure(options.workdir / "tradeoff.png")
+        for figure in ("tradeoff.png", "layerwise.png"):
+            check_figure(options.workdir / figure)
     except (OSError, ValueError) as error:
         sys.exit(f"The study's output is wrong: {error}")
-    print(f"{options.runs} runs and their figure: correct.")
+    print(f"{options.runs} runs and their figures: correct.")
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ def make_environment(folder: pathlib.Path) -> pathlib.Path:
         reason = (lines or said.splitlines() or ["unknown"])[-1].strip()
         raise SystemExit(
             f"The compiler's environment {folder} cannot be made, which needs "
-            f"the network: {reason}"
+            f"the network and a folder to write to: {reason}"
         ) from None
     ready.write_text(REQUIREMENT, "utf-8")
     return python

@@ -181,7 +181,7 @@ class Steps:
         )
 
     @tf.function
-    def _summarize(self, driven: bool) -> tuple[tf.Tensor, tf.Tensor]:
+    def _summarize(self, driven: bool = True) -> tuple[tf.Tensor, tf.Tensor]:
         del driven  # For another trace.
         return self._strategy.run(self.summary_step)
 

@@ -166,9 +166,7 @@ class GivenTask(Task):
         return self.optimizer
 
     def train_dataset(self, context, step):
-        return self._batches(context).skip(
-            step * context.num_replicas_in_sync
-        )
+        return self._batches(context).skip(step * context.num_replicas_in_sync)
 
     def eval_dataset(self, context):
         return self._batches(context)

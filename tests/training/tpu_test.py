@@ -155,7 +155,7 @@ def traces(trainer):
             driver = sos.Driver(trainer.model, trainer.optimizer)
             driver.resume()
             stack.callback(driver.pause)
-            functions["summary"] = steps._summarize.get_concrete_function()
+            functions["summary"] = steps._summarize.get_concrete_function(True)
         functions["train"] = steps.train.get_concrete_function(
             iter(train_data), one
         )
