@@ -12,7 +12,7 @@ compiles, what memory it takes and what it computes; it cannot tell how fast.
 The compiler comes with JAX and lives in a virtual environment of its own, which
 is made on the first call (200 MB to download, 1.3 GB on the disk). With the
 small network a technique takes under a minute on two cores, with ResNet-50
-three to ten minutes and 3 GB of memory.
+magnitude pruning took seven.
 
 Figures are of one replica and one step. "Total" is the memory that is set aside
 for arguments, temporaries, code and results; variables are updated in place.

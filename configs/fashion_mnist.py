@@ -4,8 +4,45 @@ r"""Four ways to sparsity on Fashion-MNIST, compared on a small network.
         --workdir=runs/fashion_mnist
 
 or `make study`, which installs everything first. It trains 52 networks on the
-6,000 training images that the package contains, in about XX minutes on 2 CPU
-cores, and writes results.csv, tradeoff.png and layerwise.png.
+6,000 training images that the package contains, in about 7 minutes on 2 CPU
+cores, and writes results.csv, tradeoff.png and layerwise.png. Expected test
+accuracy in percent, the mean of two seeds:
+
+    sparsity                        50    80    90    95    98
+    magnitude                      86.4  86.2  85.7  83.5  79.4
+    magnitude, first layer dense   86.3  86.2  86.0  85.1  77.0
+    random                         86.5  85.4  82.9  78.0  50.2
+    variational dropout, about     86.5  86.8  86.1  85.3  82.7
+    L0, about                      86.3  86.4  86.3  85.8  85.3
+
+and 86.4 for the dense network. On 4,000 test images the standard error of an
+accuracy is 0.6 points; at 98 % that of magnitude pruning with a dense first
+layer varies by 9 points among eight seeds.
+
+In less than a minute, with two runs of every technique (so few steps need
+larger penalties for L0):
+
+    make study WORKDIR=runs/quick ARGS="--config.steps=150 \
+        --config.seeds=0, --config.magnitude.sparsities=0.5,0.9 \
+        --config.magnitude_dense_first.sparsities=0.5,0.9 \
+        --config.random.sparsities=0.5,0.9 \
+        --config.variational_dropout.penalties=0.1,1.0 \
+        --config.l0.penalties=10.0,100.0"
+
+Some techniques only:
+
+    make study WORKDIR=runs/some ARGS="--config.techniques=dense,magnitude"
+
+The number of steps, the batch size, the optimizer and the learning rate are the
+same for all techniques, and all make every layer sparse unless their title says
+otherwise. What each may choose for itself was chosen among 3 to 6 values each
+by the accuracy on the last 1,000 of the training images, after training on the
+other 5,000, where one or two seeds leave an error of about a point: when
+pruning begins and ends, when a penalty grows, the learning rates of log alpha
+and log sigma^2, and the first value of the latter. The penalties were chosen
+for the sparsities that they lead to with seeds 0 and 1, which are about those
+of pruning. The learning rate and the number of steps were chosen on the test
+images with seed 0, so that all accuracies may be slightly optimistic.
 """
 
 import ml_collections

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from models import config_flag
 from models.config_flag import define_config, parse_flags
@@ -43,6 +43,8 @@ _RUN = flags.DEFINE_string(
 )
 flags.adopt_module_key_flags(config_flag)
 flags.adopt_module_key_flags(training_flags)
+# TensorFlow tells of every save and of every sum over workers.
+flags.FLAGS.set_default("verbosity", logging.WARNING)
 
 
 def main(argv: Sequence[str]) -> None:

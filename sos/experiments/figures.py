@@ -120,12 +120,14 @@ def save_layerwise(
     Of every technique the setting is drawn whose sparsity, in the mean over
     seeds, is nearest to the one that is asked for; the legend says what it is.
     Where there are several seeds, the points are means, and bars reach from
-    the lowest to the highest value. Layers are in the order of the network.
+    the lowest to the highest value. Layers are in the order of the network;
+    one with less than a thousandth of its weights left is drawn as if it had
+    a thousandth.
 
     Args:
         path: The PNG file; it is complete or, on an error, as it was before.
         results: The runs and what they gave.
-        sparsity: The overall sparsity at which to compare, in [0, 1).
+        sparsity: The overall sparsity at which to compare, in [0, 1].
     """
     techniques = [
         dataclasses.replace(

@@ -4,9 +4,10 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import traceback
+from collections.abc import Callable, Iterator
 
 import tensorflow as tf
 from absl import logging
@@ -21,7 +22,7 @@ from sos.training.checkpoints import (
 from sos.training.records import Record
 from sos.training.reporting import Console, JsonLines, TensorBoard
 from sos.training.signals import StopRequest, exit_code
-from sos.training.strategies import several_processes
+from sos.training.strategies import gather, several_processes
 from sos.training.trainer import (
     Action,
     NonFiniteLossError,
@@ -35,6 +36,18 @@ MODES = ("train", "eval", "train_and_eval", "export")
 _CHECKPOINTS = "checkpoints"
 _POLL_SECONDS = 5.0
 
+# What TensorFlow raises in a worker when another one is gone.
+_LOST_WORKER = (
+    tf.errors.AbortedError,
+    tf.errors.CancelledError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.FailedPreconditionError,
+    tf.errors.UnavailableError,
+)
+_ABORTED = "Collective ops is aborted by: "
+
+_Report = Callable[[Record], None]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -43,7 +56,8 @@ class Settings:
     Attributes:
         mode: "train"; "eval", which follows the checkpoints in `workdir` as
             they appear and evaluates each; "train_and_eval"; or "export", which
-            writes the newest checkpoint as a SavedModel.
+            writes the newest checkpoint as a SavedModel. The second and the
+            last are for one process.
         workdir: The directory of everything that is written.
         train_steps: The number of steps of the whole training.
         save_checkpoints_steps: The number of steps between two checkpoints.
@@ -104,11 +118,12 @@ def run(settings: Settings, make_trainer: Callable[[], Trainer]) -> int:
     Returns:
         The exit code of the process: 0 when it is done; 75 when SIGTERM stopped
         it, 130 when Ctrl-C did, after everything was saved: the same command
-        continues; 1 after an error.
+        continues; 1 after an error. If another worker of the job is gone, the
+        process ends here, with the code 1.
     """
+    trainer = None
     try:
-        if settings.mode != "eval":
-            check_writable(settings.workdir)
+        check_writable(settings.workdir)
         trainer = make_trainer()
         session = _Session(settings, trainer)
         # Made later than the strategy, which may take signals for itself.
@@ -118,6 +133,10 @@ def run(settings: Settings, make_trainer: Callable[[], Trainer]) -> int:
             except Stopped as stopped:
                 _say(f"{stopped} Run the same command again to continue.")
                 return exit_code(stopped.signal)
+    except KeyboardInterrupt:
+        _say("Stopped by SIGINT before training began.")
+        # At once, as TensorFlow may be waiting for other workers.
+        os._exit(exit_code(signal.SIGINT))
     except (
         CheckpointError,
         NonFiniteLossError,
@@ -125,18 +144,22 @@ def run(settings: Settings, make_trainer: Callable[[], Trainer]) -> int:
         RuntimeError,
         OSError,
     ) as error:
+        logging.debug("Where it went wrong:", exc_info=True)
         _say(f"FATAL {error}")
         return 1
     except tf.errors.OpError as error:
-        # Anything else that TensorFlow fails with is no news of another worker.
-        if not several_processes(trainer.strategy):
+        if not _in_a_job(trainer):
             raise
-        _say(
-            "FATAL A worker of this job is gone, or cannot be reached: "
-            f"{_first_line(error)}\nStart all workers again to continue from "
-            "the last checkpoint."
-        )
+        if isinstance(error, _LOST_WORKER):
+            _say(
+                "FATAL A worker of this job is gone, or cannot be reached: "
+                f"{_reason(error)}. Start all workers again to continue from "
+                "the last checkpoint."
+            )
+        else:
+            traceback.print_exc()
         # At once, as the runtime would wait for the other workers.
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
     return 0
@@ -146,6 +169,11 @@ class _Session:
     """One run of a binary."""
 
     def __init__(self, settings: Settings, trainer: Trainer) -> None:
+        if settings.mode in ("eval", "export") and _in_a_job(trainer):
+            raise ValueError(
+                f"The mode {settings.mode} is for one process. Run it with "
+                "--strategy=one_device or mirrored, and without TF_CONFIG."
+            )
         self._settings = settings
         self._trainer = trainer
         self._checkpoints = Checkpoints(
@@ -171,26 +199,34 @@ class _Session:
         step = trainer.restore(self._checkpoints) or 0
         if step and trainer.is_chief:
             _say(f"Going on from the checkpoint of step {step:,}.")
-        with self._reporters("train", step) as reporters:
-
-            def evaluate_now(trainer: Trainer) -> None:
-                _report(reporters, trainer.evaluate(settings.train_steps))
-
-            actions = list(self._profile())
+        with (
+            self._reporter("train", step) as report,
+            self._profile(step) as actions,
+        ):
             if evaluate:
-                actions.append(
-                    Action(
-                        call=evaluate_now,
-                        every=settings.steps_per_eval,
-                        at_end=True,
-                    )
+                evaluation = Action(
+                    call=lambda trainer: report(
+                        trainer.evaluate(settings.train_steps)
+                    ),
+                    every=settings.steps_per_eval,
+                    at_end=True,
                 )
+                # Its process may have ended after a save and before the rest.
+                missed = (
+                    step > 0
+                    and evaluation.due(step, settings.train_steps)
+                    and step not in self._evaluated("train")
+                )
+                # Which the chief alone can tell.
+                if gather(trainer.strategy, [missed]).all():
+                    evaluation.call(trainer)
+                actions.append(evaluation)
             trainer.train(
                 settings.train_steps,
                 checkpoints=self._checkpoints,
                 save_every=settings.save_checkpoints_steps,
                 actions=actions,
-                on_record=reporters,
+                on_record=[report],
                 stop=stop,
             )
 
@@ -198,13 +234,13 @@ class _Session:
         """Evaluates every checkpoint once, also those still to come."""
         settings = self._settings
         waited, said = 0.0, False
-        with self._reporters("eval") as reporters:
+        with self._reporter("eval") as report:
             # The reporter has made or repaired the file.
-            done = self._evaluated()
+            done = self._evaluated("eval")
             while True:
                 new = [s for s in self._checkpoints.steps() if s not in done]
                 for step in new:
-                    self._evaluate_one(step, reporters)
+                    self._evaluate_one(step, report)
                     done.add(step)
                     if stop.requested:
                         raise Stopped(stop.requested, step, saved=True)
@@ -230,9 +266,7 @@ class _Session:
                         stop.requested, max(done, default=0), saved=True
                     )
 
-    def _evaluate_one(
-        self, step: int, reporters: Sequence[Callable[[Record], Any]]
-    ) -> None:
+    def _evaluate_one(self, step: int, report: _Report) -> None:
         trainer = self._trainer
         try:
             self._checkpoints.restore_step(
@@ -248,12 +282,16 @@ class _Session:
                 error,
             )
             return
-        _report(reporters, trainer.evaluate(self._settings.train_steps))
+        report(trainer.evaluate(self._settings.train_steps))
 
-    def _evaluated(self) -> set[int]:
-        """The steps that an earlier process has evaluated."""
-        with tf.io.gfile.GFile(self._log("eval")) as file:
-            return {json.loads(line)["step"] for line in file}
+    def _evaluated(self, kind: str) -> set[int]:
+        """The steps that were evaluated; none where no log is written."""
+        steps: set[int] = set()
+        if self._trainer.is_chief:
+            with tf.io.gfile.GFile(self._log(kind)) as file:
+                records = [json.loads(line) for line in file]
+            steps = {r["step"] for r in records if r["kind"] == "eval"}
+        return steps
 
     def _export(self) -> None:
         trainer = self._trainer
@@ -273,48 +311,74 @@ class _Session:
         return os.path.join(self._settings.workdir, f"{kind}.jsonl")
 
     @contextlib.contextmanager
-    def _reporters(
+    def _reporter(
         self, kind: str, resume_step: int | None = None
-    ) -> Iterator[list[Callable[[Record], Any]]]:
-        """What takes the records; nothing in processes that write no files."""
+    ) -> Iterator[_Report]:
+        """What takes the records; in processes that write no files, nothing."""
         with contextlib.ExitStack() as stack:
             if not self._trainer.is_chief:
-                yield []
+                yield lambda record: None
                 return
+            workdir = self._settings.workdir
             reporters = [
                 Console(),
                 JsonLines(self._log(kind), resume_step=resume_step),
-                TensorBoard(self._settings.workdir, resume_step=resume_step),
+                TensorBoard(workdir, resume_step=resume_step),
             ]
             for reporter in reporters:
                 stack.callback(reporter.close)
-            yield reporters
 
-    def _profile(self) -> Iterator[Action]:
+            def report(record: Record) -> None:
+                try:
+                    for reporter in reporters:
+                        reporter(record)
+                except (OSError, tf.errors.OpError) as error:
+                    raise OSError(
+                        f"The record of step {record.step} could not be "
+                        f"written to {workdir}: {_reason(error)}. Make room, "
+                        "and run the same command again."
+                    ) from error
+
+            yield report
+
+    @contextlib.contextmanager
+    def _profile(self, step: int) -> Iterator[list[Action]]:
+        """The actions that take a profile, if one is wanted."""
         window = self._settings.profile_steps
-        if window is None or not self._trainer.is_chief:
+        if window is None or not self._trainer.is_chief or step >= window[1]:
+            yield []
             return
         directory = os.path.join(self._settings.workdir, "profile")
-        yield Action(
-            call=lambda _: tf.profiler.experimental.start(directory),
-            at=(window[0],),
-        )
-        yield Action(
-            call=lambda _: tf.profiler.experimental.stop(), at=(window[1],)
-        )
+        with contextlib.ExitStack() as running:
 
+            def start(trainer: Trainer) -> None:
+                tf.profiler.experimental.start(directory)
+                running.callback(tf.profiler.experimental.stop)
 
-def _report(
-    reporters: Sequence[Callable[[Record], Any]], record: Record
-) -> None:
-    for reporter in reporters:
-        reporter(record)
+            if step > window[0]:
+                start(self._trainer)
+            yield [
+                Action(call=start, at=(window[0],)),
+                Action(call=lambda _: running.close(), at=(window[1],)),
+            ]
 
 
 def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def _in_a_job(trainer: Trainer | None) -> bool:
+    """Whether other processes take part; known before they have met, too."""
+    if trainer is None:
+        return bool(os.environ.get("TF_CONFIG"))
+    return several_processes(trainer.strategy)
+
+
+def _reason(error: BaseException) -> str:
+    """The line of an error that says most."""
+    text = error.message if isinstance(error, tf.errors.OpError) else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    for line in lines:
+        if _ABORTED in line:
+            return line.split(_ABORTED, 1)[1].rstrip(".")
+    return lines[0].rstrip(".") if lines else type(error).__name__

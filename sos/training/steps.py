@@ -220,8 +220,10 @@ class Steps:
         weights = totals[:, 1]
         everywhere = totals
         if self._replicas > 1:
-            everywhere = tf.distribute.get_replica_context().all_reduce(
-                tf.distribute.ReduceOp.SUM, totals
+            everywhere, penalty = (
+                tf.distribute.get_replica_context().all_reduce(
+                    tf.distribute.ReduceOp.SUM, [totals, penalty]
+                )
             )
         at = self._task.metric_names.index("loss")
         if self._replicas > 1 or self._micro_batches > 1:
@@ -280,12 +282,17 @@ class Steps:
         with tf.GradientTape() as tape:
             measured = self._task.measure(self._model, batch, training=True)
             objective = tf.math.divide_no_nan(*measured["loss"])
-            losses = self._model.losses
+            # Those of activities may be bfloat16.
+            losses = [tf.cast(x, tf.float32) for x in self._model.losses]
             penalty = tf.add_n(losses) if losses else tf.zeros([])
             objective += tf.cast(penalty, objective.dtype)
-        gradients = tape.gradient(objective, variables)
-        totals = self._totals(measured)
-        return gradients, totals, tf.cast(penalty, tf.float32)
+        # Dense, as Keras's Adam squares each occurrence of an embedding's row
+        # by itself, in place of their sum.
+        gradients = [
+            None if g is None else tf.convert_to_tensor(g)
+            for g in tape.gradient(objective, variables)
+        ]
+        return gradients, self._totals(measured), penalty
 
     def _accumulated(
         self, batch: Any
@@ -308,16 +315,12 @@ class Steps:
                 )
                 gradients, part_totals, penalty = self._gradients(part)
             weight = part_totals[at, 1]
-            dense = [
-                None
-                if g is None
-                else tf.convert_to_tensor(g) * tf.cast(weight, g.dtype)
-                for g in gradients
-            ]
             sums = [
                 None if g is None else total + g
                 for total, g in zip(
-                    sums or [0.0] * len(dense), dense, strict=True
+                    sums or [0.0] * len(gradients),
+                    [_scaled(g, weight) for g in gradients],
+                    strict=True,
                 )
             ]
             totals += part_totals
@@ -351,7 +354,7 @@ class Steps:
         by_global_norm = getattr(optimizer, "global_clipnorm", None)
         if self._replicas == 1 or not (by_value or by_norm or by_global_norm):
             return gradients
-        present = [tf.convert_to_tensor(g) for g in gradients if g is not None]
+        present = [g for g in gradients if g is not None]
         present = tf.distribute.get_replica_context().all_reduce(
             tf.distribute.ReduceOp.SUM, present
         )
@@ -369,13 +372,8 @@ class Steps:
         return [None if g is None else next(parts) for g in gradients]
 
 
-def _scaled(gradient: Any, factor: tf.Tensor) -> Any:
-    """A gradient times a number; None stays None, and rows stay rows."""
+def _scaled(gradient: tf.Tensor | None, factor: tf.Tensor) -> tf.Tensor | None:
+    """A gradient times a number; None stays None."""
     if gradient is None:
         return None
-    factor = tf.cast(factor, gradient.dtype)
-    if isinstance(gradient, tf.IndexedSlices):
-        return tf.IndexedSlices(
-            gradient.values * factor, gradient.indices, gradient.dense_shape
-        )
-    return gradient * factor
+    return gradient * tf.cast(factor, gradient.dtype)

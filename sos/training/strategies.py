@@ -3,6 +3,9 @@
 import contextlib
 import json
 import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -59,7 +62,7 @@ def make_strategy(
         return _tpu_strategy(tpu or "local")
     if name == "multi_worker":
         _check_workers()
-        return _MultiWorkerStrategy()
+        return _meet_workers()
     gpus = tf.config.list_logical_devices("GPU")
     cpus = tf.config.list_logical_devices("CPU")
     if name == "one_device":
@@ -168,6 +171,28 @@ class _MultiWorkerStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             yield
 
 
+def _meet_workers() -> tf.distribute.Strategy:
+    """Waits for the other workers, and says so."""
+    # TensorFlow may wait for an hour, and keeps SIGTERM to itself.
+    print(
+        f"Meeting the other workers of {', '.join(_workers())}. Ctrl-C ends "
+        "this, SIGTERM does not.",
+        file=sys.stderr,
+        flush=True,
+    )
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        return _MultiWorkerStrategy()
+    # Python's own handler would have to wait, too.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        return _MultiWorkerStrategy()
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _cast(kwargs: dict[str, Any], dtype: tf.DType) -> dict[str, Any]:
     """The arguments of a variable for another dtype."""
     value = kwargs["initial_value"]
@@ -224,9 +249,7 @@ def _check_workers() -> None:
     task = config["task"]
     job = config["cluster"].get(str(task.get("type")), [])
     index = task.get("index")
-    if not _workers() or not (
-        isinstance(index, int) and 0 <= index < len(job)
-    ):
+    if not _workers() or not (isinstance(index, int) and 0 <= index < len(job)):
         raise ValueError(
             "The strategy multi_worker needs the environment variable "
             "TF_CONFIG with the addresses of all workers and the task of this "

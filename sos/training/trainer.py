@@ -219,13 +219,8 @@ class Trainer:
             NonFiniteLossError: If a weight is not finite: what is kept must be
                 worth to go on from.
         """
+        self._check_weights()
         step = self.step
-        if not self.steps.weights_are_finite():
-            raise NonFiniteLossError(
-                f"A weight became NaN or infinite by step {step}, so that "
-                "nothing was saved. A lower learning rate may help.",
-                step,
-            )
         checkpoints.save(
             step,
             self.model,
@@ -272,6 +267,9 @@ class Trainer:
         )
         actions = [save, *actions] if checkpoints is not None else [*actions]
         dataset = self._distributed(self._train_dataset)
+        # What an earlier training left when it failed.
+        self.steps.take_train_metrics()
+        self.steps.take_bad_step()
         with self._driving() as driver:
             iterator = iter(dataset)
             while (step := self.step) < steps:
@@ -382,19 +380,33 @@ class Trainer:
     ) -> None:
         """Runs a loop, in parts between which masks are updated."""
         while step < end:
-            part_end = end
-            if driver is not None:
-                part_end = driver.next_update(end) or end
+            update = None if driver is None else driver.next_update(end)
+            part_end = update or end
             self.steps.train(iterator, tf.constant(part_end - step, tf.int32))
+            self._check_loss()
+            if update:
+                # Otherwise NaN scores would be refused, with less to be told.
+                self._check_weights()
             if driver is not None:
                 driver.step()
             step = part_end
+
+    def _check_loss(self) -> None:
         bad = self.steps.take_bad_step()
         if bad is not None:
             raise NonFiniteLossError(
                 f"The loss is NaN or infinite at step {bad}; checkpoints are "
                 "of steps before. A lower learning rate or penalty may help.",
                 bad,
+            )
+
+    def _check_weights(self) -> None:
+        if not self.steps.weights_are_finite():
+            raise NonFiniteLossError(
+                f"A weight became NaN or infinite by step {self.step}; "
+                "checkpoints are of steps before. A lower learning rate may "
+                "help.",
+                self.step,
             )
 
     def _record(self, step: int, end: int, steps: int, begin: float) -> Record:

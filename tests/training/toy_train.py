@@ -1,81 +1,93 @@
-"""A training binary for the tests: `models.train` with a toy task.
+"""A training binary for the tests: `models.train` with toy tasks.
 
-    python -m tests.training.toy_train --technique=MagnitudePruning \
-        --train_steps=20 --workdir=... --dump=....npz
+    python -m tests.training.toy_train --techniques=dense,MagnitudePruning \
+        --workdir=...
+
+trains one after the other, each in its folder of the work directory, and writes
+the final values of all variables beside them.
 """
 
+import dataclasses
 import os
+import pathlib
 import sys
 import time
 
-from absl import app, flags
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 import tensorflow as tf
+from absl import app, flags, logging
 
+import sos
 from sos.training import flags as training_flags
 from sos.training import modes
-from tests import toys
+from sos.training.trainer import Trainer
 from tests.training import toy_task
 
-_TECHNIQUE = flags.DEFINE_string("technique", None, "None for a dense model.")
-_TRAIN_STEPS = flags.DEFINE_integer("train_steps", 20, "Of the training.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Of all replicas.")
-_DEVICES = flags.DEFINE_integer("devices", 1, "Logical CPUs.")
+SCHEDULE = sos.PolynomialDecay(0.0, 0.8, 3, 15, frequency=3)
+
+_TECHNIQUES = flags.DEFINE_list("techniques", "dense", "With commas between.")
+_TRAIN_STEPS = flags.DEFINE_integer("train_steps", 20, "Of each training.")
+_DUMP = flags.DEFINE_string("dump", "values", "File name of the values.")
 _STEP_SECONDS = flags.DEFINE_float(
-    "step_seconds", 0.0, "How long a step takes at least."
+    "step_seconds", 0.0, "How long it takes to get a batch."
 )
-_DUMP = flags.DEFINE_string(
-    "dump", None, "File for the final values of all variables."
-)
+flags.FLAGS.set_default("verbosity", logging.WARNING)
 
 
 class SlowTask(toy_task.ToyTask):
     """A toy task that takes its time, for signals to hit it."""
 
     def train_dataset(self, context, step):
-        def wait(batch):
-            # Of one batch after the other, as nothing runs ahead.
-            with tf.control_dependencies(
-                [tf.numpy_function(_sleep, [], tf.int64)]
-            ):
-                return tf.nest.map_structure(tf.identity, batch)
-
         batches = super().train_dataset(context, step)
-        return batches.map(wait) if _STEP_SECONDS.value else batches
+        seconds = _STEP_SECONDS.value
+        return batches.map(lambda batch: _after(seconds, batch))
 
 
-def _sleep():
-    time.sleep(_STEP_SECONDS.value)
-    return 0
+def make_task(technique, task_class=toy_task.ToyTask):
+    """The task of a technique, for the program and what it is compared with."""
+    if technique == "dense":
+        return task_class()
+    pruning = issubclass(sos.techniques()[technique], sos.PruningWrapper)
+    overrides = {"schedule": SCHEDULE} if pruning else {}
+    return task_class(technique, **overrides)
+
+
+def _after(seconds, batch):
+    def sleep():
+        time.sleep(seconds)
+        return np.int64(0)
+
+    with tf.control_dependencies([tf.numpy_function(sleep, [], tf.int64)]):
+        return tf.nest.map_structure(tf.identity, batch)
 
 
 def main(argv):
-    tf.config.set_logical_device_configuration(
-        tf.config.list_physical_devices("CPU")[0],
-        [tf.config.LogicalDeviceConfiguration()] * _DEVICES.value,
-    )
-    trainers = []
-
-    def make_task():
-        overrides = {}
-        if _TECHNIQUE.value and "schedule" in toys.settings(_TECHNIQUE.value):
-            overrides["schedule"] = toys.Staircase(0, 700, frequency=3)
-        return SlowTask(
-            _TECHNIQUE.value, batch_size=_BATCH_SIZE.value, **overrides
-        )
-
-    def make_trainer():
-        trainers.append(training_flags.make_trainer(make_task))
-        return trainers[0]
-
     settings = training_flags.settings(_TRAIN_STEPS.value)
-    code = modes.run(settings, make_trainer)
-    if _DUMP.value and not code:
-        np.savez(_DUMP.value, **toy_task.values(trainers[0]))
-    sys.exit(code)
+    trainer = None
+    for technique in _TECHNIQUES.value:
+
+        def make_trainer(technique=technique):
+            nonlocal trainer
+            if trainer is None:
+                trainer = training_flags.make_trainer(
+                    lambda: make_task(technique, SlowTask)
+                )
+            else:
+                # A process can join the others but once.
+                trainer = Trainer(
+                    make_task(technique, SlowTask), strategy=trainer.strategy
+                )
+            return trainer
+
+        workdir = pathlib.Path(settings.workdir, technique)
+        code = modes.run(
+            dataclasses.replace(settings, workdir=str(workdir)), make_trainer
+        )
+        if code:
+            sys.exit(code)
+        np.savez(workdir / f"{_DUMP.value}.npz", **toy_task.values(trainer))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,96 @@
+"""Kills trainings of every technique and compares the weights in the end.
+
+    python -m tests.soak [--kills=50] [--seed=0] [--workdir=DIRECTORY]
+
+or `make soak`. Each technique is trained once without interruption, then killed
+with SIGKILL at random moments (while it starts, trains, or writes a checkpoint)
+and started again until it is done. The variables of the last checkpoint must be
+the same, bit for bit. Takes about ten minutes on two cores.
+"""
+
+import argparse
+import collections
+import pathlib
+import sys
+import tempfile
+import time
+
+import numpy as np
+import rich.console
+import rich.progress
+
+from tests import killing, processes
+
+
+def soak(workdir, kills, seed, console):
+    """Returns the names of the techniques whose weights differ."""
+    generator = np.random.default_rng(seed)
+    jobs = killing.jobs()
+    share = [len(part) for part in np.array_split(range(kills), len(jobs))]
+    saved = collections.Counter()
+    different = []
+    with rich.progress.Progress(console=console) as progress:
+        task = progress.add_task("kills", total=kills)
+
+        def count(step):
+            saved[step] += 1
+            progress.advance(task)
+
+        for job, number in zip(jobs, share, strict=True):
+            progress.update(task, description=job.name)
+            expected, seconds = killing.uninterrupted(
+                job, workdir / job.name / "uninterrupted"
+            )
+            found = killing.killed(
+                job,
+                workdir / job.name / "killed",
+                kills=number,
+                seconds=seconds,
+                generator=generator,
+                on_kill=count,
+            )
+            wrong = processes.differences(expected, found)
+            console.print(
+                f"{job.name}: {number} kills, "
+                + (f"DIFFERENT: {wrong}" if wrong else "the same bits")
+            )
+            if wrong:
+                different.append(job.name)
+    console.print(
+        f"{len(saved)} different last steps: {sorted(saved, key=str)}",
+        soft_wrap=True,
+    )
+    return different
+
+
+def main():
+    """Soaks, and exits with 1 if anything was lost."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=50, help="in all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--workdir", type=pathlib.Path, help="by default a temporary one"
+    )
+    options = parser.parse_args()
+    if options.kills < 1:
+        parser.error(f"--kills must be at least 1. Received: {options.kills}")
+    console = rich.console.Console(highlight=False)
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary:
+        workdir = options.workdir or pathlib.Path(temporary)
+        different = soak(workdir, options.kills, options.seed, console)
+    minutes = (time.monotonic() - begin) / 60
+    verdict = (
+        f"weights differ: {', '.join(different)}"
+        if different
+        else "all weights bit-identical to those of uninterrupted runs"
+    )
+    console.print(
+        f"{options.kills} kills over {len(killing.jobs())} techniques in "
+        f"{minutes:.1f} minutes: {verdict}."
+    )
+    sys.exit(1 if different else 0)
+
+
+if __name__ == "__main__":
+    main()

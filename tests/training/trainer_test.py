@@ -1,0 +1,742 @@
+import functools
+import signal
+
+import hypothesis
+import hypothesis.strategies as st
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import sos
+from sos.training import trainer as trainer_module
+from sos.training.checkpoints import CheckpointError, Checkpoints
+from sos.training.trainer import (
+    Action,
+    NonFiniteLossError,
+    Stopped,
+    Trainer,
+)
+from tests import toys
+from tests.training import toy_task
+from tests.training.toy_task import GivenTask, ToyTask
+
+
+@sos.register
+class TrainerSaliency(sos.PruningWrapper):
+    """What a user may write: ranks by gradients since the last update."""
+
+    uses_gradient = True
+
+    def scores(self, weight):
+        return tf.abs(weight.value * weight.state["gradient"].value)
+
+
+TECHNIQUES = [*toys.technique_names(), "TrainerSaliency"]
+
+
+def one_device():
+    return tf.distribute.OneDeviceStrategy("CPU:0")
+
+
+def make_trainer(technique=None, *, replicas=1, task=None, **arguments):
+    """A trainer of a toy task; what a `Trainer` does not take is the task's."""
+    own = {
+        name: arguments.pop(name)
+        for name in ("micro_batches", "steps_per_loop", "max_seconds_per_loop")
+        if name in arguments
+    }
+    return Trainer(
+        task or ToyTask(technique, **arguments),
+        strategy=one_device() if replicas == 1 else toys.two_replicas(),
+        **own,
+    )
+
+
+def make_checkpoints(trainer, folder, **kwargs):
+    return Checkpoints(folder, configuration=trainer.configuration(), **kwargs)
+
+
+class StopAt:
+    """Asks to stop once so many steps are done."""
+
+    def __init__(self, trainer, step, signum=signal.SIGTERM):
+        self._trainer, self._step, self._signum = trainer, step, signum
+
+    @property
+    def requested(self):
+        return self._signum if self._trainer.step >= self._step else None
+
+
+def same_bits(found, expected):
+    """Compares the values of two trainers."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].tobytes() == value.tobytes(), name
+
+
+# When loops end, and what is done between them.
+
+
+def pruned(schedule, **arguments):
+    """A trainer whose ranking notes the steps of its updates."""
+    trainer = make_trainer(
+        "MagnitudePruning",
+        schedule=schedule,
+        ranking=toys.Recorder(),
+        **arguments,
+    )
+    return trainer, trainer.steps.sparse_weights[0][0].ranking.log
+
+
+@pytest.mark.parametrize("steps_per_loop", [1, 2, 7, 100])
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (toys.Staircase(2, 9, 3), [2, 5, 8, 9]),
+        # Before the first step, and a schedule that ends with training.
+        (toys.Staircase(0, 12, 5), [0, 5, 10, 12]),
+        (toys.Staircase(1, 20, 1), list(range(1, 13))),
+        (toys.Staircase(13, 20, 1), []),
+    ],
+    ids=["odd_end", "ends_with_training", "every_step", "later"],
+)
+def test_masks_are_updated_at_the_steps_of_the_schedule(
+    steps_per_loop, schedule, expected
+):
+    trainer, log = pruned(schedule, steps_per_loop=steps_per_loop)
+    trainer.train(12)
+    assert toys.recorded(log) == expected
+    assert trainer.step == 12
+
+
+def test_the_updates_are_those_of_a_driver():
+    schedule = sos.PolynomialDecay(0.1, 0.8, 1, 9, frequency=2)
+    trainer = make_trainer(
+        "MagnitudePruning", schedule=schedule, steps_per_loop=100
+    )
+    trainer.train(11)
+    task = ToyTask("MagnitudePruning", schedule=schedule)
+    model = task.build_model()
+    optimizer = task.build_optimizer(model)
+    variables = model.trainable_variables
+    optimizer.build(variables)
+    batches = iter(task.train_dataset(tf.distribute.InputContext(), 0))
+
+    @tf.function
+    def step(batch):
+        with tf.GradientTape() as tape:
+            total, weight = task.measure(model, batch, training=True)["loss"]
+            loss = total / weight + sum(model.losses)
+        optimizer.apply(tape.gradient(loss, variables), variables)
+
+    with sos.Driver(model, optimizer) as driver:
+        for _ in range(11):
+            step(next(batches))
+            driver.step()
+    expected = {
+        name: mask
+        for name, mask in toys.sparse_state(model).items()
+        if name.endswith(":mask")
+    }
+    assert len(expected) == 2
+    for name, mask in toys.sparse_state(trainer.model).items():
+        np.testing.assert_array_equal(mask, expected[name])
+    for found, wanted in zip(
+        trainer.model.trainable_variables, variables, strict=True
+    ):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_loops_end_where_something_is_due(tmp_path):
+    trainer = make_trainer(steps_per_loop=10)
+    checkpoints = make_checkpoints(trainer, tmp_path, keep=99)
+    records, acted = [], []
+    trainer.train(
+        30,
+        checkpoints=checkpoints,
+        save_every=8,
+        actions=[Action(call=lambda t: acted.append(t.step), at=(5, 26, 99))],
+        on_record=[records.append],
+    )
+    # One step is traced, one is measured.
+    ends = [1, 2, 5, 8, 10, 16, 20, 24, 26, 30]
+    assert [record.step for record in records] == ends
+    assert checkpoints.steps() == [8, 16, 24, 30]
+    assert acted == [5, 26]
+
+
+def test_actions_are_called_in_order_after_the_save(tmp_path):
+    trainer = make_trainer(steps_per_loop=4)
+    checkpoints = make_checkpoints(trainer, tmp_path)
+    done = []
+
+    def note(name):
+        return lambda t: done.append((t.step, name, checkpoints.steps()[-1:]))
+
+    trainer.train(
+        6,
+        checkpoints=checkpoints,
+        save_every=4,
+        actions=[
+            Action(call=note("b"), every=2),
+            Action(call=note("a"), every=4, at_end=True),
+            Action(call=note("never")),
+        ],
+        on_record=[lambda record: done.append((record.step, "record", None))],
+    )
+    assert [each for each in done if each[0] in (2, 4, 6)] == [
+        (2, "record", None),
+        (2, "b", []),
+        (4, "record", None),
+        (4, "b", [4]),
+        (4, "a", [4]),
+        (6, "record", None),
+        (6, "b", [6]),
+        (6, "a", [6]),
+    ]
+
+
+@hypothesis.given(
+    st.none() | st.integers(1, 7),
+    st.lists(st.integers(0, 20), max_size=3),
+    st.booleans(),
+    st.integers(1, 20),
+)
+def test_when_an_action_is_due(every, at, at_end, last):
+    action = Action(call=print, every=every, at=tuple(at), at_end=at_end)
+    due = [
+        step
+        for step in range(1, last + 1)
+        if (every and step % every == 0)
+        or step in at
+        or (at_end and step == last)
+    ]
+    assert [s for s in range(1, last + 1) if action.due(s, last)] == due
+    for step in range(last):
+        later = [s for s in due if s > step and (s != last or not at_end)]
+        if later:
+            assert action.next_after(step) == later[0]
+
+
+def test_an_action_that_fails_ends_training_and_leaves_nothing_bound():
+    trainer = make_trainer("L0Regularization")
+
+    def fail(trainer):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        trainer.train(5, actions=[Action(call=fail, at=(3,))])
+    assert trainer.step == 3
+    assert not any(w.clock.bound for w, _ in trainer.steps.sparse_weights)
+    # It can go on.
+    trainer.train(5)
+    assert trainer.step == 5
+
+
+class Clock:
+    """A clock that moves with the steps of a trainer and not by itself."""
+
+    def __init__(self, monkeypatch, seconds_of_step):
+        self.trainer = None
+        self._seconds_of_step = seconds_of_step
+        monkeypatch.setattr(trainer_module.time, "perf_counter", self)
+
+    def __call__(self):
+        step = self.trainer.step if self.trainer else 0
+        return sum(self._seconds_of_step(i) for i in range(step))
+
+
+def test_loops_are_bounded_in_seconds(monkeypatch):
+    def seconds(step):
+        return 100.0 if step == 0 else 2.0 if step < 12 else 30.0
+
+    clock = Clock(monkeypatch, seconds)
+    clock.trainer = make_trainer(steps_per_loop=100, max_seconds_per_loop=10.0)
+    records = []
+    clock.trainer.train(20, on_record=[records.append])
+    # The first step, which is traced, says nothing; then 5 steps of 2 seconds;
+    # one loop is too long when steps take longer.
+    ends = [1, 2, 7, 12, 17, 18, 19, 20]
+    assert [record.step for record in records] == ends
+    assert [r.seconds for r in records] == [100, 2, 10, 10, 150, 30, 30, 30]
+    assert clock.trainer.seconds == 100 + 11 * 2 + 8 * 30
+    assert records[2].examples_per_second == pytest.approx(8 / 2)
+    assert records[2].seconds_left == pytest.approx(2 * 13)
+    assert records[-1].seconds_left == 0
+    # Of tracing nobody can tell how long the rest takes.
+    assert records[0].examples_per_second is None
+    assert records[0].seconds_left is None
+
+
+def test_what_is_fast_is_bounded_in_steps(monkeypatch):
+    clock = Clock(monkeypatch, lambda step: 1e-3)
+    clock.trainer = make_trainer(steps_per_loop=6)
+    records = []
+    clock.trainer.train(20, on_record=[records.append])
+    assert [record.step for record in records] == [1, 2, 6, 12, 18, 20]
+
+
+# What is computed does not depend on how.
+
+
+def toy(technique, replicas=1, **own):
+    """A trainer of all that has a state: dropout, statistics, schedules."""
+    arguments = {"batch_norm": True, "dropout": 0.3}
+    if technique and issubclass(
+        sos.techniques()[technique], sos.PruningWrapper
+    ):
+        arguments["schedule"] = sos.PolynomialDecay(0.1, 0.8, 1, 9, frequency=3)
+    return make_trainer(technique, replicas=replicas, **arguments, **own)
+
+
+STEPS = 11
+
+
+@functools.cache
+def uninterrupted(technique, replicas=1):
+    trainer = toy(technique, replicas)
+    trainer.train(STEPS)
+    return toy_task.values(trainer)
+
+
+@hypothesis.settings(max_examples=8)
+@hypothesis.given(
+    st.integers(1, 12),
+    st.none() | st.integers(1, 5),
+    st.none() | st.integers(1, 5),
+)
+def test_how_loops_are_cut_changes_no_bit(
+    tmp_path_factory, steps_per_loop, save_every, eval_every
+):
+    trainer = toy("MagnitudePruning", steps_per_loop=steps_per_loop)
+    folder = tmp_path_factory.mktemp("cut")
+    trainer.train(
+        STEPS,
+        checkpoints=make_checkpoints(trainer, folder),
+        save_every=save_every,
+        actions=[Action(call=Trainer.evaluate, every=eval_every)],
+    )
+    same_bits(toy_task.values(trainer), uninterrupted("MagnitudePruning"))
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("technique", [None, *TECHNIQUES])
+def test_stopped_training_goes_on_to_the_same_bits(
+    technique, replicas, tmp_path
+):
+    # Between mask updates, and in other loops than those of the reference.
+    first = toy(technique, replicas, steps_per_loop=3)
+    with pytest.raises(Stopped, match="by SIGTERM at step 6, saved") as stopped:
+        first.train(
+            STEPS,
+            checkpoints=make_checkpoints(first, tmp_path),
+            stop=StopAt(first, 5),
+        )
+    assert stopped.value.step == first.step == 6
+    assert stopped.value.signal == signal.SIGTERM
+    second = toy(technique, replicas, steps_per_loop=4)
+    checkpoints = make_checkpoints(second, tmp_path)
+    assert second.restore(checkpoints) == 6
+    same_bits(toy_task.values(second), toy_task.values(first))
+    second.train(STEPS, checkpoints=checkpoints)
+    assert checkpoints.steps() == [6, 11]
+    same_bits(toy_task.values(second), uninterrupted(technique, replicas))
+
+
+def test_training_may_be_continued_in_the_same_process():
+    trainer = toy("TrainerSaliency")
+    for steps in (2, 3, 3, 8, STEPS):
+        trainer.train(steps)
+        assert trainer.step == steps
+    same_bits(toy_task.values(trainer), uninterrupted("TrainerSaliency"))
+
+
+def test_micro_batches_are_resumed_too(tmp_path):
+    def make():
+        return toy("VariationalDropout", 2, micro_batches=2)
+
+    reference, first, second = make(), make(), make()
+    reference.train(STEPS)
+    first.train(4, checkpoints=make_checkpoints(first, tmp_path))
+    second.restore(make_checkpoints(second, tmp_path))
+    second.train(STEPS)
+    same_bits(toy_task.values(second), toy_task.values(reference))
+    # And they are part of what a checkpoint is of.
+    other = toy("VariationalDropout", 2, micro_batches=1)
+    with pytest.raises(CheckpointError, match="micro_batches: 2 there, 1 now"):
+        other.restore(make_checkpoints(other, tmp_path))
+
+
+def test_nothing_is_done_when_all_steps_are():
+    trainer = make_trainer("MagnitudePruning")
+    trainer.train(3)
+    before = toy_task.values(trainer)
+    done = []
+    trainer.train(
+        3,
+        actions=[Action(call=done.append, every=1, at_end=True)],
+        on_record=[done.append],
+    )
+    assert done == []
+    same_bits(toy_task.values(trainer), before)
+
+
+# Stopping.
+
+
+def test_what_is_due_is_done_before_it_stops(tmp_path):
+    trainer = make_trainer(steps_per_loop=4)
+    checkpoints = make_checkpoints(trainer, tmp_path)
+    done = []
+    with pytest.raises(Stopped) as stopped:
+        trainer.train(
+            9,
+            checkpoints=checkpoints,
+            save_every=4,
+            actions=[
+                Action(call=lambda t: done.append(t.step), every=4),
+                Action(call=lambda t: done.append("at_end"), at_end=True),
+            ],
+            stop=StopAt(trainer, 3, signal.SIGINT),
+        )
+    assert stopped.value.signal == signal.SIGINT
+    assert checkpoints.steps() == [4]
+    assert done == [4]
+
+
+def test_without_checkpoints_it_says_that_nothing_was_saved():
+    trainer = make_trainer()
+    with pytest.raises(Stopped, match="at step 1, not saved"):
+        trainer.train(9, stop=StopAt(trainer, 0))
+
+
+def test_a_request_in_the_last_loop_comes_too_late(tmp_path):
+    trainer = make_trainer()
+    checkpoints = make_checkpoints(trainer, tmp_path)
+    trainer.train(2, checkpoints=checkpoints, stop=StopAt(trainer, 2))
+    assert checkpoints.steps() == [2]
+
+
+def test_workers_stop_together(monkeypatch):
+    trainer = make_trainer()
+
+    def another_is_asked(strategy, values):
+        return np.array([values, [0.5, float(signal.SIGTERM)]])
+
+    monkeypatch.setattr(trainer_module, "gather", another_is_asked)
+    with pytest.raises(Stopped, match="SIGTERM at step 1"):
+        trainer.train(9)
+
+
+# Numbers that are not finite.
+
+
+def spoiled(at, *, of="y", replicas=1, technique=None, **arguments):
+    """A trainer whose loss is not finite at a step, for its last example."""
+    batch_size, steps = 4, 12
+    x = toys.normal(batch_size * steps, 6, seed=1)
+    y = toys.normal(batch_size * steps, 2, seed=2)
+    if at is not None:
+        {"x": x, "y": y}[of][(at + 1) * batch_size - 1] = np.nan
+    settings = {}
+    if technique == "MagnitudePruning":
+        settings["schedule"] = sos.ConstantSparsity(0.5, 1, frequency=1)
+
+    def model():
+        if technique:
+            return toys.mlp(technique, **settings)
+        return keras.Sequential(
+            [keras.Input((6,)), keras.layers.Dense(2, name="a")]
+        )
+
+    task = GivenTask(
+        model,
+        lambda: keras.optimizers.SGD(0.1),
+        {"x": x, "y": y},
+        batch_size=batch_size,
+    )
+    return make_trainer(task=task, replicas=replicas, **arguments)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("technique", [None, "MagnitudePruning"])
+def test_a_loss_that_is_not_finite_names_its_step_and_saves_nothing(
+    tmp_path, technique, replicas
+):
+    trainer = spoiled(7, technique=technique, replicas=replicas)
+    checkpoints = make_checkpoints(trainer, tmp_path)
+    records = []
+    with pytest.raises(NonFiniteLossError, match="at step 7; .* rate") as error:
+        trainer.train(
+            12,
+            checkpoints=checkpoints,
+            save_every=6,
+            on_record=[records.append],
+        )
+    assert error.value.step == 7
+    assert isinstance(error.value, ArithmeticError)
+    # The last good one is there, and nothing was told of the bad loop.
+    assert checkpoints.steps() == [6]
+    assert [record.step for record in records] == [1, 2, 6]
+    assert trainer.restore(checkpoints) == 6
+    assert trainer.steps.weights_are_finite()
+    # Nothing of it is left in what comes next.
+    trainer.train(7, on_record=[records.append])
+    assert np.isfinite(records[-1].metrics["loss"])
+
+
+def test_the_loss_of_the_last_step_is_looked_at(tmp_path):
+    trainer = spoiled(7)
+    checkpoints = make_checkpoints(trainer, tmp_path)
+    with pytest.raises(NonFiniteLossError) as error:
+        trainer.train(8, checkpoints=checkpoints)
+    assert error.value.step == 7
+    assert checkpoints.steps() == []
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    trainer = make_trainer()
+    checkpoints = make_checkpoints(trainer, tmp_path)
+
+    def spoil(record):
+        if record.step == 4:
+            trainer.model.weights[0].assign_add(tf.fill((6, 16), np.inf))
+
+    with pytest.raises(NonFiniteLossError, match="weight .* by step 4;"):
+        trainer.train(
+            9, checkpoints=checkpoints, save_every=2, on_record=[spoil]
+        )
+    assert checkpoints.steps() == [2]
+
+
+@pytest.mark.parametrize("technique", ["MagnitudePruning", None])
+def test_a_gradient_that_is_not_finite_is_found_at_the_next_look(
+    tmp_path, technique
+):
+    """The root of an error of zero: a loss of zero, a gradient of NaN."""
+    trainer = spoiled(None, technique=technique)
+    task = trainer.task
+
+    def losses(outputs, batch):
+        weight = tf.constant([0.0, 0.0, 0.0, 1.0])
+        bad = tf.cast(trainer.optimizer.iterations.value == 3, tf.float32)
+        error = tf.square(outputs - batch["y"]) * (1 - bad)
+        return weight * tf.reduce_sum(tf.sqrt(error), axis=1)
+
+    task.losses = losses
+    checkpoints = make_checkpoints(trainer, tmp_path)
+    with pytest.raises(NonFiniteLossError) as error:
+        trainer.train(9, checkpoints=checkpoints, save_every=2)
+    # The update of the masks finds it, or the save.
+    assert error.value.step == 4
+    assert "weight" in str(error.value)
+    assert checkpoints.steps() == [2]
+
+
+# Evaluation.
+
+
+def expected_metrics(trainer):
+    """Over all examples at once, without padding."""
+    task = trainer.task
+    x, y = (a[toy_task.EXAMPLES :] for a in (task.points, task.labels))
+    logits = trainer.model(x, training=False).numpy().astype(np.float64)
+    logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    return {
+        "loss": pytest.approx(-logits[np.arange(len(y)), y].mean(), rel=1e-5),
+        "accuracy": pytest.approx((logits.argmax(1) == y).mean()),
+    }
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("batch_size", [4, 8, 40])
+def test_evaluation_sees_every_example_once(replicas, batch_size):
+    trainer = make_trainer(
+        "L0Regularization",
+        replicas=replicas,
+        batch_size=batch_size,
+        batch_norm=True,
+        dropout=0.5,
+        penalty_weight=1e3,
+    )
+    for done in (0, 2):
+        trainer.train(done)
+        record = trainer.evaluate(9)
+        assert record.metrics == expected_metrics(trainer)
+        assert (record.kind, record.step, record.total_steps) == (
+            "eval",
+            done,
+            9,
+        )
+        # Again, as all of it was taken.
+        assert trainer.evaluate().metrics == record.metrics
+    assert trainer.evaluate().total_steps == 2
+
+
+def test_evaluation_leaves_training_as_it_was():
+    trainer = toy("VariationalDropout", steps_per_loop=2)
+    trainer.evaluate()
+    trainer.train(
+        STEPS,
+        actions=[Action(call=Trainer.evaluate, every=1, at_end=True)],
+    )
+    same_bits(toy_task.values(trainer), uninterrupted("VariationalDropout"))
+
+
+def test_the_record_of_an_evaluation():
+    trainer = make_trainer("MagnitudePruning")
+    trainer.train(2)
+    seconds = trainer.seconds
+    record = trainer.evaluate()
+    assert record.sparsity == sos.sparsity_report(trainer.model).sparsity == 0.5
+    assert record.learning_rate is None
+    assert record.penalty is None
+    assert record.examples_per_second is None
+    assert record.seconds_left is None
+    assert record.seconds > 0
+    assert trainer.seconds == seconds
+
+
+# Records of training.
+
+
+def test_records_tell_of_the_loop():
+    trainer = make_trainer("MagnitudePruning", steps_per_loop=4)
+    records = []
+    trainer.train(8, on_record=[records.append])
+    for record, begin in zip(records, [0, 1, 2, 4], strict=True):
+        assert record.kind == "train"
+        assert record.total_steps == 8
+        assert set(record.metrics) == {"loss", "accuracy"}
+        # Accuracies of so many examples.
+        count = record.metrics["accuracy"] * 8 * (record.step - begin)
+        assert abs(count - round(count)) < 1e-3
+        assert record.seconds > 0
+        assert record.penalty is None
+        assert record.weight_penalty == {}
+        assert record.sparsity == 0.5
+        assert list(record.weight_sparsity.values()) == [0.5, 0.5]
+        assert [p[-8:] for p in record.weight_sparsity] == [
+            "a/kernel",
+            "b/kernel",
+        ]
+        schedule = keras.optimizers.schedules.CosineDecay(0.02, 100)
+        assert record.learning_rate == pytest.approx(
+            float(schedule(record.step))
+        )
+    assert sum(r.seconds for r in records) == pytest.approx(trainer.seconds)
+
+
+@pytest.mark.parametrize("name", ["L0Regularization", "VariationalDropout"])
+def test_records_tell_penalties_as_they_stand_in_the_loss(name):
+    ramp = sos.LinearRamp(begin_step=0, end_step=10)
+    trainer = make_trainer(name, ramp=ramp, penalty_weight=0.01)
+    # An evaluation has none, before and after.
+    assert trainer.evaluate().penalty == 0
+    records, expected = [], []
+
+    def note(record):
+        records.append(record)
+        expected.append(float(sum(trainer.model.losses)))
+
+    trainer.train(6, on_record=[note])
+    for record, penalty in zip(records, expected, strict=True):
+        assert record.penalty == pytest.approx(penalty, rel=1e-5)
+        assert penalty > 0
+        assert sum(record.weight_penalty.values()) == record.penalty
+        assert list(record.weight_penalty) == list(record.weight_sparsity)
+    assert trainer.evaluate().penalty == 0
+
+
+def test_records_of_a_dense_model_have_no_sparsity():
+    trainer = make_trainer(
+        optimizer=lambda: keras.optimizers.SGD(0.25, momentum=0.9)
+    )
+    records = []
+    trainer.train(3, on_record=[records.append])
+    assert records[-1].sparsity is None
+    assert records[-1].penalty is None
+    assert records[-1].weight_sparsity == {}
+    assert records[-1].learning_rate == 0.25
+
+
+# Checkpoints of a trainer.
+
+
+def test_the_duration_goes_on_after_a_restart(tmp_path):
+    first, second = make_trainer(), make_trainer()
+    first.train(3, checkpoints=make_checkpoints(first, tmp_path))
+    checkpoints = make_checkpoints(second, tmp_path)
+    assert second.restore(checkpoints) == 3
+    assert second.seconds == first.seconds > 0
+    second.train(5)
+    assert second.seconds > first.seconds
+
+
+def test_without_a_checkpoint_nothing_is_restored(tmp_path):
+    trainer = make_trainer()
+    assert trainer.restore(make_checkpoints(trainer, tmp_path)) is None
+    assert trainer.step == 0
+
+
+def test_workers_that_see_other_checkpoints_are_refused(tmp_path, monkeypatch):
+    trainer = make_trainer()
+    checkpoints = make_checkpoints(trainer, tmp_path)
+    trainer.train(2, checkpoints=checkpoints)
+    monkeypatch.setattr(
+        trainer_module, "gather", lambda *_: np.array([[2.0], [-1.0]])
+    )
+    with pytest.raises(CheckpointError, match=r"share.*steps \[2, -1\] in"):
+        trainer.restore(checkpoints)
+
+
+def test_a_checkpoint_of_another_task_is_refused(tmp_path):
+    trainer = make_trainer("MagnitudePruning")
+    trainer.save(make_checkpoints(trainer, tmp_path))
+    other = make_trainer("MagnitudePruning", seed=1)
+    with pytest.raises(CheckpointError, match="seed: 0 there, 1 now"):
+        other.restore(make_checkpoints(other, tmp_path))
+
+
+def test_a_save_that_fails_ends_training(tmp_path, monkeypatch):
+    trainer = make_trainer()
+    checkpoints = make_checkpoints(trainer, tmp_path)
+    trainer.train(2, checkpoints=checkpoints)
+
+    def full(*arguments, **kwargs):
+        raise tf.errors.ResourceExhaustedError(None, None, "no space left")
+
+    monkeypatch.setattr(tf.train.Checkpoint, "write", full)
+    with pytest.raises(CheckpointError, match="no space left.*of step 2"):
+        trainer.train(4, checkpoints=checkpoints)
+    assert checkpoints.steps() == [2]
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"steps_per_loop": 0},
+        {"max_seconds_per_loop": 0.0},
+        {"max_seconds_per_loop": float("nan")},
+    ],
+    ids=str,
+)
+def test_loops_of_nothing_are_refused(arguments):
+    ((name, value),) = arguments.items()
+    with pytest.raises(ValueError, match=f"Received: .*{name}={value}"):
+        make_trainer(**arguments)
+
+
+@pytest.mark.parametrize("every", [0, -3])
+def test_actions_every_zero_steps_are_refused(every):
+    with pytest.raises(ValueError, match=f"Received: every={every}"):
+        Action(call=print, every=every)
+
+
+def test_batches_are_checked_before_training():
+    with pytest.raises(ValueError, match="micro_batches=3"):
+        make_trainer(micro_batches=3)
