@@ -90,7 +90,7 @@ setup(
     # Only the library: top-level `models`, `configs` or `tests` packages would
     # collide with those of whoever installs this.
     packages=find_packages(include=["sos", "sos.*"]),
-    package_data={"sos.datasets": ["data/*"]},
+    package_data={"sos.datasets": ["data/*"], "sos.training": ["data/*"]},
     include_package_data=False,
     python_requires=">=3.11",
     install_requires=INSTALL_REQUIRES,

@@ -61,9 +61,8 @@ def main(argv: Sequence[str]) -> None:
         run = _choose(
             expand(config, train_examples=len(data.y_train)), _RUN.value
         )
-        build_model = networks.builder(
-            config.model, training_flags.SYNCHRONIZED_BATCH_NORM.value
-        )
+        synchronized = training_flags.SYNCHRONIZED_BATCH_NORM.value
+        build_model = networks.builder(config.model, synchronized)
         settings = training_flags.settings(run.steps)
     except (ValueError, FileNotFoundError) as error:
         _fail(str(error))
@@ -71,7 +70,12 @@ def main(argv: Sequence[str]) -> None:
         modes.run(
             settings,
             lambda: training_flags.make_trainer(
-                lambda: Classification(run, data, build_model)
+                lambda: Classification(
+                    run,
+                    data,
+                    build_model,
+                    settings={"synchronized_batch_norm": synchronized},
+                )
             ),
         )
     )
@@ -80,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
 def _choose(runs: Sequence[Run], prefix: str) -> Run:
     matches = [run for run in runs if run.name.startswith(prefix)]
     if len(matches) != 1:
-        names = "".join(f"\n  {run.name}" for run in matches or runs)
+        names = "".join(f"\n  {run.name}" for run in (matches or runs)[:60])
         raise ValueError(
             f"--run must be the beginning of one name, not of {len(matches)}. "
             f"Received: --run={prefix}. Runs of the config:{names}"

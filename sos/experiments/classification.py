@@ -1,6 +1,6 @@
 """Image classification as a task of the training engine."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import keras
@@ -37,6 +37,8 @@ class Classification(Task):
             noise and rules go by the paths of weights.
         eval_batch_size: The number of examples in an evaluation batch, at most;
             it is lowered to a multiple of the number of replicas.
+        settings: Settings of the network that the run does not hold; a part of
+            the configuration.
 
     Attributes:
         run: As given. It may be replaced by another run of the same shape.
@@ -51,6 +53,7 @@ class Classification(Task):
         build_model: BuildModel,
         *,
         eval_batch_size: int = 1000,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.run = run
         self.batch_size = run.batch_size
@@ -58,6 +61,7 @@ class Classification(Task):
         self._test = {"image": data.x_test, "label": data.y_test}
         self._classes = len(data.class_names)
         self._build_dense = build_model
+        self._settings = dict(settings or {})
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         self._eval_batch_size = max(1, eval_batch_size // replicas) * replicas
         self.eval_batches = inputs.evaluation_batch_count(
@@ -65,8 +69,8 @@ class Classification(Task):
         )
 
     def configuration(self) -> dict[str, Any]:
-        """The fields that tell runs apart."""
-        return self.run.identity()
+        """The fields that tell runs apart, and the network's settings."""
+        return {**self.run.identity(), **self._settings}
 
     def build_model(self) -> keras.Model:
         """Makes the network, with the technique of the run."""

@@ -43,10 +43,9 @@ class Outcome:
         model_sparsity: Fraction of zeros in all weights of the model.
         test_accuracy: Fraction of the test examples classified correctly.
         test_loss: Mean cross-entropy on the test examples, in nats.
-        train_loss: Mean cross-entropy of the last tenth of the steps, in nats,
-            without penalties and with the technique's noise.
-        seconds: Duration of training and evaluation.
-        peak_memory: Peak memory of the process during the run, in MiB.
+        seconds: Duration of training and evaluation, without compilation.
+        peak_memory: Peak memory of the process during the run, in MiB; also of
+            what earlier runs left there.
         parameters_trained: The number of elements of all trainable variables,
             with those that the technique adds.
         weights: The weights of rank 2 or more, dense ones too, in the order of
@@ -57,7 +56,6 @@ class Outcome:
     model_sparsity: float
     test_accuracy: float
     test_loss: float
-    train_loss: float
     seconds: float
     peak_memory: float
     parameters_trained: int

@@ -17,7 +17,7 @@ from sos.training.checkpoints import Checkpoints, remove_unfinished
 from sos.training.memory import PeakMemory
 from sos.training.records import Record
 from sos.training.strategies import make_strategy
-from sos.training.trainer import Action, StopSource, Trainer
+from sos.training.trainer import StopSource, Trainer
 
 _SAVE_EVERY = 1000
 
@@ -41,6 +41,7 @@ class Runner:
         with strategy.scope():
             self._task = Classification(shape, data, build_model)
         self.trainer = Trainer(self._task, strategy=strategy, steps_per_loop=50)
+        self._warm = False
         self._optimizer_state = [
             keras.ops.convert_to_numpy(v)
             for v in self.trainer.optimizer.variables
@@ -64,8 +65,8 @@ class Runner:
             stop: Tells when to stop before the end.
 
         Returns:
-            What the run gave. If it was stopped in between, its peak memory and
-            training loss are those since then.
+            What the run gave. If it was stopped in between, its peak memory is
+            that since then.
 
         Raises:
             ValueError: If the run has another shape than this trainer.
@@ -79,9 +80,15 @@ class Runner:
                 "The run must have the shape of the runner. "
                 f"Received: run={run}"
             )
+        if not self._warm:
+            # So that the first run's duration is like that of the others.
+            self._reset(run)
+            self.trainer.train(1)
+            self.trainer.evaluate()
+            self._warm = True
         with PeakMemory() as memory:
             self._reset(run)
-            records = self._train(run, checkpoints, on_record, stop)
+            self._train(run, checkpoints, on_record, stop)
             evaluated = self.trainer.evaluate()
             report = sparsity_report(self.trainer.model)
         if checkpoints is not None:
@@ -91,7 +98,6 @@ class Runner:
             model_sparsity=report.model_sparsity,
             test_accuracy=evaluated.metrics["accuracy"],
             test_loss=evaluated.metrics["loss"],
-            train_loss=_mean_loss(records, last=round(0.9 * run.steps)),
             seconds=self.trainer.seconds + evaluated.seconds,
             peak_memory=memory.host,
             parameters_trained=sum(
@@ -107,7 +113,7 @@ class Runner:
         directory: Path | None,
         on_record: Callable[[Record], Any] | None,
         stop: StopSource | None,
-    ) -> list[Record]:
+    ) -> None:
         checkpoints = None
         if directory is not None:
             checkpoints = Checkpoints(
@@ -115,18 +121,13 @@ class Runner:
             )
             remove_unfinished(directory)
             self.trainer.restore(checkpoints)
-        records: list[Record] = []
         self.trainer.train(
             run.steps,
             checkpoints=checkpoints,
             save_every=_SAVE_EVERY,
-            # A loop ends there, so that the training loss is that of whole
-            # loops.
-            actions=[Action(call=_nothing, at=(round(0.9 * run.steps),))],
-            on_record=[records.append, *([on_record] if on_record else [])],
+            on_record=[on_record] if on_record else [],
             stop=stop,
         )
-        return records
 
     def _reset(self, run: Run) -> None:
         """Puts everything into the state of a run that has not begun."""
@@ -148,22 +149,8 @@ class Runner:
         ):
             own.assign(value)
         trainer.seconds = 0.0
+        trainer.saved_step = None
         if run.sparsity is not None:
             set_all(
                 trainer.model, schedule=run.technique_settings()["schedule"]
             )
-
-
-def _nothing(trainer: Trainer) -> None:
-    """Only ends a loop."""
-
-
-def _mean_loss(records: list[Record], last: int) -> float:
-    """The mean loss of the steps after `last`."""
-    total, steps, before = 0.0, 0, 0
-    for record in records:
-        if record.step > last:
-            total += record.metrics["loss"] * (record.step - before)
-            steps += record.step - before
-        before = record.step
-    return total / steps if steps else float("nan")

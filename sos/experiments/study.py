@@ -71,6 +71,9 @@ def run_study(
                 continue
             results.add(run, outcome)
             progress.finish(run, outcome)
+            if run.shape not in {other.shape for other in results.pending}:
+                # It would count as memory of the runs that follow.
+                del runners[run.shape]
     results.write_table()
     figures.save_tradeoff(results.tradeoff, results.ordered())
     figures.save_layerwise(

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,30 @@ _FOLDER = re.compile(r"step-(\d{8,})")
 _METADATA = "metadata.json"
 _VARIABLES = "variables"
 _TEMPORARY = ".writing-"
+# Errors that say nothing of the files: what they are of may pass.
+_LOST_WORKER = (
+    tf.errors.AbortedError,
+    tf.errors.CancelledError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.UnavailableError,
+)
+_NOT_DAMAGE = (
+    *_LOST_WORKER,
+    tf.errors.PermissionDeniedError,
+    tf.errors.ResourceExhaustedError,
+    tf.errors.UnauthenticatedError,
+    MemoryError,
+    PermissionError,
+)
 _SEEDS = re.compile(r"^(seed_generator)_\d+/")
 
 
 class CheckpointError(Exception):
     """A checkpoint could not be written, or none could be restored."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint cannot be read."""
 
 
 class Checkpoints:
@@ -109,9 +129,8 @@ class Checkpoints:
                 and the checkpoints that were there are as they were.
         """
         # Workers may share the directory, so each has a name of its own.
-        worker = "" if chief else f"-{os.getpid()}"
         temporary = os.path.join(
-            self.directory, f"{_TEMPORARY}{step:08d}{worker}"
+            self.directory, f"{_TEMPORARY}{step:08d}-{uuid.uuid4().hex}"
         )
         try:
             with _removed(temporary):
@@ -129,6 +148,9 @@ class Checkpoints:
                     tf.io.gfile.rmtree(self.path(step))
                 tf.io.gfile.rename(temporary, self.path(step))
                 _sync_directory(self.directory)
+        except _LOST_WORKER:
+            # Reading variables takes all workers, and one is gone.
+            raise
         except (tf.errors.OpError, OSError) as error:
             last = self.steps()
             raise CheckpointError(
@@ -190,7 +212,7 @@ class Checkpoints:
         for step in reversed(steps):
             try:
                 return self.restore_step(step, model, optimizer)
-            except _Damaged as damage:
+            except DamagedCheckpointError as damage:
                 logging.warning(
                     "The checkpoint %s is damaged and not used: %s",
                     self.path(step),
@@ -220,21 +242,39 @@ class Checkpoints:
             The "step" and notes that were saved with it.
 
         Raises:
-            CheckpointError: If it is damaged or of another configuration.
+            DamagedCheckpointError: If it is damaged.
+            CheckpointError: If it is of another configuration, or cannot be
+                read now.
         """
+        try:
+            return self._restore(step, model, optimizer)
+        except _NOT_DAMAGE as error:
+            raise CheckpointError(
+                f"The checkpoint {self.path(step)} cannot be read now: "
+                f"{_reason(error)}. Run the same command again."
+            ) from error
+
+    def _restore(
+        self,
+        step: int,
+        model: keras.Model,
+        optimizer: keras.optimizers.Optimizer,
+    ) -> dict[str, Any]:
         metadata = self._read_metadata(step)
         self._check(step, metadata, _described(model, optimizer))
         checkpoint = _checkpoint(model, optimizer)
         try:
             status = checkpoint.read(os.path.join(self.path(step), _VARIABLES))
             status.assert_existing_objects_matched().assert_consumed()
+        except _NOT_DAMAGE:
+            raise
         # What TensorFlow raises depends on where the damage is: an IndexError,
         # for one.
         except Exception as error:
-            raise _Damaged(_reason(error)) from error
+            raise DamagedCheckpointError(_reason(error)) from error
         found = int(keras.ops.convert_to_numpy(optimizer.iterations))
         if found != step:
-            raise _Damaged(f"it holds step {found}")
+            raise DamagedCheckpointError(f"it holds step {found}")
         return {"step": step, **metadata["notes"]}
 
     def _read_metadata(self, step: int) -> dict[str, Any]:
@@ -245,19 +285,23 @@ class Checkpoints:
             for name, size in metadata["files"].items():
                 found = tf.io.gfile.stat(os.path.join(folder, name)).length
                 if found != size:
-                    raise _Damaged(
+                    raise DamagedCheckpointError(
                         f"{name} has {found} bytes in place of {size}"
                     )
             if metadata["step"] != step:
-                raise _Damaged(f"{_METADATA} is of step {metadata['step']}")
+                raise DamagedCheckpointError(
+                    f"{_METADATA} is of step {metadata['step']}"
+                )
             return {
                 key: dict(metadata[key])
                 for key in ("notes", "configuration", "variables")
             }
+        except _NOT_DAMAGE:
+            raise
         except (tf.errors.OpError, OSError) as error:
-            raise _Damaged(_reason(error)) from error
+            raise DamagedCheckpointError(_reason(error)) from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise _Damaged(
+            raise DamagedCheckpointError(
                 f"{_METADATA} cannot be read ({type(error).__name__}: {error})"
             ) from error
 
@@ -296,10 +340,6 @@ class Checkpoints:
                     _remove(old)
 
 
-class _Damaged(CheckpointError):
-    """A checkpoint cannot be read."""
-
-
 def check_writable(directory: str | os.PathLike) -> None:
     """Refuses a work directory early in which nothing can be written.
 
@@ -310,7 +350,7 @@ def check_writable(directory: str | os.PathLike) -> None:
         CheckpointError: If it cannot be made or written to.
     """
     directory = os.fspath(directory)
-    probe = os.path.join(directory, f".probe-{os.getpid()}")
+    probe = os.path.join(directory, f".probe-{uuid.uuid4().hex}")
     try:
         tf.io.gfile.makedirs(directory)
         with tf.io.gfile.GFile(probe, "w") as file:

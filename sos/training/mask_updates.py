@@ -37,15 +37,11 @@ class CompiledMaskUpdate:
             updates: The sparsity to reach, by wrapper.
 
         Raises:
-            ValueError: If a score is NaN; masks of the weight stay as they are.
+            ValueError: If a score is NaN; all masks stay as they are.
         """
         if not updates:
             return
-        jobs = [
-            (wrapper, weight)
-            for wrapper in updates
-            for weight in wrapper.sparse_weights
-        ]
+        jobs = _jobs(updates)
         counts = [
             keep_count(math.prod(weight.variable.shape), updates[wrapper])
             for wrapper, weight in jobs
@@ -67,57 +63,72 @@ class CompiledMaskUpdate:
             refuse_nan(int(nan), f" of {weight.path}")
 
     def _compile(self, updates: dict[PruningWrapper, float]) -> Any:
-        def step(counts: tf.Tensor) -> tf.Tensor:
+        def step(counts: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor]:
             return mask_update_step(updates, counts)
+
+        def here(value: Any) -> tf.Tensor:
+            return self._strategy.experimental_local_results(value)[0]
 
         @tf.function
         def update(counts: tf.Tensor) -> tf.Tensor:
-            return self._strategy.run(step, args=(counts,))
+            masks, nans = self._strategy.run(step, args=(counts,))
+            nans = here(nans)
+            refused = tf.reduce_sum(nans) > 0
+            # Not on the replicas, where an assignment sends every mask to every
+            # other replica, although all have the same.
+            for (wrapper, weight), mask in zip(
+                _jobs(updates), masks, strict=True
+            ):
+                old = weight.state["mask"].value
+                wrapper.assign_mask(weight, tf.where(refused, old, here(mask)))
+            return nans
 
         return update
 
 
 def mask_update_step(
     updates: dict[PruningWrapper, float], counts: tf.Tensor
-) -> tf.Tensor:
-    """Ranks weights and sets their masks, on one replica.
+) -> tuple[list[tf.Tensor], tf.Tensor]:
+    """Ranks weights, on one replica.
 
     Args:
         updates: The sparsity to reach, by wrapper.
         counts: int32 of shape [weights]: how many elements each weight keeps.
 
     Returns:
-        int32 of shape [weights]: the number of scores that are NaN. A weight
-        with any keeps its mask.
+        The uint8 masks, one for each weight; and int32 of shape [weights], the
+        number of scores that are NaN.
     """
     groups: dict[Any, list[tuple[PruningWrapper, SparseWeight, int]]] = {}
-    place = 0
-    for wrapper in updates:
-        for weight in wrapper.sparse_weights:
-            groups.setdefault(wrapper.ranking, []).append(
-                (wrapper, weight, place)
-            )
-            place += 1
-    nans: list[Any] = [None] * place
+    for place, (wrapper, weight) in enumerate(_jobs(updates)):
+        groups.setdefault(wrapper.ranking, []).append((wrapper, weight, place))
+    masks: list[Any] = [None] * len(_jobs(updates))
+    nans = list(masks)
     for ranking, members in groups.items():
         scores = [_scores(wrapper, weight) for wrapper, weight, _ in members]
         if _ranks_by_count(ranking):
-            masks: Sequence[Any] = [
+            found: Sequence[Any] = [
                 top_k_mask_device(score, counts[i])
                 for score, (_, _, i) in zip(scores, members, strict=True)
             ]
         else:
-            masks = ranking.masks(
+            found = ranking.masks(
                 scores, [updates[wrapper] for wrapper, _, _ in members]
             )
-        for (wrapper, weight, i), score, mask in zip(
-            members, scores, masks, strict=True
-        ):
+        for (_, _, i), score, mask in zip(members, scores, found, strict=True):
             nans[i] = nan_count(score)
-            old = weight.state["mask"].value
-            new = tf.cast(mask, tf.uint8)
-            wrapper.assign_mask(weight, tf.where(nans[i] > 0, old, new))
-    return tf.stack(nans)
+            masks[i] = tf.cast(mask, tf.uint8)
+    return masks, tf.stack(nans)
+
+
+def _jobs(
+    updates: dict[PruningWrapper, float],
+) -> list[tuple[PruningWrapper, SparseWeight]]:
+    return [
+        (wrapper, weight)
+        for wrapper in updates
+        for weight in wrapper.sparse_weights
+    ]
 
 
 def _scores(wrapper: PruningWrapper, weight: SparseWeight) -> tf.Tensor:

@@ -16,6 +16,7 @@ from sos.export import export_saved_model
 from sos.training.checkpoints import (
     CheckpointError,
     Checkpoints,
+    DamagedCheckpointError,
     check_writable,
     remove_unfinished,
 )
@@ -98,6 +99,16 @@ class Settings:
                     f"`{name}` must be at least 1. "
                     f"Received: {name}={getattr(self, name)}"
                 )
+        kept, saved = (
+            self.keep_checkpoint_every_n_steps,
+            self.save_checkpoints_steps,
+        )
+        if kept is not None and kept % saved:
+            raise ValueError(
+                "`keep_checkpoint_every_n_steps` must be a multiple of "
+                "`save_checkpoints_steps`, as nothing else is saved. Received: "
+                f"{kept} and {saved}"
+            )
         if self.profile_steps is not None:
             first, last = self.profile_steps
             if not 0 < first < last <= self.train_steps:
@@ -176,6 +187,8 @@ class _Session:
             )
         self._settings = settings
         self._trainer = trainer
+        # Steps that the user was told of.
+        self._passed_over: set[int] = set()
         self._checkpoints = Checkpoints(
             os.path.join(settings.workdir, _CHECKPOINTS),
             configuration=trainer.configuration(),
@@ -205,9 +218,7 @@ class _Session:
         ):
             if evaluate:
                 evaluation = Action(
-                    call=lambda trainer: report(
-                        trainer.evaluate(settings.train_steps)
-                    ),
+                    call=lambda trainer: self._save_and_evaluate(report),
                     every=settings.steps_per_eval,
                     at_end=True,
                 )
@@ -219,7 +230,7 @@ class _Session:
                 )
                 # Which the chief alone can tell.
                 if gather(trainer.strategy, [missed]).all():
-                    evaluation.call(trainer)
+                    report(trainer.evaluate(settings.train_steps))
                 actions.append(evaluation)
             trainer.train(
                 settings.train_steps,
@@ -230,6 +241,13 @@ class _Session:
                 stop=stop,
             )
 
+    def _save_and_evaluate(self, report: _Report) -> None:
+        trainer = self._trainer
+        # An evaluation may take longer than a machine that is taken away gives.
+        if trainer.saved_step != trainer.step:
+            trainer.save(self._checkpoints)
+        report(trainer.evaluate(self._settings.train_steps))
+
     def _evaluate_all(self, stop: StopRequest) -> None:
         """Evaluates every checkpoint once, also those still to come."""
         settings = self._settings
@@ -238,9 +256,11 @@ class _Session:
             # The reporter has made or repaired the file.
             done = self._evaluated("eval")
             while True:
-                new = [s for s in self._checkpoints.steps() if s not in done]
-                for step in new:
-                    self._evaluate_one(step, report)
+                new = []
+                for step in self._checkpoints.steps():
+                    if step in done or not self._evaluate_one(step, report):
+                        continue
+                    new.append(step)
                     done.add(step)
                     if stop.requested:
                         raise Stopped(stop.requested, step, saved=True)
@@ -266,23 +286,26 @@ class _Session:
                         stop.requested, max(done, default=0), saved=True
                     )
 
-    def _evaluate_one(self, step: int, report: _Report) -> None:
+    def _evaluate_one(self, step: int, report: _Report) -> bool:
+        """Evaluates a checkpoint; False if it cannot be read, or not yet."""
         trainer = self._trainer
         try:
             self._checkpoints.restore_step(
                 step, trainer.model, trainer.optimizer
             )
-        except CheckpointError as error:
-            if step in self._checkpoints.steps():
-                raise
-            logging.warning(
-                "The checkpoint of step %d was removed before it could be "
-                "evaluated; keep more of them (--keep_checkpoint_max). (%s)",
-                step,
-                error,
-            )
-            return
+        except DamagedCheckpointError as error:
+            # On an object store it may still be on its way.
+            if step not in self._passed_over:
+                self._passed_over.add(step)
+                logging.warning(
+                    "The checkpoint of step %d is damaged, not complete yet, "
+                    "or was removed before it could be evaluated: %s",
+                    step,
+                    error,
+                )
+            return False
         report(trainer.evaluate(self._settings.train_steps))
+        return True
 
     def _evaluated(self, kind: str) -> set[int]:
         """The steps that were evaluated; none where no log is written."""
@@ -345,17 +368,19 @@ class _Session:
     def _profile(self, step: int) -> Iterator[list[Action]]:
         """The actions that take a profile, if one is wanted."""
         window = self._settings.profile_steps
-        if window is None or not self._trainer.is_chief or step >= window[1]:
+        if window is None or step >= window[1]:
             yield []
             return
         directory = os.path.join(self._settings.workdir, "profile")
         with contextlib.ExitStack() as running:
-
+            # On all workers, as loops end where an action is due.
             def start(trainer: Trainer) -> None:
+                if not trainer.is_chief:
+                    return
                 tf.profiler.experimental.start(directory)
                 running.callback(tf.profiler.experimental.stop)
 
-            if step > window[0]:
+            if step >= window[0]:
                 start(self._trainer)
             yield [
                 Action(call=start, at=(window[0],)),

@@ -14,7 +14,7 @@ class Record:
         kind: "train" for a host loop, "eval" for an evaluation.
         metrics: Means over the steps of the loop or over the evaluation set,
             by name, such as `loss` and `accuracy`.
-        learning_rate: That of the last step.
+        learning_rate: That of the step that comes next.
         sparsity: Fraction of zeros in all sparse weights together; None for a
             dense model.
         penalty: Sum of the techniques' penalties, as added to the loss.

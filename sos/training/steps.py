@@ -27,7 +27,8 @@ class Steps:
     mean over the weights of the whole batch: over all replicas and
     micro-batches, even if their weights differ, as those of sentences do. With
     several replicas gradients are clipped after they are summed; Keras alone
-    would clip each replica's.
+    would clip each replica's. What a technique with `uses_gradient` gathers are
+    gradients of the mean over a replica's micro-batch, each of equal weight.
 
     Args:
         task: What is trained.
@@ -103,6 +104,23 @@ class Steps:
                 "those of the loss itself. Received: loss_scale_factor="
                 f"{optimizer.loss_scale_factor}"
             )
+        if optimizer.use_ema and not optimizer.ema_overwrite_frequency:
+            raise ValueError(
+                "The optimizer's moving averages of the weights would be used "
+                "by nothing. Give it an `ema_overwrite_frequency`, or leave "
+                "`use_ema` away. Received: use_ema=True"
+            )
+        layers = [self._model, *self._model.layers]
+        if any(layer.compute_dtype == "float16" for layer in layers):
+            raise ValueError(
+                "float16 needs loss scaling, which the engine has not. Use "
+                "bfloat16. Received: a model that computes in float16"
+            )
+        if "loss" not in self._task.metric_names:
+            raise ValueError(
+                "The task's `metric_names` must hold 'loss'. "
+                f"Received: {self._task.metric_names}"
+            )
         batch = self._task.batch_size
         if parts < 1 or batch % (self._replicas * parts):
             raise ValueError(
@@ -159,7 +177,7 @@ class Steps:
 
         Returns:
             By weight path, the number of zeros in evaluation; and the penalty
-            of the weights that have one, zero while no driver is bound.
+            of the weights that have one, none while no driver is bound.
         """
         if not self.sparse_weights:
             return {}, {}
@@ -177,7 +195,9 @@ class Steps:
         ]
         return (
             dict(zip(paths, zeros.tolist(), strict=True)),
-            dict(zip(penalized, penalties.tolist(), strict=True)),
+            dict(zip(penalized, penalties.tolist(), strict=True))
+            if driven
+            else {},
         )
 
     @tf.function
@@ -188,6 +208,15 @@ class Steps:
     @tf.function
     def _finite(self) -> tf.Tensor:
         return self._strategy.run(self.finite_step)
+
+    @tf.function
+    def share_statistics(self) -> None:
+        """Gives all replicas the first one's batch statistics.
+
+        They are what a checkpoint holds, so that an evaluation now and one of
+        the checkpoint are the same.
+        """
+        self._strategy.run(self.share_statistics_step)
 
     def weights_are_finite(self) -> bool:
         """Whether no trainable variable holds NaN or an infinity."""
@@ -266,6 +295,19 @@ class Steps:
             tf.stack(zeros),
             tf.stack(penalties) if penalties else tf.zeros([0]),
         )
+
+    def share_statistics_step(self) -> None:
+        """Takes over the first replica's batch statistics, on one replica."""
+        context = tf.distribute.get_replica_context()
+        first = tf.equal(context.replica_id_in_sync_group, 0)
+        for variable in self._model.non_trainable_variables:
+            # Other variables are the same everywhere, or sums over replicas.
+            if variable.aggregation == "none" and variable.dtype == "float32":
+                value = variable.value
+                value = tf.where(first, value, tf.zeros_like(value))
+                variable.assign(
+                    context.all_reduce(tf.distribute.ReduceOp.SUM, value)
+                )
 
     def finite_step(self) -> tf.Tensor:
         """Whether all trainable variables are finite, on one replica."""

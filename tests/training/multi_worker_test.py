@@ -3,7 +3,6 @@
 import signal
 import time
 
-import keras
 import numpy as np
 import pytest
 
@@ -84,16 +83,14 @@ def test_workers_compute_what_the_replicas_of_one_process_do(job, task):
     found = final_values(job, task, 0)
     expected = toy_task.values(train(task, toys.two_replicas()))
     assert found.keys() == expected.keys()
-    masks = 0
     for name, value in expected.items():
         if value.dtype.kind == "f":
             np.testing.assert_allclose(
                 found[name], value, rtol=1e-4, atol=1e-5, err_msg=name
             )
         else:
+            # Masks, and the number of steps.
             np.testing.assert_array_equal(found[name], value, err_msg=name)
-            masks += name.endswith("_mask")
-    assert masks == (2 if "schedule" in toys.settings(task) else 0)
 
 
 @pytest.mark.parametrize("task", ["dense", "MagnitudePruning"])
@@ -133,9 +130,7 @@ def test_the_chief_alone_writes(job):
         }
         assert len(list((folder / "train").iterdir())) == 1
         steps = [
-            r["step"]
-            for r in processes.records(folder)
-            if r["kind"] == "train"
+            r["step"] for r in processes.records(folder) if r["kind"] == "train"
         ]
         assert steps == sorted(set(steps))
         assert steps[-1] == STEPS
@@ -253,7 +248,3 @@ def test_workers_that_see_different_checkpoints(tmp_path):
     for worker in workers:
         assert worker.wait() == 1
         assert "must see the same checkpoints" in worker.output
-
-
-def test_keras_is_not_left_with_a_policy():
-    assert keras.config.dtype_policy().name == "float32"

@@ -63,7 +63,7 @@ class ToyTask(Task):
             "technique": self.technique,
             "batch_size": self.batch_size,
             "seed": self.seed,
-            **{k: repr(v) for k, v in self.overrides.items()},
+            **{k: _described(v) for k, v in self.overrides.items()},
         }
 
     def build_model(self):
@@ -124,6 +124,13 @@ class ToyTask(Task):
 
     def _arrays(self, part):
         return {"x": self.points[part], "y": self.labels[part]}
+
+
+def _described(value):
+    """Text that is the same in every process."""
+    if isinstance(value, sos.PruningSchedule):
+        value = sos.Schedule(value)
+    return repr(value)
 
 
 class GivenTask(Task):
