@@ -2,14 +2,13 @@
 
 import dataclasses
 import pathlib
+import re
 import shutil
 import time
 
 from tests import processes
 
 STEPS = 240
-# Of the kills, those while the program still starts.
-_WHILE_STARTING = 0.15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,60 +83,121 @@ def jobs():
     ]
 
 
+@dataclasses.dataclass(frozen=True)
+class Kill:
+    """What is known of a kill.
+
+    Attributes:
+        moment: "starting", "training" or "saving", as was aimed at.
+        saved: The step of the newest checkpoint then, None if there was none.
+        unfinished: Whether a checkpoint that was being written was left.
+    """
+
+    moment: str
+    saved: int | None
+    unfinished: bool
+
+
 def uninterrupted(job, workdir):
     """Trains to the end.
 
     Returns:
-        The values at the end, and how many seconds the training itself took.
+        The values at the end, and how many seconds it took until the first
+        step was done.
     """
+    begin = time.monotonic()
     with job.start(workdir) as program:
-        program.wait_until(lambda: "step 1/" in program.output)
-        begin = time.monotonic()
-        code = program.wait()
+        program.wait_until(lambda: _step(program))
         seconds = time.monotonic() - begin
-        assert code == 0, program.output
+        assert program.wait() == 0, program.output
     return job.values(workdir), seconds
 
 
-def killed(job, workdir, *, kills, seconds, generator, on_kill=None):
+def killed(
+    job, workdir, *, moments, start_seconds, generator, on_kill=lambda kill: 0
+):
     """Trains to the end, killed on the way.
 
     Args:
         job: What to train.
         workdir: Where.
-        kills: How often to kill it. A training that ends before is repeated
-            from its last checkpoint but one.
-        seconds: How long the training takes without.
-        generator: A NumPy random generator.
-        on_kill: Called with the last saved step, None for none, after a kill.
+        moments: For each kill when it is to fall: while the program starts,
+            trains, or writes a checkpoint.
+        start_seconds: How long it takes to start.
+        generator: A NumPy random generator, of the rest.
+        on_kill: Called with each `Kill`.
 
     Returns:
         The values at the end.
     """
-    done = 0
-    while done < kills:
+    directory = job.directory(workdir)
+    waiting = list(moments)
+    while waiting:
         with job.start(workdir) as program:
-            if generator.random() < _WHILE_STARTING:
-                time.sleep(generator.uniform(0, 4))
+            if waiting[0] == "starting":
+                seconds = generator.uniform(0, start_seconds)
             else:
-                program.wait_until(
-                    lambda p=program: " step" in f" {p.output}" or not p.running
-                )
-                # Several kills are to fall into one training.
-                share = generator.uniform(0, 2 / (kills + 1))
-                time.sleep(share * seconds)
+                # So far that all kills fall into one training, about.
+                steps = generator.integers(1, 2 * STEPS // (len(moments) + 1))
+                begun = _wait_for_steps(program, steps)
+                seconds = generator.uniform(0, 0.05)
+                if begun and waiting[0] == "saving":
+                    begun = _wait_for_save(program, directory)
+                    seconds = generator.uniform(0, 0.01)
+            time.sleep(seconds)
             if not program.running:
+                # It was too late.
                 assert program.wait() == 0, program.output
-                _take_back(job.directory(workdir))
+                _take_back(directory)
                 continue
             program.kill()
-            done += 1
-            if on_kill is not None:
-                steps = processes.checkpoint_steps(job.directory(workdir))
-                on_kill(steps[-1] if steps else None)
+        saved = processes.checkpoint_steps(directory)
+        on_kill(
+            Kill(
+                moment=waiting.pop(0),
+                saved=saved[-1] if saved else None,
+                unfinished=bool(_unfinished(directory)),
+            )
+        )
     with job.start(workdir) as program:
         assert program.wait() == 0, program.output
+    # Of an earlier save nothing may be left.
+    assert not _unfinished(directory)
+    steps = [record["step"] for record in processes.records(directory)]
+    assert steps == sorted(set(steps)), steps
+    assert steps[-1] == STEPS
     return job.values(workdir)
+
+
+def _step(program):
+    """The last step that a program has told of, 0 before the first."""
+    steps = re.findall(r"^step ([\d,]+)/", program.output, re.MULTILINE)
+    return int(steps[-1].replace(",", "")) if steps else 0
+
+
+def _wait_for_steps(program, steps):
+    """Waits until so many steps are made; False if the program ended before."""
+    first = 0
+    while program.running:
+        step = _step(program)
+        first = first or step
+        if first and step >= min(first + steps, STEPS - 1):
+            return True
+        time.sleep(0.002)
+    return False
+
+
+def _wait_for_save(program, directory):
+    """Waits until a checkpoint is being written."""
+    while program.running:
+        if _unfinished(directory):
+            return True
+        time.sleep(0.0005)
+    return False
+
+
+def _unfinished(directory):
+    return list((directory / "checkpoints").glob(".writing-*"))
 
 
 def _take_back(directory):

@@ -22,18 +22,26 @@ import rich.progress
 from tests import killing, processes
 
 
+# How the kills are shared out. Most of the time goes into starting, and most
+# of what could go wrong into saving.
+MOMENTS = {"starting": 0.2, "training": 0.4, "saving": 0.4}
+
+
 def soak(workdir, kills, seed, console):
-    """Returns the names of the techniques whose weights differ."""
+    """Kills trainings.
+
+    Returns:
+        The `Kill`s, and the names of the techniques whose weights differ.
+    """
     generator = np.random.default_rng(seed)
     jobs = killing.jobs()
     share = [len(part) for part in np.array_split(range(kills), len(jobs))]
-    saved = collections.Counter()
-    different = []
+    done, different = [], []
     with rich.progress.Progress(console=console) as progress:
         task = progress.add_task("kills", total=kills)
 
-        def count(step):
-            saved[step] += 1
+        def count(kill):
+            done.append(kill)
             progress.advance(task)
 
         for job, number in zip(jobs, share, strict=True):
@@ -44,23 +52,24 @@ def soak(workdir, kills, seed, console):
             found = killing.killed(
                 job,
                 workdir / job.name / "killed",
-                kills=number,
-                seconds=seconds,
+                moments=generator.choice(
+                    list(MOMENTS), number, p=list(MOMENTS.values())
+                ),
+                start_seconds=seconds,
                 generator=generator,
                 on_kill=count,
             )
             wrong = processes.differences(expected, found)
+            saved = [k.saved for k in done[len(done) - number :]]
             console.print(
-                f"{job.name}: {number} kills, "
-                + (f"DIFFERENT: {wrong}" if wrong else "the same bits")
+                f"{job.name}: {number} kills, the last checkpoints "
+                f"{saved}: "
+                + (f"DIFFERENT: {wrong}" if wrong else "the same bits"),
+                soft_wrap=True,
             )
             if wrong:
                 different.append(job.name)
-    console.print(
-        f"{len(saved)} different last steps: {sorted(saved, key=str)}",
-        soft_wrap=True,
-    )
-    return different
+    return done, different
 
 
 def main():
@@ -78,16 +87,21 @@ def main():
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         workdir = options.workdir or pathlib.Path(temporary)
-        different = soak(workdir, options.kills, options.seed, console)
+        kills, different = soak(workdir, options.kills, options.seed, console)
     minutes = (time.monotonic() - begin) / 60
     verdict = (
         f"weights differ: {', '.join(different)}"
         if different
         else "all weights bit-identical to those of uninterrupted runs"
     )
+    moments = collections.Counter(kill.moment for kill in kills)
+    unfinished = sum(kill.unfinished for kill in kills)
     console.print(
-        f"{options.kills} kills over {len(killing.jobs())} techniques in "
-        f"{minutes:.1f} minutes: {verdict}."
+        f"{len(kills)} kills over {len(killing.jobs())} techniques "
+        f"({moments['starting']} while starting, {moments['training']} while "
+        f"training, {moments['saving']} while saving; {unfinished} left an "
+        f"unfinished checkpoint) in {minutes:.1f} minutes: {verdict}.",
+        soft_wrap=True,
     )
     sys.exit(1 if different else 0)
 

@@ -33,14 +33,24 @@ class Runner:
         data: The examples.
         build_model: Makes the dense network from the shape of an image, the
             number of classes and a seed. Its layers must have names.
+        steps_per_loop: The number of steps between two records, at most.
     """
 
-    def __init__(self, shape: Run, data: Data, build_model: BuildModel) -> None:
+    def __init__(
+        self,
+        shape: Run,
+        data: Data,
+        build_model: BuildModel,
+        *,
+        steps_per_loop: int = 50,
+    ) -> None:
         self.shape = shape.shape
         strategy = make_strategy("one_device")
         with strategy.scope():
             self._task = Classification(shape, data, build_model)
-        self.trainer = Trainer(self._task, strategy=strategy, steps_per_loop=50)
+        self.trainer = Trainer(
+            self._task, strategy=strategy, steps_per_loop=steps_per_loop
+        )
         self._warm = False
         self._optimizer_state = [
             keras.ops.convert_to_numpy(v)

@@ -49,4 +49,6 @@ def expand():
 @pytest.fixture
 def make_runner(data):
     """Makes a runner for the shape of a run."""
-    return lambda run: runner.Runner(run, data, convnet.build)
+    return lambda run, **options: runner.Runner(
+        run, data, convnet.build, **options
+    )

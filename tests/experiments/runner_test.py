@@ -67,7 +67,7 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(runs, make_runner, tmp_path):
     directory = tmp_path / "checkpoints"
     stop = _StopAt(2)
     with pytest.raises(Stopped) as stopped:
-        make_runner(run).train(
+        make_runner(run, steps_per_loop=2).train(
             run, checkpoints=directory, on_record=stop, stop=stop
         )
     assert 2 <= stopped.value.step < run.steps
