@@ -107,7 +107,7 @@ def uninterrupted(job, workdir):
     """
     begin = time.monotonic()
     with job.start(workdir) as program:
-        program.wait_until(lambda: _step(program))
+        program.wait_until(lambda: steps_told(program))
         seconds = time.monotonic() - begin
         assert program.wait() == 0, program.output
     return job.values(workdir), seconds
@@ -169,7 +169,7 @@ def killed(
     return job.values(workdir)
 
 
-def _step(program):
+def steps_told(program):
     """The last step that a program has told of, 0 before the first."""
     steps = re.findall(r"^step ([\d,]+)/", program.output, re.MULTILINE)
     return int(steps[-1].replace(",", "")) if steps else 0
@@ -179,7 +179,7 @@ def _wait_for_steps(program, steps):
     """Waits until so many steps are made; False if the program ended before."""
     first = 0
     while program.running:
-        step = _step(program)
+        step = steps_told(program)
         first = first or step
         if first and step >= min(first + steps, STEPS - 1):
             return True

@@ -19,8 +19,10 @@ import numpy as np
 import rich.console
 import rich.progress
 
-from tests import killing, processes
+from models.quiet import quiet
 
+with quiet():
+    from tests import killing, processes
 
 # How the kills are shared out. Most of the time goes into starting, and most
 # of what could go wrong into saving.
@@ -83,6 +85,11 @@ def main():
     options = parser.parse_args()
     if options.kills < 1:
         parser.error(f"--kills must be at least 1. Received: {options.kills}")
+    if options.workdir and any(options.workdir.glob("*")):
+        parser.error(
+            "--workdir must be empty, or not there yet. "
+            f"Received: {options.workdir}"
+        )
     console = rich.console.Console(highlight=False)
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:

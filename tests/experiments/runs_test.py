@@ -4,7 +4,9 @@ import json
 import pytest
 
 import sos
+from configs import fashion_mnist, fashion_mnist_full
 from sos.experiments.runs import Run
+from sos.experiments.runs import expand as expand_config
 
 
 def test_expands_in_a_stable_order(config, expand):
@@ -20,6 +22,29 @@ def test_expands_in_a_stable_order(config, expand):
         ("magnitude", 0.5, None, 1),
     ]
     assert described[-1] == ("l0", None, 1.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("config_file", "train_examples", "count"),
+    [(fashion_mnist, 6_000, 52), (fashion_mnist_full, 60_000, 108)],
+)
+def test_the_shipped_configs_make_their_studies(
+    config_file, train_examples, count
+):
+    config = config_file.get_config().lock()
+    runs = expand_config(config, train_examples=train_examples)
+    # As their descriptions have it.
+    assert len(runs) == len({run.name for run in runs}) == count
+    assert f"trains {count} networks" in config_file.__doc__
+    settings = {}
+    for run in runs:
+        settings.setdefault(run.technique, set()).add(
+            (run.sparsity, run.penalty)
+        )
+    assert len(settings.pop("dense")) == 1
+    assert len(settings) == 5
+    assert min(len(found) for found in settings.values()) >= 5
+    assert settings["magnitude"] == settings["magnitude_dense_first"]
 
 
 def test_fractions_become_steps(config, expand):

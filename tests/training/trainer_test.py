@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from absl import logging
 
 import sos
 from sos.training import trainer as trainer_module
@@ -89,7 +90,7 @@ def pruned(schedule, **arguments):
     return trainer, trainer.steps.sparse_weights[0][0].ranking.log
 
 
-@pytest.mark.parametrize("steps_per_loop", [1, 2, 7, 100])
+@pytest.mark.parametrize("steps_per_loop", [1, 7, 100])
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
@@ -294,13 +295,13 @@ STEPS = 11
 
 
 @functools.cache
-def uninterrupted(technique, replicas=1):
-    trainer = toy(technique, replicas)
+def uninterrupted(technique):
+    trainer = toy(technique)
     trainer.train(STEPS)
     return toy_task.values(trainer)
 
 
-@hypothesis.settings(max_examples=8)
+@hypothesis.settings(max_examples=5)
 @hypothesis.given(
     st.integers(1, 12),
     st.none() | st.integers(1, 5),
@@ -325,7 +326,7 @@ def test_how_loops_are_cut_changes_no_bit(
 def test_stopped_training_goes_on_to_the_same_bits(
     technique, replicas, tmp_path
 ):
-    # Between mask updates, and in other loops than those of the reference.
+    # Between mask updates.
     first = toy(technique, replicas, steps_per_loop=3)
     with pytest.raises(Stopped, match="by SIGTERM at step 6, saved") as stopped:
         first.train(
@@ -337,33 +338,35 @@ def test_stopped_training_goes_on_to_the_same_bits(
     assert stopped.value.signal == signal.SIGTERM
     second = toy(technique, replicas, steps_per_loop=4)
     checkpoints = make_checkpoints(second, tmp_path)
-    assert second.restore(checkpoints) == 6
+    assert second.restore(checkpoints) == second.saved_step == 6
     same_bits(toy_task.values(second), toy_task.values(first))
     second.train(STEPS, checkpoints=checkpoints)
     assert checkpoints.steps() == [6, 11]
-    same_bits(toy_task.values(second), uninterrupted(technique, replicas))
+    # That which goes on in its process is as one that was never stopped.
+    first.train(STEPS)
+    same_bits(toy_task.values(second), toy_task.values(first))
 
 
-def test_training_may_be_continued_in_the_same_process():
-    trainer = toy("TrainerSaliency")
+@pytest.mark.parametrize("technique", ["TrainerSaliency", "VariationalDropout"])
+def test_training_may_be_continued_in_the_same_process(technique):
+    trainer = toy(technique)
     for steps in (2, 3, 3, 8, STEPS):
         trainer.train(steps)
         assert trainer.step == steps
-    same_bits(toy_task.values(trainer), uninterrupted("TrainerSaliency"))
+    same_bits(toy_task.values(trainer), uninterrupted(technique))
 
 
 def test_micro_batches_are_resumed_too(tmp_path):
-    def make():
-        return toy("VariationalDropout", 2, micro_batches=2)
-
-    reference, first, second = make(), make(), make()
-    reference.train(STEPS)
+    first, second = (
+        toy("VariationalDropout", micro_batches=2) for _ in range(2)
+    )
     first.train(4, checkpoints=make_checkpoints(first, tmp_path))
     second.restore(make_checkpoints(second, tmp_path))
-    second.train(STEPS)
-    same_bits(toy_task.values(second), toy_task.values(reference))
+    for trainer in (first, second):
+        trainer.train(STEPS)
+    same_bits(toy_task.values(second), toy_task.values(first))
     # And they are part of what a checkpoint is of.
-    other = toy("VariationalDropout", 2, micro_batches=1)
+    other = toy("VariationalDropout")
     with pytest.raises(CheckpointError, match="micro_batches: 2 there, 1 now"):
         other.restore(make_checkpoints(other, tmp_path))
 
@@ -385,7 +388,7 @@ def test_nothing_is_done_when_all_steps_are():
 # Stopping.
 
 
-def test_what_is_due_is_done_before_it_stops(tmp_path):
+def test_when_it_stops_it_saves_and_does_nothing_else(tmp_path):
     trainer = make_trainer(steps_per_loop=4)
     checkpoints = make_checkpoints(trainer, tmp_path)
     done = []
@@ -402,7 +405,8 @@ def test_what_is_due_is_done_before_it_stops(tmp_path):
         )
     assert stopped.value.signal == signal.SIGINT
     assert checkpoints.steps() == [4]
-    assert done == [4]
+    assert trainer.saved_step == 4
+    assert done == []
 
 
 def test_without_checkpoints_it_says_that_nothing_was_saved():
@@ -549,8 +553,7 @@ def expected_metrics(trainer):
     }
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
-@pytest.mark.parametrize("batch_size", [4, 8, 40])
+@pytest.mark.parametrize(("replicas", "batch_size"), [(1, 8), (2, 4), (2, 40)])
 def test_evaluation_sees_every_example_once(replicas, batch_size):
     trainer = make_trainer(
         "L0Regularization",
@@ -633,7 +636,7 @@ def test_records_tell_penalties_as_they_stand_in_the_loss(name):
     ramp = sos.LinearRamp(begin_step=0, end_step=10)
     trainer = make_trainer(name, ramp=ramp, penalty_weight=0.01)
     # An evaluation has none, before and after.
-    assert trainer.evaluate().penalty == 0
+    assert trainer.evaluate().penalty is None
     records, expected = [], []
 
     def note(record):
@@ -646,7 +649,7 @@ def test_records_tell_penalties_as_they_stand_in_the_loss(name):
         assert penalty > 0
         assert sum(record.weight_penalty.values()) == record.penalty
         assert list(record.weight_penalty) == list(record.weight_sparsity)
-    assert trainer.evaluate().penalty == 0
+    assert trainer.evaluate().penalty is None
 
 
 def test_records_of_a_dense_model_have_no_sparsity():
@@ -713,7 +716,30 @@ def test_a_save_that_fails_ends_training(tmp_path, monkeypatch):
     assert checkpoints.steps() == [2]
 
 
+def test_another_number_of_replicas_is_told(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(
+        logging, "warning", lambda text, *values: lines.append(text % values)
+    )
+    two = make_trainer("L0Regularization", replicas=2)
+    two.train(3, checkpoints=make_checkpoints(two, tmp_path))
+    assert two.restore(make_checkpoints(two, tmp_path)) == 3
+    assert lines == []
+    one = make_trainer("L0Regularization")
+    assert one.restore(make_checkpoints(one, tmp_path)) == 3
+    (line,) = lines
+    assert "on 2 replicas, and this is one on 1" in line
+    one.train(4)
+
+
 # What is refused.
+
+
+def test_a_task_without_evaluation_data_cannot_be_evaluated():
+    trainer = make_trainer()
+    trainer.task.eval_batches = 0
+    with pytest.raises(ValueError, match="no evaluation data.*Received: 0"):
+        trainer.evaluate()
 
 
 @pytest.mark.parametrize(
