@@ -1,6 +1,6 @@
 """Times what resuming a training costs: a checkpoint, and records to skip.
 
-    python -m benchmarks.resume [--repeats=5] [--records=2000] [--json]
+    python -m benchmarks.resume [--repeats=5] [--records=4000] [--json]
 
 Three comparisons, each against the least that could be done, in medians of
 contestants that take turns:
@@ -182,7 +182,7 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=5, help="runs of each")
     parser.add_argument(
-        "--records", type=int, default=2000, help="JPEG records of an epoch"
+        "--records", type=int, default=4000, help="JPEG records of an epoch"
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object instead"

@@ -5,6 +5,12 @@ patient Hypothesis.
 """
 
 import os
+import signal
+
+# A shell starts what it runs in the background with Ctrl-C ignored, and so
+# would be the programs that the tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")

@@ -533,16 +533,6 @@ def test_there_may_be_nothing_to_remove(folder):
     assert not folder.exists()
 
 
-def test_leftovers_of_the_same_step_are_written_over(make, trained, folder):
-    (folder / ".writing-00000005").mkdir(parents=True)
-    (folder / ".writing-00000005" / "variables.index").write_text("half of it")
-    (folder / ".writing-00000005" / "other").write_text("litter")
-    trained.save(make(), 5)
-    assert trained.restore(make())["step"] == 5
-    assert names(folder) == ["step-00000005"]
-    assert "other" not in names(folder / "step-00000005")
-
-
 # Where nothing can be written.
 
 
