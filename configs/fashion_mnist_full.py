@@ -13,7 +13,10 @@ With other work on the same 2 CPU cores a step took 0.3 seconds, with L0 0.4 and
 with variational dropout 0.8, so that all of it takes about two days there;
 Ctrl-C and the same command continue it. It has not been run from end to end.
 What was run, with seed 0, is 1,000 steps of the dense network, which gave a
-test accuracy of 92.1 %, and of magnitude pruning to 90 %, which gave 90.5 %.
+test accuracy of 92.1 %, and of magnitude pruning to 90 %, which gave 90.5 %;
+and 500 steps with a penalty, which are too few for variational dropout beside
+batch normalization: L0 gave 87.4 % at 89 % sparsity, variational dropout 48 %
+at 78 %.
 """
 
 import ml_collections
