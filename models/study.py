@@ -63,6 +63,9 @@ def _study() -> None:
         from sos.training.trainer import NonFiniteLossError, Stopped
 
         tf.config.list_logical_devices()  # Says what GPUs are not there.
+    # The runs of every shape have functions of their own to trace, of which
+    # TensorFlow warns.
+    tf.get_logger().setLevel("ERROR")
     # The same command gives the same numbers.
     tf.config.experimental.enable_op_determinism()
     # This graph rewriter fails on noise between a bias and its activation, with
