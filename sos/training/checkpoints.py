@@ -32,6 +32,7 @@ _NOT_DAMAGE = (
     MemoryError,
     PermissionError,
 )
+_OPERATION = re.compile(r"^\{\{\S+ \S+\}\} ?| \[Op:\w+\]$")
 _SEEDS = re.compile(r"^(seed_generator)_\d+/")
 
 
@@ -461,4 +462,7 @@ def _sync_directory(folder: str) -> None:
 def _reason(error: BaseException) -> str:
     text = error.message if isinstance(error, tf.errors.OpError) else str(error)
     lines = [line for line in text.strip().splitlines() if line]
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    # Without the names that TensorFlow has for what it was doing.
+    return _OPERATION.sub("", lines[0]).rstrip(".")
