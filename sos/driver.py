@@ -172,9 +172,14 @@ class Driver:
             or None.
         """
         now = self.iterations
+        # Layers share them. Not by their configurations, which a user's own
+        # ones need not have.
+        schedules = {
+            id(w.schedule.inner): w.schedule for w in self._pruning_wrappers()
+        }
         due = [
             steps[0]
-            for schedule in {w.schedule for w in self._pruning_wrappers()}
+            for schedule in schedules.values()
             if (steps := schedule.due_steps(now, until))
         ]
         return min(due, default=None)

@@ -170,6 +170,133 @@ def test_step_does_nothing_while_the_optimizer_stands_still():
     assert toys.recorded(recorder.log) == [0, 1]
 
 
+# What an engine needs.
+
+
+@pytest.mark.parametrize(
+    ("start", "until", "expected"),
+    [
+        (0, 10, 2),
+        (1, 10, 2),
+        (2, 10, 4),
+        (3, 4, 4),
+        (4, 6, None),
+        (4, 7, 7),
+        (7, 10, 10),
+        (10, 99, None),
+        (5, 5, None),
+    ],
+)
+def test_the_next_update_is_that_of_any_layer(start, until, expected):
+    model, _ = model_with_record(toys.Staircase(2, 4, 2))
+    model.layers[1].schedule = toys.Staircase(4, 10, 3)
+    optimizer = keras.optimizers.SGD()
+    optimizer.iterations.assign(start)
+    with sos.Driver(model, optimizer) as driver:
+        assert driver.next_update(until) == expected
+
+
+def test_without_schedules_there_is_no_next_update():
+    model = toys.mlp("L0Regularization")
+    with sos.Driver(model, keras.optimizers.SGD()) as driver:
+        assert driver.next_update(1_000_000) is None
+
+
+def test_the_next_update_goes_with_a_schedule_that_was_replaced():
+    model, _ = model_with_record(toys.Staircase(2, 9, 2))
+    with sos.Driver(model, keras.optimizers.SGD()) as driver:
+        sos.set_all(model, schedule=toys.Staircase(5, 9, 2))
+        assert driver.next_update(9) == 5
+
+
+@pytest.mark.parametrize("config", [None, {}])
+def test_schedules_without_a_configuration_are_told_apart(config):
+    class Once(sos.PruningSchedule):
+        def __init__(self, at):
+            self.at = at
+
+        def __call__(self, step):
+            return step == self.at, 0.5
+
+        def get_config(self):
+            if config is None:
+                raise NotImplementedError
+            return config
+
+    model, _ = model_with_record(toys.Staircase())
+    for i, wrapper in enumerate(model.layers):
+        wrapper.schedule = Once(4 - i)
+    with sos.Driver(model, keras.optimizers.SGD()) as driver:
+        assert driver.next_update(9) == 3
+
+
+@pytest.mark.parametrize("step", [0, 4, 5])
+def test_what_is_up_to_date_is_left_alone_at_the_start(step):
+    model, recorder = model_with_record(toys.Staircase(0, 8, 2))
+    optimizer = keras.optimizers.SGD()
+    optimizer.iterations.assign(step)
+    driver = sos.Driver(model, optimizer)
+    driver.start(up_to_date=True)
+    assert recorder.log == []
+    assert all(w.clock.bound for w in model.layers)
+    # From there on it goes as ever.
+    for _ in range(3):
+        move(optimizer)
+        driver.step()
+    due = [t for t in range(step + 1, step + 4) if t % 2 == 0 and t <= 8]
+    assert toys.recorded(recorder.log) == due
+    driver.stop()
+
+
+def test_gathered_gradients_survive_a_start_that_is_up_to_date():
+    layer = Gradients(keras.layers.Dense(2), schedule=toys.SCHEDULE)
+    model = keras.Sequential([keras.Input((3,)), layer])
+    gradient = toys.state(layer, "gradient")
+    optimizer = keras.optimizers.SGD()
+    optimizer.iterations.assign(7)
+    values = toys.normal(3, 2)
+    for up_to_date in (True, False):
+        gradient.assign(values)
+        driver = sos.Driver(model, optimizer)
+        driver.start(up_to_date=up_to_date)
+        assert (gradient.numpy() == values).all() == up_to_date
+        driver.stop()
+
+
+def test_masks_may_be_updated_by_something_else():
+    model, recorder = model_with_record(toys.Staircase(2, 6, 2))
+    first, second = model.layers
+    second.schedule = toys.Staircase(3, 6, 3)
+    optimizer = keras.optimizers.SGD()
+    calls = []
+    with sos.Driver(model, optimizer, update_masks=calls.append) as driver:
+        for _ in range(6):
+            move(optimizer)
+            driver.step()
+    assert [call for call in calls if call] == [
+        {first: 0.002},
+        {second: 0.003},
+        {first: 0.004},
+        {first: 0.006, second: 0.006},
+    ]
+    # Nothing else touched the masks.
+    assert recorder.log == []
+    for wrapper in model.layers:
+        assert toys.state(wrapper, "mask").numpy().all()
+
+
+def test_something_else_also_brings_dense_masks_up_to_date():
+    model = toys.mlp(
+        "MagnitudePruning", schedule=sos.PolynomialDecay(0.0, 0.9, 0, 20)
+    )
+    optimizer = keras.optimizers.SGD()
+    optimizer.iterations.assign(100)
+    calls = []
+    with sos.Driver(model, optimizer, update_masks=calls.append):
+        pass
+    assert dict.fromkeys(model.layers, 0.9) in calls
+
+
 # What is forgotten.
 
 

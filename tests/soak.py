@@ -5,7 +5,7 @@
 or `make soak`. Each technique is trained once without interruption, then killed
 with SIGKILL at random moments (while it starts, trains, or writes a checkpoint)
 and started again until it is done. The variables of the last checkpoint must be
-the same, bit for bit. Takes about ten minutes on two cores.
+the same, bit for bit. Takes about twenty minutes on two cores.
 """
 
 import argparse

@@ -95,6 +95,42 @@ def test_penalty_is_zero_while_nothing_drives(name):
 
 
 @penalized_techniques
+def test_the_penalties_of_weights_are_those_in_the_loss(name):
+    ramp = sos.LinearRamp(begin_step=2, end_step=6)
+    layer = keras.layers.Bidirectional(keras.layers.SimpleRNN(2))
+    model = keras.Sequential(
+        [
+            keras.Input((3, 4)),
+            toys.wrap(name, layer, ramp=ramp, penalty_weight=0.5),
+            toys.wrap(name, keras.layers.Dense(2), penalty_weight=0.25),
+        ]
+    )
+    disturb(model)
+    jobs = [(w, weight) for w in model.layers for weight in w.sparse_weights]
+    assert len(jobs) == 5
+
+    def weighted():
+        found = [wrapper.weighted_penalty(weight) for wrapper, weight in jobs]
+        assert {(x.dtype, x.shape.rank) for x in found} == {(tf.float32, 0)}
+        return np.array(found)
+
+    assert not weighted().any()
+    optimizer = keras.optimizers.SGD()
+    optimizer.iterations.assign(3)
+    with sos.Driver(model, optimizer):
+        found = weighted()
+        np.testing.assert_array_equal(np.sort(found), np.sort(model.losses))
+        # A quarter of the ramp, which the second layer has none of.
+        factors = [0.25 * 0.5] * 4 + [0.25]
+        plain = [wrapper.penalty(weight) for wrapper, weight in jobs]
+        np.testing.assert_allclose(
+            found, np.multiply(factors, plain), rtol=1e-6
+        )
+        assert found.all()
+    assert not weighted().any()
+
+
+@penalized_techniques
 def test_penalty_of_a_shared_layer_is_counted_once(name):
     inputs = keras.Input((4,))
     layer = toys.wrap(name, keras.layers.Dense(4))
@@ -606,3 +642,57 @@ def test_gradient_sums_over_calls_and_steps_until_an_update():
     # That of a masked weight is seen too, so that it may come back.
     step()
     np.testing.assert_allclose(gradient, once, rtol=1e-4, atol=1e-5)
+
+
+# Setting single masks.
+
+
+class CumulativeByGradient(ByGradient):
+    """What is pruned stays so."""
+
+    cumulative = True
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("cumulative", [False, True])
+def test_a_mask_is_set_and_the_gradients_begin_anew(
+    cumulative, replicas, compiled
+):
+    technique = CumulativeByGradient if cumulative else ByGradient
+    strategy = (
+        toys.two_replicas() if replicas == 2 else tf.distribute.get_strategy()
+    )
+    with strategy.scope():
+        wrapper = technique(keras.layers.Dense(2), schedule=toys.SCHEDULE)
+        wrapper.build((None, 2))
+        (weight,) = wrapper.sparse_weights
+        weight.state["gradient"].assign(tf.ones((2, 2)))
+
+        def assign(mask):
+            wrapper.assign_mask(weight, mask)
+
+        if compiled:
+            assign = tf.function(assign)
+        # Of any dtype that a ranking may return.
+        for mask in (
+            np.array([[1, 0], [1, 1]], np.uint8),
+            tf.constant([[0, 1], [1, 1]], tf.uint8),
+        ):
+            assign(mask)
+    expected = [[0, 0], [1, 1]] if cumulative else [[0, 1], [1, 1]]
+    for name, value in (("mask", expected), ("gradient", np.zeros((2, 2)))):
+        held = strategy.experimental_local_results(weight.state[name].value)
+        assert len(held) == replicas
+        for variable in held:
+            np.testing.assert_array_equal(variable, value)
+
+
+def test_a_mask_is_set_for_one_weight_alone():
+    layer = keras.layers.Bidirectional(keras.layers.SimpleRNN(2))
+    wrapper = toys.wrap("MagnitudePruning", layer)
+    wrapper.build((None, 3, 4))
+    chosen = wrapper.sparse_weights[2]
+    wrapper.assign_mask(chosen, np.zeros(chosen.variable.shape, np.uint8))
+    for weight in wrapper.sparse_weights:
+        assert weight.state["mask"].numpy().any() == (weight is not chosen)

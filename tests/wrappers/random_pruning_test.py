@@ -75,6 +75,60 @@ def test_masks_depend_on_seed_and_weight_but_not_on_values():
     np.testing.assert_array_equal(prune(again, 0.5), masks[0, "a"])
 
 
+def test_the_seed_can_be_changed_without_a_new_trace():
+    wrapper = wrap()
+    (weight,) = wrapper.sparse_weights
+    traces = []
+
+    @tf.function
+    def scores():
+        traces.append(None)
+        return wrapper.scores(weight)
+
+    found = {}
+    for seed in (0, 3, -7, 2**31 - 1, 3):
+        sos.set_all(wrapper, seed=seed)
+        assert wrapper.seed == seed
+        value = scores().numpy()
+        np.testing.assert_array_equal(value, wrapper.scores(weight))
+        # The same as of a layer that was made with it.
+        other = wrap(seed=seed)
+        np.testing.assert_array_equal(
+            value, other.scores(other.sparse_weights[0])
+        )
+        found[seed] = value
+    assert len(traces) == 1
+    flat = np.corrcoef([value.ravel() for value in found.values()])
+    assert np.abs(flat - np.eye(4)).max() < 5 / np.sqrt(200)
+
+
+def test_the_seed_is_saved(tmp_path):
+    model = keras.Sequential([keras.Input((20,)), wrap(seed=5)])
+    model.layers[0].seed = 9
+    assert model.layers[0].get_config()["seed"] == 9
+    model.save(tmp_path / "model.keras")
+    (loaded,) = keras.models.load_model(tmp_path / "model.keras").layers
+    assert loaded.seed == 9
+    np.testing.assert_array_equal(
+        prune(loaded, 0.5), prune(model.layers[0], 0.5)
+    )
+
+
+def test_replicas_have_the_same_scores():
+    strategy = toys.two_replicas()
+    with strategy.scope():
+        wrapper = wrap(seed=4)
+
+    @tf.function
+    def scores():
+        return strategy.run(lambda: wrapper.scores(wrapper.sparse_weights[0]))
+
+    first, second = strategy.experimental_local_results(scores())
+    np.testing.assert_array_equal(first, second)
+    alone = wrap(seed=4)
+    np.testing.assert_array_equal(first, alone.scores(alone.sparse_weights[0]))
+
+
 def test_masks_are_uniform():
     wrapper = wrap()
     ones = np.ones((20, 10))
