@@ -393,13 +393,58 @@ def test_no_flipped_bit_passes_unnoticed(make, trained, warnings):
             path.write_bytes(changed)
             try:
                 trained.restore(make())
-            except CheckpointError:
+            except CheckpointError as error:
+                assert "are damaged" in str(error)
                 refused += 1
             else:
                 assert trained.bits() == expected
         path.write_bytes(data)
     assert refused > 100
     assert trained.restore(make())["step"] == 5
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        tf.errors.UnavailableError(None, None, "try later"),
+        tf.errors.DeadlineExceededError(None, None, "try later"),
+        tf.errors.PermissionDeniedError(None, None, "try later"),
+        PermissionError("try later"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("where", ["metadata", "variables"])
+def test_what_cannot_be_read_now_is_not_damaged(
+    make, trained, warnings, monkeypatch, where, error
+):
+    trained.save(make(), 5, 10)
+
+    def fail(*arguments, **kwargs):
+        raise error
+
+    if where == "metadata":
+        monkeypatch.setattr(tf.io.gfile, "GFile", fail)
+    else:
+        monkeypatch.setattr(tf.train.Checkpoint, "read", fail)
+    with pytest.raises(CheckpointError, match="read now: try later.*again"):
+        trained.restore(make())
+    # The older one is not used in its place.
+    assert warnings == []
+    assert not trained.is_at(5)
+
+
+def test_the_loss_of_another_worker_is_not_one_of_the_directory(
+    make, trained, folder, monkeypatch
+):
+    trained.save(make(), 5)
+
+    def fail(*arguments, **kwargs):
+        raise tf.errors.UnavailableError(None, None, "worker 1 is gone")
+
+    monkeypatch.setattr(tf.train.Checkpoint, "write", fail)
+    with pytest.raises(tf.errors.UnavailableError):
+        trained.save(make(), 10)
+    assert names(folder) == ["step-00000005"]
 
 
 def test_a_damaged_one_is_written_again(make, trained, folder):

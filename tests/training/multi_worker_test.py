@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from sos.training import strategies
+from sos.training import modes, strategies
 from sos.training.trainer import Trainer
 from tests import processes, toys
 from tests.processes import Program
@@ -64,10 +64,15 @@ def job(tmp_path_factory):
     return workdir
 
 
-def train(task, strategy):
+def make_trainer(task, strategy=None):
+    """A trainer of one process for the same task."""
+    strategy = strategy or strategies.make_strategy("one_device")
+    return Trainer(toy_train.make_task(task), strategy=strategy)
+
+
+def train(task, strategy=None):
     """What one process makes of the same task."""
-    with strategy.scope():
-        trainer = Trainer(toy_train.make_task(task), strategy=strategy)
+    trainer = make_trainer(task, strategy)
     trainer.train(STEPS)
     return trainer
 
@@ -97,7 +102,7 @@ def test_workers_compute_what_the_replicas_of_one_process_do(job, task):
 def test_workers_compute_what_one_device_does(job, task):
     # Not so for noise, of which every replica has its own.
     found = final_values(job, task, 1)
-    trainer = train(task, strategies.make_strategy("one_device"))
+    trainer = train(task)
     for name, value in toy_task.values(trainer).items():
         np.testing.assert_allclose(
             found[name], value, rtol=1e-4, atol=1e-5, err_msg=name
@@ -109,7 +114,7 @@ def test_workers_compute_what_one_device_does(job, task):
 
 
 def test_evaluation_counts_every_example_once(job):
-    trainer = train("dense", strategies.make_strategy("one_device"))
+    trainer = train("dense")
     logged = processes.records(job / "dense")
     (last,) = [
         r["metrics"]
@@ -206,13 +211,6 @@ def test_a_signal_to_one_worker_stops_all_at_one_step(tmp_path, uninterrupted):
     assert processes.differences(values, uninterrupted) == []
 
 
-def test_modes_that_are_for_one_process(tmp_path):
-    workers = start(tmp_path / "job", "--mode=export", tasks=["dense"])
-    for worker in workers:
-        assert worker.wait() == 1
-        assert "FATAL The mode export is for one process." in worker.output
-
-
 def test_a_worker_that_waits_for_the_others_says_so_and_can_be_interrupted(
     tmp_path,
 ):
@@ -230,9 +228,12 @@ def test_a_worker_that_waits_for_the_others_says_so_and_can_be_interrupted(
 
 
 def test_workers_that_see_different_checkpoints(tmp_path):
-    # Each has a directory of its own in place of one that they share.
-    first = tmp_path / "first"
-    finish(start(first, "--train_steps=4", "--mode=train", tasks=["dense"]))
+    # Each has a directory of its own in place of one that they share, and one
+    # of them has trained before.
+    settings = modes.Settings(
+        mode="train", workdir=str(tmp_path / "first" / "dense"), train_steps=4
+    )
+    assert 0 == modes.run(settings, lambda: make_trainer("dense"))
     workers = [
         Program(
             "tests.training.toy_train",
