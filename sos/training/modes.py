@@ -371,7 +371,12 @@ class _Session:
         if window is None or step >= window[1]:
             yield []
             return
-        directory = os.path.join(self._settings.workdir, "profile")
+        # TensorFlow names profiles by the second at which they end.
+        directory = os.path.join(
+            self._settings.workdir,
+            "profile",
+            f"step-{max(step, window[0]):08d}",
+        )
         with contextlib.ExitStack() as running:
             # On all workers, as loops end where an action is due.
             def start(trainer: Trainer) -> None:

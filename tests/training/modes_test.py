@@ -439,6 +439,8 @@ def test_a_training_that_stops_within_the_window(program, stopping):
     # What is left of the window.
     assert program("train", **window) == 0
     assert len(profiles(program)) == 2
+    names = [path.name for path in (program.workdir / "profile").iterdir()]
+    assert sorted(names) == ["step-00000006", "step-00000008"]
     # And nothing when it is over.
     assert program("train", **window) == 0
     assert len(profiles(program)) == 2
