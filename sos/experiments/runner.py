@@ -99,7 +99,7 @@ class Runner:
         with PeakMemory() as memory:
             self._reset(run)
             self._train(run, checkpoints, on_record, stop)
-            evaluated = self.trainer.evaluate()
+            evaluated = self.trainer.evaluate(stop=stop)
             report = sparsity_report(self.trainer.model)
         if checkpoints is not None:
             shutil.rmtree(checkpoints, ignore_errors=True)

@@ -13,6 +13,7 @@ import tensorflow as tf
 from absl import logging
 
 from sos.export import export_saved_model
+from sos.training.actions import Action
 from sos.training.checkpoints import (
     CheckpointError,
     Checkpoints,
@@ -24,12 +25,7 @@ from sos.training.records import Record
 from sos.training.reporting import Console, JsonLines, TensorBoard
 from sos.training.signals import StopRequest, exit_code
 from sos.training.strategies import gather, several_processes
-from sos.training.trainer import (
-    Action,
-    NonFiniteLossError,
-    Stopped,
-    Trainer,
-)
+from sos.training.trainer import NonFiniteLossError, Stopped, Trainer
 
 #: The names that `run` takes.
 MODES = ("train", "eval", "train_and_eval", "export")
@@ -129,8 +125,12 @@ def run(settings: Settings, make_trainer: Callable[[], Trainer]) -> int:
     Returns:
         The exit code of the process: 0 when it is done; 75 when SIGTERM stopped
         it, 130 when Ctrl-C did, after everything was saved: the same command
-        continues; 1 after an error. If another worker of the job is gone, the
-        process ends here, with the code 1.
+        continues; 1 after an error that one line tells. In a job of several
+        workers the process ends here after an error, with the code 1.
+
+    Raises:
+        Exception: What is no error of usage, the disk or the numbers, but a
+            mistake in the task, whose traceback is needed to find it.
     """
     trainer = None
     try:
@@ -148,31 +148,22 @@ def run(settings: Settings, make_trainer: Callable[[], Trainer]) -> int:
         _say("Stopped by SIGINT before training began.")
         # At once, as TensorFlow may be waiting for other workers.
         os._exit(exit_code(signal.SIGINT))
-    except (
-        CheckpointError,
-        NonFiniteLossError,
-        ValueError,
-        RuntimeError,
-        OSError,
-    ) as error:
-        logging.debug("Where it went wrong:", exc_info=True)
-        _say(f"FATAL {error}")
-        return 1
-    except tf.errors.OpError as error:
-        if not _in_a_job(trainer):
-            raise
-        if isinstance(error, _LOST_WORKER):
-            _say(
-                "FATAL A worker of this job is gone, or cannot be reached: "
-                f"{_reason(error)}. Start all workers again to continue from "
-                "the last checkpoint."
-            )
-        else:
+    except Exception as error:
+        in_a_job = _in_a_job(trainer)
+        told = _in_a_line(error, in_a_job)
+        if told is not None:
+            logging.debug("Where it went wrong:", exc_info=True)
+            _say(f"FATAL {told}")
+        elif in_a_job:
             traceback.print_exc()
-        # At once, as the runtime would wait for the other workers.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+        else:
+            raise
+        if in_a_job:
+            # At once, as the runtime would wait for the other workers.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
+        return 1
     return 0
 
 
@@ -218,7 +209,7 @@ class _Session:
         ):
             if evaluate:
                 evaluation = Action(
-                    call=lambda trainer: self._save_and_evaluate(report),
+                    call=lambda trainer: self._save_and_evaluate(report, stop),
                     every=settings.steps_per_eval,
                     at_end=True,
                 )
@@ -230,7 +221,7 @@ class _Session:
                 )
                 # Which the chief alone can tell.
                 if gather(trainer.strategy, [missed]).all():
-                    report(trainer.evaluate(settings.train_steps))
+                    report(trainer.evaluate(settings.train_steps, stop=stop))
                 actions.append(evaluation)
             trainer.train(
                 settings.train_steps,
@@ -241,12 +232,12 @@ class _Session:
                 stop=stop,
             )
 
-    def _save_and_evaluate(self, report: _Report) -> None:
+    def _save_and_evaluate(self, report: _Report, stop: StopRequest) -> None:
         trainer = self._trainer
-        # An evaluation may take longer than a machine that is taken away gives.
+        # First, so that an evaluation that is asked to stop can just end.
         if trainer.saved_step != trainer.step:
             trainer.save(self._checkpoints)
-        report(trainer.evaluate(self._settings.train_steps))
+        report(trainer.evaluate(self._settings.train_steps, stop=stop))
 
     def _evaluate_all(self, stop: StopRequest) -> None:
         """Evaluates every checkpoint once, also those still to come."""
@@ -258,12 +249,14 @@ class _Session:
             while True:
                 new = []
                 for step in self._checkpoints.steps():
-                    if step in done or not self._evaluate_one(step, report):
+                    if step in done:
+                        continue
+                    if not self._evaluate_one(step, report, stop):
                         continue
                     new.append(step)
                     done.add(step)
                     if stop.requested:
-                        raise Stopped(stop.requested, step, saved=True)
+                        raise Stopped(stop.requested, step, "evaluated")
                 if settings.train_steps in done:
                     return
                 waited = 0.0 if new else waited + _POLL_SECONDS
@@ -283,10 +276,14 @@ class _Session:
                     said = True
                 if stop.wait(_POLL_SECONDS):
                     raise Stopped(
-                        stop.requested, max(done, default=0), saved=True
+                        stop.requested,
+                        max(done, default=0),
+                        "while waiting for the next checkpoint",
                     )
 
-    def _evaluate_one(self, step: int, report: _Report) -> bool:
+    def _evaluate_one(
+        self, step: int, report: _Report, stop: StopRequest
+    ) -> bool:
         """Evaluates a checkpoint; False if it cannot be read, or not yet."""
         trainer = self._trainer
         try:
@@ -304,7 +301,7 @@ class _Session:
                     error,
                 )
             return False
-        report(trainer.evaluate(self._settings.train_steps))
+        report(trainer.evaluate(self._settings.train_steps, stop=stop))
         return True
 
     def _evaluated(self, kind: str) -> set[int]:
@@ -395,6 +392,33 @@ class _Session:
 
 def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
+
+
+def _in_a_line(error: Exception, in_a_job: bool) -> str | None:
+    """What to tell of an error; None if its traceback is needed, too."""
+    if in_a_job and isinstance(error, _LOST_WORKER):
+        return (
+            "A worker of this job is gone, or cannot be reached: "
+            f"{_reason(error)}. Start all workers again to continue from the "
+            "last checkpoint."
+        )
+    expected = isinstance(error, (CheckpointError, NonFiniteLossError, OSError))
+    # A ValueError may be anything, unless this package itself says what is
+    # wrong with what it was given.
+    if expected or (
+        isinstance(error, (ValueError, TypeError, RuntimeError))
+        and _raised_in(error).split(".")[0] == "sos"
+    ):
+        return str(error)
+    return None
+
+
+def _raised_in(error: Exception) -> str:
+    """The name of the module that raised an error."""
+    frame = error.__traceback__
+    while frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame.tb_frame.f_globals.get("__name__", "")
 
 
 def _in_a_job(trainer: Trainer | None) -> bool:

@@ -153,6 +153,11 @@ class Steps:
         for _ in tf.range(batches):
             self._strategy.run(self.eval_step, args=(next(iterator),))
 
+    def wait_for_evaluation(self) -> None:
+        """Returns when the devices have done all of `evaluate` so far."""
+        totals = self._strategy.experimental_local_results(self._eval_totals)
+        np.asarray(totals[0])
+
     def take_train_metrics(self) -> dict[str, float]:
         """The means since the last call, by metric name."""
         return self._take(self._train_totals)

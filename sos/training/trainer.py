@@ -1,7 +1,6 @@
 """The controller: runs compiled loops, and the host's actions between them."""
 
 import contextlib
-import dataclasses
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +11,10 @@ import tensorflow as tf
 from absl import logging
 
 from sos.driver import Driver
+from sos.training.actions import Action
 from sos.training.checkpoints import CheckpointError, Checkpoints
 from sos.training.mask_updates import CompiledMaskUpdate
+from sos.training.pace import Pace
 from sos.training.records import Record
 from sos.training.steps import Steps
 from sos.training.strategies import gather, is_chief
@@ -34,16 +35,15 @@ class NonFiniteLossError(ArithmeticError):
 
 
 class Stopped(Exception):
-    """Training was asked to stop, and saved before it did.
+    """Training or an evaluation was asked to stop.
 
     Attributes:
         signal: What asked.
-        step: The number of steps that are done and saved.
+        step: The number of steps that are done.
     """
 
-    def __init__(self, signum: signal.Signals, step: int, saved: bool) -> None:
-        how = "saved" if saved else "not saved, as there are no checkpoints"
-        super().__init__(f"Stopped by {signum.name} at step {step}, {how}.")
+    def __init__(self, signum: signal.Signals, step: int, state: str) -> None:
+        super().__init__(f"Stopped by {signum.name} at step {step}, {state}.")
         self.signal = signum
         self.step = step
 
@@ -54,42 +54,6 @@ class StopSource(Protocol):
     @property
     def requested(self) -> signal.Signals | None:
         """The signal that asks for it, None while there is none."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Action:
-    """Something that the host does between two steps.
-
-    Attributes:
-        call: What is done; called with the trainer.
-        every: Do it whenever this many more steps are done.
-        at: Do it after these numbers of steps.
-        at_end: Do it after the last step.
-    """
-
-    call: Callable[["Trainer"], Any]
-    every: int | None = None
-    at: tuple[int, ...] = ()
-    at_end: bool = False
-
-    def __post_init__(self) -> None:
-        if self.every is not None and self.every < 1:
-            raise ValueError(
-                f"`every` must be at least 1. Received: every={self.every}"
-            )
-
-    def next_after(self, step: int) -> int | None:
-        """The first step after a step at which it is due, but for the end."""
-        steps = [s for s in self.at if s > step]
-        if self.every is not None:
-            steps.append((step // self.every + 1) * self.every)
-        return min(steps, default=None)
-
-    def due(self, step: int, last: int) -> bool:
-        """Whether it is due after a step."""
-        return self.next_after(step - 1) == step or (
-            self.at_end and step == last
-        )
 
 
 class Trainer:
@@ -107,7 +71,8 @@ class Trainer:
         micro_batches: The number of parts, computed one after the other, that
             each replica's batch is cut into to save memory. Their gradients are
             accumulated into one step.
-        steps_per_loop: The number of steps in a loop, at most.
+        steps_per_loop: The number of steps, or batches of an evaluation, in a
+            loop, at most.
         max_seconds_per_loop: Loops are kept so short that they take about this
             long, as nothing can interrupt one: neither a signal nor a save.
 
@@ -136,21 +101,13 @@ class Trainer:
         steps_per_loop: int = 100,
         max_seconds_per_loop: float = 10.0,
     ) -> None:
-        if steps_per_loop < 1 or not max_seconds_per_loop > 0:
-            raise ValueError(
-                "`steps_per_loop` must be at least 1 and "
-                "`max_seconds_per_loop` positive. Received: "
-                f"steps_per_loop={steps_per_loop}, "
-                f"max_seconds_per_loop={max_seconds_per_loop}"
-            )
+        self._train_pace, self._eval_pace = (
+            Pace(max_steps=steps_per_loop, max_seconds=max_seconds_per_loop)
+            for _ in range(2)
+        )
         self.task = task
         self.strategy = strategy
         self._micro_batches = micro_batches
-        self._steps_per_loop = steps_per_loop
-        self._max_seconds = max_seconds_per_loop
-        # Of one step, once one was measured that was not traced.
-        self._pace: float | None = None
-        self._traced = False
         self.seconds = 0.0
         self.saved_step: int | None = None
         with strategy.scope():
@@ -299,28 +256,41 @@ class Trainer:
                 record = self._record(step, end, steps, begin)
                 for call in on_record:
                     call(record)
-                stopping = self._agree(record, end - step, stop)
+                stopping = self._agree(
+                    self._train_pace, record.seconds / (end - step), stop
+                )
                 if end == steps:
                     stopping = None
                 if stopping is not None:
-                    if checkpoints is not None:
-                        self.save(checkpoints)
-                    raise Stopped(stopping, end, checkpoints is not None)
+                    if checkpoints is None:
+                        raise Stopped(
+                            stopping, end, "not saved: there are no checkpoints"
+                        )
+                    self.save(checkpoints)
+                    raise Stopped(stopping, end, "saved")
                 for action in actions:
                     if action.due(end, steps):
                         action.call(self)
 
-    def evaluate(self, total_steps: int | None = None) -> Record:
+    def evaluate(
+        self,
+        total_steps: int | None = None,
+        *,
+        stop: StopSource | None = None,
+    ) -> Record:
         """Evaluates the model as it is now.
 
         Args:
             total_steps: For the record, the steps of the whole training.
+            stop: Tells when to stop before the end.
 
         Returns:
             The record, of the kind "eval".
 
         Raises:
             ValueError: If the task has no evaluation data.
+            Stopped: If it was asked to stop. Nothing is saved, as nothing but
+                the evaluation is lost.
         """
         if self.task.eval_batches < 1:
             raise ValueError(
@@ -328,27 +298,44 @@ class Trainer:
                 f"at least 1. Received: {self.task.eval_batches}"
             )
         begin = time.perf_counter()
+        step = self.step
+        # What an earlier evaluation left when it was stopped.
+        self.steps.take_eval_metrics()
         if self.strategy.num_replicas_in_sync > 1:
             self.steps.share_statistics()
+        self._evaluate_batches(step, stop)
+        return Record(
+            step=step,
+            total_steps=step if total_steps is None else total_steps,
+            kind="eval",
+            metrics=self.steps.take_eval_metrics(),
+            seconds=time.perf_counter() - begin,
+            **self._sparsity(),
+        )
+
+    def _evaluate_batches(self, step: int, stop: StopSource | None) -> None:
         iterator = iter(
             self._distributed(
                 lambda context: self.task.eval_dataset(context).repeat()
             )
         )
-        self.steps.evaluate(
-            iterator, tf.constant(self.task.eval_batches, tf.int32)
-        )
-        metrics = self.steps.take_eval_metrics()
-        step = self.step
-        seconds = time.perf_counter() - begin
-        return Record(
-            step=step,
-            total_steps=step if total_steps is None else total_steps,
-            kind="eval",
-            metrics=metrics,
-            seconds=seconds,
-            **self._sparsity(),
-        )
+        batches, done = self.task.eval_batches, 0
+        while done < batches:
+            begin = time.perf_counter()
+            end = min(batches, self._eval_pace.loop_end(done))
+            self.steps.evaluate(iterator, tf.constant(end - done, tf.int32))
+            self.steps.wait_for_evaluation()
+            seconds = time.perf_counter() - begin
+            stopping = self._agree(
+                self._eval_pace, seconds / (end - done), stop
+            )
+            done = end
+            if stopping is not None and done < batches:
+                raise Stopped(
+                    stopping,
+                    step,
+                    f"after {done:,} of {batches:,} batches of its evaluation",
+                )
 
     def _train_dataset(
         self, context: tf.distribute.InputContext
@@ -387,16 +374,9 @@ class Trainer:
         self, step: int, steps: int, actions: Sequence[Action]
     ) -> int:
         """The step at which the host has to look next."""
-        size = self._steps_per_loop
-        if self._pace is None:
-            # The first loop is traced, the second measured.
-            limit = 1
-        else:
-            limit = max(1, int(self._max_seconds / self._pace))
         ends = [
             steps,
-            (step // size + 1) * size,
-            step + limit,
+            self._train_pace.loop_end(step),
             *(action.next_after(step) for action in actions),
         ]
         return min(end for end in ends if end is not None)
@@ -441,6 +421,7 @@ class Trainer:
         seconds = time.perf_counter() - begin
         self.seconds += seconds
         pace = seconds / (end - step)
+        traced = self._train_pace.traced
         rate = keras.ops.convert_to_numpy(self.optimizer.learning_rate)
         return Record(
             step=end,
@@ -449,10 +430,10 @@ class Trainer:
             learning_rate=float(rate),
             # Tracing says nothing of the pace.
             examples_per_second=(
-                self.task.batch_size / pace if self._traced else None
+                self.task.batch_size / pace if traced else None
             ),
             seconds=seconds,
-            seconds_left=pace * (steps - end) if self._traced else None,
+            seconds_left=pace * (steps - end) if traced else None,
             **self._sparsity(),
         )
 
@@ -476,15 +457,11 @@ class Trainer:
         }
 
     def _agree(
-        self, record: Record, steps: int, stop: StopSource | None
+        self, pace: Pace, step_seconds: float, stop: StopSource | None
     ) -> signal.Signals | None:
         """Sets the pace and tells whether to stop, the same on all workers."""
         requested = stop.requested if stop is not None else None
-        said = gather(
-            self.strategy, [record.seconds / steps, float(requested or 0)]
-        )
-        if self._traced:
-            self._pace = float(said[:, 0].max())
-        self._traced = True
+        said = gather(self.strategy, [step_seconds, float(requested or 0)])
+        pace.measured(float(said[:, 0].max()))
         signum = int(said[:, 1].max())
         return signal.Signals(signum) if signum else None

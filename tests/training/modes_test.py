@@ -11,6 +11,7 @@ import tensorflow as tf
 import sos
 from sos.training import modes
 from sos.training.modes import Settings, run
+from sos.training.records import Record
 from sos.training.strategies import make_strategy
 from sos.training.trainer import Trainer
 from tests import processes, toys
@@ -28,12 +29,15 @@ class Program:
         self.workdir = workdir
         self._capfd = capfd
         self.trainer = None
+        self.steps_per_loop = 4
 
     def make_trainer(self):
         strategy = make_strategy("one_device")
         with strategy.scope():
             task = ToyTask("MagnitudePruning", schedule=SCHEDULE)
-        self.trainer = Trainer(task, strategy=strategy, steps_per_loop=4)
+        self.trainer = Trainer(
+            task, strategy=strategy, steps_per_loop=self.steps_per_loop
+        )
         return self.trainer
 
     def __call__(self, mode, **settings):
@@ -248,6 +252,19 @@ def test_train_and_eval(program, trained):
     )
 
 
+def test_a_stop_within_an_evaluation_loses_nothing(program, stopping):
+    # At the end, where training itself does not stop any more.
+    program.steps_per_loop = 2
+    assert stopping(program, "train_and_eval", step=STEPS) == 75
+    assert "at step 20, after 2 of 3 batches of its evaluation" in program.err
+    assert program.saved[-1] == STEPS
+    assert program.steps("train", "eval") == [10]
+    # It is made up for, and may be stopped again.
+    assert stopping(program, "train_and_eval", step=STEPS) == 75
+    assert program("train_and_eval") == 0
+    assert program.steps("train", "eval") == [10, 20]
+
+
 @pytest.mark.parametrize(
     ("until", "missed"), [(10, [10]), (15, []), (20, [20])]
 )
@@ -319,8 +336,30 @@ def test_eval_gives_up(program, monkeypatch):
     assert "Is the training running?" in program.error
 
 
-def test_eval_stops_between_two_checkpoints(copy, stopping):
+def test_eval_stops_within_an_evaluation(copy, stopping):
+    copy.steps_per_loop = 2
     assert stopping(copy, "eval", step=10) == 75
+    assert "at step 10, after 2 of 3 batches of its evaluation." in copy.err
+    assert copy.steps("eval", "eval") == [5]
+    assert copy("eval") == 0
+    assert copy.steps("eval", "eval") == [5, 10, 15, 20]
+
+
+def test_eval_stops_between_two_checkpoints(copy, stopping, monkeypatch):
+    # Too quick to be stopped within.
+    monkeypatch.setattr(
+        Trainer,
+        "evaluate",
+        lambda self, total_steps, stop: Record(
+            step=self.step,
+            total_steps=total_steps,
+            kind="eval",
+            metrics={"loss": 1.0},
+            seconds=0.1,
+        ),
+    )
+    assert stopping(copy, "eval", step=10) == 75
+    assert "Stopped by SIGTERM at step 10, evaluated." in copy.err
     assert copy.steps("eval", "eval") == [5, 10]
     assert copy("eval") == 0
     assert copy.steps("eval", "eval") == [5, 10, 15, 20]
@@ -458,17 +497,40 @@ def test_a_work_directory_that_cannot_be_made(program, mode):
     assert program.trainer is None
 
 
-@pytest.mark.parametrize(
-    "error",
-    [ValueError("a wrong size"), RuntimeError("no TPU"), OSError("no file")],
-)
-def test_errors_are_told_in_a_line(program, error, monkeypatch):
+def test_errors_of_files_are_told_in_a_line(program, monkeypatch):
     def fail():
-        raise error
+        raise FileNotFoundError(2, "No such file", "images.npz")
 
     monkeypatch.setattr(program, "make_trainer", fail)
     assert program("train") == 1
-    assert program.error == f"FATAL {error}"
+    assert program.error == "FATAL [Errno 2] No such file: 'images.npz'"
+
+
+def test_what_the_package_refuses_is_told_in_a_line(program, monkeypatch):
+    monkeypatch.setattr(
+        program, "make_trainer", lambda: make_strategy("everywhere")
+    )
+    assert program("train") == 1
+    assert program.error.startswith("FATAL `strategy` must be one of")
+
+
+@pytest.mark.parametrize("error", [ValueError, TypeError, RuntimeError])
+def test_mistakes_in_a_task_keep_their_traceback(program, error, monkeypatch):
+    def build_model(self):
+        raise error("mine")
+
+    monkeypatch.setattr(ToyTask, "build_model", build_model)
+    with pytest.raises(error, match="mine"):
+        program("train")
+
+
+def test_mistakes_found_by_keras_keep_their_traceback(program, monkeypatch):
+    def build_model(self):
+        return keras.Sequential([keras.Input((2,)), keras.layers.Dense(-1)])
+
+    monkeypatch.setattr(ToyTask, "build_model", build_model)
+    with pytest.raises(ValueError, match="expected a positive integer"):
+        program("train")
 
 
 def test_a_log_that_cannot_be_written(program):
@@ -516,9 +578,10 @@ def in_a_job(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["eval", "export"])
-def test_modes_for_one_process(copy, mode, in_a_job):
-    assert copy(mode) == 1
-    assert f"The mode {mode} is for one process" in copy.error
+def test_modes_for_one_process(copy, mode, in_a_job, capfd):
+    with pytest.raises(Exited, match="1"):
+        copy(mode)
+    assert f"The mode {mode} is for one process" in capfd.readouterr().err
 
 
 LOST = (

@@ -21,8 +21,15 @@ STEPS = 20
 PROMPT = 30.0
 
 
-def start(workdir, *arguments, tasks):
-    """Starts the workers of a job that trains toy tasks."""
+def start(workdir, *arguments, tasks, chief=None):
+    """Starts the workers of a job that trains toy tasks.
+
+    Args:
+        workdir: Theirs.
+        *arguments: Flags.
+        tasks: What they train, one after the other.
+        chief: Further options of the chief's `Program`.
+    """
     return [
         Program(
             "tests.training.toy_train",
@@ -34,6 +41,7 @@ def start(workdir, *arguments, tasks):
             *arguments,
             log=f"{workdir}-{index}.log",
             environment={"TF_CONFIG": config},
+            **((chief or {}) if index == 0 else {}),
         )
         for index, config in enumerate(processes.cluster(2))
     ]
@@ -196,6 +204,32 @@ def test_a_lost_worker_ends_the_job_which_can_go_on(
     for index in range(2):
         values = final_values(workdir, TASK, index)
         assert processes.differences(values, uninterrupted) == []
+
+
+def test_a_full_disk_of_the_chief_ends_the_job_which_can_go_on(
+    tmp_path, uninterrupted
+):
+    workdir = tmp_path / "job"
+    # Larger than what it logs until then, smaller than a checkpoint.
+    chief, other = start(
+        workdir, *SLOW, tasks=[TASK], chief={"file_size": 6000}
+    )
+    assert chief.wait(PROMPT) == 1
+    begin = time.monotonic()
+    assert other.wait(PROMPT) == 1
+    print(f"noticed after {time.monotonic() - begin:.1f} s")
+    assert "The checkpoint of step 4 could not be written" in chief.output
+    assert "A worker of this job is gone" in other.output
+    for worker in (chief, other):
+        assert worker.output.count("FATAL") == 1
+        assert "Traceback" not in worker.output
+    assert list((workdir / TASK / "checkpoints").iterdir()) == []
+    again = start(workdir, *SLOW, tasks=[TASK])
+    finish(again)
+    assert (
+        processes.differences(final_values(workdir, TASK, 0), uninterrupted)
+        == []
+    )
 
 
 def test_a_signal_to_one_worker_stops_all_at_one_step(tmp_path, uninterrupted):

@@ -11,13 +11,9 @@ from absl import logging
 
 import sos
 from sos.training import trainer as trainer_module
+from sos.training.actions import Action
 from sos.training.checkpoints import CheckpointError, Checkpoints
-from sos.training.trainer import (
-    Action,
-    NonFiniteLossError,
-    Stopped,
-    Trainer,
-)
+from sos.training.trainer import NonFiniteLossError, Stopped, Trainer
 from tests import toys
 from tests.training import toy_task
 from tests.training.toy_task import GivenTask, ToyTask
@@ -196,28 +192,6 @@ def test_actions_are_called_in_order_after_the_save(tmp_path):
         (6, "b", [6]),
         (6, "a", [6]),
     ]
-
-
-@hypothesis.given(
-    st.none() | st.integers(1, 7),
-    st.lists(st.integers(0, 20), max_size=3),
-    st.booleans(),
-    st.integers(1, 20),
-)
-def test_when_an_action_is_due(every, at, at_end, last):
-    action = Action(call=print, every=every, at=tuple(at), at_end=at_end)
-    due = [
-        step
-        for step in range(1, last + 1)
-        if (every and step % every == 0)
-        or step in at
-        or (at_end and step == last)
-    ]
-    assert [s for s in range(1, last + 1) if action.due(s, last)] == due
-    for step in range(last):
-        later = [s for s in due if s > step and (s != last or not at_end)]
-        if later:
-            assert action.next_after(step) == later[0]
 
 
 def test_an_action_that_fails_ends_training_and_leaves_nothing_bound():
@@ -587,6 +561,55 @@ def test_evaluation_leaves_training_as_it_was():
     same_bits(toy_task.values(trainer), uninterrupted("VariationalDropout"))
 
 
+class StopAfter:
+    """Asks to stop when it was asked so many times."""
+
+    def __init__(self, looks):
+        self._looks = looks
+
+    @property
+    def requested(self):
+        self._looks -= 1
+        return signal.SIGTERM if self._looks < 0 else None
+
+
+def test_an_evaluation_that_is_stopped_leaves_nothing_behind():
+    trainer = make_trainer("MagnitudePruning", batch_size=2, steps_per_loop=3)
+    trainer.train(2)
+    whole = trainer.evaluate()
+    # Ten batches: 3, then 6.
+    with pytest.raises(
+        Stopped, match="SIGTERM at step 2, after 6 of 10 batches of its eval"
+    ) as stopped:
+        trainer.evaluate(stop=StopAfter(1))
+    assert (stopped.value.signal, stopped.value.step) == (signal.SIGTERM, 2)
+    assert trainer.evaluate().metrics == whole.metrics
+    # After the last batch there is nothing left to stop.
+    assert trainer.evaluate(stop=StopAfter(3)).metrics == whole.metrics
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_how_evaluations_are_cut_changes_no_bit(replicas):
+    arguments = {"replicas": replicas, "batch_size": 2, "batch_norm": True}
+    whole = make_trainer("L0Regularization", **arguments)
+    cut = make_trainer(
+        "L0Regularization", max_seconds_per_loop=1e-9, **arguments
+    )
+    assert cut.evaluate().metrics == whole.evaluate().metrics
+    assert cut.evaluate().metrics == whole.evaluate().metrics
+
+
+def test_workers_stop_an_evaluation_together(monkeypatch):
+    trainer = make_trainer()
+
+    def another_is_asked(strategy, values):
+        return np.array([values, [0.5, float(signal.SIGTERM)]])
+
+    monkeypatch.setattr(trainer_module, "gather", another_is_asked)
+    with pytest.raises(Stopped, match="after 1 of 3 batches"):
+        trainer.evaluate()
+
+
 def test_the_record_of_an_evaluation():
     trainer = make_trainer("MagnitudePruning")
     trainer.train(2)
@@ -755,12 +778,6 @@ def test_loops_of_nothing_are_refused(arguments):
     ((name, value),) = arguments.items()
     with pytest.raises(ValueError, match=f"Received: .*{name}={value}"):
         make_trainer(**arguments)
-
-
-@pytest.mark.parametrize("every", [0, -3])
-def test_actions_every_zero_steps_are_refused(every):
-    with pytest.raises(ValueError, match=f"Received: every={every}"):
-        Action(call=print, every=every)
 
 
 def test_batches_are_checked_before_training():
