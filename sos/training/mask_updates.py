@@ -105,7 +105,7 @@ def mask_update_step(
     masks: list[Any] = [None] * len(_jobs(updates))
     nans = list(masks)
     for ranking, members in groups.items():
-        scores = [_scores(wrapper, weight) for wrapper, weight, _ in members]
+        scores = [wrapper.scores(weight) for wrapper, weight, _ in members]
         if _ranks_by_count(ranking):
             found: Sequence[Any] = [
                 top_k_mask_device(score, counts[i])
@@ -129,17 +129,6 @@ def _jobs(
         for wrapper in updates
         for weight in wrapper.sparse_weights
     ]
-
-
-def _scores(wrapper: PruningWrapper, weight: SparseWeight) -> tf.Tensor:
-    if wrapper.uses_gradient:
-        # Every replica has gathered the gradients of its own examples.
-        gradient = weight.state["gradient"]
-        mean = tf.distribute.get_replica_context().all_reduce(
-            tf.distribute.ReduceOp.MEAN, gradient.value
-        )
-        gradient.assign(mean)
-    return wrapper.scores(weight)
 
 
 def _ranks_by_count(ranking: Ranking) -> bool:

@@ -25,10 +25,13 @@ class Steps:
 
     The gradient is that of `loss + sum(model.losses)`, where the loss is the
     mean over the weights of the whole batch: over all replicas and
-    micro-batches, even if their weights differ, as those of sentences do. With
-    several replicas gradients are clipped after they are summed; Keras alone
-    would clip each replica's. What a technique with `uses_gradient` gathers are
-    gradients of the mean over a replica's micro-batch, each of equal weight.
+    micro-batches, even if their weights differ, as those of sentences do.
+    `model.losses`, which replicas and micro-batches may have different ones of,
+    are averaged with the same weights; of a batch without any weight the
+    gradient is zero. With several replicas gradients are clipped after they are
+    summed; Keras alone would clip each replica's. What a technique with
+    `uses_gradient` gathers are gradients of sums over examples, in which a step
+    counts by the weight of its batch.
 
     Args:
         task: What is trained.
@@ -110,7 +113,17 @@ class Steps:
                 "by nothing. Give it an `ema_overwrite_frequency`, or leave "
                 "`use_ema` away. Received: use_ema=True"
             )
-        layers = [self._model, *self._model.layers]
+        overwrites = optimizer.use_ema and self._replicas > 1
+        if overwrites and not isinstance(
+            self._strategy, tf.distribute.TPUStrategy
+        ):
+            raise ValueError(
+                "Keras cannot overwrite weights by their moving averages on "
+                "several replicas, but on a TPU. Train on one device, or leave "
+                f"`use_ema` away. Received: use_ema=True on {self._replicas} "
+                "replicas"
+            )
+        layers = self._model._flatten_layers()
         if any(layer.compute_dtype == "float16" for layer in layers):
             raise ValueError(
                 "float16 needs loss scaling, which the engine has not. Use "
@@ -224,7 +237,7 @@ class Steps:
         self._strategy.run(self.share_statistics_step)
 
     def weights_are_finite(self) -> bool:
-        """Whether no trainable variable holds NaN or an infinity."""
+        """Whether no variable of the model holds NaN or an infinity."""
         finite = self._strategy.experimental_local_results(self._finite())
         return bool(finite[0])
 
@@ -251,7 +264,6 @@ class Steps:
             gradients, totals, penalty = self._gradients(batch)
         else:
             gradients, totals, penalty = self._accumulated(batch)
-        weights = totals[:, 1]
         everywhere = totals
         if self._replicas > 1:
             everywhere, penalty = (
@@ -260,11 +272,11 @@ class Steps:
                 )
             )
         at = self._task.metric_names.index("loss")
-        if self._replicas > 1 or self._micro_batches > 1:
-            share = tf.math.divide_no_nan(1.0, everywhere[at, 1])
-            if self._micro_batches == 1:
-                share *= weights[at]
-            gradients = [_scaled(g, share) for g in gradients]
+        scale = tf.math.divide_no_nan(1.0, everywhere[at, 1])
+        gradients = [
+            None if g is None else g * tf.cast(scale, g.dtype)
+            for g in gradients
+        ]
         loss = tf.math.divide_no_nan(*tf.unstack(everywhere[at]))
         step = tf.cast(
             keras.ops.convert_to_tensor(self._optimizer.iterations), tf.int32
@@ -315,24 +327,31 @@ class Steps:
                 )
 
     def finite_step(self) -> tf.Tensor:
-        """Whether all trainable variables are finite, on one replica."""
+        """Whether all variables of the model are finite, on one replica."""
         finite = [
             tf.reduce_all(tf.math.is_finite(variable.value))
-            for variable in self._model.trainable_variables
+            for variable in self._model.variables
             if variable.dtype.startswith(("float", "bfloat"))
         ]
         return tf.reduce_all(tf.stack(finite))
 
     def _gradients(self, batch: Any) -> tuple[list[Any], tf.Tensor, tf.Tensor]:
-        """The gradients of a batch's objective, its totals, and the penalty."""
+        """The gradients of a batch's sum, its totals, and the penalty.
+
+        Sums can be added over micro-batches, replicas and steps, and are
+        divided by the weight of all of them in the end.
+        """
         variables = self._model.trainable_variables
         with tf.GradientTape() as tape:
             measured = self._task.measure(self._model, batch, training=True)
-            objective = tf.math.divide_no_nan(*measured["loss"])
+            objective, weight = measured["loss"]
             # Those of activities may be bfloat16.
             losses = [tf.cast(x, tf.float32) for x in self._model.losses]
             penalty = tf.add_n(losses) if losses else tf.zeros([])
-            objective += tf.cast(penalty, objective.dtype)
+            objective += tf.cast(
+                tf.stop_gradient(tf.cast(weight, penalty.dtype)) * penalty,
+                objective.dtype,
+            )
         # Dense, as Keras's Adam squares each occurrence of an embedding's row
         # by itself, in place of their sum.
         gradients = [
@@ -344,8 +363,7 @@ class Steps:
     def _accumulated(
         self, batch: Any
     ) -> tuple[list[Any], tf.Tensor, tf.Tensor]:
-        """As `_gradients`, but the gradients are sums times weights."""
-        at = self._task.metric_names.index("loss")
+        """As `_gradients`, of one micro-batch after the other."""
         sums: list[Any] = []
         totals = tf.zeros([])
         penalties = tf.zeros([])
@@ -361,13 +379,10 @@ class Steps:
                     lambda x, index=index: self._part(x, index), batch
                 )
                 gradients, part_totals, penalty = self._gradients(part)
-            weight = part_totals[at, 1]
             sums = [
                 None if g is None else total + g
                 for total, g in zip(
-                    sums or [0.0] * len(gradients),
-                    [_scaled(g, weight) for g in gradients],
-                    strict=True,
+                    sums or [0.0] * len(gradients), gradients, strict=True
                 )
             ]
             totals += part_totals
@@ -417,10 +432,3 @@ class Steps:
         # parts alone, as they are within the limit.
         parts = iter([g / self._replicas for g in present])
         return [None if g is None else next(parts) for g in gradients]
-
-
-def _scaled(gradient: tf.Tensor | None, factor: tf.Tensor) -> tf.Tensor | None:
-    """A gradient times a number; None stays None."""
-    if gradient is None:
-        return None
-    return gradient * tf.cast(factor, gradient.dtype)

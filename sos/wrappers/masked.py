@@ -92,8 +92,10 @@ class PruningWrapper(MaskedWrapper):
     needs_clock = True
 
     #: Sums the gradients of each effective weight since its last mask update,
-    #: dense, in `weight.state["gradient"]`, averaged over the replicas. Under
-    #: loss scaling they are scaled; what is not finite is left out.
+    #: dense and over all replicas, in `weight.state["gradient"]`. They are of
+    #: what the training loop differentiates: in `fit` a mean over the batch, in
+    #: the training engine a sum, under loss scaling a multiple. What is not
+    #: finite is left out. It costs another all-reduce of the weight per step.
     uses_gradient = False
 
     #: A weight once pruned stays so.
@@ -149,11 +151,11 @@ class PruningWrapper(MaskedWrapper):
         """Adds the mask, and the gradient where the technique uses it."""
         super().build_weight(weight)
         if self.uses_gradient:
-            # Each replica writes its own; a read outside averages them.
+            # Each replica writes its own, and all write the same.
             self.add_weight_state(
                 weight,
                 "gradient",
-                aggregation="mean",
+                aggregation="only_first_replica",
                 synchronization="on_read",
             )
 
@@ -166,9 +168,10 @@ class PruningWrapper(MaskedWrapper):
         @tf.custom_gradient
         def keep_gradient(value: tf.Tensor) -> tuple:
             def grad(upstream: tf.Tensor) -> tf.Tensor:
-                finite = tf.where(tf.math.is_finite(upstream), upstream, 0.0)
                 total = weight.state["gradient"]
-                total.assign(total.value + tf.cast(finite, total.dtype))
+                finite = tf.where(tf.math.is_finite(upstream), upstream, 0.0)
+                finite = _sum_over_replicas(tf.cast(finite, total.dtype))
+                total.assign(total.value + finite)
                 return upstream
 
             return tf.identity(value), grad
@@ -218,6 +221,15 @@ class PruningWrapper(MaskedWrapper):
                 config[name], custom_objects
             )
         return super().from_config(config, custom_objects)
+
+
+def _sum_over_replicas(gradient: tf.Tensor) -> tf.Tensor:
+    # Not when masks are updated: a checkpoint holds the sum of one replica, and
+    # training is to go on from it to the same bits.
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return gradient
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, gradient)
 
 
 def update_masks(updates: dict[PruningWrapper, float]) -> None:

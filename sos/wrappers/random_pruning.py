@@ -42,9 +42,7 @@ class RandomPruning(PruningWrapper):
         """Uniform in [0, 1), and -1 for what is pruned already."""
         scores = tf.random.stateless_uniform(
             weight.variable.shape,
-            seed=tf.stack(
-                [self.setting("seed").value, noise.text_id(weight.path)]
-            ),
+            seed=tf.stack([self.setting("seed"), noise.text_id(weight.path)]),
             alg=noise.ALGORITHM,
         )
         return tf.where(weight.state["mask"].value > 0, scores, -1.0)

@@ -104,7 +104,7 @@ class Settings:
 
     def tensor(self, name: str) -> tf.Tensor:
         """The value as a scalar tensor."""
-        return keras.ops.convert_to_tensor(self._variables[name])
+        return tf.convert_to_tensor(self._variables[name].value)
 
     def build(self, layer: _StatefulLayer) -> None:
         """Creates the variables.

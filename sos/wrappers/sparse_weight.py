@@ -25,7 +25,7 @@ class SparseWeight:
     @property
     def value(self) -> tf.Tensor:
         """The dense weight, in the dtype in which it is stored."""
-        return keras.ops.convert_to_tensor(self.variable)
+        return tf.convert_to_tensor(self.variable.value)
 
 
 class SparseWeights:

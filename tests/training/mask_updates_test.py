@@ -219,37 +219,3 @@ def test_what_is_not_due_stays(name, scope):
     assert [np.mean(mask) for mask in after] == [0.25, 0.5]
     for old, new in zip(before, after, strict=True):
         assert (new <= old).all()
-
-
-def test_gradients_are_those_of_all_replicas():
-    class Gradient(sos.PruningWrapper):
-        uses_gradient = True
-
-        def scores(self, weight):
-            return weight.state["gradient"].value
-
-    strategy = toys.two_replicas()
-    with strategy.scope():
-        layer = Gradient(keras.layers.Dense(2), schedule=toys.SCHEDULE)
-        layer.build((None, 2))
-        (weight,) = layer.sparse_weights
-        gradient = weight.state["gradient"]
-
-        @tf.function
-        def gather():
-            def step():
-                # The first replica alone would keep the first element.
-                context = tf.distribute.get_replica_context()
-                first = context.replica_id_in_sync_group == 0
-                gradient.assign(
-                    tf.where(
-                        first, [[3.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 9]]
-                    )
-                )
-
-            strategy.run(step)
-
-        gather()
-        CompiledMaskUpdate()({layer: 0.75})
-    np.testing.assert_array_equal(masks(layer)[0], [[0, 0], [0, 1]])
-    np.testing.assert_array_equal(gradient.value.values[0], np.zeros((2, 2)))

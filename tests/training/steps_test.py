@@ -205,6 +205,49 @@ def test_a_step_is_that_of_the_formulas():
     assert run.step == 3
 
 
+class Gathering(sos.PruningWrapper):
+    """A technique that ranks by gradients."""
+
+    uses_gradient = True
+
+    def scores(self, weight):
+        return tf.abs(weight.state["gradient"].value)
+
+
+@pytest.mark.parametrize("weight", [WEIGHTED, ONE_SIDED])
+@pytest.mark.parametrize(
+    ("replicas", "micro_batches"), [(1, 1), (2, 1), (1, 2), (2, 2)]
+)
+def test_gradients_are_gathered_of_sums_over_all_examples(
+    replicas, micro_batches, weight
+):
+    """However the batch is cut: a linear model that stands still, by hand."""
+
+    def linear():
+        layer = layers.Dense(2, use_bias=False)
+        schedule = sos.ConstantSparsity(0.5, begin_step=5, frequency=5)
+        return keras.Sequential(
+            [keras.Input((6,)), Gathering(layer, schedule=schedule)]
+        )
+
+    given = task(linear, lambda: SGD(0.0), weight=weight)
+    run = Run(given, replicas=replicas, micro_batches=micro_batches).train(3)
+    (sparse,) = run.model.layers[0].sparse_weights
+    x, y, weight = (
+        given.arrays[name][: 3 * BATCH] for name in ("x", "y", "weight")
+    )
+    error = x @ sparse.variable.numpy() - y
+    expected = x.T @ (weight[:, None] * 2 * error / 2)
+    # Every replica holds that of all.
+    held = run.strategy.experimental_local_results(
+        sparse.state["gradient"].value
+    )
+    assert len(held) == replicas
+    for value in held:
+        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-4)
+        assert value.numpy().tobytes() == held[0].numpy().tobytes()
+
+
 OPTIMIZERS = {
     "adam": lambda: keras.optimizers.Adam(
         keras.optimizers.schedules.CosineDecay(0.05, 10),

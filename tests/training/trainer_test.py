@@ -321,6 +321,18 @@ def test_stopped_training_goes_on_to_the_same_bits(
     same_bits(toy_task.values(second), toy_task.values(first))
 
 
+def test_gathered_gradients_are_resumed_to_the_same_bits(tmp_path):
+    first, second = (toy("TrainerSaliency", replicas=2) for _ in range(2))
+    # Masks are updated at the steps 1 and 4.
+    first.train(2, checkpoints=make_checkpoints(first, tmp_path))
+    second.restore(make_checkpoints(second, tmp_path))
+    for trainer in (first, second):
+        trainer.train(3)
+    (_, weight), *_ = second.steps.sparse_weights
+    assert weight.state["gradient"].numpy().any()
+    same_bits(toy_task.values(second), toy_task.values(first))
+
+
 @pytest.mark.parametrize("technique", ["TrainerSaliency", "VariationalDropout"])
 def test_training_may_be_continued_in_the_same_process(technique):
     trainer = toy(technique)
