@@ -58,9 +58,9 @@ def _study() -> None:
 
         from models import networks
         from sos.experiments import progress, runs, study
-        from sos.training.checkpoints import CheckpointError
+        from sos.training.failures import in_a_line
         from sos.training.signals import StopRequest, exit_code
-        from sos.training.trainer import NonFiniteLossError, Stopped
+        from sos.training.trainer import Stopped
 
         tf.config.list_logical_devices()  # Says what GPUs are not there.
     # The runs of every shape have functions of their own to trace, of which
@@ -89,12 +89,11 @@ def _study() -> None:
     except Stopped as stopped:
         print(f"{stopped} {_AGAIN}", file=sys.stderr)
         sys.exit(exit_code(stopped.signal))
-    except FileNotFoundError as error:
-        _fail(str(error))
-    except OSError as error:
-        _fail(f"The work directory {_WORKDIR.value} cannot be used: {error}")
-    except (ValueError, CheckpointError, NonFiniteLossError) as error:
-        _fail(str(error))
+    except Exception as error:
+        told = in_a_line(error, packages=("sos", "models"))
+        if told is None:
+            raise
+        _fail(told)
     shown.console.print(progress.summary(results))
     shown.console.print()
     for path in (results.table, results.tradeoff, results.layerwise):

@@ -2,9 +2,7 @@
 
 import os
 import re
-import shutil
 import tempfile
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from sos.files import atomic_directory
 from sos.surgery import strip
 from sos.wrappers.base import find_wrappers
 
@@ -60,11 +59,11 @@ def export_saved_model(
     if find_wrappers(model):
         model = strip(model)
     module = _Servable(model, input_signature)
-    put = _upload if "://" in path else _rename
+    put = _upload if "://" in path else atomic_directory
     with put(path) as temporary:
         tf.saved_model.save(
             module,
-            temporary,
+            os.fspath(temporary),
             signatures=_by_name(module, input_signature, names),
         )
 
@@ -203,29 +202,6 @@ def _check_path(path: str) -> None:
 
 
 @contextmanager
-def _rename(path: str) -> Iterator[str]:
-    """Gives a new directory that takes the name `path` on success."""
-    # In the same file system, also if `path` is a link.
-    target = Path(path).resolve()
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    old = temporary.with_name(f"{temporary.name}.old")
-    try:
-        yield str(temporary)
-        # A directory with something in it cannot be renamed over.
-        if target.exists():
-            target.rename(old)
-        try:
-            temporary.rename(target)
-        except BaseException:
-            if old.exists():
-                old.rename(target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
 def _upload(path: str) -> Iterator[str]:
     """Gives a local directory that is copied to `path` on success.
 
@@ -236,7 +212,8 @@ def _upload(path: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as temporary:
         yield temporary
         if gfile.exists(path):
-            gfile.remove(f"{path}/saved_model.pb")
+            if tf.saved_model.contains_saved_model(path):
+                gfile.remove(f"{path}/saved_model.pb")
             gfile.rmtree(path)
         files = [file for file in Path(temporary).rglob("*") if file.is_file()]
         for file in sorted(files, key=lambda x: x.name == "saved_model.pb"):

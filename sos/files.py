@@ -1,7 +1,10 @@
 """Writing files so that they are complete or absent."""
 
+import glob
 import os
+import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,3 +39,100 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
+    """Gives a new directory that takes the name `path` on success.
+
+    A directory that is there is replaced then. As that takes two renames, a
+    process that is killed between them leaves it under a hidden name, from
+    which the next call brings it back. One process at a time may write.
+
+    Args:
+        path: The directory to write; if it is a link, its target.
+
+    Yields:
+        A path in the same directory, where nothing is yet. If the scope is left
+        with an error, it is removed and `path` stays as it was.
+    """
+    target = Path(path).resolve()
+    old = target.with_name(f".{target.name}.old")
+    if old.exists() and not target.exists():
+        old.rename(target)
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.new"):
+        shutil.rmtree(left, ignore_errors=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.new")
+    try:
+        yield temporary
+        sync_tree(temporary)
+        # A directory with something in it cannot be renamed over.
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+        try:
+            temporary.rename(target)
+        except BaseException:
+            if old.exists():
+                old.rename(target)
+            raise
+        sync_directory(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def only_process(directory: str | os.PathLike) -> Iterator[None]:
+    """Keeps a directory from two processes that would both write to it.
+
+    The operating system gives the claim up when the process ends, however it
+    ends. Where there are no such claims, as on object stores, it does nothing.
+
+    Args:
+        directory: The directory, which exists; it gets the file `.lock`.
+
+    Raises:
+        BlockingIOError: If another process claims the directory.
+    """
+    try:
+        # Not on every system.
+        import fcntl
+    except ImportError:
+        fcntl = None
+    if fcntl is None or not os.path.isdir(directory):
+        yield
+        return
+    with open(os.path.join(directory, ".lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(
+                f"Another process is at work in {os.fspath(directory)}, and "
+                "two would spoil each other's files. Stop it, or choose "
+                "another work directory."
+            ) from None
+        yield
+
+
+def sync_tree(directory: str | os.PathLike) -> None:
+    """Brings a directory and all files in it to the disk.
+
+    So that a power cut finds them complete. Elsewhere than on local disks it
+    does nothing.
+    """
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with open(os.path.join(folder, name), "rb") as file:
+                os.fsync(file.fileno())
+        sync_directory(folder)
+
+
+def sync_directory(directory: str | os.PathLike) -> None:
+    """Brings the names in a local directory to the disk, as of a rename."""
+    if os.path.isdir(directory):
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,6 +1,5 @@
 """Trains the runs of a study, those of one shape with one compiled step."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,11 @@ from sos.experiments.classification import BuildModel, Classification, Data
 from sos.experiments.results import Outcome, weight_sparsities
 from sos.experiments.runs import Run
 from sos.report import sparsity_report
-from sos.training.checkpoints import Checkpoints, remove_unfinished
+from sos.training.checkpoints import (
+    Checkpoints,
+    remove_unfinished,
+    uncounted,
+)
 from sos.training.memory import PeakMemory
 from sos.training.records import Record
 from sos.training.strategies import make_strategy
@@ -70,7 +73,7 @@ class Runner:
         Args:
             run: The run.
             checkpoints: A directory of its own, where it is saved when it is
-                stopped, and goes on from; it is removed in the end.
+                stopped and in the end, and goes on from.
             on_record: Called after every loop.
             stop: Tells when to stop before the end.
 
@@ -101,8 +104,6 @@ class Runner:
             self._train(run, checkpoints, on_record, stop)
             evaluated = self.trainer.evaluate(stop=stop)
             report = sparsity_report(self.trainer.model)
-        if checkpoints is not None:
-            shutil.rmtree(checkpoints, ignore_errors=True)
         return Outcome(
             achieved_sparsity=report.sparsity,
             model_sparsity=report.model_sparsity,
@@ -148,7 +149,7 @@ class Runner:
         for own, new in zip(
             trainer.model.variables, fresh.variables, strict=True
         ):
-            if own.path != new.path:
+            if uncounted(own.path) != uncounted(new.path):
                 raise ValueError(
                     "`build_model` must give all layers the same names each "
                     f"time. Received: {own.path!r}, then {new.path!r}"

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 class Action:
     """Something that the host does between two steps.
 
+    It is done at most once: if the process ends after a checkpoint is saved and
+    before the actions of its step, they are not made up for after a restart.
+
     Attributes:
         call: What is done; called with the trainer.
         every: Do it whenever this many more steps are done.

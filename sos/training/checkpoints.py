@@ -6,12 +6,13 @@ import os
 import re
 import uuid
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import keras
 import tensorflow as tf
 from absl import logging
+
+from sos.files import sync_directory, sync_tree
 
 _FOLDER = re.compile(r"step-(\d{8,})")
 _METADATA = "metadata.json"
@@ -33,7 +34,7 @@ _NOT_DAMAGE = (
     PermissionError,
 )
 _OPERATION = re.compile(r"^\{\{\S+ \S+\}\} ?| \[Op:\w+\]$")
-_SEEDS = re.compile(r"^(seed_generator)_\d+/")
+_COUNTS = re.compile(r"_\d+(?=[/_]|$)")
 
 
 class CheckpointError(Exception):
@@ -143,12 +144,10 @@ class Checkpoints:
                 self._write_metadata(
                     temporary, step, model, optimizer, notes or {}
                 )
-                _sync(temporary)
-                if tf.io.gfile.isdir(self.path(step)):
-                    # Only a damaged one is ever written again.
-                    tf.io.gfile.rmtree(self.path(step))
-                tf.io.gfile.rename(temporary, self.path(step))
-                _sync_directory(self.directory)
+                sync_tree(temporary)
+                with self._set_aside(step):
+                    tf.io.gfile.rename(temporary, self.path(step))
+                sync_directory(self.directory)
         except _LOST_WORKER:
             # Reading variables takes all workers, and one is gone.
             raise
@@ -333,12 +332,31 @@ class Checkpoints:
         steps = [step for step in self.steps() if step <= newest]
         for step in steps[: -self._keep]:
             if self._keep_every is None or step % self._keep_every:
-                # Under another name first: half a checkpoint is none.
-                old = os.path.join(self.directory, f"{_TEMPORARY}old")
-                with contextlib.suppress(tf.errors.OpError):
-                    _remove(old)
-                    tf.io.gfile.rename(self.path(step), old)
-                    _remove(old)
+                with (
+                    contextlib.suppress(tf.errors.OpError),
+                    self._set_aside(step),
+                ):
+                    pass
+
+    @contextlib.contextmanager
+    def _set_aside(self, step: int) -> Iterator[None]:
+        """Removes a checkpoint, if it is there, once the scope succeeds.
+
+        It has another name before: half a checkpoint is none.
+        """
+        path = self.path(step)
+        if not tf.io.gfile.isdir(path):
+            yield
+            return
+        old = os.path.join(self.directory, f"{_TEMPORARY}old")
+        _remove(old)
+        tf.io.gfile.rename(path, old)
+        try:
+            yield
+        except BaseException:
+            tf.io.gfile.rename(old, path)
+            raise
+        _remove(old)
 
 
 def check_writable(directory: str | os.PathLike) -> None:
@@ -390,15 +408,23 @@ def _checkpoint(
     )
 
 
+def uncounted(path: str) -> str:
+    """The path of a variable without the numbers in its names.
+
+    Keras numbers layers without a name, optimizers and seed generators through
+    all of a process, so that the second model of one kind has other paths.
+    """
+    return _COUNTS.sub("", path)
+
+
 def _described(
     model: keras.Model, optimizer: keras.optimizers.Optimizer
 ) -> dict[str, str]:
     """Shape and dtype of all variables, by path."""
     described: dict[str, str] = {}
-    # Keras numbers optimizers and seed generators through all of a process.
     prefix = f"{optimizer.name}/"
-    named = [(_SEEDS.sub(r"\1/", v.path), v) for v in model.variables] + [
-        (f"optimizer/{v.path.removeprefix(prefix)}", v)
+    named = [(uncounted(v.path), v) for v in model.variables] + [
+        (f"optimizer/{uncounted(v.path.removeprefix(prefix))}", v)
         for v in optimizer.variables
     ]
     for path, variable in named:
@@ -439,24 +465,6 @@ def _removed(folder: str) -> Iterator[None]:
 def _remove(folder: str) -> None:
     if tf.io.gfile.isdir(folder):
         tf.io.gfile.rmtree(folder)
-
-
-def _sync(folder: str) -> None:
-    """Brings local files to the disk, that a power cut finds them there."""
-    if os.path.isdir(folder):
-        for path in Path(folder).iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        _sync_directory(folder)
-
-
-def _sync_directory(folder: str) -> None:
-    if os.path.isdir(folder):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _reason(error: BaseException) -> str:

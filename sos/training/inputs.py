@@ -50,7 +50,13 @@ def record_batches(
     replica_batch = _replica_batch(batch_size, context)
     records = _all_epochs(epoch_records, records_per_epoch, batch_size, step)
     records = records.enumerate(start=step * batch_size)
-    records = _share(records, batch_size, context)
+    # Not by batches, as records may have all shapes before they are decoded.
+    size = batch_size // context.num_input_pipelines
+    host = context.input_pipeline_id
+    if size < batch_size:
+        records = records.filter(
+            lambda number, _: number % batch_size // size == host
+        )
     return (
         records.map(
             lambda number, record: decode(record, number),

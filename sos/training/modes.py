@@ -13,6 +13,7 @@ import tensorflow as tf
 from absl import logging
 
 from sos.export import export_saved_model
+from sos.files import only_process
 from sos.training.actions import Action
 from sos.training.checkpoints import (
     CheckpointError,
@@ -21,11 +22,12 @@ from sos.training.checkpoints import (
     check_writable,
     remove_unfinished,
 )
+from sos.training.failures import in_a_line
 from sos.training.records import Record
 from sos.training.reporting import Console, JsonLines, TensorBoard
 from sos.training.signals import StopRequest, exit_code
 from sos.training.strategies import gather, several_processes
-from sos.training.trainer import NonFiniteLossError, Stopped, Trainer
+from sos.training.trainer import Stopped, Trainer
 
 #: The names that `run` takes.
 MODES = ("train", "eval", "train_and_eval", "export")
@@ -150,7 +152,14 @@ def run(settings: Settings, make_trainer: Callable[[], Trainer]) -> int:
         os._exit(exit_code(signal.SIGINT))
     except Exception as error:
         in_a_job = _in_a_job(trainer)
-        told = _in_a_line(error, in_a_job)
+        if in_a_job and isinstance(error, _LOST_WORKER):
+            told = (
+                "A worker of this job is gone, or cannot be reached: "
+                f"{_reason(error)}. Start all workers again to continue from "
+                "the last checkpoint."
+            )
+        else:
+            told = in_a_line(error)
         if told is not None:
             logging.debug("Where it went wrong:", exc_info=True)
             _say(f"FATAL {told}")
@@ -176,6 +185,13 @@ class _Session:
                 f"The mode {settings.mode} is for one process. Run it with "
                 "--strategy=one_device or mirrored, and without TF_CONFIG."
             )
+        evaluates = settings.mode in ("eval", "train_and_eval")
+        if evaluates and trainer.task.eval_batches < 1:
+            raise ValueError(
+                f"The mode {settings.mode} needs evaluation data, and the task "
+                "has none: its `eval_batches` is "
+                f"{trainer.task.eval_batches}. Use --mode=train."
+            )
         self._settings = settings
         self._trainer = trainer
         # Steps that the user was told of.
@@ -194,7 +210,10 @@ class _Session:
         elif mode == "export":
             self._export()
         else:
-            self._train(stop, evaluate=mode == "train_and_eval")
+            with contextlib.ExitStack() as stack:
+                if self._trainer.is_chief:
+                    stack.enter_context(only_process(self._settings.workdir))
+                self._train(stop, evaluate=mode == "train_and_eval")
 
     def _train(self, stop: StopRequest, evaluate: bool) -> None:
         settings, trainer = self._settings, self._trainer
@@ -321,9 +340,8 @@ class _Session:
                 "There is no checkpoint to export in "
                 f"{self._checkpoints.directory}."
             )
-        path = os.path.join(
-            self._settings.workdir, "export", f"step-{step:08d}"
-        )
+        # TensorFlow Serving takes the number for the version.
+        path = os.path.join(self._settings.workdir, "export", str(step))
         export_saved_model(trainer.model, path)
         print(f"Wrote {path}")
 
@@ -392,33 +410,6 @@ class _Session:
 
 def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
-
-
-def _in_a_line(error: Exception, in_a_job: bool) -> str | None:
-    """What to tell of an error; None if its traceback is needed, too."""
-    if in_a_job and isinstance(error, _LOST_WORKER):
-        return (
-            "A worker of this job is gone, or cannot be reached: "
-            f"{_reason(error)}. Start all workers again to continue from the "
-            "last checkpoint."
-        )
-    expected = isinstance(error, (CheckpointError, NonFiniteLossError, OSError))
-    # A ValueError may be anything, unless this package itself says what is
-    # wrong with what it was given.
-    if expected or (
-        isinstance(error, (ValueError, TypeError, RuntimeError))
-        and _raised_in(error).split(".")[0] == "sos"
-    ):
-        return str(error)
-    return None
-
-
-def _raised_in(error: Exception) -> str:
-    """The name of the module that raised an error."""
-    frame = error.__traceback__
-    while frame.tb_next is not None:
-        frame = frame.tb_next
-    return frame.tb_frame.f_globals.get("__name__", "")
 
 
 def _in_a_job(trainer: Trainer | None) -> bool:

@@ -110,6 +110,8 @@ class Trainer:
         self._micro_batches = micro_batches
         self.seconds = 0.0
         self.saved_step: int | None = None
+        # The step for which masks are known to be up to date.
+        self._masks_step: int | None = None
         with strategy.scope():
             self.model = task.build_model()
             self.optimizer = task.build_optimizer(self.model)
@@ -168,7 +170,7 @@ class Trainer:
             )
         if restored is not None:
             self.seconds = restored["seconds"]
-            self.saved_step = step
+            self.saved_step = self._masks_step = step
             replicas = self.strategy.num_replicas_in_sync
             if restored["replicas"] != replicas:
                 logging.warning(
@@ -270,7 +272,16 @@ class Trainer:
                     raise Stopped(stopping, end, "saved")
                 for action in actions:
                     if action.due(end, steps):
-                        action.call(self)
+                        self._act(action, checkpoints)
+
+    def _act(self, action: Action, checkpoints: Checkpoints | None) -> None:
+        try:
+            action.call(self)
+        except Stopped:
+            # An evaluation, for one: the steps before it are to be kept.
+            if checkpoints is not None and self.saved_step != self.step:
+                self.save(checkpoints)
+            raise
 
     def evaluate(
         self,
@@ -289,8 +300,8 @@ class Trainer:
 
         Raises:
             ValueError: If the task has no evaluation data.
-            Stopped: If it was asked to stop. Nothing is saved, as nothing but
-                the evaluation is lost.
+            Stopped: If it was asked to stop. As an action of `train` it is
+                made up for by nobody after a restart.
         """
         if self.task.eval_batches < 1:
             raise ValueError(
@@ -314,11 +325,7 @@ class Trainer:
         )
 
     def _evaluate_batches(self, step: int, stop: StopSource | None) -> None:
-        iterator = iter(
-            self._distributed(
-                lambda context: self.task.eval_dataset(context).repeat()
-            )
-        )
+        iterator = iter(self._distributed(self._eval_dataset))
         batches, done = self.task.eval_batches, 0
         while done < batches:
             begin = time.perf_counter()
@@ -348,6 +355,27 @@ class Trainer:
             )
         )
 
+    def _eval_dataset(
+        self, context: tf.distribute.InputContext
+    ) -> tf.data.Dataset:
+        dataset = self.task.eval_dataset(context)
+        batches = self.task.eval_batches * (
+            context.num_replicas_in_sync // context.num_input_pipelines
+        )
+        found = int(dataset.cardinality())
+        if found >= 0 and found != batches:
+            raise ValueError(
+                f"`{type(self.task).__name__}.eval_dataset` must give "
+                "`eval_batches` batches for each replica, so that every "
+                f"example counts once: {batches} here. Received: {found} "
+                "batches"
+            )
+        # Where the number is not known before, too few are an error then.
+        # Repeated, as a strategy looks for a batch beyond the last.
+        return dataset.apply(
+            tf.data.experimental.assert_cardinality(batches)
+        ).repeat()
+
     def _distributed(
         self,
         make_dataset: Callable[[tf.distribute.InputContext], tf.data.Dataset],
@@ -363,8 +391,10 @@ class Trainer:
         driver = Driver(
             self.model, self.optimizer, update_masks=self._update_masks
         )
-        # A step that was reached here or saved has had its update.
-        driver.start(up_to_date=self.step > 0)
+        # Not so if training was interrupted between a step and its update.
+        step = self.step
+        driver.start(up_to_date=step > 0 and step == self._masks_step)
+        self._masks_step = step
         try:
             yield driver
         finally:
@@ -395,7 +425,7 @@ class Trainer:
                 self._check_weights()
             if driver is not None:
                 driver.step()
-            step = part_end
+            step = self._masks_step = part_end
 
     def _check_loss(self) -> None:
         bad = self.steps.take_bad_step()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sos.experiments.results import Outcome
+from sos.experiments.runner import Runner
 from sos.training.trainer import NonFiniteLossError, Stopped
 
 
@@ -81,7 +82,52 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(runs, make_runner, tmp_path):
     assert steps[0] > stopped.value.step
     assert steps[-1] == run.steps
     assert _numbers(outcome) == uninterrupted
-    assert not directory.exists()
+    # So that nothing is lost before the outcome is written.
+    again = make_runner(run).train(
+        run, checkpoints=directory, on_record=lambda record: 1 / 0
+    )
+    assert _numbers(again) == uninterrupted
+
+
+def test_networks_may_have_random_layers(config, expand, data):
+    """Keras counts their generators through all of a process."""
+
+    def build(input_shape, classes, seed):
+        return keras.Sequential(
+            [
+                keras.Input(input_shape),
+                keras.layers.Flatten(name="flat"),
+                keras.layers.Dropout(0.2, seed=seed, name="drop"),
+                keras.layers.Dense(
+                    classes,
+                    kernel_initializer=keras.initializers.HeNormal(seed=seed),
+                    name="logits",
+                ),
+            ]
+        )
+
+    config.techniques = "magnitude"
+    run = expand(config)[0]
+    runner = Runner(run, data, build)
+    assert _numbers(runner.train(run)) == _numbers(runner.train(run))
+
+
+def test_networks_without_names_are_refused(config, expand, data):
+    def build(input_shape, classes, seed):
+        names = next(layers), next(layers)
+        return keras.Sequential(
+            [
+                keras.Input(input_shape),
+                keras.layers.Flatten(name=names[0]),
+                keras.layers.Dense(classes, name=names[1]),
+            ]
+        )
+
+    layers = iter("abcdef")
+    config.techniques = "dense"
+    (run,) = expand(config)
+    with pytest.raises(ValueError, match="the same names.*/b/k.*/d/k"):
+        Runner(run, data, build).train(run)
 
 
 def test_masks_reach_the_sparsity_of_the_run(config, expand, make_runner):

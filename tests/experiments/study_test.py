@@ -9,6 +9,7 @@ from sos.experiments import progress, study
 from sos.experiments import results as results_lib
 from sos.experiments.results import Outcome
 from sos.experiments.runner import Runner
+from sos.files import only_process
 
 
 class _Recorder(progress.Progress):
@@ -74,6 +75,40 @@ def test_an_interrupted_study_is_continued(run_study, config, expand):
     assert "nothing to train" in third.output.getvalue()
     whole = run_study(runs, _Recorder(), "another")
     assert _numbers(whole) == _numbers(continued)
+
+
+def test_a_result_that_cannot_be_written_is_not_lost(
+    run_study, config, expand, monkeypatch, tmp_path
+):
+    config.techniques = "dense"
+    (run,) = expand(config)
+
+    def fail(self, run, outcome):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results_lib.Results, "add", fail)
+        with pytest.raises(OSError, match="no space left"):
+            run_study([run], _Recorder())
+    checkpoints = tmp_path / "workdir" / "checkpoints"
+    assert list((checkpoints / run.name).iterdir())
+    # It is evaluated again and not trained again.
+    steps = []
+    recorder = _Recorder()
+    monkeypatch.setattr(recorder, "step", lambda *args: steps.append(args))
+    run_study([run], recorder)
+    assert recorder.trained == [run]
+    assert steps == []
+    assert not list(checkpoints.iterdir())
+
+
+def test_a_study_has_its_directory_for_itself(
+    run_study, config, expand, tmp_path
+):
+    (tmp_path / "workdir").mkdir()
+    with only_process(tmp_path / "workdir"):
+        with pytest.raises(BlockingIOError, match="Another process is at work"):
+            run_study(expand(config), _Recorder())
 
 
 def test_runs_of_one_technique_share_a_step(

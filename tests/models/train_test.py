@@ -131,7 +131,7 @@ def test_trains_evaluates_and_exports(main, tmp_path):
 
     code, out, _ = main(RUN, *QUICK, "--mode=export")
     assert code == 0
-    served = tf.saved_model.load(str(workdir / "export" / "step-00000004"))
+    served = tf.saved_model.load(str(workdir / "export" / "4"))
     assert served(tf.zeros((3, 28, 28, 1))).shape == (3, 10)
 
 

@@ -458,6 +458,22 @@ def test_a_damaged_one_is_written_again(make, trained, folder):
 
 
 @pytest.mark.parametrize("keep", [1, 2])
+def test_one_that_cannot_be_replaced_stays(make, trained, monkeypatch):
+    checkpoints = make()
+    trained.save(checkpoints, 5)
+    rename = tf.io.gfile.rename
+
+    def fail(source, target):
+        if ".writing-00000005" in source:
+            raise tf.errors.ResourceExhaustedError(None, None, "no space left")
+        rename(source, target)
+
+    monkeypatch.setattr(tf.io.gfile, "rename", fail)
+    with pytest.raises(CheckpointError, match="no space left"):
+        trained.save(checkpoints, 5)
+    assert trained.restore(make())["step"] == 5
+
+
 def test_damaged_ones_do_not_take_the_place_of_those_that_are_kept(
     make, trained, folder, warnings, keep
 ):
@@ -528,6 +544,28 @@ def test_other_variables_are_differences(make, trained):
     text = str(error.value)
     assert "toy/a/kernel_mask: 'uint8 6x8' there, absent now" in text
     assert "toy/a/kernel_log_alpha: absent there, 'float32 6x8' now" in text
+
+
+def test_names_that_keras_counts_up_are_no_difference(make):
+    class Unnamed(Trained):
+        def __init__(self):
+            self.model = keras.Sequential(
+                [
+                    keras.Input((6,)),
+                    keras.layers.Dense(3),
+                    keras.layers.Dense(3),
+                    keras.layers.Dropout(0.5),
+                ]
+            )
+            self.optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
+            self.optimizer.build(self.model.trainable_variables)
+
+    first, second = Unnamed(), Unnamed()
+    paths = [[v.path for v in each.model.variables] for each in (first, second)]
+    assert paths[0] != paths[1]
+    first.save(make(), 5)
+    assert second.restore(make())["step"] == 5
+    assert second.is_at(5)
 
 
 def test_another_optimizer_is_a_difference(make, trained):

@@ -296,6 +296,28 @@ def test_records_may_be_structures(hosts):
     assert second["n"].tolist() == [8, 9, 10, 11]
 
 
+def test_records_may_differ_in_shape():
+    def records(epoch):
+        numbers = tf.data.Dataset.range(8)
+        return numbers.map(lambda i: tf.fill([i + 1], i))
+
+    for hosts in (1, 2):
+        (first, _) = global_batches(
+            lambda where: inputs.record_batches(
+                records,
+                lambda record, number: {"x": record[0]},
+                records_per_epoch=8,
+                batch_size=4,
+                step=1,
+                context=where,
+            ),
+            2,
+            hosts=hosts,
+            replicas=2,
+        )
+        assert first["x"].tolist() == [4, 5, 6, 7]
+
+
 def test_augmentation_by_number_is_the_same_after_a_restart():
     def augment(record, number):
         seed = tf.stack([tf.constant(9, tf.int64), number])

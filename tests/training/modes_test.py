@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 import sos
+from sos.files import only_process
 from sos.training import modes
 from sos.training.modes import Settings, run
 from sos.training.records import Record
@@ -413,7 +414,7 @@ def test_another_configuration_is_refused(copy, mode, other_task):
 
 def test_export(copy):
     assert copy("export") == 0
-    path = copy.workdir / "export" / "step-00000020"
+    path = copy.workdir / "export" / "20"
     assert copy.out == f"Wrote {path}\n"
     served = tf.saved_model.load(str(path))
     points = copy.trainer.task.points
@@ -488,6 +489,33 @@ def test_a_training_that_stops_within_the_window(program, stopping):
 # What goes wrong.
 
 
+def test_two_trainings_in_one_work_directory(copy):
+    with only_process(copy.workdir):
+        assert copy("train") == 1
+        assert "Another process is at work in" in copy.error
+        # These may look on.
+        assert copy("eval") == 0
+        assert copy("export") == 0
+    assert copy("train") == 0
+
+
+@pytest.mark.parametrize("mode", ["eval", "train_and_eval"])
+def test_a_task_without_evaluation_data(program, mode, monkeypatch):
+    make_trainer = program.make_trainer
+
+    def without():
+        trainer = make_trainer()
+        trainer.task.eval_batches = 0
+        return trainer
+
+    monkeypatch.setattr(program, "make_trainer", without)
+    assert program(mode) == 1
+    assert f"The mode {mode} needs evaluation data" in program.error
+    # Before anything is computed.
+    assert program.trainer.step == 0
+    assert program("train") == 0
+
+
 @pytest.mark.parametrize("mode", modes.MODES)
 def test_a_work_directory_that_cannot_be_made(program, mode):
     program.workdir.write_text("in the way")
@@ -512,16 +540,6 @@ def test_what_the_package_refuses_is_told_in_a_line(program, monkeypatch):
     )
     assert program("train") == 1
     assert program.error.startswith("FATAL `strategy` must be one of")
-
-
-@pytest.mark.parametrize("error", [ValueError, TypeError, RuntimeError])
-def test_mistakes_in_a_task_keep_their_traceback(program, error, monkeypatch):
-    def build_model(self):
-        raise error("mine")
-
-    monkeypatch.setattr(ToyTask, "build_model", build_model)
-    with pytest.raises(error, match="mine"):
-        program("train")
 
 
 def test_mistakes_found_by_keras_keep_their_traceback(program, monkeypatch):

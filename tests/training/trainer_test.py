@@ -342,6 +342,26 @@ def test_training_may_be_continued_in_the_same_process(technique):
     same_bits(toy_task.values(trainer), uninterrupted(technique))
 
 
+@pytest.mark.parametrize("at", [4, 9])
+def test_an_interrupt_before_a_mask_update_does_not_lose_it(at, monkeypatch):
+    """Python handles Ctrl-C when the compiled loop returns."""
+    trainer = toy("MagnitudePruning")
+    compiled = trainer.steps.train
+
+    def interrupted(*arguments):
+        compiled(*arguments)
+        if trainer.step == at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.steps, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train(STEPS)
+    assert trainer.step == at
+    trainer.train(STEPS)
+    same_bits(toy_task.values(trainer), uninterrupted("MagnitudePruning"))
+
+
 def test_micro_batches_are_resumed_too(tmp_path):
     first, second = (
         toy("VariationalDropout", micro_batches=2) for _ in range(2)
@@ -598,6 +618,45 @@ def test_an_evaluation_that_is_stopped_leaves_nothing_behind():
     assert trainer.evaluate().metrics == whole.metrics
     # After the last batch there is nothing left to stop.
     assert trainer.evaluate(stop=StopAfter(3)).metrics == whole.metrics
+
+
+def test_an_action_that_is_stopped_loses_no_step(tmp_path):
+    trainer = make_trainer(batch_size=2, steps_per_loop=3)
+    checkpoints = make_checkpoints(trainer, tmp_path)
+    evaluation = Action(
+        call=lambda trainer: trainer.evaluate(stop=StopAfter(0)), at=(5,)
+    )
+    with pytest.raises(Stopped, match="step 5, after 1 of 10 batches"):
+        trainer.train(9, checkpoints=checkpoints, actions=[evaluation])
+    assert checkpoints.steps() == [5]
+    trainer.train(9, checkpoints=checkpoints)
+    assert checkpoints.steps() == [5, 9]
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_another_number_of_evaluation_batches_is_refused(number):
+    trainer = make_trainer(replicas=2)
+    trainer.task.eval_batches = number
+    with pytest.raises(
+        ValueError,
+        match=f"`eval_batches` batches.*: {2 * number} here.*: 6 batches",
+    ):
+        trainer.evaluate()
+
+
+def test_too_few_evaluation_batches_are_an_error_where_nobody_knew():
+    trainer = make_trainer(replicas=2)
+    make = trainer.task.eval_dataset
+    trainer.task.eval_dataset = lambda context: make(context).filter(
+        lambda batch: True
+    )
+    trainer.evaluate()
+    trainer.task.eval_batches = 4
+    with pytest.raises(
+        tf.errors.FailedPreconditionError,
+        match="expected to contain 8 elements but contained only 6",
+    ):
+        trainer.evaluate()
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
