@@ -40,7 +40,7 @@ TEST_REQUIRES = [
     "pytest-xdist>=3.6,<4",
     # Property-based tests.
     "hypothesis>=6.100,<7",
-    # What `sos.SparsityCallback(log_dir=...)` writes is read back with it.
+    # What is written for TensorBoard is read back with it.
     "tensorboard>=2.20,<3",
     # Statistical tests of the random techniques.
     "scipy>=1.13,<2",

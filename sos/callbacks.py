@@ -1,12 +1,11 @@
 """Training with `fit`."""
 
-import importlib.util
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from sos.driver import Driver
+from sos.event_file import EventFile
 from sos.report import sparsity_report
 
 
@@ -22,22 +21,13 @@ class SparsityCallback(keras.callbacks.Callback):
     Args:
         log_dir: A directory for TensorBoard, which then gets the sparsity of
             each weight after every epoch; None for none.
-
-    Raises:
-        ImportError: If there is a `log_dir` and TensorBoard is not installed.
     """
 
     def __init__(self, log_dir: str | None = None) -> None:
         super().__init__()
-        if log_dir is not None and not importlib.util.find_spec("tensorboard"):
-            raise ImportError(
-                "Writing summaries for TensorBoard needs the package "
-                "`tensorboard`: pip install tensorboard. "
-                f"Received: log_dir={log_dir!r}"
-            )
         self.log_dir = log_dir
         self._driver: Driver | None = None
-        self._writer: tf.summary.SummaryWriter | None = None
+        self._events: EventFile | None = None
         self._batch_begun = False
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
@@ -50,7 +40,7 @@ class SparsityCallback(keras.callbacks.Callback):
         self._driver.start()
         self._guard_train_function()
         if self.log_dir is not None:
-            self._writer = tf.summary.create_file_writer(self.log_dir)
+            self._events = EventFile(self.log_dir)
 
     def on_train_batch_begin(
         self, batch: int, logs: dict[str, Any] | None = None
@@ -71,24 +61,21 @@ class SparsityCallback(keras.callbacks.Callback):
         report = sparsity_report(self.model)
         if logs is not None:
             logs["sparsity"] = report.sparsity
-        if self._writer is not None:
-            step = self._driver.iterations
-            with self._writer.as_default(step=step):
-                tf.summary.scalar("sparsity", report.sparsity)
-                for row in report.rows:
-                    if row["technique"]:
-                        tf.summary.scalar(
-                            f"sparsity/{row['weight']}", row["sparsity"]
-                        )
-            self._writer.flush()
+        if self._events is not None:
+            scalars = {"sparsity": report.sparsity} | {
+                f"sparsity/{row['weight']}": row["sparsity"]
+                for row in report.rows
+                if row["technique"]
+            }
+            self._events.write(self._driver.iterations, scalars)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Unbinds the clocks."""
         self._driver.stop()
         self._driver = None
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        if self._events is not None:
+            self._events.close()
+            self._events = None
 
     def _guard_train_function(self) -> None:
         """Binds the clocks while the compiled step runs, and only then.

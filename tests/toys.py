@@ -1,8 +1,9 @@
-"""Small models, a clock to set by hand, and settings for every technique."""
+"""Small models, settings for every technique, and how to look at them."""
 
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorboard.backend.event_processing import event_accumulator
 
 import sos
 
@@ -169,3 +170,13 @@ def shift_of(wrapper):
     value = values[0][0]
     assert all((v == value).all() for v in values)
     return float(value)
+
+
+def scalars(directory):
+    """What TensorBoard reads, as {tag: [(step, value), ...]}."""
+    events = event_accumulator.EventAccumulator(str(directory))
+    events.Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }

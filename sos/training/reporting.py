@@ -8,8 +8,6 @@ import json
 import math
 import numbers
 import os
-import socket
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,11 +15,9 @@ import rich.console
 import rich.progress
 import tensorflow as tf
 
+from sos.event_file import EventFile
 from sos.files import atomic_write
 from sos.training.records import Record
-
-# Later than any.
-_NO_STEP = 2**62
 
 
 class Console:
@@ -195,8 +191,7 @@ class TensorBoard:
     `learning_rate`, `sparsity`, `penalty` and `examples_per_second`, and for
     each weight `sparsity/<path>` and `penalty/<path>`.
 
-    The package `tensorboard` is needed to look at the files only. The files
-    are of Estimator's kind (`simple_value`).
+    The package `tensorboard` is needed to look at the files only.
 
     Args:
         directory: The log directory; `gs://` works too.
@@ -209,55 +204,22 @@ class TensorBoard:
     ) -> None:
         self.directory = os.fspath(directory)
         self._resume_step = resume_step
-        self._writers: dict[str, tf.io.TFRecordWriter] = {}
+        self._files: dict[str, EventFile] = {}
 
     def __call__(self, record: Record) -> None:
         """Writes the figures of a record."""
-        if record.kind not in self._writers:
-            self._writers[record.kind] = self._open(record.kind)
-        summary = tf.compat.v1.Summary(
-            value=[
-                tf.compat.v1.Summary.Value(tag=tag, simple_value=value)
-                for tag, value in _scalars(record).items()
-            ]
-        )
-        writer = self._writers[record.kind]
-        _write(writer, step=record.step, summary=summary)
-        writer.flush()
+        if record.kind not in self._files:
+            self._files[record.kind] = EventFile(
+                os.path.join(self.directory, record.kind),
+                resume_step=self._resume_step,
+            )
+        self._files[record.kind].write(record.step, _scalars(record))
 
     def close(self) -> None:
         """Closes the files."""
-        for writer in self._writers.values():
-            writer.close()
-        self._writers = {}
-
-    def _open(self, kind: str) -> tf.io.TFRecordWriter:
-        """A new file with its header.
-
-        Not `tf.summary.create_file_writer`, which has no way to say that
-        training goes on from a step.
-        """
-        folder = os.path.join(self.directory, kind)
-        tf.io.gfile.makedirs(folder)
-        # The form of the name is TensorBoard's, which reads files in the order
-        # of their names.
-        name = (
-            f"events.out.tfevents.{time.time():017.6f}."
-            f"{socket.gethostname()}.{os.getpid()}"
-        )
-        writer = tf.io.TFRecordWriter(os.path.join(folder, name))
-        _write(writer, file_version="brain.Event:2")
-        # TensorBoard forgets what it has of this step and later ones, if it is
-        # not the first such event of a run.
-        step = _NO_STEP if self._resume_step is None else self._resume_step + 1
-        start = tf.compat.v1.SessionLog(status=tf.compat.v1.SessionLog.START)
-        _write(writer, step=step, session_log=start)
-        return writer
-
-
-def _write(writer: tf.io.TFRecordWriter, **fields: Any) -> None:
-    event = tf.compat.v1.Event(wall_time=time.time(), **fields)
-    writer.write(event.SerializeToString())
+        for file in self._files.values():
+            file.close()
+        self._files = {}
 
 
 def _metrics(record: Record) -> list[tuple[str, float]]:
