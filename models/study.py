@@ -58,9 +58,8 @@ def _study() -> None:
 
         from models import networks
         from sos.experiments import progress, runs, study
-        from sos.training.failures import in_a_line
+        from sos.training.failures import Stopped, in_a_line
         from sos.training.signals import StopRequest, exit_code
-        from sos.training.trainer import Stopped
 
         tf.config.list_logical_devices()  # Says what GPUs are not there.
     # The runs of every shape have functions of their own to trace, of which

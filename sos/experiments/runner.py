@@ -19,8 +19,9 @@ from sos.training.checkpoints import (
 )
 from sos.training.memory import PeakMemory
 from sos.training.records import Record
+from sos.training.signals import StopSource
 from sos.training.strategies import make_strategy
-from sos.training.trainer import StopSource, Trainer
+from sos.training.trainer import Trainer
 
 _SAVE_EVERY = 1000
 

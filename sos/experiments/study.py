@@ -11,7 +11,8 @@ from sos.experiments.results import Results
 from sos.experiments.runner import Runner
 from sos.experiments.runs import Run
 from sos.files import only_process
-from sos.training.trainer import NonFiniteLossError, StopSource
+from sos.training.failures import NonFiniteLossError
+from sos.training.signals import StopSource
 
 _CHECKPOINTS = "checkpoints"
 

@@ -2,10 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from sos.training.trainer import Trainer
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +22,7 @@ class Action:
         ValueError: If `every` is below 1.
     """
 
-    call: Callable[["Trainer"], Any]
+    call: Callable[[Any], Any]
     every: int | None = None
     at: tuple[int, ...] = ()
     at_end: bool = False

@@ -1,9 +1,35 @@
-"""Which errors are told in one line, and which need their traceback."""
+"""What ends a training before its time, and how a program tells of it."""
 
+import signal
 from collections.abc import Sequence
 
 from sos.training.checkpoints import CheckpointError
-from sos.training.trainer import NonFiniteLossError
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss, a penalty or a weight became NaN or infinite.
+
+    Attributes:
+        step: The number of steps completed before it.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class Stopped(Exception):
+    """Training or an evaluation was asked to stop.
+
+    Attributes:
+        signal: What asked.
+        step: The number of steps that are done.
+    """
+
+    def __init__(self, signum: signal.Signals, step: int, state: str) -> None:
+        super().__init__(f"Stopped by {signum.name} at step {step}, {state}.")
+        self.signal = signum
+        self.step = step
 
 
 def in_a_line(

@@ -22,12 +22,12 @@ from sos.training.checkpoints import (
     check_writable,
     remove_unfinished,
 )
-from sos.training.failures import in_a_line
+from sos.training.failures import Stopped, in_a_line
 from sos.training.records import Record
 from sos.training.reporting import Console, JsonLines, TensorBoard
 from sos.training.signals import StopRequest, exit_code
 from sos.training.strategies import gather, several_processes
-from sos.training.trainer import Stopped, Trainer
+from sos.training.trainer import Trainer
 
 #: The names that `run` takes.
 MODES = ("train", "eval", "train_and_eval", "export")

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from types import TracebackType
+from typing import Protocol
 
 #: The exit code of a training that SIGTERM stopped after it had saved
 #: everything: run the same command again to continue. It is `os.EX_TEMPFAIL`,
@@ -32,6 +33,14 @@ def exit_code(signum: signal.Signals) -> int:
     if signum == signal.SIGINT:
         return 128 + signal.SIGINT
     return EXIT_RESTART
+
+
+class StopSource(Protocol):
+    """What may ask training to stop, such as `sos.training.signals`."""
+
+    @property
+    def requested(self) -> signal.Signals | None:
+        """The signal that asks for it, None while there is none."""
 
 
 class StopRequest:

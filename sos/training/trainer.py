@@ -4,7 +4,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -13,47 +13,15 @@ from absl import logging
 from sos.driver import Driver
 from sos.training.actions import Action
 from sos.training.checkpoints import CheckpointError, Checkpoints
+from sos.training.failures import NonFiniteLossError, Stopped
 from sos.training.mask_updates import CompiledMaskUpdate
 from sos.training.pace import Pace
 from sos.training.records import Record
+from sos.training.signals import StopSource
 from sos.training.steps import Steps
 from sos.training.strategies import gather, is_chief
 from sos.training.task import Task
 from sos.wrappers.masked import update_masks
-
-
-class NonFiniteLossError(ArithmeticError):
-    """The loss, a penalty or a weight became NaN or infinite.
-
-    Attributes:
-        step: The number of steps completed before it.
-    """
-
-    def __init__(self, message: str, step: int) -> None:
-        super().__init__(message)
-        self.step = step
-
-
-class Stopped(Exception):
-    """Training or an evaluation was asked to stop.
-
-    Attributes:
-        signal: What asked.
-        step: The number of steps that are done.
-    """
-
-    def __init__(self, signum: signal.Signals, step: int, state: str) -> None:
-        super().__init__(f"Stopped by {signum.name} at step {step}, {state}.")
-        self.signal = signum
-        self.step = step
-
-
-class StopSource(Protocol):
-    """What may ask training to stop, such as `sos.training.signals`."""
-
-    @property
-    def requested(self) -> signal.Signals | None:
-        """The signal that asks for it, None while there is none."""
 
 
 class Trainer:

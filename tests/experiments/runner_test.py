@@ -10,7 +10,7 @@ import pytest
 
 from sos.experiments.results import Outcome
 from sos.experiments.runner import Runner
-from sos.training.trainer import NonFiniteLossError, Stopped
+from sos.training.failures import NonFiniteLossError, Stopped
 
 
 def _numbers(outcome):

@@ -3,9 +3,8 @@ import pytest
 
 import sos
 from sos.training.checkpoints import CheckpointError, DamagedCheckpointError
-from sos.training.failures import in_a_line
+from sos.training.failures import NonFiniteLossError, in_a_line
 from sos.training.inputs import array_batches
-from sos.training.trainer import NonFiniteLossError
 
 
 def caught(call):

@@ -13,7 +13,8 @@ import sos
 from sos.training import trainer as trainer_module
 from sos.training.actions import Action
 from sos.training.checkpoints import CheckpointError, Checkpoints
-from sos.training.trainer import NonFiniteLossError, Stopped, Trainer
+from sos.training.failures import NonFiniteLossError, Stopped
+from sos.training.trainer import Trainer
 from tests import toys
 from tests.training import toy_task
 from tests.training.toy_task import GivenTask, ToyTask
