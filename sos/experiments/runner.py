@@ -12,11 +12,8 @@ from sos.experiments.classification import BuildModel, Classification, Data
 from sos.experiments.results import Outcome, weight_sparsities
 from sos.experiments.runs import Run
 from sos.report import sparsity_report
-from sos.training.checkpoints import (
-    Checkpoints,
-    remove_unfinished,
-    uncounted,
-)
+from sos.training.checkpoints import Checkpoints, remove_unfinished
+from sos.training.identity import uncounted
 from sos.training.memory import PeakMemory
 from sos.training.records import Record
 from sos.training.signals import StopSource

@@ -13,6 +13,7 @@ import tensorflow as tf
 from absl import logging
 
 from sos.files import sync_directory, sync_tree
+from sos.training.identity import described, differences
 
 _FOLDER = re.compile(r"step-(\d{8,})")
 _METADATA = "metadata.json"
@@ -34,7 +35,6 @@ _NOT_DAMAGE = (
     PermissionError,
 )
 _OPERATION = re.compile(r"^\{\{\S+ \S+\}\} ?| \[Op:\w+\]$")
-_COUNTS = re.compile(r"_\d+(?=[/_]|$)")
 
 
 class CheckpointError(Exception):
@@ -186,7 +186,7 @@ class Checkpoints:
                 "tensorflow": tf.__version__,
                 "keras": keras.__version__,
             },
-            "variables": _described(model, optimizer),
+            "variables": described(model, optimizer),
             "files": files,
         }
         with tf.io.gfile.GFile(os.path.join(folder, _METADATA), "w") as file:
@@ -261,7 +261,7 @@ class Checkpoints:
         optimizer: keras.optimizers.Optimizer,
     ) -> dict[str, Any]:
         metadata = self._read_metadata(step)
-        self._check(step, metadata, _described(model, optimizer))
+        self._check(step, metadata, described(model, optimizer))
         checkpoint = _checkpoint(model, optimizer)
         try:
             status = checkpoint.read(os.path.join(self.path(step), _VARIABLES))
@@ -312,14 +312,14 @@ class Checkpoints:
         variables: Mapping[str, Any],
     ) -> None:
         """Refuses a checkpoint of something else."""
-        differences = [
-            *_differences(metadata["configuration"], self._configuration),
-            *_differences(metadata["variables"], variables),
+        lines = [
+            *differences(metadata["configuration"], self._configuration),
+            *differences(metadata["variables"], variables),
         ]
-        if not differences:
+        if not lines:
             return
-        shown = "".join(f"\n  {line}" for line in differences[:20])
-        more = len(differences) - 20
+        shown = "".join(f"\n  {line}" for line in lines[:20])
+        more = len(lines) - 20
         raise CheckpointError(
             f"The checkpoint {self.path(step)} is of another configuration. "
             "Use the settings that it was made with, or another work "
@@ -406,49 +406,6 @@ def _checkpoint(
         optimizer=optimizer,
         seeds=[v.value for v in model.variables if id(v) not in weights],
     )
-
-
-def uncounted(path: str) -> str:
-    """The path of a variable without the numbers in its names.
-
-    Keras numbers layers without a name, optimizers and seed generators through
-    all of a process, so that the second model of one kind has other paths.
-    """
-    return _COUNTS.sub("", path)
-
-
-def _described(
-    model: keras.Model, optimizer: keras.optimizers.Optimizer
-) -> dict[str, str]:
-    """Shape and dtype of all variables, by path."""
-    described: dict[str, str] = {}
-    prefix = f"{optimizer.name}/"
-    named = [(uncounted(v.path), v) for v in model.variables] + [
-        (f"optimizer/{uncounted(v.path.removeprefix(prefix))}", v)
-        for v in optimizer.variables
-    ]
-    for path, variable in named:
-        name, count = path, 1
-        while name in described:
-            count += 1
-            name = f"{path} ({count})"
-        shape = "x".join(str(size) for size in variable.shape) or "scalar"
-        described[name] = f"{variable.dtype} {shape}"
-    return described
-
-
-def _differences(
-    saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
-) -> Iterator[str]:
-    for name in sorted({*saved, *now}):
-        if name not in now:
-            yield f"{prefix}{name}: {saved[name]!r} there, absent now"
-        elif name not in saved:
-            yield f"{prefix}{name}: absent there, {now[name]!r} now"
-        elif isinstance(saved[name], dict) and isinstance(now[name], dict):
-            yield from _differences(saved[name], now[name], f"{prefix}{name}.")
-        elif saved[name] != now[name]:
-            yield f"{prefix}{name}: {saved[name]!r} there, {now[name]!r} now"
 
 
 @contextlib.contextmanager
