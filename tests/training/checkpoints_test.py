@@ -457,7 +457,6 @@ def test_a_damaged_one_is_written_again(make, trained, folder):
     assert trained.is_at(10)
 
 
-@pytest.mark.parametrize("keep", [1, 2])
 def test_one_that_cannot_be_replaced_stays(make, trained, monkeypatch):
     checkpoints = make()
     trained.save(checkpoints, 5)
@@ -474,6 +473,7 @@ def test_one_that_cannot_be_replaced_stays(make, trained, monkeypatch):
     assert trained.restore(make())["step"] == 5
 
 
+@pytest.mark.parametrize("keep", [1, 2])
 def test_damaged_ones_do_not_take_the_place_of_those_that_are_kept(
     make, trained, folder, warnings, keep
 ):
