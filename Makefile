@@ -6,6 +6,8 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 	"$$p" -c "" >/dev/null 2>&1 && echo "$$p" && break; done)
 # Where the virtual environment lives.
 VENV ?= .venv
+# What is installed there, pinned.
+REQUIREMENTS ?= requirements.txt
 # Where `make study` writes.
 WORKDIR ?= runs/fashion_mnist
 # Further arguments of the program that a target runs.
@@ -25,19 +27,20 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 export KERAS_BACKEND := tensorflow
 
 .DELETE_ON_ERROR:
-.PHONY: help study study-full test test-slow soak lint format bench lock \
-	wheel clean
+.PHONY: help study study-full test test-slow test-oldest soak lint format \
+	bench lock wheel clean
 
 help:  ## list the targets
 	@echo "Usage: make TARGET [VARIABLE=value]"
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' \
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' \
 		$(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo "Variables: PYTHON, VENV ($(VENV)), WORKDIR ($(WORKDIR)), ARGS, JOBS"
+	@echo "Variables: PYTHON, VENV ($(VENV)), REQUIREMENTS, ARGS, JOBS,"
+	@echo "  WORKDIR ($(WORKDIR))"
 
 # The stamp comes last, so that an interrupted installation is taken up again.
-$(READY): requirements.txt setup.py
+$(READY): $(REQUIREMENTS) setup.py
 	@test -n "$(PYTHON)" || { echo "No python3.11 or python3 found. Install \
 	Python 3.11 or newer, or name one: make PYTHON=/path/to/python3.11" >&2; \
 	exit 1; }
@@ -48,7 +51,7 @@ $(READY): requirements.txt setup.py
 	@echo "Making the virtual environment $(VENV) with $(PYTHON)"
 	@$(PYTHON) -m venv "$(VENV)"
 	@echo "Installing the pinned packages; this takes a few minutes once"
-	@$(PIP) install --quiet --requirement requirements.txt
+	@$(PIP) install --quiet --requirement $(REQUIREMENTS)
 	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -56,7 +59,7 @@ study: $(READY)  ## run the study on Fashion-MNIST (WORKDIR=, ARGS=)
 	@$(RUN) -m models.study --config=configs/fashion_mnist.py \
 		--workdir="$(WORKDIR)" $(ARGS)
 
-study-full: $(READY)  ## run the long study on a residual network (hours)
+study-full: $(READY)  ## run the long study on a residual network (days)
 	@$(RUN) -m models.study --config=configs/fashion_mnist_full.py \
 		--workdir="$(WORKDIR)" $(ARGS)
 
@@ -69,6 +72,10 @@ test-slow: $(READY)  ## run the slow tests
 	@$(RUN) -m pytest -m slow $(ARGS) || { status=$$?; \
 		test $$status -eq 5 || exit $$status; \
 		echo "No slow tests to run."; }
+
+test-oldest:  ## run the fast tests with TensorFlow 2.20, as on a TPU
+	@$(MAKE) --no-print-directory test VENV="$(VENV)-tf2.20" \
+		REQUIREMENTS=requirements-tf2.20.txt
 
 soak: $(READY)  ## kill training 50 times and compare the weights (ARGS=)
 	@$(RUN) -m tests.soak $(ARGS)
@@ -92,17 +99,22 @@ lock:  ## pin every dependency anew (ARGS=--upgrade for the newest versions)
 	$(PYTHON) -m venv "$$tmp" && \
 	"$$tmp/bin/python" -m pip --disable-pip-version-check \
 		install --quiet uv && \
-	"$$tmp/bin/uv" pip compile --quiet --universal --python-version 3.11 \
-		--extra test --no-emit-index-url --no-emit-find-links \
-		--custom-compile-command "make lock" \
-		--output-file requirements.txt $(ARGS) setup.py >/dev/null
-	@echo "Wrote requirements.txt"
+	compile() { "$$tmp/bin/uv" pip compile --quiet --universal \
+		--python-version 3.11 --extra test --no-emit-index-url \
+		--no-emit-find-links --custom-compile-command "make lock" "$$@" \
+		$(ARGS) setup.py >/dev/null; } && \
+	compile --output-file requirements.txt && \
+	cp requirements.txt requirements-tf2.20.txt && \
+	printf '%s\n' 'tensorflow<2.21' 'tf-keras<2.21' >"$$tmp/oldest" && \
+	compile --no-annotate --constraint "$$tmp/oldest" \
+		--output-file requirements-tf2.20.txt
+	@echo "Wrote requirements.txt and requirements-tf2.20.txt"
 
 wheel: $(READY)  ## build the wheel into dist/
 	@$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	@ls dist/*.whl
 
 clean:  ## remove the virtual environment and everything built or cached
-	@rm -rf .venv .build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf .venv .venv-tf2.20 .build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune \
 		-exec rm -rf {} +
