@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ def quiet() -> Iterator[None]:
 
     TensorFlow writes a dozen lines about CPU features and absent GPUs while it
     is imported, which no log level turns off. If the scope is left with an
-    error, what was held back is written after all.
+    error, what was held back is written after all. Ctrl-C ends the process with
+    the exit code 130, as nothing has begun yet.
 
     Yields:
         Nothing.
@@ -24,6 +26,10 @@ def quiet() -> Iterator[None]:
         os.dup2(held_back.fileno(), 2)
         try:
             yield
+        except KeyboardInterrupt:
+            os.write(stderr, b"\nInterrupted before anything began.\n")
+            # At once, as the import of a native library is no place to unwind.
+            os._exit(128 + signal.SIGINT)
         except Exception:
             held_back.seek(0)
             os.write(stderr, held_back.read())

@@ -55,6 +55,14 @@ def main(argv: Sequence[str]) -> None:
     """
     if argv[1:]:
         _fail(f"There are only flags here. Received: {' '.join(argv[1:])}")
+    try:
+        sys.exit(_run())
+    except KeyboardInterrupt:
+        print("\nInterrupted before training began.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run() -> int:
     config = _CONFIG.value
     try:
         data = networks.load_data(config.dataset)
@@ -66,18 +74,16 @@ def main(argv: Sequence[str]) -> None:
         settings = training_flags.settings(run.steps)
     except (ValueError, FileNotFoundError) as error:
         _fail(str(error))
-    sys.exit(
-        modes.run(
-            settings,
-            lambda: training_flags.make_trainer(
-                lambda: Classification(
-                    run,
-                    data,
-                    build_model,
-                    settings={"synchronized_batch_norm": synchronized},
-                )
-            ),
-        )
+    return modes.run(
+        settings,
+        lambda: training_flags.make_trainer(
+            lambda: Classification(
+                run,
+                data,
+                build_model,
+                settings={"synchronized_batch_norm": synchronized},
+            )
+        ),
     )
 
 

@@ -83,17 +83,20 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextmanager
-def only_process(directory: str | os.PathLike) -> Iterator[None]:
-    """Keeps a directory from two processes that would both write to it.
+def only_process(
+    directory: str | os.PathLike, role: str = "train"
+) -> Iterator[None]:
+    """Keeps a directory from two processes that would write the same files.
 
     The operating system gives the claim up when the process ends, however it
     ends. Where there are no such claims, as on object stores, it does nothing.
 
     Args:
-        directory: The directory, which exists; it gets the file `.lock`.
+        directory: The directory, which exists; it gets the file `.ROLE.lock`.
+        role: What the process does there. Others may do something else.
 
     Raises:
-        BlockingIOError: If another process claims the directory.
+        BlockingIOError: If another process claims the directory for this.
     """
     try:
         # Not on every system.
@@ -103,14 +106,14 @@ def only_process(directory: str | os.PathLike) -> Iterator[None]:
     if fcntl is None or not os.path.isdir(directory):
         yield
         return
-    with open(os.path.join(directory, ".lock"), "w") as file:
+    with open(os.path.join(directory, f".{role}.lock"), "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BlockingIOError(
-                f"Another process is at work in {os.fspath(directory)}, and "
-                "two would spoil each other's files. Stop it, or choose "
-                "another work directory."
+                f"Another process ({role}) is at work in "
+                f"{os.fspath(directory)}, and two would spoil each other's "
+                "files. Stop it, or choose another work directory."
             ) from None
         yield
 

@@ -46,7 +46,11 @@ def run(path):
             # The blank lines make tracebacks name the lines of the file.
             program = compile("\n" * (line - 1) + code, str(path), "exec")
             # Blocks share the process, as TensorFlow takes seconds to import.
-            exec(program, {"__name__": "__main__"})
+            try:
+                exec(program, {"__name__": "__main__"})
+            except SystemExit as end:
+                if end.code:
+                    raise
         except (Exception, SystemExit):
             traceback.print_exc(file=sys.stdout)
             failures += 1

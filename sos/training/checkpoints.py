@@ -254,6 +254,27 @@ class Checkpoints:
                 f"{_reason(error)}. Run the same command again."
             ) from error
 
+    def check(
+        self,
+        step: int,
+        model: keras.Model,
+        optimizer: keras.optimizers.Optimizer,
+    ) -> None:
+        """Looks at a checkpoint without restoring it.
+
+        Args:
+            step: One of `steps()`.
+            model: The model that it could be restored into.
+            optimizer: Its optimizer, built.
+
+        Raises:
+            DamagedCheckpointError: If it is seen to be damaged.
+            CheckpointError: If it is of another configuration.
+        """
+        self._check(
+            step, self._read_metadata(step), described(model, optimizer)
+        )
+
     def _restore(
         self,
         step: int,

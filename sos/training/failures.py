@@ -1,9 +1,11 @@
 """What ends a training before its time, and how a program tells of it."""
 
 import signal
-from collections.abc import Sequence
+import sys
+from collections.abc import Collection, Sequence
 
 from sos.training.checkpoints import CheckpointError
+from sos.training.contract import TaskError
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -46,15 +48,29 @@ def in_a_line(
         What to tell in place of a traceback; None if the error may be a
         mistake in somebody's code, which only a traceback shows.
     """
-    expected = isinstance(error, (CheckpointError, NonFiniteLossError, OSError))
-    refused = isinstance(error, (ValueError, RuntimeError)) and (
-        _module_that_raised(error).split(".")[0] in packages
-    )
-    return str(error) if expected or refused else None
+    if isinstance(error, (CheckpointError, NonFiniteLossError, TaskError)):
+        return str(error)
+    if hasattr(error, "ag_error_metadata"):
+        # AutoGraph made it of one that was raised in a function it traced.
+        return None
+    # Of others the text says enough if one of the packages refuses what it was
+    # given, or could not read or write a file.
+    if isinstance(error, OSError):
+        refused = _raised_in(error, skip=sys.stdlib_module_names) in packages
+    else:
+        refused = isinstance(error, (ValueError, RuntimeError)) and (
+            _raised_in(error) in packages
+        )
+    return str(error) if refused else None
 
 
-def _module_that_raised(error: Exception) -> str:
+def _raised_in(error: Exception, skip: Collection[str] = ()) -> str:
+    """The package of the innermost frame that is not of some packages."""
+    found = ""
     trace = error.__traceback__
-    while trace.tb_next is not None:
+    while trace is not None:
+        name = trace.tb_frame.f_globals.get("__name__", "").split(".")[0]
+        if name not in skip:
+            found = name
         trace = trace.tb_next
-    return trace.tb_frame.f_globals.get("__name__", "")
+    return found

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 
@@ -92,11 +93,17 @@ class Settings:
                 "`workdir` must name a directory. Received: an empty text"
             )
         for name in ("train_steps", "save_checkpoints_steps", "steps_per_eval"):
-            if getattr(self, name) < 1:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
                 raise ValueError(
-                    f"`{name}` must be at least 1. "
-                    f"Received: {name}={getattr(self, name)}"
+                    f"`{name}` must be an integer of at least 1. "
+                    f"Received: {name}={value!r}"
                 )
+        if self.eval_timeout is not None and not self.eval_timeout >= 0:
+            raise ValueError(
+                "`eval_timeout` must not be negative. "
+                f"Received: eval_timeout={self.eval_timeout}"
+            )
         kept, saved = (
             self.keep_checkpoint_every_n_steps,
             self.save_checkpoints_steps,
@@ -111,8 +118,9 @@ class Settings:
             first, last = self.profile_steps
             if not 0 < first < last <= self.train_steps:
                 raise ValueError(
-                    "`profile_steps` must be two steps of the training, the "
-                    f"first below the last. Received: {first},{last}"
+                    "`profile_steps` must be two of the training's "
+                    f"{self.train_steps} steps, the first below the last. "
+                    f"Received: {first},{last}"
                 )
 
 
@@ -141,18 +149,17 @@ def run(settings: Settings, make_trainer: Callable[[], Trainer]) -> int:
         session = _Session(settings, trainer)
         # Made later than the strategy, which may take signals for itself.
         with StopRequest() as stop:
-            try:
-                session.run(stop)
-            except Stopped as stopped:
-                _say(f"{stopped} Run the same command again to continue.")
-                return exit_code(stopped.signal)
+            session.run(stop)
+    except Stopped as stopped:
+        _say(f"{stopped} Run the same command again to continue.")
+        return exit_code(stopped.signal)
     except KeyboardInterrupt:
         _say("Stopped by SIGINT before training began.")
         # At once, as TensorFlow may be waiting for other workers.
         os._exit(exit_code(signal.SIGINT))
     except Exception as error:
         in_a_job = _in_a_job(trainer)
-        if in_a_job and isinstance(error, _LOST_WORKER):
+        if in_a_job and _worker_is_lost(error):
             told = (
                 "A worker of this job is gone, or cannot be reached: "
                 f"{_reason(error)}. Start all workers again to continue from "
@@ -204,15 +211,16 @@ class _Session:
         )
 
     def run(self, stop: StopRequest) -> None:
-        mode = self._settings.mode
-        if mode == "eval":
-            self._evaluate_all(stop)
-        elif mode == "export":
+        mode, workdir = self._settings.mode, self._settings.workdir
+        if mode == "export":
             self._export()
+        elif mode == "eval":
+            with only_process(workdir, "eval"):
+                self._evaluate_all(stop)
         else:
             with contextlib.ExitStack() as stack:
                 if self._trainer.is_chief:
-                    stack.enter_context(only_process(self._settings.workdir))
+                    stack.enter_context(only_process(workdir, "train"))
                 self._train(stop, evaluate=mode == "train_and_eval")
 
     def _train(self, stop: StopRequest, evaluate: bool) -> None:
@@ -221,7 +229,11 @@ class _Session:
             remove_unfinished(self._checkpoints.directory)
         step = trainer.restore(self._checkpoints) or 0
         if step and trainer.is_chief:
-            _say(f"Going on from the checkpoint of step {step:,}.")
+            _say(
+                f"Training is done: there is a checkpoint of step {step:,}."
+                if step >= settings.train_steps
+                else f"Going on from the checkpoint of step {step:,}."
+            )
         with (
             self._reporter("train", step) as report,
             self._profile(step) as actions,
@@ -261,31 +273,25 @@ class _Session:
     def _evaluate_all(self, stop: StopRequest) -> None:
         """Evaluates every checkpoint once, also those still to come."""
         settings = self._settings
-        waited, said = 0.0, False
+        self._check_newest()
+        waiting_since, said = time.monotonic(), False
         with self._reporter("eval") as report:
             # The reporter has made or repaired the file.
             done = self._evaluated("eval")
+            if settings.train_steps in done:
+                _say("The checkpoint of the last step is evaluated already.")
             while True:
-                new = []
                 for step in self._checkpoints.steps():
                     if step in done:
                         continue
                     if not self._evaluate_one(step, report, stop):
                         continue
-                    new.append(step)
+                    waiting_since = time.monotonic()
                     done.add(step)
                     if stop.requested:
                         raise Stopped(stop.requested, step, "evaluated")
                 if settings.train_steps in done:
                     return
-                waited = 0.0 if new else waited + _POLL_SECONDS
-                timeout = settings.eval_timeout
-                if timeout is not None and waited > timeout:
-                    raise CheckpointError(
-                        f"No new checkpoint in {self._checkpoints.directory} "
-                        f"for {timeout:g} seconds, and none of the last step, "
-                        f"{settings.train_steps}. Is the training running?"
-                    )
                 if not said:
                     _say(
                         f"Waiting for checkpoints in "
@@ -293,12 +299,32 @@ class _Session:
                         f"{settings.train_steps:,}."
                     )
                     said = True
-                if stop.wait(_POLL_SECONDS):
+                timeout, seconds = settings.eval_timeout, _POLL_SECONDS
+                if timeout is not None:
+                    left = waiting_since + timeout - time.monotonic()
+                    if left <= 0:
+                        raise CheckpointError(
+                            "No new checkpoint in "
+                            f"{self._checkpoints.directory} for {timeout:g} "
+                            "seconds, and none of the last step, "
+                            f"{settings.train_steps}. Is the training running?"
+                        )
+                    seconds = min(seconds, left)
+                if stop.wait(seconds):
                     raise Stopped(
                         stop.requested,
                         max(done, default=0),
                         "while waiting for the next checkpoint",
                     )
+
+    def _check_newest(self) -> None:
+        """Refuses checkpoints of something else, evaluated or not."""
+        for step in self._checkpoints.steps()[-1:]:
+            # What is damaged is passed over later.
+            with contextlib.suppress(DamagedCheckpointError):
+                self._checkpoints.check(
+                    step, self._trainer.model, self._trainer.optimizer
+                )
 
     def _evaluate_one(
         self, step: int, report: _Report, stop: StopRequest
@@ -412,6 +438,14 @@ def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def _worker_is_lost(error: Exception) -> bool:
+    # The last of them is also raised for what is wrong with data.
+    return isinstance(error, _LOST_WORKER) and (
+        not isinstance(error, tf.errors.FailedPreconditionError)
+        or _ABORTED in error.message
+    )
+
+
 def _in_a_job(trainer: Trainer | None) -> bool:
     """Whether other processes take part; known before they have met, too."""
     if trainer is None:
@@ -426,4 +460,6 @@ def _reason(error: BaseException) -> str:
     for line in lines:
         if _ABORTED in line:
             return line.split(_ABORTED, 1)[1].rstrip(".")
+    # Headings of what TensorFlow says of compiled functions end in a colon.
+    lines = [line for line in lines if not line.endswith(":")]
     return lines[0].rstrip(".") if lines else type(error).__name__

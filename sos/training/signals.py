@@ -77,6 +77,7 @@ class StopRequest:
         self._event = threading.Event()
         self._previous: dict[signal.Signals, object] = {}
         self._watcher: threading.Thread | None = None
+        self._announcer: threading.Thread | None = None
 
     def wait(self, seconds: float) -> bool:
         """Sleeps, at most until a stop is requested.
@@ -124,6 +125,9 @@ class StopRequest:
         self._watcher.join()
         self._watcher = None
         self._receiver.close()
+        if self._announcer is not None:
+            # So that it does not come after what is said of the end.
+            self._announcer.join(_ONE_PRESS)
 
     def _watch(self) -> None:
         """Reads the numbers of signals until the sender is closed."""
@@ -142,14 +146,17 @@ class StopRequest:
                 self._event.set()
                 # Not here: nobody may be reading, and a second signal would
                 # have to wait for that.
-                threading.Thread(target=self._announce, daemon=True).start()
+                self._announcer = threading.Thread(
+                    target=self._announce, daemon=True
+                )
+                self._announcer.start()
             elif now - first > _ONE_PRESS:
                 os._exit(128 + data[0])
 
     def _announce(self) -> None:
         print(
-            f"{self.requested.name} received: the running loop will be "
-            "finished and saved. Send it again to stop at once without saving.",
+            f"{self.requested.name} received: this ends after the running "
+            "loop, and saves. Send it again to end at once without saving.",
             file=sys.stderr,
             flush=True,
         )

@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from sos.noise import call_label
+from sos.training.contract import check_measured
 from sos.training.task import Measure, Task
 from sos.wrappers.base import SparseWrapper, find_wrappers
 from sos.wrappers.penalized import PenalizedWrapper
@@ -292,7 +293,7 @@ class Steps:
         Args:
             batch: The replica's share of the batch.
         """
-        measured = self._task.measure(self._model, batch, training=False)
+        measured = self._measure(batch, training=False)
         self._eval_totals.assign_add(self._totals(measured))
 
     def summary_step(self) -> tuple[tf.Tensor, tf.Tensor]:
@@ -343,7 +344,7 @@ class Steps:
         """
         variables = self._model.trainable_variables
         with tf.GradientTape() as tape:
-            measured = self._task.measure(self._model, batch, training=True)
+            measured = self._measure(batch, training=True)
             objective, weight = measured["loss"]
             # Those of activities may be bfloat16.
             losses = [tf.cast(x, tf.float32) for x in self._model.losses]
@@ -395,18 +396,17 @@ class Steps:
 
     def _totals(self, measured: dict[str, Measure]) -> tf.Tensor:
         """float32 of shape [metrics, 2]: sums and weights."""
-        names = self._task.metric_names
-        if set(measured) != set(names):
-            raise ValueError(
-                f"`{type(self._task).__name__}.measure` must return the "
-                f"`metric_names` {list(names)}. Received: {list(measured)}"
-            )
         return tf.stack(
             [
-                tf.stack([tf.cast(x, tf.float32) for x in measured[n]])
-                for n in names
+                tf.stack([tf.cast(x, tf.float32) for x in measured[name]])
+                for name in self._task.metric_names
             ]
         )
+
+    def _measure(self, batch: Any, training: bool) -> dict[str, Measure]:
+        measured = self._task.measure(self._model, batch, training=training)
+        check_measured(self._task, measured)
+        return measured
 
     def _clipped(self, gradients: list[Any]) -> list[Any]:
         """Gradients such that the optimizer clips the sum over replicas."""

@@ -1,6 +1,7 @@
 """The controller: runs compiled loops, and the host's actions between them."""
 
 import contextlib
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,13 @@ from absl import logging
 from sos.driver import Driver
 from sos.training.actions import Action
 from sos.training.checkpoints import CheckpointError, Checkpoints
+from sos.training.contract import (
+    TaskError,
+    check_batches,
+    check_configuration,
+    check_model,
+    check_optimizer,
+)
 from sos.training.failures import NonFiniteLossError, Stopped
 from sos.training.mask_updates import CompiledMaskUpdate
 from sos.training.pace import Pace
@@ -22,6 +30,9 @@ from sos.training.steps import Steps
 from sos.training.strategies import gather, is_chief
 from sos.training.task import Task
 from sos.wrappers.masked import update_masks
+
+# What TensorFlow says of a data set that was to be without end.
+_ENDED = "expected to contain an infinite number of elements"
 
 
 class Trainer:
@@ -56,6 +67,7 @@ class Trainer:
             None before.
 
     Raises:
+        TaskError: If the task gives something that cannot be used.
         ValueError: If a number is out of range, the batch cannot be cut as
             asked, or the optimizer does what only the engine can do.
     """
@@ -82,7 +94,9 @@ class Trainer:
         self._masks_step: int | None = None
         with strategy.scope():
             self.model = task.build_model()
+            check_model(task, self.model)
             self.optimizer = task.build_optimizer(self.model)
+            check_optimizer(task, self.optimizer)
             # Not left to the first step, which runs on the replicas, where
             # Keras 3.15 cannot make variables.
             if not self.optimizer.built:
@@ -103,8 +117,10 @@ class Trainer:
 
     def configuration(self) -> dict[str, Any]:
         """All settings that decide what is computed, by name."""
+        configuration = self.task.configuration()
+        check_configuration(self.task, configuration)
         return {
-            **self.task.configuration(),
+            **configuration,
             "micro_batches": self._micro_batches,
             "dtype_policy": keras.config.dtype_policy().name,
         }
@@ -316,6 +332,18 @@ class Trainer:
         self, context: tf.distribute.InputContext
     ) -> tf.data.Dataset:
         dataset = self.task.train_dataset(context, self.step)
+        check_batches(
+            self.task,
+            "train_dataset",
+            dataset,
+            context.get_per_replica_batch_size(self.task.batch_size),
+        )
+        if int(dataset.cardinality()) >= 0:
+            raise TaskError(
+                f"`{type(self.task).__name__}.train_dataset` must give batches "
+                "without end, in another order in each epoch. Received: a data "
+                f"set of {int(dataset.cardinality())} batches"
+            )
         # Otherwise workers ask each other at every step whether all have data.
         return dataset.apply(
             tf.data.experimental.assert_cardinality(
@@ -327,12 +355,13 @@ class Trainer:
         self, context: tf.distribute.InputContext
     ) -> tf.data.Dataset:
         dataset = self.task.eval_dataset(context)
+        check_batches(self.task, "eval_dataset", dataset)
         batches = self.task.eval_batches * (
             context.num_replicas_in_sync // context.num_input_pipelines
         )
         found = int(dataset.cardinality())
         if found >= 0 and found != batches:
-            raise ValueError(
+            raise TaskError(
                 f"`{type(self.task).__name__}.eval_dataset` must give "
                 "`eval_batches` batches for each replica, so that every "
                 f"example counts once: {batches} here. Received: {found} "
@@ -386,7 +415,7 @@ class Trainer:
         while step < end:
             update = None if driver is None else driver.next_update(end)
             part_end = update or end
-            self.steps.train(iterator, tf.constant(part_end - step, tf.int32))
+            self._train_steps(iterator, part_end - step)
             self._check_loss()
             if update:
                 # Otherwise NaN scores would be refused, with less to be told.
@@ -395,19 +424,32 @@ class Trainer:
                 driver.step()
             step = self._masks_step = part_end
 
+    def _train_steps(self, iterator: Any, steps: int) -> None:
+        try:
+            self.steps.train(iterator, tf.constant(steps, tf.int32))
+        except tf.errors.FailedPreconditionError as error:
+            if _ENDED not in str(error):
+                raise
+            raise TaskError(
+                f"`{type(self.task).__name__}.train_dataset` must give batches "
+                "without end, in another order in each epoch. Received: a data "
+                f"set that ended after step {self.step:,}"
+            ) from error
+
     def _check_loss(self) -> None:
         bad = self.steps.take_bad_step()
         if bad is not None:
             raise NonFiniteLossError(
-                f"The loss is NaN or infinite at step {bad}; checkpoints are "
-                "of steps before. A lower learning rate or penalty may help.",
+                f"The loss became NaN or infinite in step {bad + 1:,}; "
+                "checkpoints are of steps before. A lower learning rate or "
+                "penalty may help.",
                 bad,
             )
 
     def _check_weights(self) -> None:
         if not self.steps.weights_are_finite():
             raise NonFiniteLossError(
-                f"A weight became NaN or infinite by step {self.step}; "
+                f"A weight became NaN or infinite by step {self.step:,}; "
                 "checkpoints are of steps before. A lower learning rate may "
                 "help.",
                 self.step,
@@ -415,6 +457,15 @@ class Trainer:
 
     def _record(self, step: int, end: int, steps: int, begin: float) -> Record:
         metrics = self.steps.take_train_metrics()
+        if math.isnan(metrics["loss"]):
+            # It is finite in every step that has any weight. No error, as one
+            # such batch would end a training for good.
+            logging.warning(
+                "The weights of the loss sum to 0 in the steps %d to %d, of "
+                "which nothing is learned.",
+                step + 1,
+                end,
+            )
         # The metrics are there: all steps are done, on any device.
         seconds = time.perf_counter() - begin
         self.seconds += seconds

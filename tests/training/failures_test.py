@@ -1,8 +1,12 @@
+import pathlib
+
 import keras
 import pytest
 
 import sos
+from sos.files import atomic_write
 from sos.training.checkpoints import CheckpointError, DamagedCheckpointError
+from sos.training.contract import TaskError
 from sos.training.failures import NonFiniteLossError, in_a_line
 from sos.training.inputs import array_batches
 
@@ -27,10 +31,7 @@ def failing(error):
         (CheckpointError("damaged"), "damaged"),
         (DamagedCheckpointError("damaged"), "damaged"),
         (NonFiniteLossError("NaN at step 3", 3), "NaN at step 3"),
-        (
-            FileNotFoundError(2, "No such file", "images.npz"),
-            "[Errno 2] No such file: 'images.npz'",
-        ),
+        (TaskError("`Mine.measure` must"), "`Mine.measure` must"),
     ],
 )
 def test_what_is_no_mistake_in_code_is_told(error, text):
@@ -63,6 +64,21 @@ def test_mistakes_in_code_need_their_traceback(kind):
     assert told == (
         "mine" if issubclass(kind, (ValueError, RuntimeError)) else None
     )
+
+
+def test_files_of_the_package_are_told_and_those_of_others_are_not(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+
+    def ours():
+        with atomic_write(tmp_path / "file" / "new"):
+            pass
+
+    assert "Errno" in in_a_line(caught(ours))
+    error = caught(lambda: open(tmp_path / "nothing"))
+    assert in_a_line(error) is None
+    error = caught(lambda: pathlib.Path(tmp_path / "nothing").read_text())
+    assert in_a_line(error) is None
+    assert "nothing" in in_a_line(error, packages=(__name__.split(".")[0],))
 
 
 def test_what_keras_refuses_needs_its_traceback():

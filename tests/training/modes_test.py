@@ -2,6 +2,7 @@ import json
 import re
 import shutil
 import signal
+import time
 
 import keras
 import numpy as np
@@ -145,7 +146,7 @@ def stopping(monkeypatch):
     [
         ({"mode": "trian"}, "train, eval, train_and_eval, export.*'trian'"),
         ({"workdir": ""}, "`workdir` must name a directory"),
-        ({"train_steps": 0}, "`train_steps` must be at least 1"),
+        ({"train_steps": 0}, "`train_steps` must be an integer of at least 1"),
         ({"save_checkpoints_steps": 0}, "`save_checkpoints_steps`"),
         ({"steps_per_eval": -1}, "`steps_per_eval`.*=-1"),
         ({"profile_steps": (5, 5)}, "`profile_steps`.*Received: 5,5"),
@@ -177,7 +178,7 @@ def test_training_leaves_checkpoints_and_logs(trained):
 def test_a_finished_training_is_left_alone(copy):
     before = (copy.workdir / "train.jsonl").read_bytes()
     assert copy("train") == 0
-    assert "Going on from the checkpoint of step 20." in copy.err
+    assert "Training is done: there is a checkpoint of step 20." in copy.err
     assert copy.out == ""
     assert (copy.workdir / "train.jsonl").read_bytes() == before
     assert copy.saved == [5, 10, 15, 20]
@@ -329,9 +330,13 @@ def test_eval_follows_a_training(program, trained, stopping):
     assert program.err.count("Waiting for checkpoints in") == 1
 
 
-def test_eval_gives_up(program, monkeypatch):
-    monkeypatch.setattr(modes, "_POLL_SECONDS", 0.02)
+@pytest.mark.parametrize("poll", [0.02, 5.0])
+def test_eval_gives_up(program, monkeypatch, poll):
+    monkeypatch.setattr(modes, "_POLL_SECONDS", poll)
+    begin = time.monotonic()
     assert program("eval", eval_timeout=0.1) == 1
+    assert time.monotonic() - begin >= 0.1
+    assert "Waiting for checkpoints" in program.err
     assert "No new checkpoint in" in program.error
     assert "for 0.1 seconds" in program.error
     assert "Is the training running?" in program.error
@@ -407,6 +412,37 @@ def test_another_configuration_is_refused(copy, mode, other_task):
     assert copy(mode) == 1
     assert "is of another configuration" in copy.error
     assert "other: absent there, True now" in copy.err
+
+
+def test_eval_refuses_another_configuration_of_what_is_evaluated(
+    copy, monkeypatch
+):
+    assert copy("eval") == 0
+    monkeypatch.setattr(
+        ToyTask, "configuration", lambda self: {"batch_size": 1}
+    )
+    assert copy("eval") == 1
+    assert "is of another configuration" in copy.error
+    # Of what is damaged nobody knows.
+    path = processes.checkpoint_path(copy.workdir, STEPS)
+    (path / "metadata.json").unlink()
+    assert copy("eval") == 0
+
+
+def test_two_evaluations_in_one_work_directory(copy):
+    with only_process(copy.workdir, "eval"):
+        assert copy("eval") == 1
+        assert "Another process (eval) is at work in" in copy.error
+        assert copy("train") == 0
+
+
+def test_what_is_done_is_said(copy):
+    assert copy("train") == 0
+    assert "Training is done: there is a checkpoint of step 20." in copy.err
+    assert copy("eval") == 0
+    assert "evaluated already" not in copy.err
+    assert copy("eval") == 0
+    assert "The checkpoint of the last step is evaluated already." in copy.err
 
 
 # Export.
@@ -492,7 +528,7 @@ def test_a_training_that_stops_within_the_window(program, stopping):
 def test_two_trainings_in_one_work_directory(copy):
     with only_process(copy.workdir):
         assert copy("train") == 1
-        assert "Another process is at work in" in copy.error
+        assert "Another process (train) is at work in" in copy.error
         # These may look on.
         assert copy("eval") == 0
         assert copy("export") == 0
@@ -523,15 +559,6 @@ def test_a_work_directory_that_cannot_be_made(program, mode):
     assert "cannot be written to" in program.error
     # Before the model is made.
     assert program.trainer is None
-
-
-def test_errors_of_files_are_told_in_a_line(program, monkeypatch):
-    def fail():
-        raise FileNotFoundError(2, "No such file", "images.npz")
-
-    monkeypatch.setattr(program, "make_trainer", fail)
-    assert program("train") == 1
-    assert program.error == "FATAL [Errno 2] No such file: 'images.npz'"
 
 
 def test_what_the_package_refuses_is_told_in_a_line(program, monkeypatch):
@@ -622,6 +649,20 @@ def test_a_lost_worker_is_told_in_a_line(program, in_a_job, monkeypatch, capfd):
     )
 
 
+def test_mistakes_are_not_taken_for_a_lost_worker(
+    program, in_a_job, monkeypatch, capfd
+):
+    def fail(trainer, *args, **kwargs):
+        raise tf.errors.FailedPreconditionError(None, None, "no such table")
+
+    monkeypatch.setattr(Trainer, "train", fail)
+    with pytest.raises(Exited, match="1"):
+        program("train")
+    err = capfd.readouterr().err
+    assert "no such table" in err
+    assert "gone" not in err
+
+
 def test_other_errors_of_a_worker_are_shown(
     program, in_a_job, monkeypatch, capfd
 ):
@@ -654,7 +695,7 @@ def test_a_loss_that_is_not_finite(program, monkeypatch):
         lambda self, model: keras.optimizers.SGD(1e30),
     )
     assert program("train", save_checkpoints_steps=1) == 1
-    assert re.search(r"(at|by) step \d+", program.error)
+    assert re.search(r"(in|by) step \d+", program.error)
     for step in program.saved:
         values = processes.checkpoint_values(program.workdir, step)
         assert all(np.isfinite(value).all() for value in values.values())

@@ -295,7 +295,7 @@ def test_a_loss_that_is_not_finite(tmp_path):
         log=tmp_path / "output.txt",
     ) as program:
         error = fatal(program)
-    match = re.search(r"(?:at|by) step (\d+)", error)
+    match = re.search(r"(?:in|by) step (\d+)", error)
     assert match, error
     # What was saved is of before, and finite.
     saved = processes.checkpoint_steps(tmp_path)

@@ -478,7 +478,7 @@ def test_a_loss_that_is_not_finite_names_its_step_and_saves_nothing(
     trainer = spoiled(7, technique=technique, replicas=replicas)
     checkpoints = make_checkpoints(trainer, tmp_path)
     records = []
-    with pytest.raises(NonFiniteLossError, match="at step 7; .* rate") as error:
+    with pytest.raises(NonFiniteLossError, match="in step 8; .* rate") as error:
         trainer.train(
             12,
             checkpoints=checkpoints,
@@ -495,6 +495,29 @@ def test_a_loss_that_is_not_finite_names_its_step_and_saves_nothing(
     # Nothing of it is left in what comes next.
     trainer.train(7, on_record=[records.append])
     assert np.isfinite(records[-1].metrics["loss"])
+
+
+def test_a_loss_without_any_weight_is_told(caplog):
+    x, y = toys.normal(24, 6, seed=1), toys.normal(24, 2, seed=2)
+    weight = np.r_[np.ones(8), np.zeros(8), np.ones(8)].astype(np.float32)
+    task = GivenTask(
+        lambda: keras.Sequential([keras.Input((6,)), keras.layers.Dense(2)]),
+        lambda: keras.optimizers.SGD(0.1),
+        {"x": x, "y": y, "weight": weight},
+        batch_size=4,
+    )
+    trainer = make_trainer(task=task, steps_per_loop=2)
+    kernels, kernel = {}, trainer.model.weights[0]
+    note = Action(
+        call=lambda t: kernels.update({t.step: kernel.numpy()}), every=2
+    )
+    trainer.train(6, actions=[note])
+    (told,) = [
+        r.getMessage() for r in caplog.records if "sum to 0" in r.getMessage()
+    ]
+    assert "in the steps 3 to 4," in told
+    np.testing.assert_array_equal(kernels[2], kernels[4])
+    assert (kernels[4] != kernels[6]).all()
 
 
 def test_the_loss_of_the_last_step_is_looked_at(tmp_path):

@@ -1,0 +1,130 @@
+"""Checks what a task gives, and says what is wrong with it."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+class TaskError(ValueError):
+    """A task gave something that the engine cannot use."""
+
+    # Otherwise AutoGraph makes another error of it, with a page of frames, when
+    # it is raised while a function is traced.
+    ag_pass_through = True
+
+
+def _refuse(task: Any, method: str, must: str, received: str) -> None:
+    raise TaskError(
+        f"`{type(task).__name__}.{method}` must {must}. Received: {received}"
+    )
+
+
+def _kind(value: Any) -> str:
+    return f"{value!r} of type {type(value).__name__}"
+
+
+def check_model(task: Any, model: Any) -> None:
+    """Raises `TaskError` if `build_model` returned no built Keras model."""
+    if not isinstance(model, keras.Model):
+        _refuse(task, "build_model", "return a model of Keras 3", _kind(model))
+    if not model.built:
+        _refuse(
+            task,
+            "build_model",
+            "return a model that is built: give it a `keras.Input`, or call it "
+            "on a batch",
+            f"the model {model.name!r}, which is not built",
+        )
+
+
+def check_optimizer(task: Any, optimizer: Any) -> None:
+    """Raises `TaskError` if `build_optimizer` returned no Keras optimizer."""
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        _refuse(
+            task,
+            "build_optimizer",
+            "return an optimizer of Keras 3",
+            _kind(optimizer),
+        )
+
+
+def check_configuration(task: Any, configuration: Any) -> None:
+    """Raises `TaskError` if `configuration` returned no JSON values by name."""
+    must = "return a dictionary of JSON values by name"
+    if not isinstance(configuration, Mapping):
+        _refuse(task, "configuration", must, _kind(configuration))
+    try:
+        json.dumps(dict(configuration))
+    except (TypeError, ValueError) as error:
+        _refuse(task, "configuration", must, f"{configuration!r} ({error})")
+
+
+def check_batches(
+    task: Any, method: str, dataset: Any, size: int | None = None
+) -> None:
+    """Checks the data set that a method returned.
+
+    Args:
+        task: The task.
+        method: The name of the method.
+        dataset: What it returned.
+        size: The number of examples that a batch must have; None for any.
+
+    Raises:
+        TaskError: If it is no data set of batches of static shape and this
+            size.
+    """
+    if not isinstance(dataset, tf.data.Dataset):
+        _refuse(task, method, "return a tf.data.Dataset", _kind(dataset))
+    for spec in tf.nest.flatten(dataset.element_spec):
+        shape = tf.TensorShape(getattr(spec, "shape", None))
+        first = shape[0] if shape.rank else None
+        if not shape.is_fully_defined() or first is None:
+            _refuse(
+                task,
+                method,
+                "give batches of static shape (`drop_remainder=True`), with "
+                "the examples along the first axis",
+                f"{dataset.element_spec}",
+            )
+        if size is not None and first != size:
+            _refuse(
+                task,
+                method,
+                "give batches for one replica, of "
+                "`context.get_per_replica_batch_size(batch_size)` examples: "
+                f"{size} here",
+                f"{dataset.element_spec}",
+            )
+
+
+# Its frames are then those of this file when it raises.
+@tf.autograph.experimental.do_not_convert
+def check_measured(task: Any, measured: Any) -> None:
+    """Raises `TaskError` if `measure` returned no pairs of scalars by name."""
+    names = list(task.metric_names)
+    if not isinstance(measured, Mapping) or set(measured) != set(names):
+        _refuse(
+            task,
+            "measure",
+            f"return a dictionary with the `metric_names` {names}",
+            f"{list(measured)}"
+            if isinstance(measured, Mapping)
+            else _kind(measured),
+        )
+    for name, pair in measured.items():
+        if (
+            not isinstance(pair, (tuple, list))
+            or len(pair) != 2
+            or any(tf.convert_to_tensor(x).shape.rank != 0 for x in pair)
+        ):
+            _refuse(
+                task,
+                "measure",
+                f"give a pair of scalars for {name!r}: the sum over the "
+                "examples, and the sum of their weights",
+                f"{pair!r}",
+            )
