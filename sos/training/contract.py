@@ -62,21 +62,79 @@ def check_configuration(task: Any, configuration: Any) -> None:
         _refuse(task, "configuration", must, f"{configuration!r} ({error})")
 
 
-def check_batches(
-    task: Any, method: str, dataset: Any, size: int | None = None
-) -> None:
-    """Checks the data set that a method returned.
+def train_dataset(
+    task: Any, context: tf.distribute.InputContext, step: int
+) -> tf.data.Dataset:
+    """The task's training batches, checked.
 
     Args:
         task: The task.
-        method: The name of the method.
-        dataset: What it returned.
-        size: The number of examples that a batch must have; None for any.
+        context: Which share of the data this host reads.
+        step: The step to begin with.
+
+    Returns:
+        Batches that are known to have no end.
 
     Raises:
-        TaskError: If it is no data set of batches of static shape and this
-            size.
+        TaskError: If they are no batches of static shape for one replica, or
+            are known to end.
     """
+    dataset = task.train_dataset(context, step)
+    size = context.get_per_replica_batch_size(task.batch_size)
+    _check_batches(task, "train_dataset", dataset, size)
+    if (found := int(dataset.cardinality())) >= 0:
+        _refuse(
+            task,
+            "train_dataset",
+            "give batches without end, in another order in each epoch",
+            f"a data set of {found} batches",
+        )
+    # Otherwise workers ask each other at every step whether all have data.
+    return dataset.apply(
+        tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
+    )
+
+
+def eval_dataset(
+    task: Any, context: tf.distribute.InputContext
+) -> tf.data.Dataset:
+    """The task's evaluation batches, checked, again and again.
+
+    Args:
+        task: The task.
+        context: Which share of the data this host reads.
+
+    Returns:
+        Batches without end. Where their number was not known before, it is an
+        error then if there are too few of them.
+
+    Raises:
+        TaskError: If they are no batches of static shape, or of another number
+            than `eval_batches` for each replica.
+    """
+    dataset = task.eval_dataset(context)
+    _check_batches(task, "eval_dataset", dataset)
+    batches = task.eval_batches * (
+        context.num_replicas_in_sync // context.num_input_pipelines
+    )
+    found = int(dataset.cardinality())
+    if found >= 0 and found != batches:
+        _refuse(
+            task,
+            "eval_dataset",
+            "give `eval_batches` batches for each replica, so that every "
+            f"example counts once: {batches} here",
+            f"{found} batches",
+        )
+    # Repeated, as a strategy looks for a batch beyond the last.
+    return dataset.apply(
+        tf.data.experimental.assert_cardinality(batches)
+    ).repeat()
+
+
+def _check_batches(
+    task: Any, method: str, dataset: Any, size: int | None = None
+) -> None:
     if not isinstance(dataset, tf.data.Dataset):
         _refuse(task, method, "return a tf.data.Dataset", _kind(dataset))
     for spec in tf.nest.flatten(dataset.element_spec):

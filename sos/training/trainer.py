@@ -16,10 +16,11 @@ from sos.training.actions import Action
 from sos.training.checkpoints import CheckpointError, Checkpoints
 from sos.training.contract import (
     TaskError,
-    check_batches,
     check_configuration,
     check_model,
     check_optimizer,
+    eval_dataset,
+    train_dataset,
 )
 from sos.training.failures import NonFiniteLossError, Stopped
 from sos.training.mask_updates import CompiledMaskUpdate
@@ -229,7 +230,9 @@ class Trainer:
             at_end=True,
         )
         actions = [save, *actions] if checkpoints is not None else [*actions]
-        dataset = self._distributed(self._train_dataset)
+        dataset = self._distributed(
+            lambda context: train_dataset(self.task, context, self.step)
+        )
         # What an earlier training left when it failed.
         self.steps.take_train_metrics()
         self.steps.take_bad_step()
@@ -309,7 +312,9 @@ class Trainer:
         )
 
     def _evaluate_batches(self, step: int, stop: StopSource | None) -> None:
-        iterator = iter(self._distributed(self._eval_dataset))
+        iterator = iter(
+            self._distributed(lambda context: eval_dataset(self.task, context))
+        )
         batches, done = self.task.eval_batches, 0
         while done < batches:
             begin = time.perf_counter()
@@ -327,51 +332,6 @@ class Trainer:
                     step,
                     f"after {done:,} of {batches:,} batches of its evaluation",
                 )
-
-    def _train_dataset(
-        self, context: tf.distribute.InputContext
-    ) -> tf.data.Dataset:
-        dataset = self.task.train_dataset(context, self.step)
-        check_batches(
-            self.task,
-            "train_dataset",
-            dataset,
-            context.get_per_replica_batch_size(self.task.batch_size),
-        )
-        if int(dataset.cardinality()) >= 0:
-            raise TaskError(
-                f"`{type(self.task).__name__}.train_dataset` must give batches "
-                "without end, in another order in each epoch. Received: a data "
-                f"set of {int(dataset.cardinality())} batches"
-            )
-        # Otherwise workers ask each other at every step whether all have data.
-        return dataset.apply(
-            tf.data.experimental.assert_cardinality(
-                tf.data.INFINITE_CARDINALITY
-            )
-        )
-
-    def _eval_dataset(
-        self, context: tf.distribute.InputContext
-    ) -> tf.data.Dataset:
-        dataset = self.task.eval_dataset(context)
-        check_batches(self.task, "eval_dataset", dataset)
-        batches = self.task.eval_batches * (
-            context.num_replicas_in_sync // context.num_input_pipelines
-        )
-        found = int(dataset.cardinality())
-        if found >= 0 and found != batches:
-            raise TaskError(
-                f"`{type(self.task).__name__}.eval_dataset` must give "
-                "`eval_batches` batches for each replica, so that every "
-                f"example counts once: {batches} here. Received: {found} "
-                "batches"
-            )
-        # Where the number is not known before, too few are an error then.
-        # Repeated, as a strategy looks for a batch beyond the last.
-        return dataset.apply(
-            tf.data.experimental.assert_cardinality(batches)
-        ).repeat()
 
     def _distributed(
         self,
