@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator
 
@@ -19,11 +18,11 @@ from sos.training.actions import Action
 from sos.training.checkpoints import (
     CheckpointError,
     Checkpoints,
-    DamagedCheckpointError,
     check_writable,
     remove_unfinished,
 )
 from sos.training.failures import Stopped, in_a_line
+from sos.training.follower import Follower
 from sos.training.records import Record
 from sos.training.reporting import Console, JsonLines, TensorBoard
 from sos.training.signals import StopRequest, exit_code
@@ -34,7 +33,6 @@ from sos.training.trainer import Trainer
 MODES = ("train", "eval", "train_and_eval", "export")
 
 _CHECKPOINTS = "checkpoints"
-_POLL_SECONDS = 5.0
 
 # What TensorFlow raises in a worker when another one is gone.
 _LOST_WORKER = (
@@ -201,8 +199,6 @@ class _Session:
             )
         self._settings = settings
         self._trainer = trainer
-        # Steps that the user was told of.
-        self._passed_over: set[int] = set()
         self._checkpoints = Checkpoints(
             os.path.join(settings.workdir, _CHECKPOINTS),
             configuration=trainer.configuration(),
@@ -216,7 +212,7 @@ class _Session:
             self._export()
         elif mode == "eval":
             with only_process(workdir, "eval"):
-                self._evaluate_all(stop)
+                self._follow(stop)
         else:
             with contextlib.ExitStack() as stack:
                 if self._trainer.is_chief:
@@ -270,84 +266,21 @@ class _Session:
             trainer.save(self._checkpoints)
         report(trainer.evaluate(self._settings.train_steps, stop=stop))
 
-    def _evaluate_all(self, stop: StopRequest) -> None:
+    def _follow(self, stop: StopRequest) -> None:
         """Evaluates every checkpoint once, also those still to come."""
         settings = self._settings
-        self._check_newest()
-        waiting_since, said = time.monotonic(), False
+        follower = Follower(
+            self._trainer,
+            self._checkpoints,
+            last_step=settings.train_steps,
+            timeout=settings.eval_timeout,
+        )
         with self._reporter("eval") as report:
             # The reporter has made or repaired the file.
             done = self._evaluated("eval")
             if settings.train_steps in done:
                 _say("The checkpoint of the last step is evaluated already.")
-            while True:
-                for step in self._checkpoints.steps():
-                    if step in done:
-                        continue
-                    if not self._evaluate_one(step, report, stop):
-                        continue
-                    waiting_since = time.monotonic()
-                    done.add(step)
-                    if stop.requested:
-                        raise Stopped(stop.requested, step, "evaluated")
-                if settings.train_steps in done:
-                    return
-                if not said:
-                    _say(
-                        f"Waiting for checkpoints in "
-                        f"{self._checkpoints.directory} up to step "
-                        f"{settings.train_steps:,}."
-                    )
-                    said = True
-                timeout, seconds = settings.eval_timeout, _POLL_SECONDS
-                if timeout is not None:
-                    left = waiting_since + timeout - time.monotonic()
-                    if left <= 0:
-                        raise CheckpointError(
-                            "No new checkpoint in "
-                            f"{self._checkpoints.directory} for {timeout:g} "
-                            "seconds, and none of the last step, "
-                            f"{settings.train_steps}. Is the training running?"
-                        )
-                    seconds = min(seconds, left)
-                if stop.wait(seconds):
-                    raise Stopped(
-                        stop.requested,
-                        max(done, default=0),
-                        "while waiting for the next checkpoint",
-                    )
-
-    def _check_newest(self) -> None:
-        """Refuses checkpoints of something else, evaluated or not."""
-        for step in self._checkpoints.steps()[-1:]:
-            # What is damaged is passed over later.
-            with contextlib.suppress(DamagedCheckpointError):
-                self._checkpoints.check(
-                    step, self._trainer.model, self._trainer.optimizer
-                )
-
-    def _evaluate_one(
-        self, step: int, report: _Report, stop: StopRequest
-    ) -> bool:
-        """Evaluates a checkpoint; False if it cannot be read, or not yet."""
-        trainer = self._trainer
-        try:
-            self._checkpoints.restore_step(
-                step, trainer.model, trainer.optimizer
-            )
-        except DamagedCheckpointError as error:
-            # On an object store it may still be on its way.
-            if step not in self._passed_over:
-                self._passed_over.add(step)
-                logging.warning(
-                    "The checkpoint of step %d is damaged, not complete yet, "
-                    "or was removed before it could be evaluated: %s",
-                    step,
-                    error,
-                )
-            return False
-        report(trainer.evaluate(self._settings.train_steps, stop=stop))
-        return True
+            follower.follow(done, on_record=report, on_wait=_say, stop=stop)
 
     def _evaluated(self, kind: str) -> set[int]:
         """The steps that were evaluated; none where no log is written."""

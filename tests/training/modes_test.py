@@ -11,7 +11,7 @@ import tensorflow as tf
 
 import sos
 from sos.files import only_process
-from sos.training import modes
+from sos.training import follower, modes
 from sos.training.modes import Settings, run
 from sos.training.records import Record
 from sos.training.strategies import make_strategy
@@ -332,7 +332,7 @@ def test_eval_follows_a_training(program, trained, stopping):
 
 @pytest.mark.parametrize("poll", [0.02, 5.0])
 def test_eval_gives_up(program, monkeypatch, poll):
-    monkeypatch.setattr(modes, "_POLL_SECONDS", poll)
+    monkeypatch.setattr(follower, "_POLL_SECONDS", poll)
     begin = time.monotonic()
     assert program("eval", eval_timeout=0.1) == 1
     assert time.monotonic() - begin >= 0.1
