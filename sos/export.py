@@ -34,10 +34,10 @@ def export_saved_model(
 
     Args:
         model: A Keras 3 model that is built, sparse or not.
-        path: The directory to write, of which nothing is seen before it is
-            complete. A SavedModel that is there is replaced then; on an object
-            store such as `gs://`, where directories cannot be renamed, it is
-            removed before the new one is uploaded.
+        path: The directory to write, by one process at a time, of which nothing
+            is seen before it is complete. A SavedModel that is there is
+            replaced then; on an object store such as `gs://`, where directories
+            cannot be renamed, it is removed before the new one is uploaded.
         input_signature: What the model takes as its first argument, as a
             `tf.TensorSpec` or a list, tuple or dictionary of them. By default
             that of the model's `Input`s, with a batch of any size; subclassed

@@ -1,5 +1,6 @@
 """Writing files so that they are complete or absent."""
 
+import errno
 import glob
 import os
 import shutil
@@ -8,6 +9,8 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_NO_CLAIMS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @contextmanager
@@ -60,7 +63,8 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
     old = target.with_name(f".{target.name}.old")
     if old.exists() and not target.exists():
         old.rename(target)
-    for left in target.parent.glob(f".{glob.escape(target.name)}.*.new"):
+    digits = "[0-9a-f]" * len(uuid.uuid4().hex)
+    for left in target.parent.glob(f".{glob.escape(target.name)}.{digits}.new"):
         shutil.rmtree(left, ignore_errors=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.new")
     try:
@@ -115,6 +119,10 @@ def only_process(
                 f"{os.fspath(directory)}, and two would spoil each other's "
                 "files. Stop it, or choose another work directory."
             ) from None
+        except OSError as error:
+            # File systems that know no claims say so.
+            if error.errno not in _NO_CLAIMS:
+                raise
         yield
 
 

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import os
 import pathlib
 import subprocess
@@ -138,6 +140,27 @@ def test_a_directory_is_claimed_by_one_process(tmp_path):
         other.kill()
     with only_process(tmp_path):
         pass
+
+
+def test_file_systems_without_claims_refuse_nothing(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(code, "flock")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    code = errno.ENOSYS
+    with only_process(tmp_path):
+        pass
+    code = errno.EIO
+    with pytest.raises(OSError, match="flock"), only_process(tmp_path):
+        pass
+
+
+def test_others_that_are_being_written_stay(tmp_path):
+    with atomic_directory(tmp_path / "new.v2") as other:
+        other.mkdir()
+        write(tmp_path / "new", "text")
+        (other / "file").write_text("mine")
+    assert (tmp_path / "new.v2" / "file").read_text() == "mine"
 
 
 def test_where_there_are_no_claims_nothing_is_refused(tmp_path):

@@ -381,5 +381,8 @@ def _name_layers(axes: Axes, sizes: Mapping[str, int]) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png")
+    try:
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, format="png")
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error}") from error

@@ -246,8 +246,14 @@ class Checkpoints:
             CheckpointError: If it is of another configuration, or cannot be
                 read now.
         """
-        try:
+        with self._readable(step):
             return self._restore(step, model, optimizer)
+
+    @contextlib.contextmanager
+    def _readable(self, step: int) -> Iterator[None]:
+        """Says so if a checkpoint cannot be read now, though not damaged."""
+        try:
+            yield
         except _NOT_DAMAGE as error:
             raise CheckpointError(
                 f"The checkpoint {self.path(step)} cannot be read now: "
@@ -269,11 +275,12 @@ class Checkpoints:
 
         Raises:
             DamagedCheckpointError: If it is seen to be damaged.
-            CheckpointError: If it is of another configuration.
+            CheckpointError: If it is of another configuration, or cannot be
+                read now.
         """
-        self._check(
-            step, self._read_metadata(step), described(model, optimizer)
-        )
+        with self._readable(step):
+            metadata = self._read_metadata(step)
+        self._check(step, metadata, described(model, optimizer))
 
     def _restore(
         self,

@@ -76,7 +76,7 @@ class Follower:
                     continue
                 waiting_since = time.monotonic()
                 done.add(step)
-                if stop.requested:
+                if stop.requested and self._last_step not in done:
                     raise Stopped(stop.requested, step, "evaluated")
             if self._last_step in done:
                 return

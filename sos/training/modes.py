@@ -58,7 +58,8 @@ class Settings:
             last are for one process.
         workdir: The directory of everything that is written.
         train_steps: The number of steps of the whole training.
-        save_checkpoints_steps: The number of steps between two checkpoints.
+        save_checkpoints_steps: The number of steps between two checkpoints; one
+            is also saved before every evaluation.
         keep_checkpoint_max: The number of newest checkpoints that are kept.
         keep_checkpoint_every_n_steps: Keep for good those whose step is a
             multiple of it; None for none.
@@ -109,7 +110,7 @@ class Settings:
         if kept is not None and kept % saved:
             raise ValueError(
                 "`keep_checkpoint_every_n_steps` must be a multiple of "
-                "`save_checkpoints_steps`, as nothing else is saved. Received: "
+                "`save_checkpoints_steps`, so that there is one. Received: "
                 f"{kept} and {saved}"
             )
         if self.profile_steps is not None:
@@ -145,14 +146,19 @@ def run(settings: Settings, make_trainer: Callable[[], Trainer]) -> int:
         check_writable(settings.workdir)
         trainer = make_trainer()
         session = _Session(settings, trainer)
-        # Made later than the strategy, which may take signals for itself.
-        with StopRequest() as stop:
-            session.run(stop)
+        if settings.mode == "export":
+            # A signal ends it at once, and what was there stays.
+            session.export()
+        else:
+            # Made later than the strategy, which may take signals for itself.
+            with StopRequest() as stop:
+                session.run(stop)
     except Stopped as stopped:
         _say(f"{stopped} Run the same command again to continue.")
         return exit_code(stopped.signal)
     except KeyboardInterrupt:
-        _say("Stopped by SIGINT before training began.")
+        began = "" if settings.mode == "export" else " before training began"
+        _say(f"Stopped by SIGINT{began}.")
         # At once, as TensorFlow may be waiting for other workers.
         os._exit(exit_code(signal.SIGINT))
     except Exception as error:
@@ -207,10 +213,9 @@ class _Session:
         )
 
     def run(self, stop: StopRequest) -> None:
+        """Trains or evaluates, as the mode says."""
         mode, workdir = self._settings.mode, self._settings.workdir
-        if mode == "export":
-            self._export()
-        elif mode == "eval":
+        if mode == "eval":
             with only_process(workdir, "eval"):
                 self._follow(stop)
         else:
@@ -290,6 +295,11 @@ class _Session:
                 records = [json.loads(line) for line in file]
             steps = {r["step"] for r in records if r["kind"] == "eval"}
         return steps
+
+    def export(self) -> None:
+        """Writes the newest checkpoint as a SavedModel."""
+        with only_process(self._settings.workdir, "export"):
+            self._export()
 
     def _export(self) -> None:
         trainer = self._trainer

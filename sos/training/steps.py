@@ -282,7 +282,9 @@ class Steps:
         step = tf.cast(
             keras.ops.convert_to_tensor(self._optimizer.iterations), tf.int32
         )
-        bad = tf.where(tf.math.is_finite(loss + penalty), _NEVER, step)
+        # The sum, too: without any weight the mean is zero, whatever it is.
+        told = everywhere[at, 0] + loss + penalty
+        bad = tf.where(tf.math.is_finite(told), _NEVER, step)
         self._bad_step.assign(tf.minimum(self._bad_step, bad))
         self._train_totals.assign_add(totals)
         self._optimizer.apply(self._clipped(gradients), variables)

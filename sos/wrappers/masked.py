@@ -95,7 +95,8 @@ class PruningWrapper(MaskedWrapper):
     #: dense and over all replicas, in `weight.state["gradient"]`. They are of
     #: what the training loop differentiates: in `fit` a mean over the batch, in
     #: the training engine a sum, under loss scaling a multiple. What is not
-    #: finite is left out. It costs another all-reduce of the weight per step.
+    #: finite is left out. Each backward pass, of a micro-batch for one, costs
+    #: another all-reduce of the weight.
     uses_gradient = False
 
     #: A weight once pruned stays so.

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 import sos
 from sos.files import only_process
-from sos.training import follower, modes
+from sos.training import follower, modes, pace
 from sos.training.modes import Settings, run
 from sos.training.records import Record
 from sos.training.strategies import make_strategy
@@ -427,6 +427,24 @@ def test_eval_refuses_another_configuration_of_what_is_evaluated(
     path = processes.checkpoint_path(copy.workdir, STEPS)
     (path / "metadata.json").unlink()
     assert copy("eval") == 0
+
+
+def test_a_request_after_the_last_evaluation_comes_too_late(
+    copy, stopping, monkeypatch
+):
+    # So that evaluations are done in one loop.
+    monkeypatch.setattr(pace.Pace, "loop_end", lambda self, step: step + 100)
+    assert stopping(copy, "eval", step=STEPS) == 0
+    assert copy.steps("eval", "eval") == [5, 10, 15, 20]
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_told(copy, monkeypatch):
+    def fail(self, step):
+        raise tf.errors.PermissionDeniedError(None, None, "not now")
+
+    monkeypatch.setattr(modes.Checkpoints, "_read_metadata", fail)
+    assert copy("eval") == 1
+    assert "cannot be read now: not now. Run the same" in copy.error
 
 
 def test_two_evaluations_in_one_work_directory(copy):

@@ -76,7 +76,7 @@ def test_the_running_loop_is_finished():
     with Program(4) as program:
         line = program.stop(signal.SIGTERM)
         assert line.startswith("SIGTERM received: ")
-        assert "finished and saved" in line
+        assert "ends after the running loop" in line
         # The answer does not wait for the loop; the end of the program does.
         begin = time.monotonic()
         out, _ = program.process.communicate(timeout=60)

@@ -726,6 +726,17 @@ def test_the_step_whose_loss_is_not_finite_is_named(
     assert run.steps.take_bad_step() == 5
 
 
+def test_a_sum_that_is_not_finite_is_named_whatever_it_weighs():
+    arrays = examples()
+    arrays["y"][2 * BATCH, 0] = np.inf
+    weight = np.ones(6 * BATCH, np.float32)
+    weight[2 * BATCH : 3 * BATCH] = 0
+    run = Run(task(weight=weight, **arrays)).train(2)
+    assert run.steps.take_bad_step() is None
+    run.train(1)
+    assert run.steps.take_bad_step() == 2
+
+
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_a_penalty_that_is_not_finite_is_named(replicas):
     class Growing(sos.Ramp):

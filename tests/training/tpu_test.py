@@ -146,7 +146,10 @@ def traces(trainer):
     """The engine's functions, traced, by name."""
     steps = trainer.steps
     one = tf.TensorSpec((), tf.int32)
-    train_data = trainer._distributed(trainer._train_dataset)
+    train_data = trainer._distributed(
+        # Not checked, as batches without a static shape are to be found.
+        lambda context: trainer.task.train_dataset(context, 0)
+    )
     eval_data = trainer._distributed(trainer.task.eval_dataset)
     functions = {}
     with contextlib.ExitStack() as stack:
