@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         _study()
     except KeyboardInterrupt:
-        # While TensorFlow is loaded or networks are built.
+        # While networks are built.
         print(f"\nInterrupted. {_AGAIN}", file=sys.stderr)
         sys.exit(130)
 

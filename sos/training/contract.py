@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import keras
 import tensorflow as tf
@@ -16,7 +16,7 @@ class TaskError(ValueError):
     ag_pass_through = True
 
 
-def _refuse(task: Any, method: str, must: str, received: str) -> None:
+def _refuse(task: Any, method: str, must: str, received: str) -> NoReturn:
     raise TaskError(
         f"`{type(task).__name__}.{method}` must {must}. Received: {received}"
     )
@@ -83,15 +83,20 @@ def train_dataset(
     size = context.get_per_replica_batch_size(task.batch_size)
     _check_batches(task, "train_dataset", dataset, size)
     if (found := int(dataset.cardinality())) >= 0:
-        _refuse(
-            task,
-            "train_dataset",
-            "give batches without end, in another order in each epoch",
-            f"a data set of {found} batches",
-        )
+        refuse_end(task, f"a data set of {found} batches")
     # Otherwise workers ask each other at every step whether all have data.
     return dataset.apply(
         tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
+    )
+
+
+def refuse_end(task: Any, received: str) -> NoReturn:
+    """Raises `TaskError`, as `train_dataset` gave batches that end."""
+    _refuse(
+        task,
+        "train_dataset",
+        "give batches without end, in another order in each epoch",
+        received,
     )
 
 

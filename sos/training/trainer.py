@@ -15,11 +15,11 @@ from sos.driver import Driver
 from sos.training.actions import Action
 from sos.training.checkpoints import CheckpointError, Checkpoints
 from sos.training.contract import (
-    TaskError,
     check_configuration,
     check_model,
     check_optimizer,
     eval_dataset,
+    refuse_end,
     train_dataset,
 )
 from sos.training.failures import NonFiniteLossError, Stopped
@@ -390,11 +390,9 @@ class Trainer:
         except tf.errors.FailedPreconditionError as error:
             if _ENDED not in str(error):
                 raise
-            raise TaskError(
-                f"`{type(self.task).__name__}.train_dataset` must give batches "
-                "without end, in another order in each epoch. Received: a data "
-                f"set that ended after step {self.step:,}"
-            ) from error
+            refuse_end(
+                self.task, f"a data set that ended after step {self.step:,}"
+            )
 
     def _check_loss(self) -> None:
         bad = self.steps.take_bad_step()

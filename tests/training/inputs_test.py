@@ -264,6 +264,23 @@ def test_what_was_seen_before_is_not_decoded(hosts, host):
         assert hosts == 1 or place % batch_size >= 2
 
 
+def record_batches(records, decode, hosts):
+    """The second and third batch of four records in epochs of eight."""
+    return global_batches(
+        lambda where: inputs.record_batches(
+            records,
+            decode,
+            records_per_epoch=8,
+            batch_size=4,
+            step=1,
+            context=where,
+        ),
+        2,
+        hosts=hosts,
+        replicas=2,
+    )
+
+
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_records_may_be_structures(hosts):
     def records(epoch):
@@ -278,19 +295,7 @@ def test_records_may_be_structures(hosts):
             "n": number,
         }
 
-    (_, second) = global_batches(
-        lambda where: inputs.record_batches(
-            records,
-            decode,
-            records_per_epoch=8,
-            batch_size=4,
-            step=1,
-            context=where,
-        ),
-        2,
-        hosts=hosts,
-        replicas=2,
-    )
+    (_, second) = record_batches(records, decode, hosts)
     assert second["x"].tolist() == [0, 1, 2, 3]
     assert second["y"].tolist() == [1, 2, 3, 4]
     assert second["n"].tolist() == [8, 9, 10, 11]
@@ -302,18 +307,8 @@ def test_records_may_differ_in_shape():
         return numbers.map(lambda i: tf.fill([i + 1], i))
 
     for hosts in (1, 2):
-        (first, _) = global_batches(
-            lambda where: inputs.record_batches(
-                records,
-                lambda record, number: {"x": record[0]},
-                records_per_epoch=8,
-                batch_size=4,
-                step=1,
-                context=where,
-            ),
-            2,
-            hosts=hosts,
-            replicas=2,
+        (first, _) = record_batches(
+            records, lambda record, number: {"x": record[0]}, hosts
         )
         assert first["x"].tolist() == [4, 5, 6, 7]
 

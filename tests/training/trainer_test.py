@@ -429,12 +429,13 @@ def test_a_request_in_the_last_loop_comes_too_late(tmp_path):
     assert checkpoints.steps() == [2]
 
 
+def another_is_asked(strategy, values):
+    """In place of `gather`: a second worker, which is to stop."""
+    return np.array([values, [0.5, float(signal.SIGTERM)]])
+
+
 def test_workers_stop_together(monkeypatch):
     trainer = make_trainer()
-
-    def another_is_asked(strategy, values):
-        return np.array([values, [0.5, float(signal.SIGTERM)]])
-
     monkeypatch.setattr(trainer_module, "gather", another_is_asked)
     with pytest.raises(Stopped, match="SIGTERM at step 1"):
         trainer.train(9)
@@ -696,10 +697,6 @@ def test_how_evaluations_are_cut_changes_no_bit(replicas):
 
 def test_workers_stop_an_evaluation_together(monkeypatch):
     trainer = make_trainer()
-
-    def another_is_asked(strategy, values):
-        return np.array([values, [0.5, float(signal.SIGTERM)]])
-
     monkeypatch.setattr(trainer_module, "gather", another_is_asked)
     with pytest.raises(Stopped, match="after 1 of 3 batches"):
         trainer.evaluate()
