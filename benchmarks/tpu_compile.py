@@ -5,7 +5,7 @@
         [--batch_size=N] [--json]
 
 The engine's own step is traced in mixed bfloat16 under a TPUStrategy that has
-no TPU (`sos.training.rehearsal`), checked, lowered, and compiled by the TPU's
+no TPU (`sos.training.tpu_check`), checked, lowered, and compiled by the TPU's
 real compiler, libtpu, for a described set of chips. That tells whether it
 compiles, what memory it takes and what it computes; it cannot tell how fast.
 
@@ -47,7 +47,7 @@ import sos
 from benchmarks.common import machine
 from benchmarks.tpu_lowering import lower
 from models import convnet
-from sos.training import rehearsal
+from sos.training import tpu_check
 from sos.training.steps import Steps
 from sos.training.task import Task
 
@@ -69,7 +69,7 @@ class Classification(Task):
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
 
-    def measure(
+    def compute_metrics(
         self, model: keras.Model, batch: Any, training: bool
     ) -> dict[str, tuple[tf.Tensor, tf.Tensor]]:
         """The cross-entropy and the number of right answers."""
@@ -126,7 +126,7 @@ def trace(model_name: str, technique: str, replicas: int, batch: int) -> Any:
     Returns:
         A concrete function of images and labels.
     """
-    strategy = rehearsal.rehearsal_strategy(replicas)
+    strategy = tpu_check.deviceless_strategy(replicas)
     # A packed variable stands for all replicas at once, and only a TPU can
     # unpack it; one replica's variables are to be lowered.
     strategy._enable_packed_variable_in_eager_mode = False
@@ -151,7 +151,7 @@ def trace(model_name: str, technique: str, replicas: int, batch: int) -> Any:
     function = train.get_concrete_function(
         tf.TensorSpec((batch, *shape)), tf.TensorSpec((batch,), tf.int32)
     )
-    rehearsal.check(function)
+    tpu_check.check(function)
     return function
 
 

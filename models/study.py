@@ -57,8 +57,8 @@ def _study() -> None:
         import tensorflow as tf
 
         from models import networks
+        from sos.errors import Stopped, in_a_line
         from sos.experiments import progress, runs, study
-        from sos.training.failures import Stopped, in_a_line
         from sos.training.signals import StopRequest, exit_code
 
         tf.config.list_logical_devices()  # Says what GPUs are not there.

@@ -29,7 +29,7 @@ with quiet():
     from sos.experiments.classification import Classification
     from sos.experiments.runs import Run, expand
     from sos.training import flags as training_flags
-    from sos.training import modes
+    from sos.training import main
 
     # Says which GPUs are not there.
     tf.config.list_physical_devices()
@@ -74,7 +74,7 @@ def _run() -> int:
         settings = training_flags.settings(run.steps)
     except (ValueError, FileNotFoundError) as error:
         _fail(str(error))
-    return modes.run(
+    return main.run(
         settings,
         lambda: training_flags.make_trainer(
             lambda: Classification(

@@ -10,7 +10,7 @@ import tensorflow as tf
 from sos.experiments.runs import Run
 from sos.surgery import sparsify
 from sos.training import inputs
-from sos.training.task import Measure, Task
+from sos.training.task import Task, WeightedSum
 from sos.wrappers.base import find_wrappers
 
 #: Makes a network from the shape of an image, the number of classes and a seed.
@@ -133,9 +133,9 @@ class Classification(Task):
             self._test, batch_size=self._eval_batch_size, context=context
         )
 
-    def measure(
+    def compute_metrics(
         self, model: keras.Model, batch: Any, training: bool
-    ) -> dict[str, Measure]:
+    ) -> dict[str, WeightedSum]:
         """Cross-entropy in nats, and the fraction classified correctly."""
         labels = batch["label"]
         logits = tf.cast(model(batch["image"], training=training), tf.float32)

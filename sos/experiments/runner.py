@@ -12,10 +12,13 @@ from sos.experiments.classification import BuildModel, Classification, Data
 from sos.experiments.results import Outcome, weight_sparsities
 from sos.experiments.runs import Run
 from sos.report import sparsity_report
-from sos.training.checkpoints import Checkpoints, remove_unfinished
-from sos.training.identity import uncounted
+from sos.training.checkpoints import (
+    Checkpoints,
+    canonical_path,
+    remove_unfinished,
+)
 from sos.training.memory import PeakMemory
-from sos.training.records import Record
+from sos.training.reporting import Summary
 from sos.training.signals import StopSource
 from sos.training.strategies import make_strategy
 from sos.training.trainer import Trainer
@@ -63,7 +66,7 @@ class Runner:
         run: Run,
         *,
         checkpoints: Path | None = None,
-        on_record: Callable[[Record], Any] | None = None,
+        on_summary: Callable[[Summary], Any] | None = None,
         stop: StopSource | None = None,
     ) -> Outcome:
         """Trains and evaluates one run.
@@ -72,7 +75,7 @@ class Runner:
             run: The run.
             checkpoints: A directory of its own, where it is saved when it is
                 stopped and in the end, and goes on from.
-            on_record: Called after every loop.
+            on_summary: Called after every loop.
             stop: Tells when to stop before the end.
 
         Returns:
@@ -99,7 +102,7 @@ class Runner:
             self._warm = True
         with PeakMemory() as memory:
             self._reset(run)
-            self._train(run, checkpoints, on_record, stop)
+            self._train(run, checkpoints, on_summary, stop)
             evaluated = self.trainer.evaluate(stop=stop)
             report = sparsity_report(self.trainer.model)
         return Outcome(
@@ -120,7 +123,7 @@ class Runner:
         self,
         run: Run,
         directory: Path | None,
-        on_record: Callable[[Record], Any] | None,
+        on_summary: Callable[[Summary], Any] | None,
         stop: StopSource | None,
     ) -> None:
         checkpoints = None
@@ -134,7 +137,7 @@ class Runner:
             run.steps,
             checkpoints=checkpoints,
             save_every=_SAVE_EVERY,
-            on_record=[on_record] if on_record else [],
+            on_summary=[on_summary] if on_summary else [],
             stop=stop,
         )
 
@@ -147,7 +150,7 @@ class Runner:
         for own, new in zip(
             trainer.model.variables, fresh.variables, strict=True
         ):
-            if uncounted(own.path) != uncounted(new.path):
+            if canonical_path(own.path) != canonical_path(new.path):
                 raise ValueError(
                     "`build_model` must give all layers the same names each "
                     f"time. Received: {own.path!r}, then {new.path!r}"

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from sos.errors import NonFiniteLossError
 from sos.experiments import figures
 from sos.experiments.classification import BuildModel, Data
 from sos.experiments.progress import Progress
@@ -11,7 +12,6 @@ from sos.experiments.results import Results
 from sos.experiments.runner import Runner
 from sos.experiments.runs import Run
 from sos.files import only_process
-from sos.training.failures import NonFiniteLossError
 from sos.training.signals import StopSource
 
 _CHECKPOINTS = "checkpoints"
@@ -92,7 +92,7 @@ def _train_pending(
                 outcome = runners[run.shape].train(
                     run,
                     checkpoints=checkpoints,
-                    on_record=lambda record: progress.step(
+                    on_summary=lambda record: progress.step(
                         record.step, record.metrics["loss"]
                     ),
                     stop=stop,

@@ -12,8 +12,8 @@ import keras
 import tensorflow as tf
 from absl import logging
 
+from sos.errors import CheckpointError, DamagedCheckpointError
 from sos.files import sync_directory, sync_tree
-from sos.training.identity import described, differences
 
 _FOLDER = re.compile(r"step-(\d{8,})")
 _METADATA = "metadata.json"
@@ -34,15 +34,8 @@ _NOT_DAMAGE = (
     MemoryError,
     PermissionError,
 )
+_COUNTS = re.compile(r"_\d+(?=[/_]|$)")
 _OPERATION = re.compile(r"^\{\{\S+ \S+\}\} ?| \[Op:\w+\]$")
-
-
-class CheckpointError(Exception):
-    """A checkpoint could not be written, or none could be restored."""
-
-
-class DamagedCheckpointError(CheckpointError):
-    """A checkpoint cannot be read."""
 
 
 class Checkpoints:
@@ -186,7 +179,7 @@ class Checkpoints:
                 "tensorflow": tf.__version__,
                 "keras": keras.__version__,
             },
-            "variables": described(model, optimizer),
+            "variables": variable_specs(model, optimizer),
             "files": files,
         }
         with tf.io.gfile.GFile(os.path.join(folder, _METADATA), "w") as file:
@@ -280,7 +273,7 @@ class Checkpoints:
         """
         with self._readable(step):
             metadata = self._read_metadata(step)
-        self._check(step, metadata, described(model, optimizer))
+        self._check(step, metadata, variable_specs(model, optimizer))
 
     def _restore(
         self,
@@ -289,7 +282,7 @@ class Checkpoints:
         optimizer: keras.optimizers.Optimizer,
     ) -> dict[str, Any]:
         metadata = self._read_metadata(step)
-        self._check(step, metadata, described(model, optimizer))
+        self._check(step, metadata, variable_specs(model, optimizer))
         checkpoint = _checkpoint(model, optimizer)
         try:
             status = checkpoint.read(os.path.join(self.path(step), _VARIABLES))
@@ -341,8 +334,8 @@ class Checkpoints:
     ) -> None:
         """Refuses a checkpoint of something else."""
         lines = [
-            *differences(metadata["configuration"], self._configuration),
-            *differences(metadata["variables"], variables),
+            *diff(metadata["configuration"], self._configuration),
+            *diff(metadata["variables"], variables),
         ]
         if not lines:
             return
@@ -421,6 +414,68 @@ def remove_unfinished(directory: str | os.PathLike) -> None:
         for name in tf.io.gfile.listdir(directory):
             if name.startswith(_TEMPORARY):
                 _remove(os.path.join(directory, name.rstrip("/")))
+
+
+def canonical_path(path: str) -> str:
+    """The path of a variable without the numbers in its names.
+
+    Keras numbers layers without a name, optimizers and seed generators through
+    all of a process, so that the second model of one kind has other paths.
+    """
+    return _COUNTS.sub("", path)
+
+
+def variable_specs(
+    model: keras.Model, optimizer: keras.optimizers.Optimizer
+) -> dict[str, str]:
+    """What variables there are.
+
+    Args:
+        model: The model.
+        optimizer: Its optimizer, built.
+
+    Returns:
+        The dtype and shape of each variable, by a path that is the same in
+        every process; "(2)" and so on follow a path that stands for several.
+    """
+    found: dict[str, str] = {}
+    prefix = f"{optimizer.name}/"
+    named = [(canonical_path(v.path), v) for v in model.variables] + [
+        (f"optimizer/{canonical_path(v.path.removeprefix(prefix))}", v)
+        for v in optimizer.variables
+    ]
+    for path, variable in named:
+        name, count = path, 1
+        while name in found:
+            count += 1
+            name = f"{path} ({count})"
+        shape = "x".join(str(size) for size in variable.shape) or "scalar"
+        found[name] = f"{variable.dtype} {shape}"
+    return found
+
+
+def diff(
+    saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
+) -> Iterator[str]:
+    """Tells two descriptions or configurations apart.
+
+    Args:
+        saved: That of a checkpoint.
+        now: That of the training which reads it.
+        prefix: What to put in front of names.
+
+    Yields:
+        A line for each difference, such as `rate: 0.1 there, 0.2 now`.
+    """
+    for name in sorted({*saved, *now}):
+        if name not in now:
+            yield f"{prefix}{name}: {saved[name]!r} there, absent now"
+        elif name not in saved:
+            yield f"{prefix}{name}: absent there, {now[name]!r} now"
+        elif isinstance(saved[name], dict) and isinstance(now[name], dict):
+            yield from diff(saved[name], now[name], f"{prefix}{name}.")
+        elif saved[name] != now[name]:
+            yield f"{prefix}{name}: {saved[name]!r} there, {now[name]!r} now"
 
 
 def _checkpoint(

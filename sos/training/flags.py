@@ -6,7 +6,7 @@ import keras
 import tensorflow as tf
 from absl import flags
 
-from sos.training.modes import MODES, Settings
+from sos.training.main import MODES, Options
 from sos.training.strategies import STRATEGIES, make_strategy
 from sos.training.task import Task
 from sos.training.trainer import Trainer
@@ -50,8 +50,8 @@ MAX_SECONDS_PER_LOOP = flags.DEFINE_float(
     "Seconds after which the host looks at the latest, about: a signal waits "
     "for it.",
 )
-MICRO_BATCHES = flags.DEFINE_integer(
-    "micro_batches",
+GRADIENT_ACCUMULATION_STEPS = flags.DEFINE_integer(
+    "gradient_accumulation_steps",
     1,
     "Parts, one after the other, into which each replica's batch is cut to "
     "save memory; their gradients are accumulated.",
@@ -113,7 +113,7 @@ def _two_steps(value: list[str] | None) -> bool:
     raise flags.ValidationError("must be two steps, such as 100,110")
 
 
-def settings(train_steps: int) -> Settings:
+def settings(train_steps: int) -> Options:
     """How to run, as the flags say.
 
     Args:
@@ -123,7 +123,7 @@ def settings(train_steps: int) -> Settings:
         ValueError: If a flag has a wrong value.
     """
     profile = PROFILE_STEPS.value
-    return Settings(
+    return Options(
         mode=MODE.value,
         workdir=WORKDIR.value,
         train_steps=train_steps,
@@ -159,7 +159,7 @@ def make_trainer(make_task: Callable[[], Task]) -> Trainer:
     return Trainer(
         task,
         strategy=strategy,
-        micro_batches=MICRO_BATCHES.value,
+        gradient_accumulation_steps=GRADIENT_ACCUMULATION_STEPS.value,
         steps_per_loop=STEPS_PER_LOOP.value,
         max_seconds_per_loop=MAX_SECONDS_PER_LOOP.value,
     )

@@ -1,6 +1,6 @@
 """Where the records of a training go: terminal, JSON lines, TensorBoard.
 
-A reporter is a callable that takes a `Record`, with a `close`.
+A reporter is a callable that takes a `Summary`, with a `close`.
 """
 
 import dataclasses
@@ -17,7 +17,45 @@ import tensorflow as tf
 
 from sos.event_file import EventFile
 from sos.files import atomic_write
-from sos.training.records import Record
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary:
+    """The figures of one host loop of training, or of one evaluation.
+
+    Attributes:
+        step: Number of optimizer steps done.
+        total_steps: Number of optimizer steps of the whole training.
+        kind: "train" for a host loop, "eval" for an evaluation.
+        metrics: Means over the steps of the loop or over the evaluation set,
+            by name, such as `loss` and `accuracy`.
+        learning_rate: That of the step that comes next.
+        sparsity: Fraction of zeros in all sparse weights together; None for a
+            dense model.
+        penalty: Sum of the techniques' penalties, as added to the loss.
+        weight_sparsity: Fraction of zeros in each sparse weight, by its path.
+        weight_penalty: The penalty of each weight that has one, by its path.
+        examples_per_second: Examples of all replicas in a second.
+        seconds: Duration of the loop or evaluation.
+        seconds_left: An estimate of the time until training ends.
+    """
+
+    step: int
+    total_steps: int
+    kind: str = "train"
+    metrics: Mapping[str, float]
+    learning_rate: float | None = None
+    sparsity: float | None = None
+    penalty: float | None = None
+    weight_sparsity: Mapping[str, float] = dataclasses.field(
+        default_factory=dict
+    )
+    weight_penalty: Mapping[str, float] = dataclasses.field(
+        default_factory=dict
+    )
+    examples_per_second: float | None = None
+    seconds: float
+    seconds_left: float | None = None
 
 
 class Console:
@@ -31,7 +69,7 @@ class Console:
         self.console = console or rich.console.Console(highlight=False)
         self._bar: rich.progress.Progress | None = None
 
-    def __call__(self, record: Record) -> None:
+    def __call__(self, record: Summary) -> None:
         """Prints a record."""
         if self.console.is_terminal and record.kind == "train":
             self._show_bar(record)
@@ -45,7 +83,7 @@ class Console:
             self._bar.stop()
             self._bar = None
 
-    def _show_bar(self, record: Record) -> None:
+    def _show_bar(self, record: Summary) -> None:
         left = record.seconds_left
         state = {
             "completed": record.step,
@@ -73,7 +111,7 @@ class Console:
         self.console.show_cursor(True)
 
 
-def describe(record: Record) -> str:
+def describe(record: Summary) -> str:
     """A record as one line for people.
 
     Args:
@@ -104,7 +142,7 @@ def describe(record: Record) -> str:
 class JsonLines:
     """Appends a JSON object for every record to a file.
 
-    The keys are the fields of `Record`. What is None or empty is left out, and
+    The keys are the fields of `Summary`. What is None or empty is left out, and
     `null` stands for what is not finite, as JSON knows neither NaN nor
     infinity. A line is handed to the operating system before the call returns.
 
@@ -139,7 +177,7 @@ class JsonLines:
             self._file.write("")
             self._file.flush()
 
-    def __call__(self, record: Record) -> None:
+    def __call__(self, record: Summary) -> None:
         """Appends a record."""
         self._file.write(json.dumps(_to_json(record), allow_nan=False) + "\n")
         self._file.flush()
@@ -206,7 +244,7 @@ class TensorBoard:
         self._resume_step = resume_step
         self._files: dict[str, EventFile] = {}
 
-    def __call__(self, record: Record) -> None:
+    def __call__(self, record: Summary) -> None:
         """Writes the figures of a record."""
         if record.kind not in self._files:
             self._files[record.kind] = EventFile(
@@ -222,12 +260,12 @@ class TensorBoard:
         self._files = {}
 
 
-def _metrics(record: Record) -> list[tuple[str, float]]:
+def _metrics(record: Summary) -> list[tuple[str, float]]:
     """The metrics with the loss in front."""
     return sorted(record.metrics.items(), key=lambda item: item[0] != "loss")
 
 
-def _scalars(record: Record) -> dict[str, float]:
+def _scalars(record: Summary) -> dict[str, float]:
     """The figures of a record by TensorBoard tag."""
     scalars = dict(record.metrics)
     for name in (
@@ -246,7 +284,7 @@ def _scalars(record: Record) -> dict[str, float]:
     return scalars
 
 
-def _to_json(record: Record) -> dict[str, Any]:
+def _to_json(record: Summary) -> dict[str, Any]:
     fields = {
         field.name: getattr(record, field.name)
         for field in dataclasses.fields(record)

@@ -1,6 +1,7 @@
 """The controller: runs compiled loops, and the host's actions between them."""
 
 import contextlib
+import dataclasses
 import math
 import signal
 import time
@@ -12,9 +13,14 @@ import tensorflow as tf
 from absl import logging
 
 from sos.driver import Driver
-from sos.training.actions import Action
-from sos.training.checkpoints import CheckpointError, Checkpoints
-from sos.training.contract import (
+from sos.errors import CheckpointError, NonFiniteLossError, Stopped
+from sos.training.checkpoints import Checkpoints
+from sos.training.reporting import Summary
+from sos.training.signals import StopSource
+from sos.training.steps import CompiledMaskUpdate, Steps
+from sos.training.strategies import gather, is_chief
+from sos.training.task import (
+    Task,
     check_configuration,
     check_model,
     check_optimizer,
@@ -22,18 +28,108 @@ from sos.training.contract import (
     refuse_end,
     train_dataset,
 )
-from sos.training.failures import NonFiniteLossError, Stopped
-from sos.training.mask_updates import CompiledMaskUpdate
-from sos.training.pace import Pace
-from sos.training.records import Record
-from sos.training.signals import StopSource
-from sos.training.steps import Steps
-from sos.training.strategies import gather, is_chief
-from sos.training.task import Task
 from sos.wrappers.masked import update_masks
 
 # What TensorFlow says of a data set that was to be without end.
 _ENDED = "expected to contain an infinite number of elements"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Action:
+    """Something that the host does between two steps.
+
+    It is done at most once: if the process ends after a checkpoint is saved and
+    before the actions of its step, they are not made up for after a restart.
+
+    Attributes:
+        call: What is done; called with the trainer.
+        every: Do it whenever this many more steps are done.
+        at: Do it after these numbers of steps.
+        at_end: Do it after the last step.
+
+    Raises:
+        ValueError: If `every` is below 1.
+    """
+
+    call: Callable[[Any], Any]
+    every: int | None = None
+    at: tuple[int, ...] = ()
+    at_end: bool = False
+
+    def __post_init__(self) -> None:
+        if self.every is not None and self.every < 1:
+            raise ValueError(
+                f"`every` must be at least 1. Received: every={self.every}"
+            )
+
+    def next_after(self, step: int) -> int | None:
+        """The first step after a step at which it is due, but for the end."""
+        steps = [s for s in self.at if s > step]
+        if self.every is not None:
+            steps.append((step // self.every + 1) * self.every)
+        return min(steps, default=None)
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether it is due after a step."""
+        return self.next_after(step - 1) == step or (
+            self.at_end and step == last
+        )
+
+
+class LoopLength:
+    """Chooses the lengths of compiled loops, by how long a step takes.
+
+    Nothing can interrupt a loop: neither a signal nor a save. So loops are
+    bounded in steps and, once the duration of a step is known, in seconds. The
+    first loop is of one step, and its duration, which includes tracing, says
+    nothing; the second is of one step and measured.
+
+    Args:
+        max_steps: The number of steps in a loop, at most.
+        max_seconds: The duration of a loop, at most and about.
+
+    Attributes:
+        traced: Whether a loop was made, so that durations mean something.
+
+    Raises:
+        ValueError: If a bound is not positive.
+    """
+
+    def __init__(self, *, max_steps: int, max_seconds: float) -> None:
+        if max_steps < 1 or not max_seconds > 0:
+            raise ValueError(
+                "`steps_per_loop` must be at least 1 and "
+                "`max_seconds_per_loop` positive. Received: "
+                f"steps_per_loop={max_steps}, "
+                f"max_seconds_per_loop={max_seconds}"
+            )
+        self._max_steps = max_steps
+        self._max_seconds = max_seconds
+        self._step_seconds: float | None = None
+        self.traced = False
+
+    def loop_end(self, step: int) -> int:
+        """The step at which a loop that begins at a step ends, at the latest.
+
+        Loops end at multiples of `max_steps`, wherever training began.
+        """
+        if self._step_seconds is None:
+            limit = 1
+        else:
+            limit = max(1, int(self._max_seconds / self._step_seconds))
+        return min(
+            (step // self._max_steps + 1) * self._max_steps, step + limit
+        )
+
+    def measured(self, step_seconds: float) -> None:
+        """Takes note of the last loop.
+
+        Args:
+            step_seconds: The duration of one of its steps.
+        """
+        if self.traced:
+            self._step_seconds = step_seconds
+        self.traced = True
 
 
 class Trainer:
@@ -48,7 +144,7 @@ class Trainer:
     Args:
         task: What is trained.
         strategy: Where; see `make_strategy`.
-        micro_batches: The number of parts, computed one after the other, that
+        gradient_accumulation_steps: The number of parts, computed one after the other, that
             each replica's batch is cut into to save memory. Their gradients are
             accumulated into one step.
         steps_per_loop: The number of steps, or batches of an evaluation, in a
@@ -78,17 +174,19 @@ class Trainer:
         task: Task,
         *,
         strategy: tf.distribute.Strategy,
-        micro_batches: int = 1,
+        gradient_accumulation_steps: int = 1,
         steps_per_loop: int = 100,
         max_seconds_per_loop: float = 10.0,
     ) -> None:
-        self._train_pace, self._eval_pace = (
-            Pace(max_steps=steps_per_loop, max_seconds=max_seconds_per_loop)
+        self._train_loop_length, self._eval_loop_length = (
+            LoopLength(
+                max_steps=steps_per_loop, max_seconds=max_seconds_per_loop
+            )
             for _ in range(2)
         )
         self.task = task
         self.strategy = strategy
-        self._micro_batches = micro_batches
+        self._micro_batches = gradient_accumulation_steps
         self.seconds = 0.0
         self.saved_step: int | None = None
         # The step for which masks are known to be up to date.
@@ -103,7 +201,10 @@ class Trainer:
             if not self.optimizer.built:
                 self.optimizer.build(self.model.trainable_variables)
             self.steps = Steps(
-                task, self.model, self.optimizer, micro_batches=micro_batches
+                task,
+                self.model,
+                self.optimizer,
+                gradient_accumulation_steps=gradient_accumulation_steps,
             )
             self._update_masks = (
                 CompiledMaskUpdate()
@@ -122,7 +223,7 @@ class Trainer:
         check_configuration(self.task, configuration)
         return {
             **configuration,
-            "micro_batches": self._micro_batches,
+            "gradient_accumulation_steps": self._micro_batches,
             "dtype_policy": keras.config.dtype_policy().name,
         }
 
@@ -201,7 +302,7 @@ class Trainer:
         checkpoints: Checkpoints | None = None,
         save_every: int | None = None,
         actions: Sequence[Action] = (),
-        on_record: Sequence[Callable[[Record], Any]] = (),
+        on_summary: Sequence[Callable[[Summary], Any]] = (),
         stop: StopSource | None = None,
     ) -> None:
         """Trains until a number of steps is completed, from where it is.
@@ -215,7 +316,7 @@ class Trainer:
                 they are called, in their order; not at the step at which
                 training is asked to stop, as there may be no time. All workers
                 must have actions at the same steps.
-            on_record: Called with a record after every loop.
+            on_summary: Called with a record after every loop.
             stop: Tells when to stop before the end.
 
         Raises:
@@ -243,10 +344,10 @@ class Trainer:
                 end = self._loop_end(step, steps, actions)
                 self._run(iterator, step, end, driver)
                 record = self._record(step, end, steps, begin)
-                for call in on_record:
+                for call in on_summary:
                     call(record)
                 stopping = self._agree(
-                    self._train_pace, record.seconds / (end - step), stop
+                    self._train_loop_length, record.seconds / (end - step), stop
                 )
                 if end == steps:
                     stopping = None
@@ -275,7 +376,7 @@ class Trainer:
         total_steps: int | None = None,
         *,
         stop: StopSource | None = None,
-    ) -> Record:
+    ) -> Summary:
         """Evaluates the model as it is now.
 
         Args:
@@ -302,7 +403,7 @@ class Trainer:
         if self.strategy.num_replicas_in_sync > 1:
             self.steps.share_statistics()
         self._evaluate_batches(step, stop)
-        return Record(
+        return Summary(
             step=step,
             total_steps=step if total_steps is None else total_steps,
             kind="eval",
@@ -318,12 +419,12 @@ class Trainer:
         batches, done = self.task.eval_batches, 0
         while done < batches:
             begin = time.perf_counter()
-            end = min(batches, self._eval_pace.loop_end(done))
+            end = min(batches, self._eval_loop_length.loop_end(done))
             self.steps.evaluate(iterator, tf.constant(end - done, tf.int32))
             self.steps.wait_for_evaluation()
             seconds = time.perf_counter() - begin
             stopping = self._agree(
-                self._eval_pace, seconds / (end - done), stop
+                self._eval_loop_length, seconds / (end - done), stop
             )
             done = end
             if stopping is not None and done < batches:
@@ -363,7 +464,7 @@ class Trainer:
         """The step at which the host has to look next."""
         ends = [
             steps,
-            self._train_pace.loop_end(step),
+            self._train_loop_length.loop_end(step),
             *(action.next_after(step) for action in actions),
         ]
         return min(end for end in ends if end is not None)
@@ -413,7 +514,7 @@ class Trainer:
                 self.step,
             )
 
-    def _record(self, step: int, end: int, steps: int, begin: float) -> Record:
+    def _record(self, step: int, end: int, steps: int, begin: float) -> Summary:
         metrics = self.steps.take_train_metrics()
         if math.isnan(metrics["loss"]):
             # It is finite in every step that has any weight. No error, as one
@@ -428,9 +529,9 @@ class Trainer:
         seconds = time.perf_counter() - begin
         self.seconds += seconds
         pace = seconds / (end - step)
-        traced = self._train_pace.traced
+        traced = self._train_loop_length.traced
         rate = keras.ops.convert_to_numpy(self.optimizer.learning_rate)
-        return Record(
+        return Summary(
             step=end,
             total_steps=steps,
             metrics=metrics,
@@ -464,11 +565,11 @@ class Trainer:
         }
 
     def _agree(
-        self, pace: Pace, step_seconds: float, stop: StopSource | None
+        self, loop_length: LoopLength, step_seconds: float, stop: StopSource | None
     ) -> signal.Signals | None:
-        """Sets the pace and tells whether to stop, the same on all workers."""
+        """Sets the loop length and tells whether to stop, the same on all workers."""
         requested = stop.requested if stop is not None else None
         said = gather(self.strategy, [step_seconds, float(requested or 0)])
-        pace.measured(float(said[:, 0].max()))
+        loop_length.measured(float(said[:, 0].max()))
         signum = int(said[:, 1].max())
         return signal.Signals(signum) if signum else None

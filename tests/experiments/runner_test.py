@@ -8,9 +8,9 @@ import keras
 import numpy as np
 import pytest
 
+from sos.errors import NonFiniteLossError, Stopped
 from sos.experiments.results import Outcome
 from sos.experiments.runner import Runner
-from sos.training.failures import NonFiniteLossError, Stopped
 
 
 def _numbers(outcome):
@@ -69,7 +69,7 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(runs, make_runner, tmp_path):
     stop = _StopAt(2)
     with pytest.raises(Stopped) as stopped:
         make_runner(run, steps_per_loop=2).train(
-            run, checkpoints=directory, on_record=stop, stop=stop
+            run, checkpoints=directory, on_summary=stop, stop=stop
         )
     assert 2 <= stopped.value.step < run.steps
     assert directory.exists()
@@ -77,14 +77,14 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(runs, make_runner, tmp_path):
     outcome = make_runner(run).train(
         run,
         checkpoints=directory,
-        on_record=lambda record: steps.append(record.step),
+        on_summary=lambda record: steps.append(record.step),
     )
     assert steps[0] > stopped.value.step
     assert steps[-1] == run.steps
     assert _numbers(outcome) == uninterrupted
     # So that nothing is lost before the outcome is written.
     again = make_runner(run).train(
-        run, checkpoints=directory, on_record=lambda record: 1 / 0
+        run, checkpoints=directory, on_summary=lambda record: 1 / 0
     )
     assert _numbers(again) == uninterrupted
 
@@ -166,7 +166,7 @@ def test_the_loss_falls(config, expand, make_runner):
     config.steps = 40
     (run,) = expand(config)
     records = []
-    outcome = make_runner(run).train(run, on_record=records.append)
+    outcome = make_runner(run).train(run, on_summary=records.append)
     steps = np.diff([0, *(record.step for record in records)])
     losses = [record.metrics["loss"] for record in records]
     assert steps.sum() == 40

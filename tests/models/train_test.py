@@ -79,7 +79,10 @@ def main(tmp_path, capfd, monkeypatch):
         (["something"], ["only flags", "something"]),
         ([RUN, "--synchronized_batch_norm"], ["convnet", "batch norm"]),
         ([RUN, *QUICK, "--tpu=mine"], ["`tpu`", "one_device"]),
-        ([RUN, *QUICK, "--micro_batches=3"], ["micro", "batch_size=16"]),
+        (
+            [RUN, *QUICK, "--gradient_accumulation_steps=3"],
+            ["micro", "batch_size=16"],
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line(main, tmp_path, arguments, parts):
@@ -167,7 +170,7 @@ def test_how_it_is_computed_changes_little(main, tmp_path):
     for name, arguments in {
         "one": [],
         "replicas": ["--strategy=mirrored"],
-        "parts": ["--micro_batches=2"],
+        "parts": ["--gradient_accumulation_steps=2"],
     }.items():
         workdir = tmp_path / name
         code, _, err = main(RUN, *QUICK, *arguments, workdir=workdir)
@@ -188,9 +191,9 @@ def test_how_it_is_computed_changes_little(main, tmp_path):
 
 def test_micro_batches_are_part_of_the_configuration(main):
     assert main(RUN, *QUICK)[0] == 0
-    code, _, err = main(RUN, *QUICK, "--micro_batches=2")
+    code, _, err = main(RUN, *QUICK, "--gradient_accumulation_steps=2")
     assert code == 1
-    assert "micro_batches: 1 there, 2 now" in err
+    assert "gradient_accumulation_steps: 1 there, 2 now" in err
 
 
 def test_bfloat16_is_for_computing_only(main, tmp_path):

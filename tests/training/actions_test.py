@@ -2,7 +2,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from sos.training.actions import Action
+from sos.training.trainer import Action
 
 
 @hypothesis.given(

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import sos
-from sos.training.mask_updates import CompiledMaskUpdate
+from sos.training.steps import CompiledMaskUpdate
 from sos.wrappers.base import find_wrappers
 from sos.wrappers.masked import update_masks
 from tests import toys

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from sos.training import modes, strategies
+from sos.training import main, strategies
 from sos.training.trainer import Trainer
 from tests import processes, toys
 from tests.processes import Program
@@ -266,10 +266,10 @@ def test_a_worker_that_waits_for_the_others_says_so_and_can_be_interrupted(
 def test_workers_that_see_different_checkpoints(tmp_path):
     # Each has a directory of its own in place of one that they share, and one
     # of them has trained before.
-    settings = modes.Settings(
+    settings = main.Options(
         mode="train", workdir=str(tmp_path / "first" / "dense"), train_steps=4
     )
-    assert 0 == modes.run(settings, lambda: make_trainer("dense"))
+    assert 0 == main.run(settings, lambda: make_trainer("dense"))
     workers = [
         Program(
             "tests.training.toy_train",

@@ -2,11 +2,11 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from sos.training.pace import Pace
+from sos.training.trainer import LoopLength
 
 
 def test_the_first_loop_says_nothing_and_the_second_is_measured():
-    pace = Pace(max_steps=100, max_seconds=10.0)
+    pace = LoopLength(max_steps=100, max_seconds=10.0)
     assert not pace.traced
     assert pace.loop_end(0) == 1
     pace.measured(500.0)
@@ -23,7 +23,7 @@ def test_the_first_loop_says_nothing_and_the_second_is_measured():
     st.integers(0, 10**9), st.integers(1, 10**4), st.floats(1e-6, 1e3)
 )
 def test_loops_stay_within_both_bounds(step, max_steps, seconds):
-    pace = Pace(max_steps=max_steps, max_seconds=10.0)
+    pace = LoopLength(max_steps=max_steps, max_seconds=10.0)
     pace.measured(0.0)
     pace.measured(seconds)
     end = pace.loop_end(step)
@@ -43,4 +43,4 @@ def test_bounds_must_be_positive(max_steps, max_seconds):
         match=f"Received: steps_per_loop={max_steps}, "
         f"max_seconds_per_loop={max_seconds}",
     ):
-        Pace(max_steps=max_steps, max_seconds=max_seconds)
+        LoopLength(max_steps=max_steps, max_seconds=max_seconds)

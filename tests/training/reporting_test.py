@@ -7,14 +7,19 @@ import pytest
 import rich.console
 import tensorflow as tf
 
-from sos.training.records import Record
-from sos.training.reporting import Console, JsonLines, TensorBoard, describe
+from sos.training.reporting import (
+    Console,
+    JsonLines,
+    Summary,
+    TensorBoard,
+    describe,
+)
 from tests import toys
 
 
 def record(step=200, **fields):
     fields = {"metrics": {"loss": 2.5}, "seconds": 4.0, **fields}
-    return Record(step=step, total_steps=32_000, **fields)
+    return Summary(step=step, total_steps=32_000, **fields)
 
 
 FULL = record(

@@ -255,7 +255,7 @@ def test_a_checkpoint_of_another_configuration(workdir):
         *JOB.arguments,
         "--config.learning_rate=0.02",
         "--config.magnitude.frequency=0.05",
-        "--micro_batches=2",
+        "--gradient_accumulation_steps=2",
         f"--workdir={workdir}",
         log=workdir / "other.txt",
     ) as program:
@@ -263,7 +263,7 @@ def test_a_checkpoint_of_another_configuration(workdir):
     assert "is of another configuration" in error
     assert "learning_rate: 0.01 there, 0.02 now" in error
     assert "frequency: 5 there, 12 now" in error
-    assert "micro_batches: 1 there, 2 now" in error
+    assert "gradient_accumulation_steps: 1 there, 2 now" in error
     # And no others.
     assert error.count(" there, ") == 3, error
     assert contents(workdir / "checkpoints") == before

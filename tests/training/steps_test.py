@@ -85,7 +85,9 @@ def task(make_model=dense, make_optimizer=None, **arrays):
 class Run:
     """Trains a task step by step with the compiled functions alone."""
 
-    def __init__(self, task, *, replicas=1, micro_batches=1, start=0):
+    def __init__(
+        self, task, *, replicas=1, gradient_accumulation_steps=1, start=0
+    ):
         self.task = task
         self.strategy = (
             toys.two_replicas()
@@ -99,7 +101,10 @@ class Run:
             if start:
                 self.optimizer.iterations.assign(start)
             self.steps = Steps(
-                task, self.model, self.optimizer, micro_batches=micro_batches
+                task,
+                self.model,
+                self.optimizer,
+                gradient_accumulation_steps=gradient_accumulation_steps,
             )
 
     def train(self, steps, per_call=1):
@@ -216,10 +221,11 @@ class Gathering(sos.PruningWrapper):
 
 @pytest.mark.parametrize("weight", [WEIGHTED, ONE_SIDED])
 @pytest.mark.parametrize(
-    ("replicas", "micro_batches"), [(1, 1), (2, 1), (1, 2), (2, 2)]
+    ("replicas", "gradient_accumulation_steps"),
+    [(1, 1), (2, 1), (1, 2), (2, 2)],
 )
 def test_gradients_are_gathered_of_sums_over_all_examples(
-    replicas, micro_batches, weight
+    replicas, gradient_accumulation_steps, weight
 ):
     """However the batch is cut: a linear model that stands still, by hand."""
 
@@ -231,7 +237,11 @@ def test_gradients_are_gathered_of_sums_over_all_examples(
         )
 
     given = task(linear, lambda: SGD(0.0), weight=weight)
-    run = Run(given, replicas=replicas, micro_batches=micro_batches).train(3)
+    run = Run(
+        given,
+        replicas=replicas,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+    ).train(3)
     (sparse,) = run.model.layers[0].sparse_weights
     x, y, weight = (
         given.arrays[name][: 3 * BATCH] for name in ("x", "y", "weight")
@@ -274,27 +284,38 @@ def test_steps_are_those_of_a_plain_loop(make_model, optimizer):
 
 @pytest.mark.parametrize("make_model", [dense, pruned, shifted])
 @pytest.mark.parametrize(
-    ("replicas", "micro_batches"), [(2, 1), (1, 4), (2, 2)]
+    ("replicas", "gradient_accumulation_steps"), [(2, 1), (1, 4), (2, 2)]
 )
 @pytest.mark.parametrize(
     "weight", [WEIGHTED, ONE_SIDED], ids=["weighted", "one_sided"]
 )
 def test_how_the_batch_is_cut_changes_nothing(
-    make_model, replicas, micro_batches, weight
+    make_model, replicas, gradient_accumulation_steps, weight
 ):
     given = task(make_model, lambda: SGD(0.1, momentum=0.9), weight=weight)
-    run = Run(given, replicas=replicas, micro_batches=micro_batches)
+    run = Run(
+        given,
+        replicas=replicas,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+    )
     check_equal(run.train(5), Plain(given, 5))
 
 
 @pytest.mark.parametrize(
-    ("replicas", "micro_batches"), [(1, 1), (2, 1), (1, 2), (2, 2)]
+    ("replicas", "gradient_accumulation_steps"),
+    [(1, 1), (2, 1), (1, 2), (2, 2)],
 )
-def test_a_batch_without_weight_does_no_harm(replicas, micro_batches):
+def test_a_batch_without_weight_does_no_harm(
+    replicas, gradient_accumulation_steps
+):
     weight = np.ones(6 * BATCH, np.float32)
     weight[BATCH : 2 * BATCH] = 0
     given = task(dense, lambda: SGD(0.1), weight=weight)
-    run = Run(given, replicas=replicas, micro_batches=micro_batches)
+    run = Run(
+        given,
+        replicas=replicas,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+    )
     after = [run.train(1).values() for _ in range(3)]
     for first, second in zip(after[0], after[1], strict=True):
         if first.ndim:
@@ -305,9 +326,11 @@ def test_a_batch_without_weight_does_no_harm(replicas, micro_batches):
 
 
 @pytest.mark.parametrize(
-    ("replicas", "micro_batches"), [(1, 1), (2, 1), (1, 2)]
+    ("replicas", "gradient_accumulation_steps"), [(1, 1), (2, 1), (1, 2)]
 )
-def test_embeddings_have_gradients_of_rows(replicas, micro_batches):
+def test_embeddings_have_gradients_of_rows(
+    replicas, gradient_accumulation_steps
+):
     ids = np.random.default_rng(3).integers(10, size=(6 * BATCH, 3))
     given = task(
         embedded,
@@ -315,7 +338,11 @@ def test_embeddings_have_gradients_of_rows(replicas, micro_batches):
         x=ids.astype(np.int32),
         weight=WEIGHTED,
     )
-    run = Run(given, replicas=replicas, micro_batches=micro_batches)
+    run = Run(
+        given,
+        replicas=replicas,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+    )
     check_equal(run.train(4), Plain(given, 4))
 
 
@@ -328,15 +355,16 @@ def test_a_batch_may_be_any_structure():
                 .map(lambda b: ((b["x"], (b["y"],)), b["weight"]))
             )
 
-        def measure(self, model, batch, training):
+        def compute_metrics(self, model, batch, training):
             (x, (y,)), weight = batch
-            return super().measure(
+            return super().compute_metrics(
                 model, {"x": x, "y": y, "weight": weight}, training
             )
 
     given = Nested(dense, lambda: SGD(0.1), examples(), batch_size=BATCH)
     check_equal(
-        Run(given, replicas=2, micro_batches=2).train(2), Plain(given, 2)
+        Run(given, replicas=2, gradient_accumulation_steps=2).train(2),
+        Plain(given, 2),
     )
 
 
@@ -354,14 +382,15 @@ def test_another_number_of_steps_is_no_new_trace():
 
 
 @pytest.mark.parametrize(
-    ("replicas", "micro_batches"), [(1, 1), (2, 1), (1, 2), (1, 4), (2, 2)]
+    ("replicas", "gradient_accumulation_steps"),
+    [(1, 1), (2, 1), (1, 2), (1, 4), (2, 2)],
 )
-def test_penalties_are_counted_once(replicas, micro_batches):
+def test_penalties_are_counted_once(replicas, gradient_accumulation_steps):
     # Powers of two, so that the shares are exact.
     run = Run(
         task(shifted, lambda: SGD(0.5)),
         replicas=replicas,
-        micro_batches=micro_batches,
+        gradient_accumulation_steps=gradient_accumulation_steps,
     )
     for step in range(1, 4):
         run.train(1)
@@ -370,9 +399,12 @@ def test_penalties_are_counted_once(replicas, micro_batches):
 
 
 @pytest.mark.parametrize(
-    ("replicas", "micro_batches"), [(1, 1), (2, 1), (1, 2), (2, 2)]
+    ("replicas", "gradient_accumulation_steps"),
+    [(1, 1), (2, 1), (1, 2), (2, 2)],
 )
-def test_activity_losses_are_counted_once(replicas, micro_batches):
+def test_activity_losses_are_counted_once(
+    replicas, gradient_accumulation_steps
+):
     """Keras divides them by the examples, so that parts have their mean."""
 
     def active():
@@ -390,7 +422,11 @@ def test_activity_losses_are_counted_once(replicas, micro_batches):
         )
 
     given = task(active, lambda: SGD(0.5))
-    run = Run(given, replicas=replicas, micro_batches=micro_batches)
+    run = Run(
+        given,
+        replicas=replicas,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+    )
     check_equal(run.train(3), Plain(given, 3))
 
 
@@ -461,19 +497,19 @@ def test_noise_differs_between_replicas_and_steps(noise):
 
 
 def test_activation_noise_differs_between_micro_batches():
-    found = seen(ACTIVATION_NOISE, micro_batches=4)
+    found = seen(ACTIVATION_NOISE, gradient_accumulation_steps=4)
     assert sorted(found) == [(s, 0, 2 * i) for s in range(2) for i in range(4)]
     assert differ(found.values())
-    both = seen(ACTIVATION_NOISE, replicas=2, micro_batches=2)
+    both = seen(ACTIVATION_NOISE, replicas=2, gradient_accumulation_steps=2)
     assert len(both) == 8
     assert differ(both.values())
-    again = seen(ACTIVATION_NOISE, replicas=2, micro_batches=2)
+    again = seen(ACTIVATION_NOISE, replicas=2, gradient_accumulation_steps=2)
     for key, value in both.items():
         np.testing.assert_array_equal(value, again[key])
 
 
 def test_weight_noise_is_one_sample_for_a_step():
-    found = seen(WEIGHT_NOISE, micro_batches=4)
+    found = seen(WEIGHT_NOISE, gradient_accumulation_steps=4)
     whole = seen(WEIGHT_NOISE)
     assert len(found) == 8
     for (step, replica, _), outputs in found.items():
@@ -491,7 +527,7 @@ def test_dropout_differs_between_micro_batches():
     x = np.ones((6 * BATCH, 6), np.float32)
     given = task(dropping, lambda: SGD(0.0), x=x)
     given.seen = []
-    Run(given, micro_batches=4).train(2)
+    Run(given, gradient_accumulation_steps=4).train(2)
     assert len(given.seen) == 8
     assert differ(note["outputs"] for note in given.seen)
 
@@ -508,12 +544,18 @@ CLIPPING = {
 
 
 @pytest.mark.parametrize("name", CLIPPING)
-@pytest.mark.parametrize(("replicas", "micro_batches"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize(
+    ("replicas", "gradient_accumulation_steps"), [(1, 2), (2, 1)]
+)
 def test_what_is_clipped_is_the_gradient_of_the_whole_batch(
-    name, replicas, micro_batches
+    name, replicas, gradient_accumulation_steps
 ):
     given = task(shifted, lambda: SGD(1.0, **CLIPPING[name]), weight=WEIGHTED)
-    run = Run(given, replicas=replicas, micro_batches=micro_batches)
+    run = Run(
+        given,
+        replicas=replicas,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+    )
     check_equal(run.train(3), Plain(given, 3))
     # The limits are felt, or not.
     free = task(shifted, lambda: SGD(1.0), weight=WEIGHTED)
@@ -533,7 +575,7 @@ def test_clipping_leaves_out_what_has_no_gradient():
         return keras.Sequential([keras.Input((6,)), Unused(), layers.Dense(2)])
 
     given = task(partly, lambda: SGD(1.0, clipnorm=0.05))
-    run = Run(given, replicas=2, micro_batches=2).train(2)
+    run = Run(given, replicas=2, gradient_accumulation_steps=2).train(2)
     check_equal(run, Plain(given, 2))
     np.testing.assert_array_equal(run.model.weights[0], [1, 1])
 
@@ -550,7 +592,7 @@ def test_clipping_leaves_out_what_has_no_gradient():
         ),
         (
             lambda: SGD(gradient_accumulation_steps=2),
-            "`micro_batches`.*Received: gradient_accumulation_steps=2",
+            "`gradient_accumulation_steps`.*Received: gradient_accumulation_steps=2",
         ),
         (
             lambda: keras.optimizers.LossScaleOptimizer(SGD()),
@@ -571,14 +613,22 @@ def test_optimizers_that_do_the_engines_work_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("replicas", "micro_batches"), [(1, 0), (1, 3), (1, 16), (2, 3), (2, 8)]
+    ("replicas", "gradient_accumulation_steps"),
+    [(1, 0), (1, 3), (1, 16), (2, 3), (2, 8)],
 )
-def test_batches_that_cannot_be_cut_are_refused(replicas, micro_batches):
+def test_batches_that_cannot_be_cut_are_refused(
+    replicas, gradient_accumulation_steps
+):
     with pytest.raises(ValueError) as error:
-        Run(task(), replicas=replicas, micro_batches=micro_batches)
+        Run(
+            task(),
+            replicas=replicas,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+        )
     assert (
         f"Received: batch_size=8, {replicas} replicas, "
-        f"micro_batches={micro_batches}" in str(error.value)
+        f"gradient_accumulation_steps={gradient_accumulation_steps}"
+        in str(error.value)
     )
 
 
@@ -622,14 +672,18 @@ def bfloat16():
 
 
 @pytest.mark.parametrize(
-    ("replicas", "micro_batches"), [(1, 1), (2, 1), (2, 2)]
+    ("replicas", "gradient_accumulation_steps"), [(1, 1), (2, 1), (2, 2)]
 )
 @pytest.mark.parametrize("make_model", [pruned, shifted])
 def test_bfloat16_is_near_float32(
-    bfloat16, make_model, replicas, micro_batches
+    bfloat16, make_model, replicas, gradient_accumulation_steps
 ):
     given = task(make_model, lambda: SGD(0.1, clipnorm=1.0), weight=WEIGHTED)
-    run = Run(given, replicas=replicas, micro_batches=micro_batches).train(4)
+    run = Run(
+        given,
+        replicas=replicas,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+    ).train(4)
     assert run.model(given.rows(0)["x"]).dtype == "bfloat16"
     for variable in run.model.trainable_variables:
         assert variable.dtype == "float32"
@@ -661,16 +715,22 @@ def test_bfloat16_with_losses_of_several_dtypes(bfloat16):
 # Metrics.
 
 
-@pytest.mark.parametrize(("replicas", "micro_batches"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("replicas", "gradient_accumulation_steps"), [(1, 1), (2, 2)]
+)
 def test_metrics_are_means_over_all_examples_since_they_were_taken(
-    replicas, micro_batches
+    replicas, gradient_accumulation_steps
 ):
     given = task(
         dense,
         lambda: SGD(0.0),
         weight=WEIGHTED * np.arange(48, dtype=np.float32),
     )
-    run = Run(given, replicas=replicas, micro_batches=micro_batches)
+    run = Run(
+        given,
+        replicas=replicas,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+    )
 
     def expected(first, last):
         rows = slice(first * BATCH, last * BATCH)
@@ -704,16 +764,20 @@ def test_metrics_hold_no_penalty():
 
 
 @pytest.mark.parametrize(
-    ("replicas", "micro_batches", "value"),
+    ("replicas", "gradient_accumulation_steps", "value"),
     [(1, 1, np.nan), (2, 1, np.inf), (1, 2, np.inf), (2, 2, np.nan)],
 )
 def test_the_step_whose_loss_is_not_finite_is_named(
-    replicas, micro_batches, value
+    replicas, gradient_accumulation_steps, value
 ):
     arrays = examples()
     # Of the last replica's last micro-batch.
     arrays["y"][3 * BATCH - 1, 0] = value
-    run = Run(task(**arrays), replicas=replicas, micro_batches=micro_batches)
+    run = Run(
+        task(**arrays),
+        replicas=replicas,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+    )
     run.train(2)
     assert run.steps.take_bad_step() is None
     assert run.steps.weights_are_finite()

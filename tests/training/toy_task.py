@@ -106,7 +106,7 @@ class ToyTask(Task):
             context=context,
         )
 
-    def measure(self, model, batch, training):
+    def compute_metrics(self, model, batch, training):
         logits = model(batch["x"], training=training)
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
             batch["y"], logits
@@ -157,7 +157,7 @@ class GivenTask(Task):
         }
         self.batch_size = batch_size
         self.eval_batches = len(arrays["x"]) // batch_size
-        #: What `measure` saw in training, if it is set to a list: dictionaries
+        #: What `compute_metrics` saw in training, if it is set to a list: dictionaries
         #: with the step, the replica, the batch and the outputs.
         self.seen = None
 
@@ -188,7 +188,7 @@ class GivenTask(Task):
         errors = tf.square(tf.cast(outputs, tf.float32) - batch["y"])
         return tf.reduce_mean(tf.reshape(errors, [len(errors), -1]), axis=1)
 
-    def measure(self, model, batch, training):
+    def compute_metrics(self, model, batch, training):
         outputs = model(batch["x"], training=training)
         if training and self.seen is not None:
             self._note(batch, outputs)

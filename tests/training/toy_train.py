@@ -21,7 +21,7 @@ from absl import app, flags, logging
 
 import sos
 from sos.training import flags as training_flags
-from sos.training import modes
+from sos.training import main
 from sos.training.trainer import Trainer
 from tests.training import toy_task
 
@@ -82,7 +82,7 @@ def main(argv):
             return trainer
 
         workdir = pathlib.Path(settings.workdir, technique)
-        code = modes.run(
+        code = main.run(
             dataclasses.replace(settings, workdir=str(workdir)), make_trainer
         )
         if code:

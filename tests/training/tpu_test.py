@@ -12,8 +12,8 @@ import pytest
 import tensorflow as tf
 
 import sos
-from sos.training import inputs, rehearsal
-from sos.training.mask_updates import CompiledMaskUpdate
+from sos.training import inputs, tpu_check
+from sos.training.steps import CompiledMaskUpdate
 from sos.training.task import Task
 from sos.training.trainer import Trainer
 from tests import toys
@@ -112,7 +112,7 @@ class Captions(Task):
             self.arrays, batch_size=self.batch_size, context=context
         )
 
-    def measure(self, model, batch, training):
+    def compute_metrics(self, model, batch, training):
         logits = model(
             {"image": batch["image"], "words": batch["words"]},
             training=training,
@@ -138,7 +138,7 @@ def policy():
 
 
 def make_trainer(task, replicas, **arguments):
-    strategy = rehearsal.rehearsal_strategy(replicas)
+    strategy = tpu_check.deviceless_strategy(replicas)
     return Trainer(task, strategy=strategy, **arguments)
 
 
@@ -184,7 +184,7 @@ def assert_accepted(functions):
     found = {
         f"{name}: {line}"
         for name, function in functions.items()
-        for line in rehearsal.violations(function)
+        for line in tpu_check.violations(function)
     }
     assert not found
 
@@ -227,15 +227,15 @@ def test_a_tpu_accepts_micro_batches_and_clipping():
         optimizer=lambda: keras.optimizers.AdamW(1e-3, global_clipnorm=1.0),
         ramp=sos.CubicRamp(0, 100, moving_average=True),
     )
-    trainer = make_trainer(task, 2, micro_batches=2)
+    trainer = make_trainer(task, 2, gradient_accumulation_steps=2)
     assert_accepted({"train": traces(trainer)["train"]})
 
 
 class Wordy(Captions):
     """Violates in the loss of training, inside the loops of the host."""
 
-    def measure(self, model, batch, training):
-        measured = super().measure(model, batch, training)
+    def compute_metrics(self, model, batch, training):
+        measured = super().compute_metrics(model, batch, training)
         if training:
             total, weight = measured["loss"]
             length = tf.strings.length(tf.as_string(batch["label"]))
@@ -258,7 +258,7 @@ class Ragged(Captions):
 )
 def test_what_a_task_does_wrong_is_caught(task, expected):
     functions = traces(make_trainer(task("MagnitudePruning", 2), 2))
-    found = rehearsal.violations(functions["train"])
+    found = tpu_check.violations(functions["train"])
     for part in expected:
         assert any(part in line for line in found)
     del functions["train"]

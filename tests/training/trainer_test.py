@@ -10,11 +10,10 @@ import tensorflow as tf
 from absl import logging
 
 import sos
+from sos.errors import NonFiniteLossError, Stopped
 from sos.training import trainer as trainer_module
-from sos.training.actions import Action
 from sos.training.checkpoints import CheckpointError, Checkpoints
-from sos.training.failures import NonFiniteLossError, Stopped
-from sos.training.trainer import Trainer
+from sos.training.trainer import Action, Trainer
 from tests import toys
 from tests.training import toy_task
 from tests.training.toy_task import GivenTask, ToyTask
@@ -41,7 +40,11 @@ def make_trainer(technique=None, *, replicas=1, task=None, **arguments):
     """A trainer of a toy task; what a `Trainer` does not take is the task's."""
     own = {
         name: arguments.pop(name)
-        for name in ("micro_batches", "steps_per_loop", "max_seconds_per_loop")
+        for name in (
+            "gradient_accumulation_steps",
+            "steps_per_loop",
+            "max_seconds_per_loop",
+        )
         if name in arguments
     }
     return Trainer(
@@ -155,7 +158,7 @@ def test_loops_end_where_something_is_due(tmp_path):
         checkpoints=checkpoints,
         save_every=8,
         actions=[Action(call=lambda t: acted.append(t.step), at=(5, 26, 99))],
-        on_record=[records.append],
+        on_summary=[records.append],
     )
     # One step is traced, one is measured.
     ends = [1, 2, 5, 8, 10, 16, 20, 24, 26, 30]
@@ -181,7 +184,7 @@ def test_actions_are_called_in_order_after_the_save(tmp_path):
             Action(call=note("a"), every=4, at_end=True),
             Action(call=note("never")),
         ],
-        on_record=[lambda record: done.append((record.step, "record", None))],
+        on_summary=[lambda record: done.append((record.step, "record", None))],
     )
     assert [each for each in done if each[0] in (2, 4, 6)] == [
         (2, "record", None),
@@ -230,7 +233,7 @@ def test_loops_are_bounded_in_seconds(monkeypatch):
     clock = Clock(monkeypatch, seconds)
     clock.trainer = make_trainer(steps_per_loop=100, max_seconds_per_loop=10.0)
     records = []
-    clock.trainer.train(20, on_record=[records.append])
+    clock.trainer.train(20, on_summary=[records.append])
     # The first step, which is traced, says nothing; then 5 steps of 2 seconds;
     # one loop is too long when steps take longer.
     ends = [1, 2, 7, 12, 17, 18, 19, 20]
@@ -249,7 +252,7 @@ def test_what_is_fast_is_bounded_in_steps(monkeypatch):
     clock = Clock(monkeypatch, lambda step: 1e-3)
     clock.trainer = make_trainer(steps_per_loop=6)
     records = []
-    clock.trainer.train(20, on_record=[records.append])
+    clock.trainer.train(20, on_summary=[records.append])
     assert [record.step for record in records] == [1, 2, 6, 12, 18, 20]
 
 
@@ -365,7 +368,8 @@ def test_an_interrupt_before_a_mask_update_does_not_lose_it(at, monkeypatch):
 
 def test_micro_batches_are_resumed_too(tmp_path):
     first, second = (
-        toy("VariationalDropout", micro_batches=2) for _ in range(2)
+        toy("VariationalDropout", gradient_accumulation_steps=2)
+        for _ in range(2)
     )
     first.train(4, checkpoints=make_checkpoints(first, tmp_path))
     second.restore(make_checkpoints(second, tmp_path))
@@ -374,7 +378,9 @@ def test_micro_batches_are_resumed_too(tmp_path):
     same_bits(toy_task.values(second), toy_task.values(first))
     # And they are part of what a checkpoint is of.
     other = toy("VariationalDropout")
-    with pytest.raises(CheckpointError, match="micro_batches: 2 there, 1 now"):
+    with pytest.raises(
+        CheckpointError, match="gradient_accumulation_steps: 2 there, 1 now"
+    ):
         other.restore(make_checkpoints(other, tmp_path))
 
 
@@ -386,7 +392,7 @@ def test_nothing_is_done_when_all_steps_are():
     trainer.train(
         3,
         actions=[Action(call=done.append, every=1, at_end=True)],
-        on_record=[done.append],
+        on_summary=[done.append],
     )
     assert done == []
     same_bits(toy_task.values(trainer), before)
@@ -484,7 +490,7 @@ def test_a_loss_that_is_not_finite_names_its_step_and_saves_nothing(
             12,
             checkpoints=checkpoints,
             save_every=6,
-            on_record=[records.append],
+            on_summary=[records.append],
         )
     assert error.value.step == 7
     assert isinstance(error.value, ArithmeticError)
@@ -494,7 +500,7 @@ def test_a_loss_that_is_not_finite_names_its_step_and_saves_nothing(
     assert trainer.restore(checkpoints) == 6
     assert trainer.steps.weights_are_finite()
     # Nothing of it is left in what comes next.
-    trainer.train(7, on_record=[records.append])
+    trainer.train(7, on_summary=[records.append])
     assert np.isfinite(records[-1].metrics["loss"])
 
 
@@ -540,7 +546,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 
     with pytest.raises(NonFiniteLossError, match="weight .* by step 4;"):
         trainer.train(
-            9, checkpoints=checkpoints, save_every=2, on_record=[spoil]
+            9, checkpoints=checkpoints, save_every=2, on_summary=[spoil]
         )
     assert checkpoints.steps() == [2]
 
@@ -722,7 +728,7 @@ def test_the_record_of_an_evaluation():
 def test_records_tell_of_the_loop():
     trainer = make_trainer("MagnitudePruning", steps_per_loop=4)
     records = []
-    trainer.train(8, on_record=[records.append])
+    trainer.train(8, on_summary=[records.append])
     for record, begin in zip(records, [0, 1, 2, 4], strict=True):
         assert record.kind == "train"
         assert record.total_steps == 8
@@ -758,7 +764,7 @@ def test_records_tell_penalties_as_they_stand_in_the_loss(name):
         records.append(record)
         expected.append(float(sum(trainer.model.losses)))
 
-    trainer.train(6, on_record=[note])
+    trainer.train(6, on_summary=[note])
     for record, penalty in zip(records, expected, strict=True):
         assert record.penalty == pytest.approx(penalty, rel=1e-5)
         assert penalty > 0
@@ -772,7 +778,7 @@ def test_records_of_a_dense_model_have_no_sparsity():
         optimizer=lambda: keras.optimizers.SGD(0.25, momentum=0.9)
     )
     records = []
-    trainer.train(3, on_record=[records.append])
+    trainer.train(3, on_summary=[records.append])
     assert records[-1].sparsity is None
     assert records[-1].penalty is None
     assert records[-1].weight_sparsity == {}
@@ -873,5 +879,5 @@ def test_loops_of_nothing_are_refused(arguments):
 
 
 def test_batches_are_checked_before_training():
-    with pytest.raises(ValueError, match="micro_batches=3"):
-        make_trainer(micro_batches=3)
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=3"):
+        make_trainer(gradient_accumulation_steps=3)

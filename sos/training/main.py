@@ -12,22 +12,19 @@ from collections.abc import Callable, Iterator
 import tensorflow as tf
 from absl import logging
 
+from sos.errors import CheckpointError, ReportedError, Stopped
 from sos.export import export_saved_model
 from sos.files import only_process
-from sos.training.actions import Action
 from sos.training.checkpoints import (
-    CheckpointError,
     Checkpoints,
     check_writable,
     remove_unfinished,
 )
-from sos.training.failures import Stopped, in_a_line
-from sos.training.follower import Follower
-from sos.training.records import Record
-from sos.training.reporting import Console, JsonLines, TensorBoard
+from sos.training.continuous_evaluation import ContinuousEvaluation
+from sos.training.reporting import Console, JsonLines, Summary, TensorBoard
 from sos.training.signals import StopRequest, exit_code
 from sos.training.strategies import gather, several_processes
-from sos.training.trainer import Trainer
+from sos.training.trainer import Action, Trainer
 
 #: The names that `run` takes.
 MODES = ("train", "eval", "train_and_eval", "export")
@@ -44,11 +41,11 @@ _LOST_WORKER = (
 )
 _ABORTED = "Collective ops is aborted by: "
 
-_Report = Callable[[Record], None]
+_Report = Callable[[Summary], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class Options:
     """How a training binary runs; none of it changes what is computed.
 
     Attributes:
@@ -123,7 +120,7 @@ class Settings:
                 )
 
 
-def run(settings: Settings, make_trainer: Callable[[], Trainer]) -> int:
+def run(settings: Options, make_trainer: Callable[[], Trainer]) -> int:
     """Does what the mode says, and tells on the standard error what is wrong.
 
     Args:
@@ -170,7 +167,7 @@ def run(settings: Settings, make_trainer: Callable[[], Trainer]) -> int:
                 "the last checkpoint."
             )
         else:
-            told = in_a_line(error)
+            told = str(error) if isinstance(error, ReportedError) else None
         if told is not None:
             logging.debug("Where it went wrong:", exc_info=True)
             _say(f"FATAL {told}")
@@ -190,7 +187,7 @@ def run(settings: Settings, make_trainer: Callable[[], Trainer]) -> int:
 class _Session:
     """One run of a binary."""
 
-    def __init__(self, settings: Settings, trainer: Trainer) -> None:
+    def __init__(self, settings: Options, trainer: Trainer) -> None:
         if settings.mode in ("eval", "export") and _in_a_job(trainer):
             raise ValueError(
                 f"The mode {settings.mode} is for one process. Run it with "
@@ -260,7 +257,7 @@ class _Session:
                 checkpoints=self._checkpoints,
                 save_every=settings.save_checkpoints_steps,
                 actions=actions,
-                on_record=[report],
+                on_summary=[report],
                 stop=stop,
             )
 
@@ -274,7 +271,7 @@ class _Session:
     def _follow(self, stop: StopRequest) -> None:
         """Evaluates every checkpoint once, also those still to come."""
         settings = self._settings
-        follower = Follower(
+        follower = ContinuousEvaluation(
             self._trainer,
             self._checkpoints,
             last_step=settings.train_steps,
@@ -285,7 +282,7 @@ class _Session:
             done = self._evaluated("eval")
             if settings.train_steps in done:
                 _say("The checkpoint of the last step is evaluated already.")
-            follower.follow(done, on_record=report, on_wait=_say, stop=stop)
+            follower.follow(done, on_summary=report, on_wait=_say, stop=stop)
 
     def _evaluated(self, kind: str) -> set[int]:
         """The steps that were evaluated; none where no log is written."""
@@ -335,7 +332,7 @@ class _Session:
             for reporter in reporters:
                 stack.callback(reporter.close)
 
-            def report(record: Record) -> None:
+            def report(record: Summary) -> None:
                 try:
                     for reporter in reporters:
                         reporter(record)

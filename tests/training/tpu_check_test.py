@@ -6,7 +6,7 @@ import keras
 import pytest
 import tensorflow as tf
 
-from sos.training import rehearsal
+from sos.training import tpu_check
 from tests import toys
 
 IMAGES = tf.TensorSpec((4, 8, 8, 3))
@@ -14,7 +14,7 @@ IMAGES = tf.TensorSpec((4, 8, 8, 3))
 
 @pytest.fixture(scope="module")
 def strategy():
-    return rehearsal.rehearsal_strategy(2)
+    return tpu_check.deviceless_strategy(2)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def length(x):
 
 @pytest.mark.parametrize("replicas", [1, 2, 8])
 def test_the_strategy_is_tensorflows_own(replicas):
-    strategy = rehearsal.rehearsal_strategy(replicas)
+    strategy = tpu_check.deviceless_strategy(replicas)
     assert type(strategy) is tf.distribute.TPUStrategy
     assert strategy.num_replicas_in_sync == replicas
     with strategy.scope():
@@ -55,7 +55,7 @@ def test_the_strategy_is_tensorflows_own(replicas):
 
 def test_the_process_is_left_as_it_was():
     before = tf.config.get_soft_device_placement()
-    rehearsal.rehearsal_strategy(2)
+    tpu_check.deviceless_strategy(2)
     assert tf.config.get_soft_device_placement() == before
     assert not tf.distribute.has_strategy()
     # Another strategy works on.
@@ -75,14 +75,14 @@ def test_the_process_is_left_as_it_was():
 @pytest.mark.parametrize("replicas", [0, -1, 1.5, "2", None])
 def test_a_wrong_number_of_replicas_is_refused(replicas):
     with pytest.raises(ValueError, match=r"at least 1.*replicas="):
-        rehearsal.rehearsal_strategy(replicas)
+        tpu_check.deviceless_strategy(replicas)
 
 
 def test_soft_device_placement_is_asked_for():
     tf.config.set_soft_device_placement(False)
     try:
         with pytest.raises(RuntimeError, match="soft device placement"):
-            rehearsal.rehearsal_strategy(2)
+            tpu_check.deviceless_strategy(2)
     finally:
         tf.config.set_soft_device_placement(True)
 
@@ -119,8 +119,8 @@ def test_a_clean_step_passes(strategy, trace, policy):
         return tf.math.top_k(losses, 2)
 
     function = trace(step, IMAGES, tf.TensorSpec((4,), tf.int32))
-    assert rehearsal.violations(function) == []
-    rehearsal.check(function)
+    assert tpu_check.violations(function) == []
+    tpu_check.check(function)
     # It was the real thing: gradients are summed over the replicas.
     operations = {op.type for op in function.graph.get_operations()}
     assert {"CrossReplicaSum", "TPUReplicateMetadata"} <= operations
@@ -214,7 +214,7 @@ PLANTED = {
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_violations_are_caught(trace, name):
     step, expected = PLANTED[name]
-    found = rehearsal.violations(trace(step))
+    found = tpu_check.violations(trace(step))
     assert len(found) == len(expected), found
     for operation, more in expected.items():
         (line,) = [
@@ -231,9 +231,9 @@ def test_an_input_without_a_static_batch_is_one_violation(trace):
         # What follows from it is not listed.
         return tf.reduce_sum(tf.nn.relu(tf.matmul(x, tf.ones((6, 3)))), axis=1)
 
-    (line,) = rehearsal.violations(trace(step, tf.TensorSpec((None, 6))))
+    (line,) = tpu_check.violations(trace(step, tf.TensorSpec((None, 6))))
     assert "of shape (None, 6): the shape is not static (1 node" in line
-    assert rehearsal.violations(trace(step, tf.TensorSpec((4, 6)))) == []
+    assert tpu_check.violations(trace(step, tf.TensorSpec((4, 6)))) == []
 
 
 def test_equal_violations_are_counted_in_one_line(trace):
@@ -241,7 +241,7 @@ def test_equal_violations_are_counted_in_one_line(trace):
         images = [x + i for i in range(3)]
         return [tf.image.resize(y, [16, 16], "bicubic") for y in images]
 
-    (line,) = rehearsal.violations(trace(step))
+    (line,) = tpu_check.violations(trace(step))
     assert line == (
         "ResizeBicubic: a TPU has no such operation (3 nodes, such as "
         "'resize/ResizeBicubic')"
@@ -271,8 +271,8 @@ def test_clusters_in_host_loops_are_checked_and_their_hosts_are_not(strategy):
     def bad(x):
         return nested(x)
 
-    assert rehearsal.violations(make(good)) == []
-    assert len(rehearsal.violations(make(bad))) == 2
+    assert tpu_check.violations(make(good)) == []
+    assert len(tpu_check.violations(make(bad))) == 2
 
 
 def test_check_lists_all_violations(trace):
@@ -280,7 +280,7 @@ def test_check_lists_all_violations(trace):
         return length(x), tf.image.resize(x, [16, 16], "bicubic")
 
     with pytest.raises(ValueError) as error:
-        rehearsal.check(trace(step))
+        tpu_check.check(trace(step))
     lines = str(error.value).splitlines()
     assert "would not accept" in lines[0]
     assert [line.split(":")[0] for line in lines[1:]] == [
@@ -297,7 +297,7 @@ def without_cluster(x):
 
 def test_a_function_without_a_cluster_is_refused():
     function = without_cluster.get_concrete_function(IMAGES)
-    for checks in (rehearsal.check, rehearsal.violations):
+    for checks in (tpu_check.check, tpu_check.violations):
         with pytest.raises(ValueError, match="holds no TPU cluster"):
             checks(function)
 
@@ -310,13 +310,13 @@ def test_a_cluster_of_another_strategy_is_refused():
         return mirrored.run(lambda: tf.constant(1.0))
 
     with pytest.raises(ValueError, match="holds no TPU cluster"):
-        rehearsal.check(outer.get_concrete_function())
+        tpu_check.check(outer.get_concrete_function())
 
 
 @pytest.mark.parametrize("function", [without_cluster, len, None])
 def test_what_is_not_traced_is_refused(function):
     with pytest.raises(TypeError, match="get_concrete_function"):
-        rehearsal.check(function)
+        tpu_check.check(function)
 
 
 def test_a_cluster_that_was_traced_cannot_be_run(strategy):
@@ -332,7 +332,7 @@ def test_a_cluster_that_was_traced_cannot_be_run(strategy):
 
 
 def test_the_table_is_what_it_is_said_to_be():
-    path = pathlib.Path(rehearsal.__file__).parent / "data" / rehearsal._TABLE
+    path = pathlib.Path(tpu_check.__file__).parent / "data" / tpu_check._TABLE
     table = json.loads(path.read_text("utf-8"))
     assert len(table) == 537
     for operation in ("Conv2D", "MatMul", "CrossReplicaSum", "Svd", "While"):

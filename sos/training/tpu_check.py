@@ -1,7 +1,7 @@
 """Rehearses a step for the TPU on a machine that has none.
 
 ```
-strategy = rehearsal.rehearsal_strategy(8)
+strategy = tpu_check.deviceless_strategy(8)
 with strategy.scope():
     model = ...
 
@@ -10,7 +10,7 @@ def train(batch):
     def step(batch): ...  # no lambda: the cluster is named after the function
     return strategy.run(step, args=(batch,))
 
-rehearsal.check(train.get_concrete_function(batch_spec))
+tpu_check.check(train.get_concrete_function(batch_spec))
 ```
 
 The strategy is TensorFlow's own TPUStrategy, told of a TPU that does not exist.
@@ -92,7 +92,7 @@ class _Resolver(tf.distribute.cluster_resolver.ClusterResolver):
         return ""
 
 
-def rehearsal_strategy(replicas: int) -> tf.distribute.TPUStrategy:
+def deviceless_strategy(replicas: int) -> tf.distribute.TPUStrategy:
     """Makes a TPUStrategy on a machine without a TPU, for tracing only.
 
     Its variables lie in the host's memory, where TensorFlow puts what it finds
@@ -122,7 +122,7 @@ def rehearsal_strategy(replicas: int) -> tf.distribute.TPUStrategy:
         )
     if not tf.config.get_soft_device_placement():
         raise RuntimeError(
-            "A rehearsal needs soft device placement, TensorFlow's default, as "
+            "A tpu_check needs soft device placement, TensorFlow's default, as "
             "there is no TPU to put variables on. Remove "
             "`tf.config.set_soft_device_placement(False)`."
         )
@@ -163,7 +163,7 @@ def violations(function: Any) -> list[str]:
 
     Args:
         function: A concrete function, from `get_concrete_function` of a
-            `tf.function` that calls `run` of a `rehearsal_strategy`.
+            `tf.function` that calls `run` of a `deviceless_strategy`.
 
     Returns:
         One line for each kind of violation, with its number and an example.
@@ -190,7 +190,7 @@ def violations(function: Any) -> list[str]:
     if empty:
         raise ValueError(
             "The function holds no TPU cluster, so that there is nothing to "
-            "check. It must call `strategy.run` of a `rehearsal_strategy`, "
+            "check. It must call `strategy.run` of a `deviceless_strategy`, "
             f"which makes one. Received: function={function!r}"
         )
     return [

@@ -4,11 +4,11 @@ import keras
 import pytest
 
 import sos
+from sos.errors import NonFiniteLossError, in_a_line
 from sos.files import atomic_write
 from sos.training.checkpoints import CheckpointError, DamagedCheckpointError
-from sos.training.contract import TaskError
-from sos.training.failures import NonFiniteLossError, in_a_line
 from sos.training.inputs import array_batches
+from sos.training.task import TaskError
 
 
 def caught(call):

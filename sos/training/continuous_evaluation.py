@@ -7,20 +7,16 @@ from typing import Any
 
 from absl import logging
 
-from sos.training.checkpoints import (
-    CheckpointError,
-    Checkpoints,
-    DamagedCheckpointError,
-)
-from sos.training.failures import Stopped
-from sos.training.records import Record
+from sos.errors import CheckpointError, DamagedCheckpointError, Stopped
+from sos.training.checkpoints import Checkpoints
+from sos.training.reporting import Summary
 from sos.training.signals import StopRequest
 from sos.training.trainer import Trainer
 
 _POLL_SECONDS = 5.0
 
 
-class Follower:
+class ContinuousEvaluation:
     """Evaluates every checkpoint of a directory once, as they appear.
 
     Args:
@@ -50,7 +46,7 @@ class Follower:
         self,
         done: set[int],
         *,
-        on_record: Callable[[Record], Any],
+        on_summary: Callable[[Summary], Any],
         on_wait: Callable[[str], Any],
         stop: StopRequest,
     ) -> None:
@@ -58,7 +54,7 @@ class Follower:
 
         Args:
             done: The steps that were evaluated before; new ones are added.
-            on_record: Called with the record of each evaluation.
+            on_summary: Called with the record of each evaluation.
             on_wait: Called with a text when there is nothing to evaluate for
                 the first time.
             stop: Tells when to stop before the end.
@@ -72,7 +68,7 @@ class Follower:
         waiting_since, told = time.monotonic(), False
         while True:
             for step in self._checkpoints.steps():
-                if step in done or not self._evaluate(step, on_record, stop):
+                if step in done or not self._evaluate(step, on_summary, stop):
                     continue
                 waiting_since = time.monotonic()
                 done.add(step)
@@ -115,7 +111,7 @@ class Follower:
                 )
 
     def _evaluate(
-        self, step: int, on_record: Callable[[Record], Any], stop: StopRequest
+        self, step: int, on_summary: Callable[[Summary], Any], stop: StopRequest
     ) -> bool:
         """Evaluates a checkpoint; False if it cannot be read, or not yet."""
         trainer = self._trainer
@@ -134,5 +130,5 @@ class Follower:
                     error,
                 )
             return False
-        on_record(trainer.evaluate(self._last_step, stop=stop))
+        on_summary(trainer.evaluate(self._last_step, stop=stop))
         return True

@@ -8,12 +8,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from sos.training.modes import Settings, run
 
 import sos
 from sos.files import only_process
 from sos.training import follower, modes, pace
-from sos.training.modes import Settings, run
-from sos.training.records import Record
+from sos.training.reporting import Summary
 from sos.training.strategies import make_strategy
 from sos.training.trainer import Trainer
 from tests import processes, toys
@@ -356,7 +356,7 @@ def test_eval_stops_between_two_checkpoints(copy, stopping, monkeypatch):
     monkeypatch.setattr(
         Trainer,
         "evaluate",
-        lambda self, total_steps, stop: Record(
+        lambda self, total_steps, stop: Summary(
             step=self.step,
             total_steps=total_steps,
             kind="eval",
@@ -433,7 +433,9 @@ def test_a_request_after_the_last_evaluation_comes_too_late(
     copy, stopping, monkeypatch
 ):
     # So that evaluations are done in one loop.
-    monkeypatch.setattr(pace.Pace, "loop_end", lambda self, step: step + 100)
+    monkeypatch.setattr(
+        pace.LoopLength, "loop_end", lambda self, step: step + 100
+    )
     assert stopping(copy, "eval", step=STEPS) == 0
     assert copy.steps("eval", "eval") == [5, 10, 15, 20]
 

@@ -3,10 +3,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from sos.training import contract, modes
-from sos.training.contract import TaskError
-from sos.training.failures import in_a_line
+from sos.errors import in_a_line
+from sos.training import contract
 from sos.training.strategies import make_strategy
+from sos.training.task import TaskError
 from sos.training.trainer import Trainer
 from tests import toys
 from tests.training.toy_task import ToyTask
@@ -162,12 +162,12 @@ def test_what_is_measured(measured, text, replicas):
 
 
 def test_python_numbers_are_scalars():
-    contract.check_measured(ToyTask(), {"loss": (1.0, 2), "accuracy": [0, 1]})
+    contract.check_metrics(ToyTask(), {"loss": (1.0, 2), "accuracy": [0, 1]})
 
 
 def test_a_binary_tells_it_in_one_line(tmp_path, capfd):
-    code = modes.run(
-        modes.Settings(mode="train", workdir=str(tmp_path), train_steps=3),
+    code = main.run(
+        main.Options(mode="train", workdir=str(tmp_path), train_steps=3),
         lambda: trainer_of(measure=lambda self, model, batch, training: {}),
     )
     assert code == 1
@@ -180,10 +180,10 @@ def test_a_binary_tells_it_in_one_line(tmp_path, capfd):
 def test_other_mistakes_in_a_traced_function_keep_their_traceback(tmp_path):
     """AutoGraph makes other errors of them."""
 
-    def measure(self, model, batch, training):
+    def compute_metrics(self, model, batch, training):
         if training:
             raise ValueError("mine")
-        return ToyTask.measure(self, model, batch, training)
+        return ToyTask.compute_metrics(self, model, batch, training)
 
     with pytest.raises(ValueError, match="in user code") as error:
         trainer_of(measure=measure).train(1)

@@ -2,12 +2,13 @@ import dataclasses
 
 import pytest
 
-from sos.training.records import Record
+from sos.training.reporting import Summary
 
 
 def test_optional_figures_are_absent_and_not_shared():
     first, second = (
-        Record(step=1, total_steps=2, metrics={}, seconds=1.0) for _ in range(2)
+        Summary(step=1, total_steps=2, metrics={}, seconds=1.0)
+        for _ in range(2)
     )
     assert (first.kind, first.sparsity, first.penalty) == ("train", None, None)
     assert first.weight_sparsity == first.weight_penalty == {}
@@ -15,6 +16,6 @@ def test_optional_figures_are_absent_and_not_shared():
 
 
 def test_records_do_not_change():
-    record = Record(step=1, total_steps=2, metrics={}, seconds=1.0)
+    record = Summary(step=1, total_steps=2, metrics={}, seconds=1.0)
     with pytest.raises(dataclasses.FrozenInstanceError):
         record.step = 2

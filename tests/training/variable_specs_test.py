@@ -3,7 +3,7 @@ import hypothesis.strategies as st
 import keras
 import pytest
 
-from sos.training.identity import described, differences, uncounted
+from sos.training.checkpoints import canonical_path, diff, variable_specs
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 2) | st.text(max_size=2),
@@ -25,8 +25,8 @@ CONFIGURATIONS = st.dictionaries(st.sampled_from("abc"), VALUES, max_size=3)
     ],
 )
 def test_the_numbers_that_keras_counts_are_left_out(path, expected):
-    assert uncounted(path).startswith(expected)
-    assert uncounted(uncounted(path)) == uncounted(path)
+    assert canonical_path(path).startswith(expected)
+    assert canonical_path(canonical_path(path)) == canonical_path(path)
 
 
 def network(units=2):
@@ -44,7 +44,7 @@ def network(units=2):
 
 
 def test_a_second_model_of_one_kind_has_the_same_description():
-    first, second = described(*network()), described(*network())
+    first, second = variable_specs(*network()), variable_specs(*network())
     assert first == second
     assert first["sequential/dense/kernel"] == "float32 3x2"
     assert first["sequential/dense/kernel (2)"] == "float32 2x2"
@@ -57,7 +57,7 @@ def test_a_second_model_of_one_kind_has_the_same_description():
 
 
 def test_other_shapes_are_told():
-    lines = list(differences(described(*network()), described(*network(5))))
+    lines = list(diff(variable_specs(*network()), variable_specs(*network(5))))
     assert (
         "sequential/dense/kernel: 'float32 3x2' there, 'float32 3x5' now"
         in lines
@@ -68,16 +68,16 @@ def test_other_shapes_are_told():
 
 @hypothesis.given(CONFIGURATIONS, CONFIGURATIONS)
 def test_there_are_differences_where_configurations_differ(saved, now):
-    lines = list(differences(saved, now))
+    lines = list(diff(saved, now))
     assert bool(lines) == (saved != now)
-    assert len(lines) == len(list(differences(now, saved)))
-    assert list(differences(saved, saved)) == []
+    assert len(lines) == len(list(diff(now, saved)))
+    assert list(diff(saved, saved)) == []
 
 
 def test_differences_are_named_by_their_place():
     saved = {"rate": 0.1, "data": {"name": "toy", "size": 9}, "old": None}
     now = {"rate": 0.2, "data": {"name": "toy", "size": 8}, "new": [1]}
-    assert list(differences(saved, now)) == [
+    assert list(diff(saved, now)) == [
         "data.size: 9 there, 8 now",
         "new: absent there, [1] now",
         "old: None there, absent now",

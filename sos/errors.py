@@ -1,0 +1,69 @@
+"""Errors that a program reports in one line, without a traceback."""
+
+import signal
+
+
+class ReportedError(Exception):
+    """An error whose message says what is wrong and what to do.
+
+    Programs print the message alone. Any other exception is a bug, in this
+    package or in a task, and is shown with its traceback.
+    """
+
+    # Otherwise AutoGraph replaces it, with a page of frames, when it is raised
+    # while a function is traced.
+    ag_pass_through = True
+
+
+class UsageError(ReportedError, ValueError):
+    """An argument, a flag, a config or the environment is invalid."""
+
+
+class TaskError(UsageError):
+    """A task returned something that the engine cannot use."""
+
+
+class StorageError(ReportedError, OSError):
+    """A file or directory cannot be read or written."""
+
+
+class DirectoryInUseError(StorageError):
+    """Another process works in the same directory."""
+
+
+class CheckpointError(ReportedError):
+    """A checkpoint could not be written, or none could be restored."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint cannot be read."""
+
+
+class WorkerLostError(ReportedError, RuntimeError):
+    """Another worker of the job ended or cannot be reached."""
+
+
+class NonFiniteLossError(ReportedError, ArithmeticError):
+    """The loss, a penalty or a weight became NaN or infinite.
+
+    Attributes:
+        step: The number of steps completed before it.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class Stopped(Exception):
+    """A signal stopped training or an evaluation. Not an error.
+
+    Attributes:
+        signal: The signal.
+        step: The number of completed steps.
+    """
+
+    def __init__(self, signum: signal.Signals, step: int, state: str) -> None:
+        super().__init__(f"Stopped by {signum.name} at step {step}, {state}.")
+        self.signal = signum
+        self.step = step
