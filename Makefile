@@ -78,7 +78,7 @@ test-oldest:  ## run the fast tests with TensorFlow 2.20, as on a TPU
 		REQUIREMENTS=requirements-tf2.20.txt
 
 soak: $(READY)  ## kill training 50 times and compare the weights (ARGS=)
-	@$(RUN) -m tests.soak $(ARGS)
+	@$(RUN) -m tests.support.soak $(ARGS)
 
 lint: $(READY)  ## check style and formatting
 	@$(RUN) -m ruff check $(SOURCES)

@@ -6,7 +6,7 @@ import pytest
 from keras import applications, layers
 
 import sos
-from tests import harness
+from tests.support import harness
 
 
 def encoder():

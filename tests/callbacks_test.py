@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 import sos
-from tests import toys
+from tests.support import toys
 
 NEEDY = [
     name

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import sos
 from sos.clock import Clock
-from tests import toys
+from tests.support import toys
 
 RAMP = sos.LinearRamp(begin_step=2, end_step=6)
 

@@ -5,7 +5,7 @@ import tensorflow as tf
 
 import sos
 from sos.wrappers.base import find_wrappers
-from tests import toys
+from tests.support import toys
 
 TECHNIQUES = toys.technique_names()
 

@@ -9,7 +9,7 @@ import tensorflow as tf
 from tensorboard.backend.event_processing import plugin_event_accumulator
 
 from sos.event_file import EventFile
-from tests import toys
+from tests.support import toys
 
 
 def shown_scalars(directory):

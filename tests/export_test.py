@@ -10,7 +10,7 @@ import tensorflow as tf
 
 import sos
 from sos.export import export_saved_model
-from tests import toys
+from tests.support import toys
 
 SCHEDULE = sos.ConstantSparsity(0.75, begin_step=0, frequency=1)
 

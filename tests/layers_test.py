@@ -13,7 +13,7 @@ import tensorflow as tf
 from keras import layers
 
 import sos
-from tests import harness
+from tests.support import harness
 
 # All run in the slow tests. The fast ones leave out what runs the same code:
 # pruning is a mask, and L0 differs from it for embeddings alone.

@@ -3,7 +3,7 @@ import pytest
 from keras import layers
 
 import sos
-from tests import harness
+from tests.support import harness
 
 
 def counts(layer, *shapes, call=None):

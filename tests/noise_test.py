@@ -8,7 +8,7 @@ import tensorflow as tf
 
 import sos
 from sos import noise
-from tests import toys
+from tests.support import toys
 
 NOISY = ["L0Regularization", "VariationalDropout"]
 

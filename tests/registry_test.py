@@ -5,7 +5,7 @@ import tensorflow as tf
 from keras import layers
 
 import sos
-from tests import harness
+from tests.support import harness
 
 
 @sos.register

@@ -11,7 +11,7 @@ from keras import layers
 
 import sos
 from sos import report_command
-from tests import harness
+from tests.support import harness
 
 
 @keras.saving.register_keras_serializable(package="report_test")

@@ -12,7 +12,7 @@ from keras import layers, ops
 
 import sos
 from sos.wrappers.base import find_wrappers
-from tests import harness
+from tests.support import harness
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SCHEDULE = sos.ConstantSparsity(0.5, begin_step=0, frequency=1)

@@ -10,7 +10,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from models import config_flag, train
-from tests import processes
+from tests.support import processes
 
 # Of ml_collections.
 pytestmark = pytest.mark.filterwarnings(

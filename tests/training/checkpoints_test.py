@@ -21,7 +21,7 @@ from sos.training.checkpoints import (
     check_writable,
     remove_unfinished,
 )
-from tests import toys
+from tests.support import toys
 
 CONFIGURATION = {"rate": 0.5, "seed": 1, "data": {"name": "toy", "size": 9}}
 

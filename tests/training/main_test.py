@@ -16,9 +16,8 @@ from sos.training import follower, modes, pace
 from sos.training.reporting import Summary
 from sos.training.strategies import make_strategy
 from sos.training.trainer import Trainer
-from tests import processes, toys
-from tests.training import toy_task
-from tests.training.toy_task import ToyTask
+from tests.support import processes, toy_task, toys
+from tests.support.toy_task import ToyTask
 
 STEPS = 20
 SCHEDULE = sos.PolynomialDecay(0.0, 0.8, 3, 15, frequency=3)

@@ -9,7 +9,7 @@ import sos
 from sos.training.steps import CompiledMaskUpdate
 from sos.wrappers.base import find_wrappers
 from sos.wrappers.masked import update_masks
-from tests import toys
+from tests.support import toys
 
 
 class Saliency(sos.PruningWrapper):

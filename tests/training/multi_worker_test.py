@@ -8,9 +8,8 @@ import pytest
 
 from sos.training import main, strategies
 from sos.training.trainer import Trainer
-from tests import processes, toys
-from tests.processes import Program
-from tests.training import toy_task, toy_train
+from tests.support import processes, toy_task, toy_train, toys
+from tests.support.processes import Program
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +31,7 @@ def start(workdir, *arguments, tasks, chief=None):
     """
     return [
         Program(
-            "tests.training.toy_train",
+            "tests.support.toy_train",
             "--strategy=multi_worker",
             "--deterministic",
             f"--techniques={','.join(tasks)}",
@@ -251,7 +250,7 @@ def test_a_worker_that_waits_for_the_others_says_so_and_can_be_interrupted(
     tmp_path,
 ):
     with Program(
-        "tests.training.toy_train",
+        "tests.support.toy_train",
         "--strategy=multi_worker",
         f"--workdir={tmp_path}/job",
         log=tmp_path / "log",
@@ -272,7 +271,7 @@ def test_workers_that_see_different_checkpoints(tmp_path):
     assert 0 == main.run(settings, lambda: make_trainer("dense"))
     workers = [
         Program(
-            "tests.training.toy_train",
+            "tests.support.toy_train",
             "--strategy=multi_worker",
             f"--workdir={tmp_path / name}",
             log=tmp_path / f"{name}.log",

@@ -14,7 +14,7 @@ from sos.training.reporting import (
     TensorBoard,
     describe,
 )
-from tests import toys
+from tests.support import toys
 
 
 def record(step=200, **fields):

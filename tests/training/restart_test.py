@@ -13,8 +13,8 @@ import time
 import numpy as np
 import pytest
 
-from tests import killing, processes
-from tests.processes import Program
+from tests.support import killing, processes
+from tests.support.processes import Program
 
 pytestmark = pytest.mark.slow
 
@@ -147,7 +147,7 @@ def test_signals_stop_it_and_it_goes_on(finished, tmp_path):
 def test_a_second_signal_ends_it_at_once(tmp_path):
     def start(name, *arguments):
         return Program(
-            "tests.training.toy_train",
+            "tests.support.toy_train",
             "--techniques=L0Regularization",
             "--mode=train",
             "--deterministic",

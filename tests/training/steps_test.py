@@ -8,8 +8,8 @@ from keras import layers
 
 import sos
 from sos.training.steps import Steps
-from tests import toys
-from tests.training.toy_task import GivenTask
+from tests.support import toys
+from tests.support.toy_task import GivenTask
 
 BATCH = 8
 SGD = keras.optimizers.SGD

@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from sos.training import strategies
 from sos.training.strategies import gather, is_chief, make_strategy
-from tests import toys
+from tests.support import toys
 
 TWO_WORKERS = {"worker": ["localhost:2222", "localhost:2223"]}
 

@@ -8,8 +8,8 @@ from sos.training import contract
 from sos.training.strategies import make_strategy
 from sos.training.task import TaskError
 from sos.training.trainer import Trainer
-from tests import toys
-from tests.training.toy_task import ToyTask
+from tests.support import toys
+from tests.support.toy_task import ToyTask
 
 
 def refused(call, match):

@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 from sos.training import tpu_check
-from tests import toys
+from tests.support import toys
 
 IMAGES = tf.TensorSpec((4, 8, 8, 3))
 

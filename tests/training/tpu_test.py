@@ -16,7 +16,7 @@ from sos.training import inputs, tpu_check
 from sos.training.steps import CompiledMaskUpdate
 from sos.training.task import Task
 from sos.training.trainer import Trainer
-from tests import toys
+from tests.support import toys
 
 EXAMPLES = 32
 

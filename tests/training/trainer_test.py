@@ -14,9 +14,8 @@ from sos.errors import NonFiniteLossError, Stopped
 from sos.training import trainer as trainer_module
 from sos.training.checkpoints import CheckpointError, Checkpoints
 from sos.training.trainer import Action, Trainer
-from tests import toys
-from tests.training import toy_task
-from tests.training.toy_task import GivenTask, ToyTask
+from tests.support import toy_task, toys
+from tests.support.toy_task import GivenTask, ToyTask
 
 
 @sos.register

@@ -8,7 +8,7 @@ import tensorflow as tf
 import sos
 from sos.wrappers.base import find_wrappers
 from sos.wrappers.masked import update_masks
-from tests import toys
+from tests.support import toys
 
 TECHNIQUES = toys.technique_names()
 PENALIZED = [

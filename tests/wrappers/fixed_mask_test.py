@@ -5,7 +5,7 @@ import scipy.stats
 import tensorflow as tf
 
 import sos
-from tests import toys
+from tests.support import toys
 
 
 def sparse_dense(units=6, inputs=8, seed=0):

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 import sos
 from sos.wrappers import l0
-from tests import toys
+from tests.support import toys
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 LOG_ALPHAS = [-4.0, -1.5, 0.0, 0.8, 2.197, 4.0]

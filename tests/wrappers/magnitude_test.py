@@ -5,7 +5,7 @@ import tensorflow as tf
 
 import sos
 from sos.wrappers.masked import update_masks
-from tests import toys
+from tests.support import toys
 
 
 def wrap(layer, shape, sparsity=0.5):

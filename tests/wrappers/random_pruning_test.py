@@ -8,7 +8,7 @@ import tensorflow as tf
 
 import sos
 from sos.wrappers.masked import update_masks
-from tests import toys
+from tests.support import toys
 
 
 def wrap(size=(20, 10), seed=0, name="dense"):

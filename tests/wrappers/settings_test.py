@@ -4,7 +4,7 @@ import pytest
 import tensorflow as tf
 
 import sos
-from tests import toys
+from tests.support import toys
 
 
 def penalized(**settings):

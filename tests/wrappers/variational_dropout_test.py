@@ -9,7 +9,7 @@ import tensorflow as tf
 
 import sos
 from sos.wrappers import variational_dropout as vd
-from tests import toys
+from tests.support import toys
 
 EULER = 0.5772156649015329
 

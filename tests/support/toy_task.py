@@ -7,7 +7,7 @@ import tensorflow as tf
 import sos
 from sos.training import inputs
 from sos.training.task import Task
-from tests import toys
+from tests.support import toys
 
 EXAMPLES = 48
 EVAL_EXAMPLES = 20

@@ -6,7 +6,7 @@ import re
 import shutil
 import time
 
-from tests import processes
+from tests.support import processes
 
 STEPS = 240
 
@@ -76,7 +76,7 @@ def jobs():
         ),
         Job(
             "fixed_mask",
-            "tests.training.toy_train",
+            "tests.support.toy_train",
             ("--techniques=FixedMask", f"--train_steps={STEPS}"),
             folder="FixedMask",
         ),

@@ -1,6 +1,6 @@
 """Kills trainings of every technique and compares the weights in the end.
 
-    python -m tests.soak [--kills=50] [--seed=0] [--workdir=DIRECTORY]
+    python -m tests.support.soak [--kills=50] [--seed=0] [--workdir=DIRECTORY]
 
 or `make soak`. Each technique is trained once without interruption, then killed
 with SIGKILL at random moments (while it starts, trains, or writes a checkpoint)
@@ -22,7 +22,7 @@ import rich.progress
 from models.quiet import quiet
 
 with quiet():
-    from tests import killing, processes
+    from tests.support import killing, processes
 
 # How the kills are shared out. Most of the time goes into starting, and most
 # of what could go wrong into saving.

@@ -11,7 +11,7 @@ import time
 
 import tensorflow as tf
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 # Programs share the machine with others, and importing TensorFlow alone takes
 # seconds of a processor.

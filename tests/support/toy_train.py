@@ -1,6 +1,6 @@
 """A training binary for the tests: `models.train` with toy tasks.
 
-    python -m tests.training.toy_train --techniques=dense,MagnitudePruning \
+    python -m tests.support.toy_train --techniques=dense,MagnitudePruning \
         --workdir=...
 
 trains one after the other, each in its folder of the work directory, and writes
@@ -23,7 +23,7 @@ import sos
 from sos.training import flags as training_flags
 from sos.training import main
 from sos.training.trainer import Trainer
-from tests.training import toy_task
+from tests.support import toy_task
 
 SCHEDULE = sos.PolynomialDecay(0.0, 0.8, 3, 15, frequency=3)
 
