@@ -852,6 +852,8 @@ def _traced_properties(
 ) -> dict[str, Any]:
     """Returns what a traced step holds besides the values of variables."""
     config = optimizer.get_config()
+    # Keras numbers them through all of a process.
+    config.pop("name", None)
     if isinstance(config.get("learning_rate"), float):
         # It is a variable then, and not a schedule.
         del config["learning_rate"]

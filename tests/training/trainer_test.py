@@ -16,7 +16,6 @@ from sos.errors import (
     TaskError,
     UsageError,
 )
-from sos.training import strategies
 from sos.training.checkpoints import Checkpoints
 from sos.training.task import Task
 from sos.training.trainer import Action, LoopLength, Trainer
@@ -82,6 +81,78 @@ def same_bits(found, expected):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name].tobytes() == value.tobytes(), name
+
+
+# Actions, and the lengths of loops.
+
+
+@hypothesis.given(
+    st.none() | st.integers(1, 7),
+    st.lists(st.integers(0, 20), max_size=3),
+    st.booleans(),
+    st.integers(1, 20),
+)
+def test_when_an_action_is_due(every, at, at_end, last):
+    action = Action(call=print, every=every, at=tuple(at), at_end=at_end)
+    due = [
+        step
+        for step in range(1, last + 1)
+        if (every and step % every == 0)
+        or step in at
+        or (at_end and step == last)
+    ]
+    assert [s for s in range(1, last + 1) if action.due(s, last)] == due
+    for step in range(last):
+        later = [s for s in due if s > step and (s != last or not at_end)]
+        if later:
+            assert action.next_after(step) == later[0]
+
+
+@pytest.mark.parametrize("every", [0, -3])
+def test_action_every_zero_steps_raises(every):
+    with pytest.raises(UsageError, match=f"Received: every={every}"):
+        Action(call=print, every=every)
+
+
+def test_the_first_loop_is_ignored_and_the_second_is_measured():
+    loop_length = LoopLength(max_steps=100, max_seconds=10.0)
+    assert not loop_length.traced
+    assert loop_length.loop_end(0) == 1
+    loop_length.update(500.0)
+    assert loop_length.traced
+    assert loop_length.loop_end(1) == 2
+    loop_length.update(2.0)
+    assert loop_length.loop_end(2) == 7
+    # A step that takes longer than a loop may is a loop.
+    loop_length.update(11.0)
+    assert loop_length.loop_end(7) == 8
+
+
+@hypothesis.given(
+    st.integers(0, 10**9), st.integers(1, 10**4), st.floats(1e-6, 1e3)
+)
+def test_loops_stay_within_both_bounds(step, max_steps, seconds):
+    loop_length = LoopLength(max_steps=max_steps, max_seconds=10.0)
+    loop_length.update(0.0)
+    loop_length.update(seconds)
+    end = loop_length.loop_end(step)
+    assert end > step
+    assert (end - step) * seconds <= 10.0 or end == step + 1
+    # Loops end where they did, wherever training began.
+    assert end <= (step // max_steps + 1) * max_steps
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "max_seconds"),
+    [(0, 1.0), (-1, 1.0), (1, 0.0), (1, float("nan"))],
+)
+def test_bounds_must_be_positive(max_steps, max_seconds):
+    with pytest.raises(
+        UsageError,
+        match=f"Received: steps_per_loop={max_steps}, "
+        f"max_seconds_per_loop={max_seconds}",
+    ):
+        LoopLength(max_steps=max_steps, max_seconds=max_seconds)
 
 
 # When loops end, and what is done between them.
@@ -315,13 +386,34 @@ def test_how_loops_are_cut_changes_no_bit(
     same_bits(toy_task.values(trainer), uninterrupted("MagnitudePruning"))
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
-@pytest.mark.parametrize("technique", [None, *TECHNIQUES])
+JIT_TECHNIQUES = [
+    "MagnitudePruning",
+    "VariationalDropout",
+    "L0Regularization",
+    "TrainerSaliency",
+]
+PLACEMENTS = {
+    "one": {},
+    "jit": {"jit_compile": True},
+    "two": {"replicas": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("technique", "placement"),
+    [
+        (technique, placement)
+        for technique in [None, *TECHNIQUES]
+        for placement in PLACEMENTS
+        if placement != "jit" or technique in JIT_TECHNIQUES
+    ],
+)
 def test_stopped_training_goes_on_to_the_same_bits(
-    technique, replicas, tmp_path
+    technique, placement, tmp_path
 ):
+    placement = PLACEMENTS[placement]
     # Between mask updates.
-    first = toy(technique, replicas, steps_per_loop=3)
+    first = toy(technique, steps_per_loop=3, **placement)
     with pytest.raises(Stopped, match="by SIGTERM at step 6, saved") as stopped:
         first.train(
             STEPS,
@@ -330,15 +422,149 @@ def test_stopped_training_goes_on_to_the_same_bits(
         )
     assert stopped.value.step == first.step == 6
     assert stopped.value.signal == signal.SIGTERM
-    second = toy(technique, replicas, steps_per_loop=4)
+    second = toy(technique, steps_per_loop=4, **placement)
     checkpoints = make_checkpoints(second, tmp_path)
-    assert second.restore(checkpoints) == second.saved_step == 6
+    assert second.restore_or_initialize(checkpoints) == 6
+    assert second.saved_step == 6
     same_bits(toy_task.values(second), toy_task.values(first))
     second.train(STEPS, checkpoints=checkpoints)
     assert checkpoints.steps() == [6, 11]
-    # That which goes on in its process is as one that was never stopped.
+    # Continuing in the same process is like never stopping.
     first.train(STEPS)
     same_bits(toy_task.values(second), toy_task.values(first))
+    masks = [
+        value
+        for name, value in toys.sparse_state(second.model).items()
+        if name.endswith(":mask")
+    ]
+    if technique and second.task.overrides.get("schedule"):
+        # The end of the schedule, also under XLA.
+        assert [int(mask.sum()) for mask in masks] == [19, 10]
+
+
+# Another task for the same trainer.
+
+
+def other(technique, **own):
+    """A task that differs from `toy`'s in seeds, schedules and numbers."""
+    overrides = {}
+    cls = technique and sos.techniques()[technique]
+    if cls and issubclass(cls, sos.PruningWrapper):
+        overrides["schedule"] = sos.PolynomialDecay(0.2, 0.6, 2, 8, frequency=2)
+    if cls and issubclass(cls, sos.PenalizedWrapper):
+        overrides["penalty_weight"] = 0.05
+    task = ToyTask(
+        technique, batch_norm=True, dropout=0.3, **{**overrides, **own}
+    )
+    if cls and "seed" in sos.wrappers.base.argument_names(cls):
+        # Of the technique.
+        task.overrides["seed"] = 7
+    return task
+
+
+def traces(trainer):
+    steps = trainer.steps
+    return [
+        function.experimental_get_tracing_count()
+        for function in (steps.train_function, steps.eval_function)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("technique", "replicas"),
+    [
+        *((technique, 1) for technique in [None, *TECHNIQUES]),
+        ("TrainerSaliency", 2),
+        ("L0Regularization", 2),
+    ],
+)
+def test_reset_gives_the_bits_of_a_new_trainer(technique, replicas, tmp_path):
+    trainer = toy(technique, replicas)
+    trainer.train(5, checkpoints=make_checkpoints(trainer, tmp_path))
+    trainer.evaluate()
+    steps = trainer.steps
+    trainer.reset(other(technique, seed=5))
+    new = make_trainer(task=other(technique, seed=5), replicas=replicas)
+    same_bits(toy_task.values(trainer), toy_task.values(new))
+    assert (trainer.step, trainer.seconds, trainer.saved_step) == (0, 0.0, None)
+    for each in (trainer, new):
+        each.train(STEPS)
+    same_bits(toy_task.values(trainer), toy_task.values(new))
+    assert trainer.evaluate().metrics == new.evaluate().metrics
+    # The compiled functions served both tasks.
+    assert trainer.steps is steps
+    assert traces(trainer) == [1, 1]
+
+
+def test_reset_takes_another_learning_rate():
+    def sgd(rate):
+        return ToyTask(optimizer=lambda: keras.optimizers.SGD(rate))
+
+    trainer = make_trainer(task=sgd(0.1))
+    trainer.train(2)
+    steps = trainer.steps
+    trainer.reset(sgd(0.5))
+    new = make_trainer(task=sgd(0.5))
+    for each in (trainer, new):
+        each.train(3)
+    same_bits(toy_task.values(trainer), toy_task.values(new))
+    assert trainer.steps is steps
+
+
+@pytest.mark.parametrize(
+    ("technique", "changes"),
+    [
+        (None, {"dropout": 0.5}),
+        (None, {"batch_norm": False}),
+        (None, {"batch_size": 4}),
+        (None, {"optimizer": lambda: keras.optimizers.SGD(0.1)}),
+        (
+            None,
+            {"optimizer": lambda: keras.optimizers.Adam(0.02, beta_1=0.8)},
+        ),
+        ("L0Regularization", {"ramp": sos.LinearRamp(0, 20)}),
+        ("VariationalDropout", {"clip_log_alpha": 4.0}),
+    ],
+    ids=[
+        "dropout",
+        "network",
+        "batch_size",
+        "optimizer",
+        "beta",
+        "ramp",
+        "clip_log_alpha",
+    ],
+)
+def test_reset_traces_anew_for_another_step(technique, changes):
+    trainer = toy(technique)
+    trainer.train(2)
+    steps = trainer.steps
+    arguments = {"batch_norm": True, "dropout": 0.3, **changes}
+    trainer.reset(ToyTask(technique, **arguments))
+    assert trainer.steps is not steps
+    new = make_trainer(task=ToyTask(technique, **arguments))
+    same_bits(toy_task.values(trainer), toy_task.values(new))
+    trainer.train(1)
+
+
+def test_reset_restores_another_tasks_checkpoint(tmp_path):
+    trainer = toy("MagnitudePruning")
+    first, second = (ToyTask("MagnitudePruning", seed=seed) for seed in (1, 2))
+    for task in (first, second):
+        trainer.reset(task)
+        checkpoints = make_checkpoints(trainer, tmp_path / str(task.seed))
+        assert trainer.restore_or_initialize(checkpoints) is None
+        trainer.train(3, checkpoints=checkpoints)
+    trainer.reset(first)
+    checkpoints = make_checkpoints(trainer, tmp_path / "1")
+    assert trainer.restore_or_initialize(checkpoints) == 3
+    trainer.train(6)
+    new = make_trainer(task=first)
+    new.train(6)
+    same_bits(toy_task.values(trainer), toy_task.values(new))
+
+
+# Resuming.
 
 
 def test_gathered_gradients_are_resumed_to_the_same_bits(tmp_path):
@@ -536,10 +762,10 @@ def test_a_loss_without_any_weight_is_told(caplog):
         call=lambda t: kernels.update({t.step: kernel.numpy()}), every=2
     )
     trainer.train(6, actions=[note])
-    (told,) = [
+    (text,) = [
         r.getMessage() for r in caplog.records if "sum to 0" in r.getMessage()
     ]
-    assert "in the steps 3 to 4," in told
+    assert "in the steps 3 to 4:" in text
     np.testing.assert_array_equal(kernels[2], kernels[4])
     assert (kernels[4] != kernels[6]).all()
 
@@ -681,6 +907,144 @@ def test_an_action_that_is_stopped_loses_no_step(tmp_path):
     assert checkpoints.steps() == [5, 9]
 
 
+def test_workers_with_other_numbers_of_evaluation_batches_raise():
+    trainer = make_trainer(gather=second_worker([4.0]))
+    with pytest.raises(TaskError, match=r"every host.*Received: \[3, 4\] bat"):
+        trainer.evaluate()
+
+
+class ScoredTask(ToyTask):
+    """Has evaluators, which record the models that they are called with."""
+
+    def __init__(self, *arguments, names=("above", "zeros"), **options):
+        super().__init__(*arguments, **options)
+        self.names = names
+        self.models = []
+
+    def evaluators(self):
+        return {"accuracies": self.accuracies, "zeros": self.zeros}
+
+    def accuracies(self, model):
+        self.models.append(model)
+        x, y = (a[toy_task.EXAMPLES :] for a in (self.points, self.labels))
+        logits = keras.ops.convert_to_numpy(model(x, training=False))
+        return {self.names[0]: np.mean(logits.argmax(1) == y)}
+
+    def zeros(self, model):
+        self.models.append(model)
+        return {self.names[1]: sos.sparsity_report(model).sparsity}
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_evaluators_add_figures_to_the_metrics(replicas):
+    task = ScoredTask("MagnitudePruning", batch_norm=True, dropout=0.3)
+    trainer = make_trainer(task=task, replicas=replicas)
+    for steps in (1, 3):
+        trainer.train(steps)
+        summary = trainer.evaluate()
+        metrics = summary.metrics
+        assert set(metrics) == {"accuracy", "loss", "above", "zeros"}
+        assert metrics["above"] == pytest.approx(metrics["accuracy"])
+        assert metrics["zeros"] == summary.sparsity == 0.5
+    # One model, which on several replicas is a copy.
+    assert len({id(model) for model in task.models}) == 1
+    assert (task.models[0] is trainer.model) == (replicas == 1)
+
+
+def test_evaluators_follow_the_task_after_a_reset():
+    trainer = make_trainer(task=ScoredTask("MagnitudePruning"), replicas=2)
+    trainer.evaluate()
+    task = ScoredTask("MagnitudePruning", seed=3, names=("a", "b"))
+    trainer.reset(task)
+    metrics = trainer.evaluate().metrics
+    assert metrics["a"] == pytest.approx(metrics["accuracy"])
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("loss", "zeros"), r"\['accuracies'\].*Received: \['loss'\]"),
+        (("same", "same"), r"\['zeros'\].*\['accuracy', 'loss', 'same'\] are"),
+    ],
+)
+def test_evaluators_with_names_that_are_taken_raise(names, message):
+    trainer = make_trainer(task=ScoredTask("MagnitudePruning", names=names))
+    with pytest.raises(TaskError, match=message):
+        trainer.evaluate()
+
+
+def test_evaluators_run_on_the_chief_only():
+    class Worker(Trainer):
+        is_chief = False
+
+    task = ScoredTask("MagnitudePruning")
+    trainer = Worker(task, strategy=toys.two_replicas())
+    assert set(trainer.evaluate().metrics) == {"accuracy", "loss"}
+    assert task.models == []
+
+
+def test_evaluators_can_be_stopped_between():
+    task = ScoredTask("MagnitudePruning")
+    trainer = make_trainer(task=task)
+    # Three batches, in loops of one, one and one.
+    with pytest.raises(Stopped, match="after the evaluator 'accuracies'"):
+        trainer.evaluate(stop=StopAfter(3))
+    # After the last one there is nothing left to stop.
+    assert "zeros" in trainer.evaluate(stop=StopAfter(4)).metrics
+
+
+def test_a_copy_of_another_model_raises():
+    trainer = make_trainer(task=ScoredTask("MagnitudePruning"), replicas=2)
+    trainer.task.batch_norm = True
+    with pytest.raises(TaskError, match="same variables each time.*norm/gamma"):
+        trainer.evaluate()
+
+
+# Export.
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_export_writes_what_the_task_serves(replicas, monkeypatch):
+    class Served(ToyTask):
+        def serving(self, model):
+            module = tf.Module()
+            module.weights = [
+                keras.ops.convert_to_numpy(v) for v in model.weights
+            ]
+            module.types = [type(layer) for layer in model.layers]
+            return module
+
+    written = {}
+    monkeypatch.setattr(
+        sos.export,
+        "export_model",
+        lambda module, path: written.update({path: module}),
+        raising=False,
+    )
+    trainer = make_trainer(task=Served("MagnitudePruning"), replicas=replicas)
+    trainer.train(2)
+    trainer.export("somewhere")
+    (module,) = written.values()
+    assert module.types[0] is keras.layers.Dense
+    assert [np.mean(w == 0) for w in module.weights[::2]] == [0.5, 0.5]
+    (_, weight), *_ = trainer.steps.sparse_weights
+    kernel = keras.ops.convert_to_numpy(weight.variable)
+    kept = module.weights[0] != 0
+    np.testing.assert_array_equal(module.weights[0][kept], kernel[kept])
+
+
+def test_export_of_an_invalid_module_raises():
+    class Served(ToyTask):
+        def serving(self, model):
+            return model
+
+    with pytest.raises(TaskError, match="serving` must return a tf.Module"):
+        make_trainer(task=Served()).export("somewhere")
+
+
+# Loops of evaluation.
+
+
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_how_evaluations_are_cut_changes_no_bit(replicas):
     arguments = {"replicas": replicas, "batch_size": 2, "batch_norm": True}
@@ -794,6 +1158,28 @@ def test_without_a_checkpoint_nothing_is_restored(tmp_path):
     trainer = make_trainer()
     assert trainer.restore(make_checkpoints(trainer, tmp_path)) is None
     assert trainer.step == 0
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_initialize_is_called_when_nothing_is_restored(replicas, tmp_path):
+    class Initialized(ToyTask):
+        calls = 0
+
+        def initialize(self, model):
+            self.calls += 1
+            assert tf.distribute.get_strategy() is trainer.strategy
+            model.weights[0].assign(np.full((6, 16), 0.5, np.float32))
+
+    task = Initialized()
+    trainer = make_trainer(task=task, replicas=replicas)
+    checkpoints = make_checkpoints(trainer, tmp_path)
+    assert trainer.restore_or_initialize(checkpoints) is None
+    kernel = trainer.model.weights[0]
+    assert (keras.ops.convert_to_numpy(kernel) == 0.5).all()
+    trainer.train(2, checkpoints=checkpoints)
+    assert trainer.restore_or_initialize(checkpoints) == 2
+    assert (keras.ops.convert_to_numpy(kernel) != 0.5).any()
+    assert task.calls == 1
 
 
 def test_workers_that_see_other_checkpoints_are_refused(tmp_path):
