@@ -87,8 +87,7 @@ def _run(arguments: Sequence[str]) -> None:
         print(*map(run_name, configs), sep="\n")
         return
     workdir = pathlib.Path(_WORKDIR.value).expanduser()
-    table = workdir / "results.csv"
-    results.check_replaceable(table)
+    results.check_outputs(workdir)
     progress = SweepProgress()
     launcher = LocalLauncher(_WORKERS.value)
     options = {"save_checkpoints_steps": _SAVE_CHECKPOINTS_STEPS.value}
@@ -112,20 +111,21 @@ def _run(arguments: Sequence[str]) -> None:
                 **options,
             )
     finally:
-        _report(progress, table, [run_name(config) for config in configs])
+        _report(progress, workdir, [run_name(config) for config in configs])
 
 
 def _report(
-    progress: SweepProgress, table: pathlib.Path, names: Sequence[str]
+    progress: SweepProgress, workdir: pathlib.Path, names: Sequence[str]
 ) -> None:
     """Writes the table and the figures of what is finished."""
-    runs = results.collect(table.parent, names)
+    runs = results.collect(workdir, names)
     if not runs:
         return
+    table = workdir / results.TABLE
     results.write_table(table, runs)
-    tradeoff = table.with_name("tradeoff.png")
+    tradeoff = workdir / results.TRADEOFF
     figures.save_tradeoff(tradeoff, runs)
-    layerwise = table.with_name("layerwise.png")
+    layerwise = workdir / results.LAYERWISE
     figures.save_layerwise(layerwise, runs, _LAYERWISE_SPARSITY.value)
     progress.console.print(summary_table(runs))
     progress.console.print()

@@ -38,6 +38,7 @@ class SweepProgress:
         self._finished: set[str] = set()
         self._running: dict[str, None] = {}
         self._waiting = False
+        self.clock = time.monotonic
 
     def add(
         self, config: Mapping[str, Any], result: Result | None = None
@@ -64,7 +65,7 @@ class SweepProgress:
                 f"{'.' if done < total else ': nothing to train.'}"
             )
         self._bar = ProgressBar(self._total_steps(), console=self.console)
-        self._begin = self._line_time = time.monotonic()
+        self._begin = self._line_time = self.clock()
         # The first steps of a run that is resumed are not made now.
         self._steps_before = self._done_steps()
         return self
@@ -119,7 +120,7 @@ class SweepProgress:
         if result.sparsity is not None:
             parts.append(f"sparsity {result.sparsity:6.2%}")
         self.console.print("  ".join(parts), soft_wrap=True)
-        self._line_time = time.monotonic()
+        self._line_time = self.clock()
         self._show()
 
     def fail(self, name: str, reason: str) -> None:
@@ -151,7 +152,7 @@ class SweepProgress:
         made = self._done_steps() - self._steps_before
         if made < 1:
             return None
-        elapsed = time.monotonic() - self._begin
+        elapsed = self.clock() - self._begin
         return elapsed / made * (self._total_steps() - self._done_steps())
 
     def _total_steps(self) -> int:
@@ -171,7 +172,7 @@ class SweepProgress:
             description=f"{len(self._finished)} of {len(self._configs)} runs",
             seconds_left=left,
         )
-        now = time.monotonic()
+        now = self.clock()
         if (
             not self.console.is_terminal
             and now - self._line_time > _LINE_INTERVAL

@@ -13,6 +13,9 @@ from sos.experiments import config as config_lib
 from sos.experiments.runs import Result, read_config, read_result
 from sos.files import atomic_write
 
+TABLE = "results.csv"
+TRADEOFF = "tradeoff.png"
+LAYERWISE = "layerwise.png"
 # Of every table, so that a file of something else is not replaced.
 _FIRST_COLUMNS = ("name", "label")
 
@@ -145,7 +148,7 @@ def write_table(path: Path, runs: Sequence[FinishedRun]) -> None:
     Raises:
         StorageError: If there is a file that is no such table.
     """
-    check_replaceable(path)
+    _check_table(path)
     table = rows(runs)
     columns = dict.fromkeys(name for row in table for name in row)
     with (
@@ -157,12 +160,20 @@ def write_table(path: Path, runs: Sequence[FinishedRun]) -> None:
         writer.writerows(table)
 
 
-def check_replaceable(path: Path) -> None:
-    """Raises `StorageError` if there is a file that is no table of runs.
+def check_outputs(workdir: Path) -> None:
+    """Raises `StorageError` if files of something else would be replaced.
 
     Args:
-        path: The CSV file that is to be written.
+        workdir: Directory of runs, where a table and figures are to be written.
     """
+    _check_table(workdir / TABLE)
+    for name in (TRADEOFF, LAYERWISE):
+        path = workdir / name
+        if path.exists() and not (workdir / TABLE).exists():
+            raise _not_ours(path, "a figure of runs")
+
+
+def _check_table(path: Path) -> None:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             header = next(csv.reader(file), [])
@@ -171,7 +182,11 @@ def check_replaceable(path: Path) -> None:
     except (OSError, UnicodeDecodeError, csv.Error):
         header = []
     if tuple(header[: len(_FIRST_COLUMNS)]) != _FIRST_COLUMNS:
-        raise StorageError(
-            f"{path} is not a table of runs, and would be lost. Choose another "
-            "work directory, or move the file away."
-        )
+        raise _not_ours(path, "a table of runs")
+
+
+def _not_ours(path: Path, kind: str) -> StorageError:
+    return StorageError(
+        f"{path} is not {kind}, and would be lost. Choose another work "
+        "directory, or move the file away."
+    )

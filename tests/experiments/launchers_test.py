@@ -78,9 +78,7 @@ def test_local_launcher_failed_run_does_not_stop_the_others(tmp_path):
         [{"task": "tests.support.toy_experiment:Failing"}, {"seed": 1}],
     )
     with pytest.raises(sweeps.FailedRunsError, match="step 1") as error:
-        sweeps.run_sweep(
-            [failing, good], tmp_path, launcher=LocalLauncher(1)
-        )
+        sweeps.run_sweep([failing, good], tmp_path, launcher=LocalLauncher(1))
     assert len(error.value.failures) == 1
     assert read_result(run_directory(good, tmp_path)) is not None
 

@@ -9,8 +9,8 @@ import pytest
 from sos.errors import (
     DirectoryInUseError,
     NonFiniteLossError,
-    StorageError,
     Stopped,
+    StorageError,
     UsageError,
 )
 from sos.experiments import config as config_lib
@@ -92,9 +92,7 @@ def test_run_leaves_config_checkpoints_log_and_result(one):
     ]
     assert result.parameters == 96 + 16 + 48 + 3
     (last,) = [
-        record
-        for record in processes.records(one)
-        if record["kind"] == "eval"
+        record for record in processes.records(one) if record["kind"] == "eval"
     ]
     assert last["metrics"] == result.metrics
 
@@ -227,9 +225,7 @@ def test_run_task_without_evaluation_data_has_a_result(tmp_path):
     assert (result.step, result.metrics) == (STEPS, {})
 
 
-def test_run_train_and_eval_modes_give_the_result_together(
-    finished, tmp_path
-):
+def test_run_train_and_eval_modes_give_the_result_together(finished, tmp_path):
     assert train("magnitude", tmp_path, mode="train") is None
     directory = directory_of("magnitude", tmp_path)
     assert not (directory / "result.json").exists()
