@@ -47,8 +47,8 @@ def results():
         l0=(0.1, 1.0),
     )
     runs = []
-    for config in sweeps.expand(config, grid):
-        seed, wanted = config.seed, config.sparsity
+    for expanded in sweeps.expand(config, grid):
+        seed, wanted = expanded.seed, expanded.sparsity
         sparsity = wanted.get("sparsity", 0.0)
         if "penalty_weight" in wanted:
             small = wanted.penalty_weight < 0.5 / 6000
@@ -58,8 +58,8 @@ def results():
             layers = (0.2 + 0.1 * seed, 1.0, 0.5)
         runs.append(
             FinishedRun(
-                name=run_name(config),
-                config=plain(config),
+                name=run_name(expanded),
+                config=plain(expanded),
                 result=make_result(
                     sparsity=sparsity if wanted.technique else None,
                     accuracy=0.88 - 0.1 * sparsity + 0.02 * seed,
