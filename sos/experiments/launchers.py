@@ -27,7 +27,7 @@ from sos.errors import (
 )
 from sos.experiments.config import run_name
 from sos.experiments.progress import SweepProgress
-from sos.experiments.runs import Result, run
+from sos.experiments.runs import Result, last_step, run, run_directory
 from sos.experiments.task import make_task
 from sos.training.signals import StopRequest, StopSource
 from sos.training.strategies import make_strategy
@@ -269,8 +269,11 @@ class _Pool:
         )
         self._pending.remove(job)
         worker.job, worker.signature = job, job.signature
-        self._progress.begin(job.name)
+        self._progress.begin(job.name, last_step(self._directory(job)))
         worker.pipe.send((job.config.to_dict(), self._workdir, self._options))
+
+    def _directory(self, job: _Job) -> str:
+        return run_directory(job.config, self._workdir)
 
     def _hear(self, index: int) -> None:
         worker = self._workers[index]

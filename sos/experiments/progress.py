@@ -64,9 +64,8 @@ class SweepProgress:
                 f"{done} of {total} runs were finished before"
                 f"{'.' if done < total else ': nothing to train.'}"
             )
-        self._bar = ProgressBar(self._total_steps(), console=self.console)
+        self._bar = ProgressBar(self.console)
         self._begin = self._line_time = self.clock()
-        # The first steps of a run that is resumed are not made now.
         self._steps_before = self._done_steps()
         return self
 
@@ -79,9 +78,17 @@ class SweepProgress:
         """Removes the bar; the lines stay."""
         self._bar.close()
 
-    def begin(self, name: str) -> None:
-        """Shows that a run is being trained."""
+    def begin(self, name: str, step: int = 0) -> None:
+        """Shows that a run is being trained.
+
+        Args:
+            name: The run.
+            step: The step that it is resumed from.
+        """
         self._running[name] = None
+        self._steps[name] = step
+        # They were made before, and say nothing of the speed.
+        self._steps_before += step
         self._show()
 
     def update(self, name: str, summary: Summary) -> None:
@@ -92,9 +99,6 @@ class SweepProgress:
             summary: That of its last loop.
         """
         if summary.kind == "train":
-            if not self._steps[name] and summary.seconds:
-                # What a resumed run did before says nothing of the speed.
-                self._steps_before += summary.step - summary.loop_steps
             self._steps[name] = summary.step
             self._show()
 
@@ -169,7 +173,8 @@ class SweepProgress:
         running = ", ".join(self._describe(name) for name in self._running)
         self._bar.update(
             self._done_steps(),
-            description=f"{len(self._finished)} of {len(self._configs)} runs",
+            self._total_steps(),
+            f"{len(self._finished)} of {len(self._configs)} runs",
             seconds_left=left,
         )
         now = self.clock()

@@ -16,15 +16,17 @@ import tensorflow as tf
 from sos.errors import StorageError, UsageError
 from sos.experiments import config as config_lib
 from sos.experiments.task import make_task
-from sos.files import only_process
+from sos.files import check_writable, only_process, write_text
 from sos.report import SparsityReport, sparsity_report
 from sos.training import main
+from sos.training.checkpoints import Checkpoints
 from sos.training.reporting import Summary
 from sos.training.signals import StopSource
 from sos.training.strategies import make_strategy, several_processes
 from sos.training.trainer import Trainer
 from sos.version import __version__
 
+CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
 RESULT = "result.json"
 
@@ -184,6 +186,16 @@ def run_directory(
     return os.path.join(workdir, config_lib.run_name(config))
 
 
+def last_step(directory: str) -> int:
+    """Returns the step that a run would be resumed from.
+
+    Args:
+        directory: Directory of the run.
+    """
+    steps = _checkpoints(directory).steps()
+    return steps[-1] if steps else 0
+
+
 def read_config(directory: str) -> dict[str, Any] | None:
     """Returns the stored config of a run; None if there is none.
 
@@ -268,11 +280,8 @@ def _write_config(config: ml_collections.ConfigDict, directory: str) -> None:
             )
     values = config_lib.plain(config)
     if stored != values:
-        with main.storage_errors(directory):
-            tf.io.gfile.makedirs(directory)
-            main.write_atomically(
-                os.path.join(directory, CONFIG), _json_text(values)
-            )
+        check_writable(directory)
+        write_text(os.path.join(directory, CONFIG), _json_text(values))
 
 
 def _checkpoints_to_keep(
@@ -317,11 +326,10 @@ def _finish(
         },
     )
     if trainer.is_chief:
-        with main.storage_errors(directory):
-            main.write_atomically(
-                os.path.join(directory, RESULT),
-                _json_text(dataclasses.asdict(result)),
-            )
+        write_text(
+            os.path.join(directory, RESULT),
+            _json_text(dataclasses.asdict(result)),
+        )
     return result
 
 
@@ -332,7 +340,7 @@ def _remove_checkpoints(
     if config.keep == "all":
         return
     kept = {0, config.train_steps} if config.keep == "trunk" else set()
-    checkpoints = main.checkpoints_of(directory)
+    checkpoints = _checkpoints(directory)
     for step in checkpoints.steps():
         if step not in kept:
             checkpoints.remove(step)
@@ -346,6 +354,11 @@ def _weights(report: SparsityReport) -> tuple[WeightSparsity, ...]:
         for row in report.rows
         if row["rank"] >= 2
     )
+
+
+def _checkpoints(directory: str) -> Checkpoints:
+    """The checkpoints of a run, to list and remove them."""
+    return Checkpoints(os.path.join(directory, CHECKPOINTS), configuration={})
 
 
 @contextlib.contextmanager

@@ -119,10 +119,9 @@ def test_sweep_progress_time_left_is_that_of_the_steps_left(sweep, toy_configs):
     name = run_name(toy_configs[0])
     with shown:
         assert shown.seconds_left() is None
-        shown.begin(name)
+        shown.begin(name, step=4)
         now += 5.0
-        # It was resumed at step 4.
-        shown.update(name, _summary(6, loop_steps=2))
+        shown.update(name, _summary(6))
         assert shown.seconds_left() == pytest.approx(5.0 / 2 * (120 - 6))
         now += 5.0
         shown.finish(name, make_result())
