@@ -1,11 +1,17 @@
 """State of Sparsity: neural networks that become sparse while they train."""
 
+from sos.arguments import REQUIRED
 from sos.callbacks import SparsityCallback
 from sos.driver import Driver, set_all
 from sos.noise import call_label
 from sos.ramps import ConstantRamp, CubicRamp, LinearRamp, Ramp
 from sos.rankings import PerTensorRanking, Ranking
-from sos.registry import register, techniques
+from sos.registry import (
+    hyperparameters,
+    register,
+    select_hyperparameters,
+    techniques,
+)
 from sos.report import SparsityReport, sparsity_report
 from sos.schedules import (
     ConstantSparsity,
@@ -27,6 +33,7 @@ from sos.wrappers.sparse_weight import SparseWeight
 from sos.wrappers.variational_dropout import VariationalDropout
 
 __all__ = [
+    "REQUIRED",
     "ConstantRamp",
     "ConstantSparsity",
     "CubicRamp",
@@ -53,7 +60,9 @@ __all__ = [
     "VariationalDropout",
     "__version__",
     "call_label",
+    "hyperparameters",
     "register",
+    "select_hyperparameters",
     "set_all",
     "sparsify",
     "sparsity_report",

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 import sos
 from sos.export import export_saved_model
-from tests.support import toys
+from tests.support import techniques
 
 SCHEDULE = sos.ConstantSparsity(0.75, begin_step=0, frequency=1)
 
@@ -40,7 +40,7 @@ def files(path):
 
 def check_equal(model, loaded, sizes=(1, 3, 17)):
     for size in sizes:
-        x = toys.normal(size, 6, seed=size)
+        x = techniques.normal(size, 6, seed=size)
         np.testing.assert_allclose(
             loaded(x), model(x, training=False), rtol=1e-6, atol=1e-6
         )
@@ -49,9 +49,9 @@ def check_equal(model, loaded, sizes=(1, 3, 17)):
 # What is exported.
 
 
-@pytest.mark.parametrize("name", toys.technique_names())
+@pytest.mark.parametrize("name", techniques.NAMES)
 def test_exports_compute_what_the_model_does(name, tmp_path):
-    model = toys.mlp(name)
+    model = techniques.mlp(name)
     export_saved_model(model, tmp_path / "model")
     loaded = tf.saved_model.load(tmp_path / "model")
     check_equal(model, loaded)
@@ -71,7 +71,7 @@ def test_exports_compute_what_the_model_does(name, tmp_path):
 def test_an_export_needs_neither_sos_nor_keras(tmp_path):
     model = sparse()
     export_saved_model(model, tmp_path / "model")
-    x = toys.normal(5, 6)
+    x = techniques.normal(5, 6)
     np.save(tmp_path / "x.npy", x)
     program = (
         "import sys\n"
@@ -113,7 +113,7 @@ def test_every_variable_is_stored_once(tmp_path):
 def test_dense_and_compiled_models_can_be_exported(tmp_path):
     model = dense()
     model.compile("adam", "mse")
-    model.fit(*toys.batch()[:1], np.zeros((8, 8)), verbose=0)
+    model.fit(*techniques.batch()[:1], np.zeros((8, 8)), verbose=0)
     export_saved_model(model, tmp_path / "model")
     loaded = tf.saved_model.load(tmp_path / "model")
     check_equal(model, loaded)
@@ -121,7 +121,7 @@ def test_dense_and_compiled_models_can_be_exported(tmp_path):
 
 
 def test_exports_compute_as_in_inference(tmp_path):
-    x = toys.normal(64, 6)
+    x = techniques.normal(64, 6)
     model = keras.Sequential(
         [
             keras.Input((6,)),
@@ -156,7 +156,7 @@ def test_layers_with_tables_keep_them(tmp_path):
 
 
 def test_models_of_several_replicas_can_be_exported(tmp_path):
-    with toys.two_replicas().scope():
+    with techniques.two_replicas().scope():
         models = [dense(), sparse()]
     for model in models:
         export_saved_model(model, tmp_path / "model")
@@ -190,7 +190,10 @@ def test_several_inputs_go_by_name(structure, tmp_path):
     export_saved_model(model, tmp_path / "model")
     loaded = tf.saved_model.load(tmp_path / "model")
     serve = loaded.signatures["serving_default"]
-    z, a = tf.constant(toys.normal(7, 3)), tf.constant(toys.normal(7, 4))
+    z, a = (
+        tf.constant(techniques.normal(7, 3)),
+        tf.constant(techniques.normal(7, 4)),
+    )
     inputs = [z, a] if structure is list else {"a": a, "z": z}
     expected = model(inputs)
     called, served = loaded(inputs), serve(a=a, z=z)
@@ -234,7 +237,7 @@ def test_a_fixed_batch_becomes_a_batch_of_any_size(tmp_path):
     export_saved_model(model, tmp_path / "model")
     check_equal(model, tf.saved_model.load(tmp_path / "model"), sizes=(4,))
     loaded = tf.saved_model.load(tmp_path / "model")
-    assert loaded(toys.normal(9, 6)).shape == (9, 2)
+    assert loaded(techniques.normal(9, 6)).shape == (9, 2)
 
 
 @keras.saving.register_keras_serializable(package="export_test")
@@ -275,7 +278,7 @@ def test_subclassed_models_need_a_signature(wrapped, tmp_path):
     # The same model takes dictionaries too.
     specs = {"y": spec, "x": spec}
     export_saved_model(model, path, input_signature=specs)
-    x, y = tf.constant(toys.normal(5, 6)), tf.ones((5, 6))
+    x, y = tf.constant(techniques.normal(5, 6)), tf.ones((5, 6))
     loaded = tf.saved_model.load(path)
     served = loaded.signatures["serving_default"](x=x, y=y)["output_0"]
     for outputs in (loaded({"x": x, "y": y}), served):

@@ -7,7 +7,7 @@ import tensorflow as tf
 import sos
 from sos.training import inputs
 from sos.training.task import Task
-from tests.support import toys
+from tests.support import techniques
 
 EXAMPLES = 48
 EVAL_EXAMPLES = 20
@@ -84,7 +84,7 @@ class ToyTask(Task):
         return sos.sparsify(
             model,
             sos.techniques()[self.technique],
-            **{**toys.settings(self.technique), **self.overrides},
+            **techniques.arguments(self.technique, **self.overrides),
         )
 
     def build_optimizer(self, model):

@@ -21,7 +21,7 @@ from sos.training.checkpoints import (
     check_writable,
     remove_unfinished,
 )
-from tests.support import toys
+from tests.support import techniques
 
 CONFIGURATION = {"rate": 0.5, "seed": 1, "data": {"name": "toy", "size": 9}}
 
@@ -47,7 +47,7 @@ class Trained:
                 name="toy",
             ),
             technique,
-            **toys.settings(technique),
+            **techniques.arguments(technique),
         )
         self.optimizer = keras.optimizers.Adam(0.01)
         self.optimizer.build(self.model.trainable_variables)
@@ -130,7 +130,7 @@ def names(folder):
 # What is saved comes back.
 
 
-@pytest.mark.parametrize("technique", toys.technique_names())
+@pytest.mark.parametrize("technique", techniques.NAMES)
 def test_everything_comes_back_bit_for_bit(make, technique):
     Trained(technique).save(make(), 12, seconds=2.5)
     # Keras numbers what is made later differently.
@@ -195,7 +195,7 @@ def test_the_report_command_reads_it(make, trained, capsys):
     trained.save(make(), 3)
     report_command.main([os.path.join(make().path(3), "variables")])
     printed = capsys.readouterr().out
-    for path, mask in toys.sparse_state(trained.model).items():
+    for path, mask in techniques.sparse_state(trained.model).items():
         # It knows the layers by their places alone.
         layer = {"a": "model/1/", "b": "model/4/"}[path.split("/")[-2]]
         (line,) = [line for line in printed.splitlines() if layer in line]
@@ -204,7 +204,7 @@ def test_the_report_command_reads_it(make, trained, capsys):
 
 
 def test_replicas_and_one_device_read_each_others(make):
-    with toys.two_replicas().scope():
+    with techniques.two_replicas().scope():
         two = Trained()
     two.save(make(), 4)
     one = Trained()

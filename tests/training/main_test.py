@@ -16,7 +16,7 @@ from sos.training import follower, modes, pace
 from sos.training.reporting import Summary
 from sos.training.strategies import make_strategy
 from sos.training.trainer import Trainer
-from tests.support import processes, toy_task, toys
+from tests.support import processes, techniques, toy_task
 from tests.support.toy_task import ToyTask
 
 STEPS = 20
@@ -489,7 +489,7 @@ def test_export(copy):
     ]
     masks = [
         value
-        for name, value in toys.sparse_state(copy.trainer.model).items()
+        for name, value in techniques.sparse_state(copy.trainer.model).items()
         if name.endswith(":mask")
     ]
     assert len(kernels) == len(masks) == 2

@@ -9,7 +9,7 @@ import sos
 from sos.training.steps import CompiledMaskUpdate
 from sos.wrappers.base import find_wrappers
 from sos.wrappers.masked import update_masks
-from tests.support import toys
+from tests.support import techniques
 
 
 class Saliency(sos.PruningWrapper):
@@ -46,13 +46,13 @@ class Together(sos.Ranking):
 
 PRUNING = [
     name
-    for name in toys.technique_names()
+    for name in techniques.NAMES
     if issubclass(sos.techniques()[name], sos.PruningWrapper)
 ]
 
 
 def strategies():
-    return {"default": contextlib.nullcontext, "two": toys.two_replicas}
+    return {"default": contextlib.nullcontext, "two": techniques.two_replicas}
 
 
 @pytest.fixture(params=strategies())
@@ -71,9 +71,9 @@ def masks(model):
 
 @pytest.mark.parametrize("name", PRUNING)
 def test_masks_are_those_of_the_host(name, scope):
-    expected = toys.mlp(name)
+    expected = techniques.mlp(name)
     with scope():
-        model = toys.mlp(name)
+        model = techniques.mlp(name)
         compiled = CompiledMaskUpdate()
         for sparsity in (0.0, 0.3, 0.5, 0.9):
             compiled(dict.fromkeys(find_wrappers(model), sparsity))
@@ -87,9 +87,9 @@ def test_masks_are_those_of_the_host(name, scope):
 
 
 def test_other_rankings_see_the_sparsity(scope):
-    ranking = toys.Recorder()
+    ranking = techniques.Recorder()
     with scope():
-        model = toys.mlp("MagnitudePruning", ranking=ranking)
+        model = techniques.mlp("MagnitudePruning", ranking=ranking)
         compiled = CompiledMaskUpdate()
         for sparsity in (0.25, 0.5, 0.25):
             compiled(dict.fromkeys(find_wrappers(model), sparsity))
@@ -102,7 +102,7 @@ def test_other_rankings_see_the_sparsity(scope):
 
 def test_nan_scores_are_refused_and_change_nothing(scope):
     with scope():
-        model = toys.mlp("MagnitudePruning")
+        model = techniques.mlp("MagnitudePruning")
         compiled = CompiledMaskUpdate()
         compiled(dict.fromkeys(find_wrappers(model), 0.5))
         before = masks(model)
@@ -206,7 +206,7 @@ def test_in_training_the_bits_are_those_of_the_host(name, scope):
 @pytest.mark.parametrize("name", ["RandomPruning", "MagnitudePruning"])
 def test_what_is_not_due_stays(name, scope):
     with scope():
-        model = toys.mlp(name)
+        model = techniques.mlp(name)
         first, second = find_wrappers(model)
         compiled = CompiledMaskUpdate()
         compiled({first: 0.5})

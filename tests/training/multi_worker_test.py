@@ -8,12 +8,12 @@ import pytest
 
 from sos.training import main, strategies
 from sos.training.trainer import Trainer
-from tests.support import processes, toy_task, toy_train, toys
+from tests.support import processes, techniques, toy_task, toy_train
 from tests.support.processes import Program
 
 pytestmark = pytest.mark.slow
 
-TECHNIQUES = ["dense", *toys.technique_names()]
+TECHNIQUES = ["dense", *techniques.NAMES]
 STEPS = 20
 # How soon a worker has to notice that another is gone. TensorFlow notices a
 # closed connection at once, and silence after ten seconds.
@@ -93,7 +93,7 @@ def test_all_workers_hold_the_same_bits(job, task):
 @pytest.mark.parametrize("task", TECHNIQUES)
 def test_workers_compute_what_the_replicas_of_one_process_do(job, task):
     found = final_values(job, task, 0)
-    expected = toy_task.values(train(task, toys.two_replicas()))
+    expected = toy_task.values(train(task, techniques.two_replicas()))
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         if value.dtype.kind == "f":

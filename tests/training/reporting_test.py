@@ -14,7 +14,7 @@ from sos.training.reporting import (
     TensorBoard,
     describe,
 )
-from tests.support import toys
+from tests.support import techniques
 
 
 def record(step=200, **fields):
@@ -272,7 +272,7 @@ def test_tensorboard_shows_training_and_evaluation_as_two_runs(tmp_path):
     board(EVAL)
     # A process that is killed now has written them.
     f = np.float32
-    assert toys.scalars(tmp_path / "train") == {
+    assert techniques.scalars(tmp_path / "train") == {
         "loss": [(100, 2.5), (12_000, f(2.30258509))],
         "accuracy": [(12_000, f(0.5125))],
         "learning_rate": [(12_000, f(0.1))],
@@ -283,7 +283,7 @@ def test_tensorboard_shows_training_and_evaluation_as_two_runs(tmp_path):
         "sparsity/b/kernel": [(12_000, 0.25)],
         "penalty/a/kernel": [(12_000, 12.5)],
     }
-    assert toys.scalars(tmp_path / "eval") == {
+    assert techniques.scalars(tmp_path / "eval") == {
         "accuracy": [(12_000, 0.5)],
         "sparsity": [(12_000, f(0.4567))],
     }
@@ -301,11 +301,11 @@ def test_resuming_hides_the_later_steps(tmp_path):
     resumed(record(250, metrics={"loss": 1.0}))
     resumed.close()
     expected = [(100, 100.0), (200, 200.0), (250, 1.0)]
-    assert toys.scalars(tmp_path / "train") == {"loss": expected}
+    assert techniques.scalars(tmp_path / "train") == {"loss": expected}
     board.close()
     # Without a step nothing is hidden.
     other = TensorBoard(tmp_path)
     other(record(300, metrics={"loss": 2.0}))
     other.close()
     expected.append((300, 2.0))
-    assert toys.scalars(tmp_path / "train") == {"loss": expected}
+    assert techniques.scalars(tmp_path / "train") == {"loss": expected}

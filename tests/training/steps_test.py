@@ -8,7 +8,7 @@ from keras import layers
 
 import sos
 from sos.training.steps import Steps
-from tests.support import toys
+from tests.support import techniques
 from tests.support.toy_task import GivenTask
 
 BATCH = 8
@@ -21,8 +21,8 @@ ONE_SIDED = np.tile([1, 2, 0.5, 1, 0, 0, 0, 0], 6).astype(np.float32)
 
 def examples(steps=6, inputs=6, outputs=2):
     return {
-        "x": toys.normal(steps * BATCH, inputs, seed=1),
-        "y": toys.normal(steps * BATCH, outputs, seed=2),
+        "x": techniques.normal(steps * BATCH, inputs, seed=1),
+        "y": techniques.normal(steps * BATCH, outputs, seed=2),
     }
 
 
@@ -38,7 +38,7 @@ def dense():
 
 
 def pruned():
-    return toys.mlp(
+    return techniques.mlp(
         "MagnitudePruning",
         schedule=sos.ConstantSparsity(0.5, begin_step=2, frequency=2),
     )
@@ -49,11 +49,11 @@ def shifted(penalty_weight=0.25):
     return keras.Sequential(
         [
             keras.Input((6,)),
-            toys.Shift(
+            techniques.Shift(
                 layers.Dense(8, activation="tanh", name="a"),
                 penalty_weight=penalty_weight,
             ),
-            toys.Shift(
+            techniques.Shift(
                 layers.Dense(2, name="b"), penalty_weight=penalty_weight
             ),
         ],
@@ -90,7 +90,7 @@ class Run:
     ):
         self.task = task
         self.strategy = (
-            toys.two_replicas()
+            techniques.two_replicas()
             if replicas == 2
             else tf.distribute.OneDeviceStrategy("CPU:0")
         )
@@ -395,7 +395,7 @@ def test_penalties_are_counted_once(replicas, gradient_accumulation_steps):
     for step in range(1, 4):
         run.train(1)
         for wrapper in run.model.layers:
-            assert toys.shift_of(wrapper) == -0.5 * 0.25 * step
+            assert techniques.shift_of(wrapper) == -0.5 * 0.25 * step
 
 
 @pytest.mark.parametrize(
@@ -443,7 +443,7 @@ def noted(name, **settings):
         )
         return keras.Sequential([keras.Input((6,)), layer], name="toy")
 
-    x = np.tile(toys.normal(1, 6, seed=4), (6 * BATCH, 1))
+    x = np.tile(techniques.normal(1, 6, seed=4), (6 * BATCH, 1))
     given = GivenTask(
         one_layer,
         # Weights stand still.
@@ -814,7 +814,9 @@ def test_a_penalty_that_is_not_finite_is_named(replicas):
         return keras.Sequential(
             [
                 keras.Input((6,)),
-                toys.Shift(layers.Dense(2), penalty_weight=1, ramp=Growing()),
+                techniques.Shift(
+                    layers.Dense(2), penalty_weight=1, ramp=Growing()
+                ),
             ]
         )
 
@@ -863,12 +865,12 @@ def test_weights_that_are_not_finite_are_seen():
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
-@pytest.mark.parametrize("name", toys.technique_names())
+@pytest.mark.parametrize("name", techniques.NAMES)
 def test_the_summary_is_the_reports(name, replicas):
-    run = Run(task(lambda: toys.mlp(name)), replicas=replicas).train(2)
+    run = Run(task(lambda: techniques.mlp(name)), replicas=replicas).train(2)
     for variable in run.model.variables:
         if "log_" in variable.path:
-            variable.assign_add(toys.normal(*variable.shape, scale=20.0))
+            variable.assign_add(techniques.normal(*variable.shape, scale=20.0))
     zeros, penalties = run.steps.summary()
     expected = {
         row["weight"]: row["size"] - row["nonzeros"]
@@ -884,7 +886,7 @@ def test_the_summary_is_the_reports(name, replicas):
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("name", ["L0Regularization", "VariationalDropout"])
 def test_penalties_are_told_while_a_driver_is_bound(name, replicas):
-    run = Run(task(lambda: toys.mlp(name)), replicas=replicas)
+    run = Run(task(lambda: techniques.mlp(name)), replicas=replicas)
 
     def total():
         return sum(run.steps.summary()[1].values())
@@ -912,9 +914,9 @@ def test_techniques_may_be_mixed():
         return keras.Sequential(
             [
                 keras.Input((6,)),
-                toys.wrap("FixedMask", layers.Dense(8, name="a")),
-                toys.wrap("L0Regularization", layers.Dense(4, name="b")),
-                toys.wrap("MagnitudePruning", layers.Dense(2, name="c")),
+                techniques.wrap("FixedMask", layers.Dense(8, name="a")),
+                techniques.wrap("L0Regularization", layers.Dense(4, name="b")),
+                techniques.wrap("MagnitudePruning", layers.Dense(2, name="c")),
             ],
             name="toy",
         )

@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from sos.training import strategies
 from sos.training.strategies import gather, is_chief, make_strategy
-from tests.support import toys
+from tests.support import techniques
 
 TWO_WORKERS = {"worker": ["localhost:2222", "localhost:2223"]}
 
@@ -208,7 +208,7 @@ def test_a_process_by_itself_is_the_chief(name, tf_config):
 
 
 @pytest.mark.parametrize(
-    "make", [toys.two_replicas, tf.distribute.get_strategy]
+    "make", [techniques.two_replicas, tf.distribute.get_strategy]
 )
 def test_a_process_by_itself_hears_what_it_says(make):
     # Whatever the number of its replicas; exact in float64.

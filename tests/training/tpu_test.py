@@ -16,7 +16,7 @@ from sos.training import inputs, tpu_check
 from sos.training.steps import CompiledMaskUpdate
 from sos.training.task import Task
 from sos.training.trainer import Trainer
-from tests.support import toys
+from tests.support import techniques
 
 EXAMPLES = 32
 
@@ -88,7 +88,7 @@ class Captions(Task):
         return sos.sparsify(
             model,
             self.technique,
-            **{**toys.settings(self.technique), **self.overrides},
+            **techniques.arguments(self.technique, **self.overrides),
         )
 
     def build_optimizer(self, model):
@@ -192,7 +192,7 @@ def assert_accepted(functions):
 @pytest.mark.parametrize(
     ("replicas", "dtype"), [(2, "float32"), (8, "mixed_bfloat16")]
 )
-@pytest.mark.parametrize("technique", [None, *toys.technique_names()])
+@pytest.mark.parametrize("technique", [None, *techniques.NAMES])
 def test_a_tpu_accepts_every_step(technique, replicas, dtype, policy):
     policy(dtype)
     trainer = make_trainer(Captions(technique, replicas), replicas)
@@ -212,7 +212,7 @@ def test_a_tpu_accepts_what_users_write(policy):
     task = Captions(
         "TpuSaliency",
         2,
-        schedule=toys.SCHEDULE,
+        schedule=techniques.SCHEDULE,
         ranking=SortedTogether(),
     )
     functions = traces(make_trainer(task, 2))
