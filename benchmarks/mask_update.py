@@ -16,13 +16,9 @@ It takes less than a minute on two cores, most of it spent in tfmot.
 """
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Callable
-
-os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
 import numpy as np

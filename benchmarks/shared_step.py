@@ -10,11 +10,7 @@ It takes about ten minutes on two cores.
 """
 
 import argparse
-import os
 import time
-
-os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import tensorflow as tf
 

@@ -13,14 +13,10 @@ It takes about three minutes and 16 GB of memory on two cores.
 
 import argparse
 import multiprocessing
-import os
 import resource
 import statistics
 import time
 from multiprocessing.connection import Connection
-
-os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from benchmarks.common import print_report
 

@@ -16,7 +16,6 @@ from absl import app, flags
 
 from models import config_flag
 from models.config_flag import define_config, parse_flags
-from models.quiet import quiet
 
 _CONFIG = define_config()
 flags.adopt_module_key_flags(config_flag)
@@ -53,7 +52,9 @@ def main(argv: Sequence[str]) -> None:
 def _study() -> None:
     # TensorFlow takes seconds to load, and wrong flags are refused before.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    with quiet():
+    from sos import startup
+
+    with startup.quiet():
         import tensorflow as tf
 
         from models import networks
@@ -61,7 +62,7 @@ def _study() -> None:
         from sos.experiments import progress, runs, study
         from sos.training.signals import StopRequest, exit_code
 
-        tf.config.list_logical_devices()  # Says what GPUs are not there.
+        tf.config.list_physical_devices()
     # The runs of every shape have functions of their own to trace, of which
     # TensorFlow warns.
     tf.get_logger().setLevel("ERROR")

@@ -19,10 +19,12 @@ from absl import app, flags, logging
 
 from models import config_flag
 from models.config_flag import define_config, parse_flags
-from models.quiet import quiet
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-with quiet():
+
+from sos import startup
+
+with startup.quiet():
     import tensorflow as tf
 
     from models import networks
@@ -31,7 +33,6 @@ with quiet():
     from sos.training import flags as training_flags
     from sos.training import main
 
-    # Says which GPUs are not there.
     tf.config.list_physical_devices()
 
 _CONFIG = define_config()

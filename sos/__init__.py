@@ -1,5 +1,16 @@
 """State of Sparsity: neural networks that become sparse while they train."""
 
+from sos import startup
+
+# This module imports TensorFlow, Keras and tensorflow-model-optimization.
+with startup.quiet():
+    from sos.schedules import (
+        ConstantSparsity,
+        PolynomialDecay,
+        PruningSchedule,
+        Schedule,
+    )
+
 from sos.callbacks import SparsityCallback
 from sos.driver import Driver, set_all
 from sos.noise import call_label
@@ -7,12 +18,6 @@ from sos.ramps import ConstantRamp, CubicRamp, LinearRamp, Ramp
 from sos.rankings import PerTensorRanking, Ranking
 from sos.registry import register, techniques
 from sos.report import SparsityReport, sparsity_report
-from sos.schedules import (
-    ConstantSparsity,
-    PolynomialDecay,
-    PruningSchedule,
-    Schedule,
-)
 from sos.surgery import sparsify, strip
 from sos.version import __version__
 from sos.wrappers.base import SparseWrapper
