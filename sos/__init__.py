@@ -13,6 +13,7 @@ with startup.quiet():
 
 from sos.callbacks import SparsityCallback
 from sos.driver import Driver, set_all
+from sos.export import export_model
 from sos.noise import call_label
 from sos.ramps import ConstantRamp, CubicRamp, LinearRamp, Ramp
 from sos.rankings import PerTensorRanking, Ranking
@@ -58,6 +59,7 @@ __all__ = [
     "VariationalDropout",
     "__version__",
     "call_label",
+    "export_model",
     "register",
     "set_all",
     "sparsify",
