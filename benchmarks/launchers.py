@@ -21,14 +21,9 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 
-os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
-import sos  # Before TensorFlow, whose start-up lines it hides.
-
-# isort: split
 import ml_collections
 
+import sos
 from benchmarks.common import print_report
 from configs import fashion_mnist
 from sos.experiments import sweeps

@@ -19,13 +19,9 @@ tfmot; with `--model=convnet --repeats=1`, to try it out, seconds.
 
 import argparse
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
-
-os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np
 import tensorflow as tf

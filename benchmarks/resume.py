@@ -27,9 +27,6 @@ import tempfile
 import time
 from collections.abc import Callable
 
-os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
 import keras
 import tensorflow as tf
 

@@ -36,9 +36,6 @@ import time
 import venv
 from typing import Any
 
-os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
 import keras
 import rich.console
 import rich.table

@@ -17,14 +17,10 @@ seconds.
 
 import argparse
 import multiprocessing
-import os
 import resource
 import statistics
 import time
 from multiprocessing.connection import Connection
-
-os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from benchmarks.common import print_report
 

@@ -16,6 +16,14 @@ from collections.abc import Sequence
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+from sos import startup
+
+with startup.quiet():
+    import tensorflow as tf
+
+    # The first listing names the GPUs that are missing.
+    tf.config.list_physical_devices()
+
 from absl import app, flags
 
 from models.config_flag import ConfigFlag

@@ -18,6 +18,14 @@ from collections.abc import Sequence
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+from sos import startup
+
+with startup.quiet():
+    import tensorflow as tf
+
+    # The first listing names the GPUs that are missing.
+    tf.config.list_physical_devices()
+
 import ml_collections
 from absl import app, flags, logging
 

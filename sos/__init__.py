@@ -1,8 +1,20 @@
 """State of Sparsity: neural networks that become sparse while they train."""
 
+from sos import startup
+
+# This module imports TensorFlow, Keras and tensorflow-model-optimization.
+with startup.quiet():
+    from sos.schedules import (
+        ConstantSparsity,
+        PolynomialDecay,
+        PruningSchedule,
+        Schedule,
+    )
+
 from sos.arguments import REQUIRED
 from sos.callbacks import SparsityCallback
 from sos.driver import Driver, set_all
+from sos.export import export_model
 from sos.noise import call_label
 from sos.ramps import ConstantRamp, CubicRamp, LinearRamp, Ramp
 from sos.rankings import PerTensorRanking, Ranking
@@ -13,12 +25,6 @@ from sos.registry import (
     techniques,
 )
 from sos.report import SparsityReport, sparsity_report
-from sos.schedules import (
-    ConstantSparsity,
-    PolynomialDecay,
-    PruningSchedule,
-    Schedule,
-)
 from sos.surgery import sparsify, strip
 from sos.version import __version__
 from sos.wrappers.base import SparseWrapper
@@ -60,6 +66,7 @@ __all__ = [
     "VariationalDropout",
     "__version__",
     "call_label",
+    "export_model",
     "hyperparameters",
     "register",
     "select_hyperparameters",

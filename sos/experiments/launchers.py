@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import ml_collections
 import tensorflow as tf
 
+from sos import startup
 from sos.errors import (
     DirectoryInUseError,
     ReportedError,
@@ -361,7 +362,8 @@ def _end_with_parent() -> None:
 
 
 def _configure_tensorflow(index: int, threads: int) -> None:
-    gpus = tf.config.list_physical_devices("GPU")
+    with startup.quiet():
+        gpus = tf.config.list_physical_devices("GPU")
     if gpus:
         tf.config.set_visible_devices(gpus[index % len(gpus)], "GPU")
     else:

@@ -565,7 +565,10 @@ class Trainer:
         }
 
     def _agree(
-        self, loop_length: LoopLength, step_seconds: float, stop: StopSource | None
+        self,
+        loop_length: LoopLength,
+        step_seconds: float,
+        stop: StopSource | None,
     ) -> signal.Signals | None:
         """Sets the loop length and tells whether to stop, the same on all workers."""
         requested = stop.requested if stop is not None else None

@@ -15,15 +15,19 @@ import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import numpy as np
-import tensorflow as tf
-from absl import app, flags, logging
-
 import sos
-from sos.training import flags as training_flags
-from sos.training import main
-from sos.training.trainer import Trainer
-from tests.support import toy_task
+
+with sos.startup.quiet():
+    import numpy as np
+    import tensorflow as tf
+    from absl import app, flags, logging
+
+    from sos.training import flags as training_flags
+    from sos.training import main
+    from sos.training.trainer import Trainer
+    from tests.support import toy_task
+
+    tf.config.list_physical_devices()
 
 SCHEDULE = sos.PolynomialDecay(0.0, 0.8, 3, 15, frequency=3)
 

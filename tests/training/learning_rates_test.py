@@ -15,7 +15,7 @@ from sos.errors import UsageError
 from sos.training import learning_rates, tpu_check
 from sos.training.learning_rates import make_learning_rate
 from sos.training.optimizers import make_optimizer
-from tests.support import toys
+from tests.support import techniques
 
 # Of the authors' recipe for ResNet-50.
 IMAGES = 1_281_167
@@ -377,7 +377,7 @@ def step_function(config, strategy, jit_compile=False):
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_schedule_in_a_compiled_step_equals_eager_values(name, where):
     strategy = (
-        toys.two_replicas()
+        techniques.two_replicas()
         if where == "two replicas"
         else tf.distribute.OneDeviceStrategy("CPU:0")
     )

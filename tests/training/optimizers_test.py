@@ -19,7 +19,7 @@ from sos.training.optimizers import (
     technique_variables,
     with_multipliers,
 )
-from tests.support import toys
+from tests.support import techniques
 
 # Multiplied without rounding.
 RATE, FACTOR = 2.0**-4, 4.0
@@ -74,7 +74,7 @@ class Training:
     def values(self, name, step=None):
         """The initial value of a variable, or its gradient of a step."""
         seed = list(SHAPES).index(name) + (100 if step is None else 10 * step)
-        return toys.normal(*SHAPES[name], seed=seed)
+        return techniques.normal(*SHAPES[name], seed=seed)
 
     def gradients(self, step):
         return [tf.constant(self.values(name, step)) for name in self.variables]
@@ -162,7 +162,7 @@ def test_multipliers_change_no_name_of_a_variable(name):
 @pytest.mark.parametrize("name", optimizers.names())
 def test_multipliers_under_two_replicas_equal_one_device(name):
     arguments = {"config": {"name": name}, "factors": {"state": FACTOR}}
-    found = Training(**arguments, strategy=toys.two_replicas()).run()
+    found = Training(**arguments, strategy=techniques.two_replicas()).run()
     for a, b in zip(
         found.state(), Training(**arguments).run().state(), strict=True
     ):
@@ -219,7 +219,7 @@ def test_weight_decay_is_not_multiplied_and_spares_excluded_variables(
         factors={"matrix": 3.0, "state": 3.0},
         decayed=["matrix", "vector"],
         rate=0.1,
-        strategy=toys.two_replicas() if replicas == 2 else None,
+        strategy=techniques.two_replicas() if replicas == 2 else None,
     ).run(1)
     for name, factor, decay in [
         ("matrix", 3.0, 0.5),
@@ -337,7 +337,7 @@ def test_checkpoint_of_a_plain_optimizer_is_interchangeable(
     saved, restored, replicas, tmp_path
 ):
     def training(factors):
-        strategy = toys.two_replicas() if replicas == 2 else None
+        strategy = techniques.two_replicas() if replicas == 2 else None
         return Training({"name": "adam"}, factors=factors, strategy=strategy)
 
     first = training(saved).run()
@@ -372,7 +372,7 @@ def test_training_restored_from_a_checkpoint_goes_on_exactly(tmp_path):
 
 
 def test_model_fitted_with_multipliers_trains_and_has_no_optimizer_config():
-    model = toys.mlp("L0Regularization")
+    model = techniques.mlp("L0Regularization")
     state = technique_variables(model)
     before = [keras.ops.convert_to_numpy(v) for v in state]
     optimizer = make_optimizer(
@@ -382,7 +382,10 @@ def test_model_fitted_with_multipliers_trains_and_has_no_optimizer_config():
     )
     model.compile(optimizer, "mse")
     model.fit(
-        *toys.batch(), epochs=1, verbose=0, callbacks=[sos.SparsityCallback()]
+        *techniques.batch(),
+        epochs=1,
+        verbose=0,
+        callbacks=[sos.SparsityCallback()],
     )
     for variable, old in zip(state, before, strict=True):
         # The first step of Adam is the learning rate.
@@ -407,7 +410,7 @@ def test_with_multipliers_takes_an_optimizer_of_the_user():
 
 @pytest.mark.parametrize("documented", [optimizers, with_multipliers])
 def test_example_in_a_docstring_runs(documented):
-    model = toys.mlp("L0Regularization")
+    model = techniques.mlp("L0Regularization")
     names = {
         **vars(optimizers),
         "make_learning_rate": make_learning_rate,
@@ -518,9 +521,9 @@ def test_with_multipliers_of_a_wrapper_of_optimizers_raises(optimizer_class):
 # Techniques.
 
 
-@pytest.mark.parametrize("technique", toys.technique_names())
+@pytest.mark.parametrize("technique", techniques.technique_names())
 def test_technique_variables_are_those_that_a_dense_model_lacks(technique):
-    model = toys.mlp(technique)
+    model = techniques.mlp(technique)
     found = technique_variables(model)
     dense = [
         variable
