@@ -12,8 +12,19 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from sos.errors import ABORTED, UsageError, WorkerLostError, reason
+
 #: The names that `make_strategy` takes.
 STRATEGIES = ("tpu", "mirrored", "multi_worker", "one_device")
+
+# What TensorFlow raises in a worker when another one is gone.
+_LOST_WORKER = (
+    tf.errors.AbortedError,
+    tf.errors.CancelledError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.FailedPreconditionError,
+    tf.errors.UnavailableError,
+)
 
 # Dtypes that TensorFlow cannot send to other workers.
 _NOT_SENT = (tf.uint8, tf.int8, tf.uint16, tf.int16)
@@ -42,17 +53,16 @@ def make_strategy(
         The strategy.
 
     Raises:
-        ValueError: If the name is unknown, `tpu` goes with another strategy, or
-            TF_CONFIG is not what several workers need.
-        RuntimeError: If the TPU cannot be reached.
+        UsageError: If the name is unknown, `tpu` is given with another
+            strategy, TF_CONFIG is invalid, or the TPU cannot be reached.
     """
     if name is not None and name not in STRATEGIES:
-        raise ValueError(
+        raise UsageError(
             f"`strategy` must be one of {', '.join(STRATEGIES)}. "
             f"Received: strategy={name!r}"
         )
     if tpu and name not in (None, "tpu"):
-        raise ValueError(
+        raise UsageError(
             "`tpu` goes with the strategy tpu alone. "
             f"Received: tpu={tpu!r} with strategy={name!r}"
         )
@@ -135,6 +145,53 @@ def several_processes(strategy: tf.distribute.Strategy) -> bool:
     """Whether other processes take part in a job, running the same program."""
     # A TPU pod is driven by one process, whatever its number of hosts.
     return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+
+
+def several_workers() -> bool:
+    """Returns whether this process is one of several workers.
+
+    Unlike `several_processes`, it is known before they have joined: TF_CONFIG
+    lists them.
+    """
+    try:
+        return len(_workers()) > 1
+    except UsageError:
+        # Workers cannot join by it, and `make_strategy` raises.
+        return False
+
+
+def is_lost_worker(error: BaseException) -> bool:
+    """Returns whether an error in a job of several workers is a lost worker."""
+    # TensorFlow raises FailedPreconditionError for invalid data, too.
+    return isinstance(error, _LOST_WORKER) and (
+        not isinstance(error, tf.errors.FailedPreconditionError)
+        or ABORTED in error.message
+    )
+
+
+@contextlib.contextmanager
+def lost_worker_errors() -> Iterator[None]:
+    """Raises `WorkerLostError` when another worker is lost within the scope.
+
+    Enter it in a job of several workers only: in a single process TensorFlow
+    raises the same errors for other reasons.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        WorkerLostError: If another worker ended or cannot be reached.
+    """
+    try:
+        yield
+    except _LOST_WORKER as error:
+        if not is_lost_worker(error):
+            raise
+        raise WorkerLostError(
+            "A worker of this job ended or cannot be reached: "
+            f"{reason(error)}. Start all workers again to continue from the "
+            "last checkpoint."
+        ) from error
 
 
 class _MultiWorkerStrategy(tf.distribute.MultiWorkerMirroredStrategy):
@@ -235,7 +292,7 @@ def _tf_config() -> dict[str, Any]:
         if not all(isinstance(job, list) for job in config["cluster"].values()):
             raise ValueError("a job of its cluster is no list of addresses")
     except ValueError as error:
-        raise ValueError(
+        raise UsageError(
             "The environment variable TF_CONFIG must be a JSON object such as "
             '{"cluster": {"worker": ["host1:2222", "host2:2222"]}, "task": '
             f'{{"type": "worker", "index": 0}}}}. Cause: {error}. '
@@ -250,7 +307,7 @@ def _check_workers() -> None:
     job = config["cluster"].get(str(task.get("type")), [])
     index = task.get("index")
     if not _workers() or not (isinstance(index, int) and 0 <= index < len(job)):
-        raise ValueError(
+        raise UsageError(
             "The strategy multi_worker needs the environment variable "
             "TF_CONFIG with the addresses of all workers and the task of this "
             'one, such as {"cluster": {"worker": ["host1:2222", '
@@ -267,7 +324,7 @@ def _tpu_strategy(tpu: str) -> tf.distribute.Strategy:
         tf.tpu.experimental.initialize_tpu_system(resolver)
     except (tf.errors.OpError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise RuntimeError(
+        raise UsageError(
             f"The TPU {tpu!r} cannot be used: {reason} "
             "Give --tpu=NAME of a TPU in this project, or --tpu=local on a TPU "
             "machine with the package tensorflow-tpu."

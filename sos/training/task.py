@@ -31,6 +31,11 @@ class Task:
     metric_names: tuple[str, ...] = ("loss",)
     eval_batches: int = 0
 
+    @property
+    def has_evaluation(self) -> bool:
+        """Whether there is evaluation data."""
+        return self.eval_batches >= 1
+
     def configuration(self) -> Mapping[str, Any]:
         """All settings that decide what is computed, by name.
 

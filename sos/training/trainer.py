@@ -177,6 +177,7 @@ class Trainer:
         gradient_accumulation_steps: int = 1,
         steps_per_loop: int = 100,
         max_seconds_per_loop: float = 10.0,
+        jit_compile: bool | None = None,
     ) -> None:
         self._train_loop_length, self._eval_loop_length = (
             LoopLength(
@@ -269,6 +270,20 @@ class Trainer:
                 )
         return step
 
+    def restore_or_initialize(self, checkpoints: Checkpoints) -> int | None:
+        """Shim: restores the newest checkpoint, or initializes the model."""
+        step = self.restore(checkpoints)
+        if step is None and hasattr(self.task, "initialize"):
+            with self.strategy.scope():
+                self.task.initialize(self.model)
+        return step
+
+    def export(self, path: str) -> None:
+        """Shim: exports the model for serving."""
+        from sos.export import export_saved_model
+
+        export_saved_model(self.model, path)
+
     def save(self, checkpoints: Checkpoints) -> None:
         """Saves a checkpoint of this step; all workers must call it.
 
@@ -286,7 +301,7 @@ class Trainer:
             step,
             self.model,
             self.optimizer,
-            notes={
+            metadata={
                 "seconds": self.seconds,
                 "examples_seen": step * self.task.batch_size,
                 "replicas": self.strategy.num_replicas_in_sync,

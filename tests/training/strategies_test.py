@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from sos.errors import UsageError, WorkerLostError
 from sos.training import strategies
 from sos.training.strategies import gather, is_chief, make_strategy
 from tests.support import techniques
@@ -110,7 +111,7 @@ def test_a_tpu_goes_with_no_other_strategy(name):
     "arguments", [{"name": "tpu"}, {"tpu": "local"}], ids=str
 )
 def test_a_tpu_that_is_not_there(arguments):
-    with pytest.raises(RuntimeError, match="TPU 'local' cannot be used.*--tpu"):
+    with pytest.raises(UsageError, match="TPU 'local' cannot be used.*--tpu"):
         make_strategy(**arguments)
 
 
@@ -217,3 +218,63 @@ def test_a_process_by_itself_hears_what_it_says(make):
     assert found.dtype == np.float64
     assert found.shape == (1, 3)
     assert found.tobytes() == np.array([values]).tobytes()
+
+
+# Lost workers.
+
+
+@pytest.mark.parametrize(
+    ("config", "several"),
+    [
+        ("", False),
+        ("no JSON", False),
+        ({"cluster": {"worker": ["localhost:2222"]}}, False),
+        ({"cluster": TWO_WORKERS}, True),
+    ],
+)
+def test_several_workers_is_read_from_the_environment(
+    tf_config, config, several
+):
+    tf_config(config)
+    assert strategies.several_workers() is several
+
+
+ABORTED = "Collective ops is aborted by: Socket closed\nAdditional GRPC error"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        tf.errors.UnavailableError(None, None, ABORTED),
+        tf.errors.FailedPreconditionError(None, None, ABORTED),
+        tf.errors.DeadlineExceededError(None, None, "Socket closed"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_lost_worker_errors_become_one_class(error):
+    with (
+        pytest.raises(
+            WorkerLostError, match="reached: Socket closed. Start all workers"
+        ) as raised,
+        strategies.lost_worker_errors(),
+    ):
+        raise error
+    assert raised.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        tf.errors.FailedPreconditionError(None, None, "no such table"),
+        tf.errors.InvalidArgumentError(None, None, "wrong shape"),
+        ValueError("a bug"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_lost_worker_errors_leaves_others_unchanged(error):
+    with (
+        pytest.raises(type(error)) as raised,
+        strategies.lost_worker_errors(),
+    ):
+        raise error
+    assert raised.value is error
