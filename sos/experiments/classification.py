@@ -1,5 +1,6 @@
 """Image classification as a task of the training engine."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -64,9 +65,7 @@ class Classification(Task):
         self._settings = dict(settings or {})
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         self._eval_batch_size = max(1, eval_batch_size // replicas) * replicas
-        self.eval_batches = inputs.evaluation_batch_count(
-            len(data.y_test), self._eval_batch_size
-        )
+        self.eval_batches = math.ceil(len(data.y_test) / self._eval_batch_size)
 
     def configuration(self) -> dict[str, Any]:
         """The fields that tell runs apart, and the network's settings."""
@@ -129,7 +128,7 @@ class Classification(Task):
         self, context: tf.distribute.InputContext
     ) -> tf.data.Dataset:
         """All test examples once."""
-        return inputs.evaluation_batches(
+        return inputs.array_eval_batches(
             self._test, batch_size=self._eval_batch_size, context=context
         )
 
