@@ -12,7 +12,7 @@ import sos
 from sos.errors import StorageError, UsageError
 from sos.export import ServingModule
 from sos.wrappers.base import find_wrappers
-from tests.support import toys
+from tests.support import techniques
 
 SCHEDULE = sos.ConstantSparsity(0.75, begin_step=0, frequency=1)
 WORDS = ["one", "two", "three"]
@@ -51,7 +51,7 @@ def test_serving_module_of_a_sparse_model_holds_the_plain_one(tmp_path):
     with sos.Driver(model, keras.optimizers.SGD()):
         pass
     module = ServingModule(model)
-    x = toys.normal(3, 6)
+    x = techniques.normal(3, 6)
     np.testing.assert_allclose(module(x), model(x), rtol=1e-6)
     assert not find_wrappers(module.model)
     loaded = exported(module, tmp_path / "model")
@@ -88,7 +88,7 @@ def test_serving_module_subclass_adds_a_signature(tmp_path):
     module = TwoWays(model)
     loaded = exported(module, path)
     assert set(loaded.signatures) == {"serving_default", "scaled"}
-    x, expected = toys.normal(3, 6), model(toys.normal(3, 6))
+    x, expected = techniques.normal(3, 6), model(techniques.normal(3, 6))
     scaled = loaded.signatures["scaled"](x=x, scale=tf.constant(2.0))["y"]
     served = loaded.signatures["serving_default"](features=x)["output_0"]
     for outputs in (loaded(x), served, scaled / 2, loaded.scaled(x, 1.0)["y"]):
@@ -109,7 +109,7 @@ class OwnCall(ServingModule):
 
 
 def test_serving_module_subclass_replaces_the_call(tmp_path):
-    model, x = dense(), toys.normal(1, 6)
+    model, x = dense(), techniques.normal(1, 6)
     module = OwnCall(model)
     loaded = exported(module, tmp_path / "model")
     for function in (module, loaded):

@@ -1,5 +1,7 @@
 """A small task for the tests of the engine, with any technique or none."""
 
+import math
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -54,9 +56,7 @@ class ToyTask(Task):
         labels = np.argmax(points[:, :3] + 0.1 * points[:, 3:], axis=1)
         self.points = points.astype(np.float32)
         self.labels = labels.astype(np.int32)
-        self.eval_batches = inputs.evaluation_batch_count(
-            EVAL_EXAMPLES, batch_size
-        )
+        self.eval_batches = math.ceil(EVAL_EXAMPLES / batch_size)
 
     def configuration(self):
         return {
@@ -100,7 +100,7 @@ class ToyTask(Task):
         )
 
     def eval_dataset(self, context):
-        return inputs.evaluation_batches(
+        return inputs.array_eval_batches(
             self._arrays(slice(EXAMPLES, None)),
             batch_size=self.batch_size,
             context=context,
