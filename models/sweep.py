@@ -33,6 +33,7 @@ from sos.experiments.config import run_name
 from sos.experiments.launchers import LocalLauncher
 from sos.experiments.progress import SweepProgress, summary_table
 from sos.training import main as training_main
+from sos.training.signals import StopRequest
 
 _CONFIG = ConfigFlag()
 _WORKDIR = flags.DEFINE_string(
@@ -109,7 +110,7 @@ def _run(arguments: Sequence[str]) -> None:
         soft_wrap=True,
     )
     try:
-        with training_main.stop_on_signals() as stop:
+        with StopRequest() as stop:
             sweeps.run_sweep(
                 configs,
                 workdir,

@@ -36,6 +36,7 @@ from sos.experiments.runs import run, run_directory
 from sos.experiments.task import make_task
 from sos.training import flags as training_flags
 from sos.training import main as training_main
+from sos.training.strategies import several_workers
 from sos.training.trainer import Trainer
 
 _CONFIG = ConfigFlag()
@@ -50,7 +51,9 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: What is left of the command line.
     """
-    code = training_main.exit_code_of(lambda: _run(argv[1:]))
+    code = training_main.exit_code_of(
+        lambda: _run(argv[1:]), several_workers=several_workers()
+    )
     training_main.end_process(code)
 
 
@@ -62,14 +65,12 @@ def _run(arguments: Sequence[str]) -> None:
     config = resolve(_CONFIG.config)
     workdir = training_flags.WORKDIR.value
     print(run_directory(config, workdir), file=sys.stderr)
-    with training_main.stop_on_signals() as stop:
-        run(
-            config,
-            workdir,
-            make_trainer=_make_trainer,
-            stop=stop,
-            **training_flags.options(),
-        )
+    run(
+        config,
+        workdir,
+        make_trainer=_make_trainer,
+        **training_flags.option_values(),
+    )
 
 
 def _make_trainer(config: ml_collections.ConfigDict) -> Trainer:

@@ -101,6 +101,27 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str, text: str) -> None:
+    """Writes a text file that is complete or absent.
+
+    Args:
+        path: The file; `gs://` works too. Its directory must exist there.
+        text: Its content.
+
+    Raises:
+        StorageError: If it cannot be written; an earlier file is unchanged.
+    """
+    with storage_errors(f"{path} could not be written"):
+        if "://" not in path:
+            with atomic_write(path) as temporary:
+                temporary.write_text(text, "utf-8")
+            return
+        temporary = f"{path}.{uuid.uuid4().hex}"
+        with tf.io.gfile.GFile(temporary, "w") as file:
+            file.write(text)
+        tf.io.gfile.rename(temporary, path, overwrite=True)
+
+
 @contextlib.contextmanager
 def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path that is renamed to `path` on success.

@@ -3,8 +3,8 @@
 from sos.experiments.config import base_config, parse_argument
 from sos.experiments.image_classification import ImageClassification
 from sos.experiments.results import collect
-from sos.experiments.run import Result, run
-from sos.experiments.sweep import expand, run_sweep
+from sos.experiments.runs import Result, run
+from sos.experiments.sweeps import expand, run_sweep
 from sos.experiments.task import ExperimentTask
 
 __all__ = [

@@ -21,7 +21,7 @@ from sos.report import SparsityReport, sparsity_report
 from sos.training import main
 from sos.training.checkpoints import Checkpoints
 from sos.training.reporting import Summary
-from sos.training.signals import StopSource
+from sos.training.signals import StopRequest, StopSource
 from sos.training.strategies import make_strategy, several_processes
 from sos.training.trainer import Trainer
 from sos.version import __version__
@@ -107,7 +107,8 @@ def run(
         make_trainer: Makes the trainer, in the way the run is to be executed.
             By default on all devices that the machine calls for.
         on_summary: Called with a summary of every loop and evaluation.
-        stop: Stops the run between two loops.
+        stop: Stops the run between two loops. By default SIGTERM and Ctrl-C
+            do, where the main thread calls this.
         **options: Fields of `sos.training.main.Options`, such as
             `save_checkpoints_steps`. None of them changes the result.
 
@@ -121,7 +122,8 @@ def run(
         StorageError: If a file cannot be read or written, or another process
             trains this run.
         NonFiniteLossError: If the loss is not finite.
-        Stopped: If `stop` asked for it; the same call resumes the run.
+        Stopped: If it was asked to stop, and is saved; the same call resumes
+            the run.
     """
     config = config_lib.resolve(config)
     directory = run_directory(config, workdir)
@@ -142,12 +144,15 @@ def run(
         if mode == "export":
             main.export(trainer, options)
             return None
-        if mode == "eval":
-            summary = main.evaluate_continuously(
-                trainer, options, stop=stop, on_summary=on_summary
-            )
-            return _finish(trainer, config, directory, summary)
         with contextlib.ExitStack() as stack:
+            if stop is None:
+                # After the strategy is made, which may take signals itself.
+                stop = stack.enter_context(StopRequest())
+            if mode == "eval":
+                summary = main.evaluate_continuously(
+                    trainer, options, stop=stop, on_summary=on_summary
+                )
+                return _finish(trainer, config, directory, summary)
             if trainer.is_chief:
                 stack.enter_context(only_process(directory, "run"))
                 if not several_processes(trainer.strategy):

@@ -15,7 +15,7 @@ from sos.experiments.launchers import Launcher, LocalLauncher
 from sos.experiments.progress import SweepProgress
 from sos.experiments.runs import Result, read_result, run_directory
 from sos.experiments.task import make_task
-from sos.training import checkpoints
+from sos.training.checkpoints import Checkpoints
 from sos.training.signals import StopSource
 
 
@@ -153,7 +153,7 @@ def estimate_disk_use(
             optimizer = task.build_optimizer(model)
             if not optimizer.built:
                 optimizer.build(model.trainable_variables)
-            sizes[signature] = checkpoints.estimate_bytes(model, optimizer)
+            sizes[signature] = Checkpoints.nbytes(model, optimizer)
             del model, optimizer
             keras.backend.clear_session(free_memory=False)
         size = sizes[signature]

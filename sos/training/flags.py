@@ -109,6 +109,24 @@ def _two_steps(value: list[str] | None) -> bool:
     raise flags.ValidationError("must be two steps, such as 100,110")
 
 
+def option_values() -> dict[str, Any]:
+    """Returns the fields of `Options` that have a flag, except `workdir`.
+
+    Pass them to `sos.experiments.run`, which chooses a directory in the work
+    directory.
+    """
+    profile = PROFILE_STEPS.value
+    return {
+        "mode": MODE.value,
+        "save_checkpoints_steps": SAVE_CHECKPOINTS_STEPS.value,
+        "keep_checkpoint_max": KEEP_CHECKPOINT_MAX.value,
+        "keep_checkpoint_every_n_steps": KEEP_CHECKPOINT_EVERY.value,
+        "steps_per_eval": STEPS_PER_EVAL.value,
+        "eval_timeout": EVAL_TIMEOUT.value,
+        "profile_steps": profile and (int(profile[0]), int(profile[1])),
+    }
+
+
 def options(train_steps: int, **overrides: Any) -> Options:
     """Returns the options that the flags select.
 
@@ -123,19 +141,8 @@ def options(train_steps: int, **overrides: Any) -> Options:
     Raises:
         UsageError: If a flag has an invalid value.
     """
-    profile = PROFILE_STEPS.value
-    values = {
-        "mode": MODE.value,
-        "workdir": WORKDIR.value,
-        "train_steps": train_steps,
-        "save_checkpoints_steps": SAVE_CHECKPOINTS_STEPS.value,
-        "keep_checkpoint_max": KEEP_CHECKPOINT_MAX.value,
-        "keep_checkpoint_every_n_steps": KEEP_CHECKPOINT_EVERY.value,
-        "steps_per_eval": STEPS_PER_EVAL.value,
-        "eval_timeout": EVAL_TIMEOUT.value,
-        "profile_steps": profile and (int(profile[0]), int(profile[1])),
-    }
-    return Options(**{**values, **overrides})
+    values = {"workdir": WORKDIR.value, **option_values(), **overrides}
+    return Options(train_steps=train_steps, **values)
 
 
 def make_strategy() -> tf.distribute.Strategy:

@@ -67,14 +67,18 @@ class StopRequest:
         echo_seconds: Seconds after the first signal within which further ones
             count as its echo: `timeout`, and launchers that pass on a Ctrl-C
             which their child receives as well, send it twice.
+        announce: Whether to print a line when a stop is requested.
 
     Attributes:
         requested: The first signal; None before there is one. Stays set when
             the scope is left.
     """
 
-    def __init__(self, *, echo_seconds: float = 0.1) -> None:
+    def __init__(
+        self, *, echo_seconds: float = 0.1, announce: bool = True
+    ) -> None:
         self._echo_seconds = echo_seconds
+        self._announces = announce
         self.requested: signal.Signals | None = None
         self._event = threading.Event()
         self._previous: dict[signal.Signals, object] = {}
@@ -146,12 +150,13 @@ class StopRequest:
                 first = now
                 self.requested = signal.Signals(data[0])
                 self._event.set()
-                # Not here: nobody may be reading, and a second signal would
-                # have to wait for that.
-                self._announcer = threading.Thread(
-                    target=self._announce, daemon=True
-                )
-                self._announcer.start()
+                if self._announces:
+                    # Not here: nobody may be reading, and a second signal
+                    # would have to wait for that.
+                    self._announcer = threading.Thread(
+                        target=self._announce, daemon=True
+                    )
+                    self._announcer.start()
             elif now - first > self._echo_seconds:
                 os._exit(128 + data[0])
 
