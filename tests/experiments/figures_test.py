@@ -143,14 +143,14 @@ def test_curves_join_the_means_over_seeds(draw, results):
     curves = _curves(draw(figures.save_tradeoff, results))
     assert list(curves) == [
         "dense",
-        "magnitude",
+        "magnitude pruning",
         "magnitude, first layer dense",
-        "random",
+        "random pruning",
         "variational dropout",
         "L0",
     ]
     # The axes hold densities and errors.
-    x, y = curves["magnitude"].get_data()
+    x, y = curves["magnitude pruning"].get_data()
     np.testing.assert_allclose(x, [0.5, 0.1])
     np.testing.assert_allclose(y, [0.16, 0.20])
     x, y = curves["L0"].get_data()
@@ -214,7 +214,7 @@ def test_layers_are_drawn_in_the_order_of_the_network(draw, results):
     densities = {
         label: curve.get_ydata().tolist() for label, curve in curves.items()
     }
-    assert densities["magnitude (90.0%)"] == pytest.approx(3 * [0.1])
+    assert densities["magnitude pruning (90.0%)"] == pytest.approx(3 * [0.1])
     # Of the points at 61 and 95 % it is the nearer one.
     assert densities["variational dropout (95.0%)"] == pytest.approx(3 * [0.05])
     # Nothing is left of the second layer.
@@ -225,7 +225,7 @@ def test_layers_are_drawn_in_the_order_of_the_network(draw, results):
 
 def test_the_point_follows_the_sparsity(draw, results):
     labels = _curves(draw(figures.save_layerwise, results, 0.55))
-    assert "magnitude (50.0%)" in labels
+    assert "magnitude pruning (50.0%)" in labels
     assert "L0 (61.0%)" in labels
 
 
