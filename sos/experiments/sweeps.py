@@ -215,12 +215,19 @@ def run_sweep(
 def _override(
     config: dict[str, Any], values: Mapping[str, Any]
 ) -> dict[str, Any]:
+    merged = _update(config, values)
+    sparsity = values.get("sparsity")
+    if isinstance(sparsity, Mapping) and "technique" in sparsity:
+        merged["sparsity"] = dict(sparsity)
+    return merged
+
+
+def _update(
+    config: dict[str, Any], values: Mapping[str, Any]
+) -> dict[str, Any]:
     merged = dict(config)
     for name, value in values.items():
         old = config.get(name)
-        replaces = name == "sparsity" and "technique" in value
-        if isinstance(value, Mapping) and isinstance(old, dict):
-            merged[name] = dict(value) if replaces else _override(old, value)
-        else:
-            merged[name] = value
+        both = isinstance(value, Mapping) and isinstance(old, dict)
+        merged[name] = _update(old, value) if both else value
     return merged
