@@ -279,8 +279,7 @@ def _write_config(config: ml_collections.ConfigDict, directory: str) -> None:
             raise UsageError(
                 f"The run in {directory} was started with another config. "
                 "Start it with the same config and the same version of the "
-                "task, or choose another work directory. Differences (there: "
-                "in the stored config):"
+                "task, or choose another work directory. Differences:"
                 + "".join(f"\n  {line}" for line in lines)
             )
     values = config_lib.plain(config)

@@ -151,7 +151,7 @@ def test_run_new_entry_with_default_resumes_to_the_same_bits(
 def test_run_changed_default_is_refused_with_the_difference(one, monkeypatch):
     before = {p: p.read_bytes() for p in one.rglob("*") if p.is_file()}
     add_default(monkeypatch, "model.units", 32)
-    with pytest.raises(UsageError, match=r"model\.units: 16 there, 32 now"):
+    with pytest.raises(UsageError, match=r"model\.units: 16 saved, 32 now"):
         run(toy_experiment.config("magnitude"), one.parent, make_trainer=refuse)
     assert {p: p.read_bytes() for p in one.rglob("*") if p.is_file()} == before
 
