@@ -32,7 +32,7 @@ def sweep(workdir, *arguments, **options):
 def study(tmp_path_factory):
     """A work directory in which three runs are finished, and the output."""
     workdir = tmp_path_factory.mktemp("study") / "work"
-    with sweep(workdir, "--select=(dense|sparsity-0.9).*seed-0") as program:
+    with sweep(workdir, "--select=(dense|sparsity-0.9_).*seed-0") as program:
         assert program.wait() == 0, program.output
         return workdir, program.output
 
@@ -67,7 +67,7 @@ def test_sweep_finished_runs_are_not_repeated(study, tmp_path):
     (workdir / "results.csv").unlink()
     for name in FILES[1:]:
         (workdir / name).unlink()
-    with sweep(workdir, "--select=(dense|sparsity-0.9).*seed-0") as program:
+    with sweep(workdir, "--select=(dense|sparsity-0.9_).*seed-0") as program:
         assert program.wait() == 0, program.output
     assert "nothing to train" in program.output
     assert {name for name in FILES if (workdir / name).exists()} == set(FILES)
