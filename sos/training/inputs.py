@@ -126,10 +126,11 @@ def record_batches(
     the seeds that `decode` gets are functions of the seed, the epoch and the
     record. Another number of hosts therefore gives another order, and the same
     augmentation. Every epoch has the same number of steps on all hosts. Records
-    that do not fill a batch at its end are left out, others in each epoch.
+    that do not fill a batch at its end are left out, different ones in each
+    epoch.
 
-    After a restart, the records of the running epoch that were seen are read
-    and skipped, but not decoded. Earlier epochs are not read.
+    After a restart, the records of the running epoch that were seen before are
+    read and skipped, but not decoded. Earlier epochs are not read.
 
     Args:
         shards: The files, the same on all hosts.
@@ -144,13 +145,14 @@ def record_batches(
         read: Opens a file. The records must be dense tensors or structures of
             them; their shapes may differ.
         shuffle_buffer: The number of records, not decoded, that a host keeps in
-            memory to draw the next one from.
+            memory to draw the next one from. It is filled when an epoch begins.
         cycle_length: The number of files that a host reads in turns.
 
     Returns:
         Batches for one replica of the host after another. Iterating raises
-        `tf.errors.InvalidArgumentError` if a file has another number of records
-        than its `Shard` says; `usage_error` makes a `UsageError` of it.
+        `tf.errors.InvalidArgumentError`, which `usage_error` converts, if the
+        number of records in a file differs from that in its `Shard`: at the end
+        of the epoch if there are fewer, and when one too many is decoded.
 
     Raises:
         UsageError: If there are no shards, a file is missing, an epoch does not
@@ -260,9 +262,9 @@ def record_eval_batches(
         The same known number of batches on every host, for one replica of the
         host after another: dictionaries of the tensors of `decode` and
         "weight", float32, which is 1 for a record and 0 for padding. Padding
-        repeats records. Iterating raises `tf.errors.InvalidArgumentError` if a
-        file has another number of records than its `Shard` says; `usage_error`
-        makes a `UsageError` of it.
+        repeats records. Iterating raises `tf.errors.InvalidArgumentError`,
+        which `usage_error` converts, if the number of records in a file differs
+        from that in its `Shard`.
 
     Raises:
         UsageError: If there are no records, a file is missing, `decode` returns
@@ -309,7 +311,7 @@ def record_eval_batches(
         # A host without records, which there is only if all hosts read all
         # files, takes those of others: zeros could give NaN.
         padding = read_part(_whole(shards))
-    records = _check_before(records)
+    records = _read_ahead(records)
     dataset = with_weight(records, 1.0).concatenate(
         with_weight(padding.repeat(), 0.0)
     )
@@ -325,14 +327,14 @@ def record_eval_batches(
 
 
 def usage_error(error: tf.errors.OpError) -> UsageError | None:
-    """Returns the `UsageError` behind an error of iterating a data set.
+    """Converts an error raised while iterating a data set of this module.
 
     Args:
-        error: An error that TensorFlow raised while it ran a step.
+        error: The error that TensorFlow raised, for example in a step.
 
     Returns:
-        The error to raise if a file has another number of records than its
-        `Shard` says, None for any other error.
+        A `UsageError` that names the file if the number of records in it
+        differs from that in its `Shard`, None for any other error.
     """
     found = re.search(
         rf"\[{_WRONG_COUNT}\] \[(.*?)\] \[(\d+)\] \[(\d+)\]", error.message
@@ -449,13 +451,13 @@ def array_eval_batches(
 
 
 class _Element(NamedTuple):
-    """A record and what is known of it, tensors.
+    """A record with its origin, all tensors.
 
     Attributes:
         record: The record.
         position: Its position in the file, int64.
         path: Path of the file.
-        count: The number of records that the file must have, int64.
+        count: The expected number of records in the file, int64.
         key: Key of the epoch and the file, int64; see `_fold`.
     """
 
@@ -560,8 +562,8 @@ def _read_part(
         cycle_length: The number of files to read in turns.
 
     Returns:
-        Elements of type `_Element`. Reading one after another, shuffling and
-        skipping them calls no function, as that takes ten times as long.
+        Elements of type `_Element`. Reading and filtering one calls no traced
+        function, which would take several times as long.
     """
 
     def read_file(
@@ -583,9 +585,9 @@ def _read_part(
                 f"of them. Received: elements of {spec}"
             )
         records = tf.data.Dataset.zip(records, constant(True).repeat())
-        # After `count` records comes a mark, which nobody sees. If there are
-        # fewer, `fail` is called; if there are more, one takes its place, with
-        # the position `count`.
+        # After `count` records comes an end mark, which is filtered out below.
+        # If there are fewer records, `fail` is called. If there are more, one
+        # of them takes the mark's place, at the position `count`.
         marked = (
             records.concatenate(constant((_zeros(spec), False)))
             .concatenate(tf.data.Dataset.range(1).flat_map(fail))
@@ -619,11 +621,11 @@ def _read_part(
     )
 
 
-def _check_before(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Checks each element before the one ahead of it is passed on.
+def _read_ahead(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Checks the position of each element before it gives the previous one.
 
-    So the last one is passed on only after it is known that the last file has
-    no more records, although nobody asks for another one.
+    So the last record is given only after all files were read to their ends.
+    Otherwise nothing would read on after a last batch that is full.
     """
 
     def swap(last: _Element, element: _Element) -> tuple[_Element, _Element]:
