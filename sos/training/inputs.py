@@ -14,7 +14,7 @@ import os
 import posixpath
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -126,10 +126,11 @@ def record_batches(
     the seeds that `decode` gets are functions of the seed, the epoch and the
     record. Another number of hosts therefore gives another order, and the same
     augmentation. Every epoch has the same number of steps on all hosts. Records
-    that do not fill a batch at its end are left out, others in each epoch.
+    that do not fill a batch at its end are left out, different ones in each
+    epoch.
 
-    After a restart, the records of the running epoch that were seen are read
-    and skipped, but not decoded. Earlier epochs are not read.
+    After a restart, the records of the running epoch that were seen before are
+    read and skipped, but not decoded. Earlier epochs are not read.
 
     Args:
         shards: The files, the same on all hosts.
@@ -144,13 +145,14 @@ def record_batches(
         read: Opens a file. The records must be dense tensors or structures of
             them; their shapes may differ.
         shuffle_buffer: The number of records, not decoded, that a host keeps in
-            memory to draw the next one from.
+            memory to draw the next one from. It is filled when an epoch begins.
         cycle_length: The number of files that a host reads in turns.
 
     Returns:
         Batches for one replica of the host after another. Iterating raises
-        `tf.errors.InvalidArgumentError` if a file has another number of records
-        than its `Shard` says; `usage_error` makes a `UsageError` of it.
+        `tf.errors.InvalidArgumentError`, which `usage_error` converts, if the
+        number of records in a file differs from that in its `Shard`: at the end
+        of the epoch if there are fewer, and when one too many is decoded.
 
     Raises:
         UsageError: If there are no shards, a file is missing, an epoch does not
@@ -214,9 +216,9 @@ def record_batches(
             .take(per_epoch - seen)
         )
 
-    def decode_record(position: tf.Tensor, element: Any) -> Any:
-        record, (key, _) = element
-        return decode(record, _example_seed(key, position))
+    def decode_record(element: _Element) -> Any:
+        _check_position(element)
+        return decode(element.record, _example_seed(element))
 
     examples = (
         tf.data.Dataset.range(first, _FOREVER)
@@ -260,9 +262,9 @@ def record_eval_batches(
         The same known number of batches on every host, for one replica of the
         host after another: dictionaries of the tensors of `decode` and
         "weight", float32, which is 1 for a record and 0 for padding. Padding
-        repeats records. Iterating raises `tf.errors.InvalidArgumentError` if a
-        file has another number of records than its `Shard` says; `usage_error`
-        makes a `UsageError` of it.
+        repeats records. Iterating raises `tf.errors.InvalidArgumentError`,
+        which `usage_error` converts, if the number of records in a file differs
+        from that in its `Shard`.
 
     Raises:
         UsageError: If there are no records, a file is missing, `decode` returns
@@ -292,9 +294,8 @@ def record_eval_batches(
         weights = tf.data.Dataset.from_tensors(tf.constant(weight)).repeat()
         return tf.data.Dataset.zip(dataset, weights)
 
-    def decode_record(element: Any, weight: tf.Tensor) -> dict[str, Any]:
-        _, (record, _) = element
-        example = decode(record)
+    def decode_record(element: _Element, weight: tf.Tensor) -> dict[str, Any]:
+        example = decode(element.record)
         if not isinstance(example, Mapping):
             raise UsageError(
                 "`decode` must return a dictionary of tensors for evaluation. "
@@ -310,9 +311,7 @@ def record_eval_batches(
         # A host without records, which there is only if all hosts read all
         # files, takes those of others: zeros could give NaN.
         padding = read_part(_whole(shards))
-    # Padding is read only after the end of the last file was checked. Nothing
-    # would check it if all batches were full.
-    records = _delay(records)
+    records = _read_ahead(records)
     dataset = with_weight(records, 1.0).concatenate(
         with_weight(padding.repeat(), 0.0)
     )
@@ -328,23 +327,22 @@ def record_eval_batches(
 
 
 def usage_error(error: tf.errors.OpError) -> UsageError | None:
-    """Returns the `UsageError` behind an error of iterating a data set.
+    """Converts an error raised while iterating a data set of this module.
 
     Args:
-        error: An error that TensorFlow raised while it ran a step.
+        error: The error that TensorFlow raised, for example in a step.
 
     Returns:
-        The error to raise if a file has another number of records than its
-        `Shard` says, None for any other error.
+        A `UsageError` that names the file if the number of records in it
+        differs from that in its `Shard`, None for any other error.
     """
     found = re.search(
         rf"\[{_WRONG_COUNT}\] \[(.*?)\] \[(\d+)\] \[(\d+)\]", error.message
     )
     if not found:
         return None
-    path, examples, position = found[1], int(found[2]), int(found[3])
-    # The position of the first record that is missing, or is one too many.
-    actual = position if position < examples else f"more than {examples}"
+    path, examples, actual = found[1], int(found[2]), int(found[3])
+    actual = actual if actual < examples else f"more than {examples}"
     return UsageError(
         "A shard must have the number of records that are in its file. Correct "
         "the number, or restore the file. Received: "
@@ -452,6 +450,24 @@ def array_eval_batches(
     )
 
 
+class _Element(NamedTuple):
+    """A record with its origin, all tensors.
+
+    Attributes:
+        record: The record.
+        position: Its position in the file, int64.
+        path: Path of the file.
+        count: The expected number of records in the file, int64.
+        key: Key of the epoch and the file, int64; see `_fold`.
+    """
+
+    record: Any
+    position: tf.Tensor
+    path: tf.Tensor
+    count: tf.Tensor
+    key: tf.Tensor
+
+
 @dataclasses.dataclass(frozen=True)
 class _Part:
     """The records that a host reads: every `stride`-th of some files.
@@ -546,10 +562,21 @@ def _read_part(
         cycle_length: The number of files to read in turns.
 
     Returns:
-        Elements `(position in the file, (record, (key of the file, True)))`.
+        Elements of type `_Element`. Reading and filtering one calls no traced
+        function, which would take several times as long.
     """
 
-    def read_file(number, path, count, offset):  # type: ignore[no-untyped-def]
+    def read_file(
+        number: tf.Tensor, path: tf.Tensor, count: tf.Tensor, offset: tf.Tensor
+    ) -> tf.data.Dataset:
+        def constant(value: Any) -> tf.data.Dataset:
+            return tf.data.Dataset.from_tensors(value)
+
+        def fail(_: tf.Tensor) -> tf.data.Dataset:
+            actual = read(path).reduce(np.int64(0), lambda n, _: n + 1)
+            _assert_count(False, path, count, actual)
+            return records
+
         records = read(path)
         spec = records.element_spec
         if not all(isinstance(x, tf.TensorSpec) for x in tf.nest.flatten(spec)):
@@ -557,23 +584,26 @@ def _read_part(
                 "`read` must return a data set of dense tensors or structures "
                 f"of them. Received: elements of {spec}"
             )
+        records = tf.data.Dataset.zip(records, constant(True).repeat())
+        # After `count` records comes an end mark, which is filtered out below.
+        # If there are fewer records, `fail` is called. If there are more, one
+        # of them takes the mark's place, at the position `count`.
+        marked = (
+            records.concatenate(constant((_zeros(spec), False)))
+            .concatenate(tf.data.Dataset.range(1).flat_map(fail))
+            .take(count + 1)
+        )
         key = _fold(epoch_key, number)
-        # After the last record comes a mark, to check the number of records.
-        end = tf.data.Dataset.from_tensors((_zeros(spec), (key, False)))
-        rest = tf.data.Dataset.from_tensors((key, True)).repeat()
-        elements = tf.data.Dataset.zip(records, rest).concatenate(end)
-        # Of these types, an assertion costs a record almost nothing.
-        shown = [_WRONG_COUNT, path, tf.cast(count, tf.int32)]
-
-        def is_own(position: tf.Tensor, element: Any) -> tf.Tensor:
-            _, (_, is_record) = element
-            tf.debugging.Assert(
-                tf.equal(position < count, is_record),
-                [*shown, tf.cast(position, tf.int32)],
+        elements = tf.data.Dataset.zip(
+            marked, constant((path, count, key)).repeat()
+        ).enumerate()
+        if part.stride > 1:
+            elements = elements.shard(part.stride, offset)
+        return elements.filter(lambda _, element: element[0][1]).map(
+            lambda position, element: _Element(
+                element[0][0], position, *element[1]
             )
-            return is_record & ((position - offset) % part.stride == 0)
-
-        return elements.enumerate().filter(is_own)
+        )
 
     columns = (
         tf.constant(part.numbers, tf.int64),
@@ -591,14 +621,41 @@ def _read_part(
     )
 
 
-def _delay(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Gives each element only after the next one, or the end, was read."""
-    nothing = _zeros(dataset.element_spec)
+def _read_ahead(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Checks the position of each element before it gives the previous one.
+
+    So the last record is given only after all files were read to their ends.
+    Otherwise nothing would read on after a last batch that is full.
+    """
+
+    def swap(last: _Element, element: _Element) -> tuple[_Element, _Element]:
+        _check_position(element)
+        return element, last
+
+    end = _zeros(dataset.element_spec)
+    end = end._replace(count=tf.constant(1, tf.int64))
     return (
-        dataset.concatenate(tf.data.Dataset.from_tensors(nothing))
-        .scan(nothing, lambda last, element: (element, last))
+        dataset.concatenate(tf.data.Dataset.from_tensors(end))
+        .scan(end, swap)
         .skip(1)
     )
+
+
+def _check_position(element: _Element) -> None:
+    _assert_count(
+        element.position < element.count,
+        element.path,
+        element.count,
+        element.position,
+    )
+
+
+def _assert_count(
+    condition: Any, path: tf.Tensor, count: tf.Tensor, actual: tf.Tensor
+) -> None:
+    # Of these types, an assertion costs little as long as it holds.
+    numbers = [tf.cast(number, tf.int32) for number in (count, actual)]
+    tf.debugging.Assert(condition, [_WRONG_COUNT, path, *numbers])
 
 
 def _zeros(spec: Any) -> Any:
@@ -622,11 +679,11 @@ def _fold(key: tf.Tensor, number: Any) -> tf.Tensor:
     )
 
 
-def _example_seed(file_key: tf.Tensor, position: tf.Tensor) -> tf.Tensor:
-    """Returns the seed, int32 of shape [2], of the example at a position."""
+def _example_seed(element: _Element) -> tf.Tensor:
+    """Returns the seed, int32 of shape [2], of an example in an epoch."""
     return tf.random.stateless_uniform(
         (2,),
-        tf.stack([file_key, position]),
+        tf.stack([element.key, element.position]),
         minval=None,
         maxval=None,
         dtype=tf.int32,
