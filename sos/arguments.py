@@ -1,4 +1,4 @@
-"""The arguments of techniques: their names, their defaults, their values."""
+"""The arguments of techniques: names, defaults and checks of values."""
 
 import enum
 import inspect
@@ -58,7 +58,7 @@ def defaults(technique: type, base: type) -> dict[str, Any]:
 
 
 def is_json(value: Any) -> bool:
-    """Whether a value can stand in a JSON file, and so in a config."""
+    """Returns whether JSON, and so a config, can hold a value."""
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError):

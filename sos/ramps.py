@@ -173,7 +173,7 @@ _RAMPS = {
 
 
 def takes_steps(ramp: Ramp | str) -> bool:
-    """Whether a ramp is a name that needs a `begin_step` and an `end_step`."""
+    """Returns whether a ramp is a name that goes with steps."""
     return isinstance(ramp, str) and ramp != "constant"
 
 
