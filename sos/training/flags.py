@@ -1,8 +1,16 @@
 """Flags of training programs, by the names that Estimator users know.
 
-None of them changes what is computed, except for `--deterministic` and
-`--jit_compile`, which may change the rounding. What a run computes is
-determined by its config.
+They say how a program runs. What it computes is determined by the task; only
+`--deterministic` and `--jit_compile` may change how results are rounded.
+
+```
+def main(argv):
+    def train():
+        options = flags.options(train_steps=1000)
+        return run(options, lambda: flags.make_trainer(MyTask))
+
+    end_process(exit_code_of(train))
+```
 """
 
 from collections.abc import Callable

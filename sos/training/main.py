@@ -23,7 +23,12 @@ from sos.training.reporting import (
     TensorBoard,
     read_summaries,
 )
-from sos.training.signals import EXIT_RESTART, StopRequest, exit_code
+from sos.training.signals import (
+    EXIT_RESTART,
+    StopRequest,
+    StopSource,
+    exit_code,
+)
 from sos.training.strategies import (
     gather,
     lost_worker_errors,
@@ -167,7 +172,7 @@ def train(
     trainer: Trainer,
     options: Options,
     *,
-    stop: StopRequest | None = None,
+    stop: StopSource | None = None,
     on_summary: Sequence[_OnSummary] = (),
 ) -> Summary | None:
     """Trains to the last step, from the newest checkpoint in `workdir`.

@@ -47,11 +47,13 @@ class ProgramTask(toy_task.ToyTask):
     """A toy task with the size, the speed and the rate of the flags."""
 
     def configuration(self):
-        return {
-            **super().configuration(),
-            "units": _UNITS.value,
-            "learning_rate": _LEARNING_RATE.value,
+        # A toy task without flags has the same configuration as the defaults.
+        changed = {
+            flag.name: flag.value
+            for flag in (_UNITS, _LEARNING_RATE)
+            if flag.value != flag.default
         }
+        return {**super().configuration(), **changed}
 
     def build_model(self):
         keras.utils.set_random_seed(self.seed)
