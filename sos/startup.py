@@ -62,6 +62,9 @@ def quiet() -> Iterator[None]:
             if hasattr(sys, "ps1"):
                 raise
             os.write(stderr, b"\nInterrupted while TensorFlow was starting.\n")
+            # An interrupt within `exec` of a string, as of named tuples, sets a
+            # flag that makes Python end by SIGINT. The next `exec` resets it.
+            exec("")
             sys.exit(128 + signal.SIGINT)
         except Exception:
             with contextlib.suppress(AttributeError, OSError, ValueError):

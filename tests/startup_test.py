@@ -39,10 +39,10 @@ def environment(log_level=None):
     return inherited
 
 
-def run(*arguments, log_level=None):
+def run(*arguments, log_level=None, cwd=ROOT):
     return subprocess.run(
         [sys.executable, *(str(argument) for argument in arguments)],
-        cwd=ROOT,
+        cwd=cwd,
         env=environment(log_level),
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -110,11 +110,16 @@ INTERRUPTED = (
     "    os.kill(os.getpid(), __import__('signal').SIGINT)\n"
     "    __import__('time').sleep(60)\n"
 )
+# As in a module that makes named tuples.
+INTERRUPTED_EXEC = f"    exec({INTERRUPTED.replace('    ', '')!r})\n"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_quiet_interrupted_ends_the_program_with_one_line():
-    done = run_quiet(NATIVE + INTERRUPTED)
+@pytest.mark.parametrize("interrupted", [INTERRUPTED, INTERRUPTED_EXEC])
+def test_quiet_interrupted_ends_a_program_with_one_line(interrupted, tmp_path):
+    program = f"{LOAD}with startup.quiet():\n{NATIVE}{interrupted}"
+    (tmp_path / "program.py").write_text(program)
+    done = run("-m", "program", log_level="2", cwd=tmp_path)
     assert done.returncode == 130
     assert done.stderr == "\nInterrupted while TensorFlow was starting.\n"
 
