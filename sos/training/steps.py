@@ -1,5 +1,6 @@
 """The compiled functions of training: steps, evaluation, summaries."""
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from sos.errors import UsageError
 from sos.masks import (
     keep_count,
     nan_count,
@@ -16,42 +18,105 @@ from sos.masks import (
 )
 from sos.noise import call_label
 from sos.rankings import PerTensorRanking, Ranking
+from sos.training.strategies import several_processes
 from sos.training.task import Task, WeightedSum, check_metrics
 from sos.wrappers.base import SparseWrapper, find_wrappers
 from sos.wrappers.masked import PruningWrapper
 from sos.wrappers.penalized import PenalizedWrapper
 from sos.wrappers.sparse_weight import SparseWeight
 
-_NEVER = 2**31 - 1
+# One of them is in every error of TensorFlow about a step that XLA cannot
+# compile.
+_XLA_ERRORS = ("tf2xla conversion failed", "XLA_CPU_JIT", "XLA_GPU_JIT")
+_UNSUPPORTED = "Detected unsupported operations"
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """Metrics of several steps or evaluation batches, over all replicas.
+
+    Attributes:
+        names: The names of the metrics.
+        sums: float32 of shape [steps, metrics, 2]: weighted sums, and sums of
+            weights.
+        penalties: float32 of shape [steps]: sums of `model.losses` over the
+            replicas and the parts of their batches; zeros in evaluation.
+    """
+
+    names: tuple[str, ...]
+    sums: np.ndarray
+    penalties: np.ndarray
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Totals"]) -> "Totals":
+        """Returns the totals of successive loops as one object."""
+        return cls(
+            names=parts[0].names,
+            sums=np.concatenate([part.sums for part in parts]),
+            penalties=np.concatenate([part.penalties for part in parts]),
+        )
+
+    def means(self) -> dict[str, float]:
+        """Returns the weighted mean of each metric; NaN without any weight."""
+        sums = self.sums.sum(axis=0, dtype=np.float64)
+        return {
+            name: float(total / weight) if weight else math.nan
+            for name, (total, weight) in zip(self.names, sums, strict=True)
+        }
+
+    def first_non_finite(self) -> int | None:
+        """Returns the index of the first step with a NaN or infinite loss."""
+        losses = self.sums[:, self.names.index("loss")]
+        # The sum is checked too: without any weight the mean is zero.
+        values = np.column_stack([losses, _means(losses), self.penalties])
+        indices = np.flatnonzero(~np.isfinite(values).all(axis=1))
+        return int(indices[0]) if len(indices) else None
+
+
+def _means(totals: np.ndarray) -> np.ndarray:
+    """Divides sums by weights as the devices do: x / 0 is 0."""
+    sums, weights = totals.T
+    with np.errstate(all="ignore"):
+        return np.where(weights == 0, np.float32(0), sums / weights)
 
 
 class Steps:
-    """What runs on the replicas, for one model and its optimizer.
+    """The compiled functions of one model and its optimizer.
 
-    Make it in the strategy's scope. The functions ending in `_step` are those
-    of one replica, to be called in `strategy.run`; the others are compiled and
-    called by the host.
+    Create it in the strategy's scope. The functions ending in `_step` run on
+    one replica, within `strategy.run`; those ending in `_function` are the
+    compiled functions around them; the host calls the others.
 
-    The gradient is that of `loss + sum(model.losses)`, where the loss is the
-    mean over the weights of the whole batch: over all replicas and
-    micro-batches, even if their weights differ, as those of sentences do.
-    `model.losses`, which replicas and micro-batches may have different ones of,
-    are averaged with the same weights; of a batch without any weight the
-    gradient is zero. With several replicas gradients are clipped after they are
-    summed; Keras alone would clip each replica's. What a technique with
-    `uses_gradient` gathers are gradients of sums over examples, in which a step
+    The gradient is the gradient of `loss + sum(model.losses)`, where the loss
+    is the mean over the weights of the whole batch: over all replicas and all
+    parts of an accumulated gradient, even if their weights differ, as those of
+    sentences do. `model.losses`, which may differ between replicas and parts,
+    are averaged with the same weights. The gradient of a batch without any
+    weight is zero. With several replicas gradients are clipped after they are
+    summed; Keras alone would clip on each replica. A technique with
+    `uses_gradient` gathers gradients of sums over examples, in which a step
     counts by the weight of its batch.
 
     Args:
-        task: What is trained.
+        task: The task.
         model: Its model.
         optimizer: The model's optimizer, built.
-        gradient_accumulation_steps: The number of parts, computed one after the other, that a
-            replica's batch is cut into.
+        gradient_accumulation_steps: Number of parts, computed one after the
+            other, into which a replica's batch is split.
+        jit_compile: Whether to compile the training and evaluation steps with
+            XLA, which needs one device. By default they are compiled on a GPU
+            and not on a CPU. The default for a GPU has not been tried on a GPU
+            yet. A TPU compiles every step by itself.
+
+    Attributes:
+        task: The task. It is called while a function is traced only.
+        sparse_weights: All sparse weights, with their wrappers.
+        jit_compile: Whether the steps are compiled with XLA here.
 
     Raises:
-        ValueError: If the optimizer accumulates gradients or scales the loss
-            itself, or a replica's batch cannot be cut evenly.
+        UsageError: If the optimizer accumulates gradients or scales the loss
+            itself, the batch cannot be split evenly, or `jit_compile` is true
+            for several replicas.
     """
 
     def __init__(
@@ -61,31 +126,21 @@ class Steps:
         optimizer: keras.optimizers.Optimizer,
         *,
         gradient_accumulation_steps: int = 1,
+        jit_compile: bool | None = None,
     ) -> None:
-        self._task = task
+        self.task = task
         self._model = model
         self._optimizer = optimizer
-        self._micro_batches = gradient_accumulation_steps
+        self._parts = gradient_accumulation_steps
         self._strategy = tf.distribute.get_strategy()
         self._replicas = self._strategy.num_replicas_in_sync
         self._check()
-        # Every replica has its own, and reading them sums them.
-        shape = (len(task.metric_names), 2)
-        self._train_totals, self._eval_totals = (
-            tf.Variable(
-                tf.zeros(shape),
-                trainable=False,
-                synchronization=tf.VariableSynchronization.ON_READ,
-                aggregation=tf.VariableAggregation.SUM,
-            )
-            for _ in range(2)
-        )
-        # The same on all replicas, as it is made of sums over them.
-        self._bad_step = tf.Variable(
-            _NEVER,
-            trainable=False,
-            synchronization=tf.VariableSynchronization.ON_READ,
-            aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+        self.jit_compile = _uses_xla(self._strategy, jit_compile)
+        # By whether it is training: the names of the metrics, once traced.
+        self._names: dict[bool, tuple[str, ...]] = {}
+        self._replica_train_step, self._replica_eval_step = (
+            tf.function(step, jit_compile=True) if self.jit_compile else step
+            for step in (self.train_step, self.eval_step)
         )
         self.sparse_weights: list[tuple[SparseWrapper, SparseWeight]] = [
             (wrapper, weight)
@@ -94,125 +149,125 @@ class Steps:
         ]
 
     def _check(self) -> None:
-        optimizer, parts = self._optimizer, self._micro_batches
+        optimizer, parts = self._optimizer, self._parts
         if getattr(optimizer, "gradient_accumulation_steps", None):
-            raise ValueError(
+            raise UsageError(
                 "The optimizer must not accumulate gradients itself, which "
-                "Keras cannot do under a strategy: the training engine does it "
-                "under every one, with `gradient_accumulation_steps`. Received: "
-                "gradient_accumulation_steps="
+                "Keras cannot do under a strategy. Set "
+                "`gradient_accumulation_steps` of the trainer instead. "
+                "Received: gradient_accumulation_steps="
                 f"{optimizer.gradient_accumulation_steps}"
             )
         if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-            raise ValueError(
-                "The optimizer must not scale the loss, as it then skips "
-                "steps, and the input of a step would depend on how many were "
+            raise UsageError(
+                "The optimizer must not scale the loss: it would skip steps, "
+                "and the input of a step would depend on the number of steps "
                 "skipped before. Use bfloat16, which needs no scaling. "
                 "Received: a LossScaleOptimizer"
             )
         if optimizer.loss_scale_factor:
-            raise ValueError(
-                "The optimizer must not scale gradients, as the engine's are "
-                "those of the loss itself. Received: loss_scale_factor="
-                f"{optimizer.loss_scale_factor}"
+            raise UsageError(
+                "The optimizer must not scale gradients, because the engine "
+                "computes gradients of the loss itself. Received: "
+                f"loss_scale_factor={optimizer.loss_scale_factor}"
             )
         if optimizer.use_ema and not optimizer.ema_overwrite_frequency:
-            raise ValueError(
-                "The optimizer's moving averages of the weights would be used "
-                "by nothing. Give it an `ema_overwrite_frequency`, or leave "
-                "`use_ema` away. Received: use_ema=True"
+            raise UsageError(
+                "Nothing would use the optimizer's moving averages of the "
+                "weights. Set its `ema_overwrite_frequency`, or remove "
+                "`use_ema`. Received: use_ema=True"
             )
         overwrites = optimizer.use_ema and self._replicas > 1
         if overwrites and not isinstance(
             self._strategy, tf.distribute.TPUStrategy
         ):
-            raise ValueError(
-                "Keras cannot overwrite weights by their moving averages on "
-                "several replicas, but on a TPU. Train on one device, or leave "
-                f"`use_ema` away. Received: use_ema=True on {self._replicas} "
+            raise UsageError(
+                "Keras overwrites weights with their moving averages on one "
+                "device or on a TPU only. Train on one device, or remove "
+                f"`use_ema`. Received: use_ema=True on {self._replicas} "
                 "replicas"
             )
         layers = self._model._flatten_layers()
         if any(layer.compute_dtype == "float16" for layer in layers):
-            raise ValueError(
-                "float16 needs loss scaling, which the engine has not. Use "
+            raise UsageError(
+                "float16 needs loss scaling, which the engine does not do. Use "
                 "bfloat16. Received: a model that computes in float16"
             )
-        if "loss" not in self._task.metric_names:
-            raise ValueError(
-                "The task's `metric_names` must hold 'loss'. "
-                f"Received: {self._task.metric_names}"
-            )
-        batch = self._task.batch_size
+        batch = self.task.batch_size
         if parts < 1 or batch % (self._replicas * parts):
-            raise ValueError(
-                "The batch size must be a multiple of replicas times "
-                f"micro-batches. Received: batch_size={batch}, "
-                f"{self._replicas} replicas, gradient_accumulation_steps={parts}"
+            raise UsageError(
+                "The batch size must be a multiple of the number of replicas "
+                "times `gradient_accumulation_steps`. Received: "
+                f"batch_size={batch}, {self._replicas} replicas, "
+                f"gradient_accumulation_steps={parts}"
             )
 
     # On the host.
 
-    @tf.function
-    def train(self, iterator: Iterator[Any], steps: tf.Tensor) -> None:
-        """Makes some optimizer steps.
+    def train(self, iterator: Iterator[Any], steps: int) -> Totals:
+        """Makes optimizer steps and waits for them.
 
         Args:
-            iterator: Gives a batch for every replica.
-            steps: How many, an int32 scalar: another number is no new trace.
-        """
-        for _ in tf.range(steps):
-            self._strategy.run(self.train_step, args=(next(iterator),))
-
-    @tf.function
-    def evaluate(self, iterator: Iterator[Any], batches: tf.Tensor) -> None:
-        """Adds some batches to what `take_eval_metrics` returns.
-
-        Args:
-            iterator: Gives a batch for every replica.
-            batches: How many, an int32 scalar.
-        """
-        for _ in tf.range(batches):
-            self._strategy.run(self.eval_step, args=(next(iterator),))
-
-    def wait_for_evaluation(self) -> None:
-        """Returns when the devices have done all of `evaluate` so far."""
-        totals = self._strategy.experimental_local_results(self._eval_totals)
-        np.asarray(totals[0])
-
-    def take_train_metrics(self) -> dict[str, float]:
-        """The means since the last call, by metric name."""
-        return self._take(self._train_totals)
-
-    def take_eval_metrics(self) -> dict[str, float]:
-        """The means of what was evaluated since the last call."""
-        return self._take(self._eval_totals)
-
-    def take_bad_step(self) -> int | None:
-        """The first step since the last call whose loss was not finite.
+            iterator: Yields a batch for every replica.
+            steps: Number of steps, at least 1. Another number is no new trace.
 
         Returns:
-            The number of steps completed before it, or None.
+            The totals of each step.
+
+        Raises:
+            UsageError: If XLA cannot compile the step.
         """
-        # Read as the replicas have it: it is no sum over them.
-        step = int(self._strategy.experimental_local_results(self._bad_step)[0])
-        self._bad_step.assign(_NEVER)
-        return None if step == _NEVER else step
+        return self._run(True, self.train_function, iterator, steps)
+
+    def evaluate(self, iterator: Iterator[Any], batches: int) -> Totals:
+        """Evaluates batches and waits for the result.
+
+        Args:
+            iterator: Yields a batch for every replica.
+            batches: Number of batches for each replica, at least 1.
+
+        Returns:
+            The totals of each batch.
+
+        Raises:
+            UsageError: If XLA cannot compile the step.
+        """
+        return self._run(False, self.eval_function, iterator, batches)
+
+    def _run(
+        self, training: bool, function: Any, iterator: Any, steps: int
+    ) -> Totals:
+        try:
+            outputs = function(iterator, tf.constant(steps, tf.int32))
+            sums, penalties = (output.numpy() for output in outputs)
+        except tf.errors.OpError as error:
+            if not any(text in error.message for text in _XLA_ERRORS):
+                raise
+            step = "training" if training else "evaluation"
+            raise UsageError(
+                f"XLA cannot compile the {step} step: {_xla_reason(error)}. "
+                "Train without XLA (`--nojit_compile`, in Python "
+                "`jit_compile=False`), or move the operation to the input "
+                "pipeline."
+            ) from error
+        return Totals(self._names[training], sums, penalties)
 
     def summary(self) -> tuple[dict[str, int], dict[str, float]]:
-        """What can be said of every sparse weight now.
+        """Returns figures of every sparse weight as it is now.
 
         Returns:
             By weight path, the number of zeros in evaluation; and the penalty
-            of the weights that have one, none while no driver is bound.
+            of the weights that have one, empty outside of training.
         """
         if not self.sparse_weights:
             return {}, {}
-        # The penalties of a function traced without a driver are zero for good.
-        driven = any(wrapper.clock.bound for wrapper, _ in self.sparse_weights)
+        # A function traced outside of training would return zeros for ever.
+        training = any(
+            wrapper.clock.bound for wrapper, _ in self.sparse_weights
+        )
         zeros, penalties = (
             self._strategy.experimental_local_results(x)[0].numpy()
-            for x in self._summarize(driven)
+            for x in self.summary_function(training)
         )
         paths = [weight.path for _, weight in self.sparse_weights]
         penalized = [
@@ -223,91 +278,129 @@ class Steps:
         return (
             dict(zip(paths, zeros.tolist(), strict=True)),
             dict(zip(penalized, penalties.tolist(), strict=True))
-            if driven
+            if training
             else {},
         )
 
+    def weights_are_finite(self) -> bool:
+        """Whether no variable of the model holds NaN or an infinity."""
+        finite = self.finite_function()
+        return bool(self._strategy.experimental_local_results(finite)[0])
+
+    # Compiled.
+
     @tf.function
-    def _summarize(self, driven: bool = True) -> tuple[tf.Tensor, tf.Tensor]:
-        del driven  # For another trace.
+    def train_function(
+        self, iterator: Iterator[Any], steps: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Makes optimizer steps on all replicas.
+
+        Args:
+            iterator: Yields a batch for every replica.
+            steps: int32 scalar, at least 1.
+
+        Returns:
+            Totals of shape [steps, metrics, 2] and penalties of shape [steps].
+        """
+        totals = tf.TensorArray(tf.float32, steps, element_shape=[None, 2])
+        penalties = tf.TensorArray(tf.float32, steps, element_shape=[])
+        for step in tf.range(steps):
+            outputs = self._strategy.run(
+                self._replica_train_step, args=(next(iterator),)
+            )
+            # All replicas return the same.
+            first = self._strategy.experimental_local_results
+            totals = totals.write(step, first(outputs[0])[0])
+            penalties = penalties.write(step, first(outputs[1])[0])
+        return totals.stack(), penalties.stack()
+
+    @tf.function
+    def eval_function(
+        self, iterator: Iterator[Any], batches: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Evaluates batches on all replicas.
+
+        Args:
+            iterator: Yields a batch for every replica.
+            batches: int32 scalar, at least 1.
+
+        Returns:
+            Totals of shape [batches, metrics, 2] and zeros of shape [batches].
+        """
+        totals = tf.TensorArray(tf.float32, batches, element_shape=[None, 2])
+        for index in tf.range(batches):
+            outputs = self._strategy.run(
+                self._replica_eval_step, args=(next(iterator),)
+            )
+            first = self._strategy.experimental_local_results(outputs)[0]
+            totals = totals.write(index, first)
+        return totals.stack(), tf.zeros([batches])
+
+    @tf.function
+    def summary_function(self, training: bool) -> tuple[tf.Tensor, tf.Tensor]:
+        """Runs `summary_step`; `training` selects one of two traces."""
+        del training
         return self._strategy.run(self.summary_step)
 
     @tf.function
-    def _finite(self) -> tf.Tensor:
+    def finite_function(self) -> tf.Tensor:
+        """Runs `finite_step`."""
         return self._strategy.run(self.finite_step)
 
     @tf.function
     def share_statistics(self) -> None:
-        """Gives all replicas the first one's batch statistics.
+        """Copies the first replica's batch statistics to all replicas.
 
-        They are what a checkpoint holds, so that an evaluation now and one of
-        the checkpoint are the same.
+        A checkpoint holds those, so that an evaluation now and an evaluation
+        of the checkpoint are the same.
         """
         self._strategy.run(self.share_statistics_step)
 
-    def weights_are_finite(self) -> bool:
-        """Whether no variable of the model holds NaN or an infinity."""
-        finite = self._strategy.experimental_local_results(self._finite())
-        return bool(finite[0])
-
-    def _take(self, totals: tf.Variable) -> dict[str, float]:
-        sums = np.asarray(totals.read_value(), np.float64)
-        totals.assign(tf.zeros_like(sums, tf.float32))
-        return {
-            name: float(total / weight) if weight else float("nan")
-            for name, (total, weight) in zip(
-                self._task.metric_names, sums, strict=True
-            )
-        }
-
     # On a replica.
 
-    def train_step(self, batch: Any) -> None:
+    def train_step(self, batch: Any) -> tuple[tf.Tensor, tf.Tensor]:
         """Makes one optimizer step, on one replica.
 
         Args:
             batch: The replica's share of the batch.
+
+        Returns:
+            Totals, float32 of shape [metrics, 2], and the penalty, a float32
+            scalar, both summed over all replicas.
         """
         variables = self._model.trainable_variables
-        if self._micro_batches == 1:
+        if self._parts == 1:
             gradients, totals, penalty = self._gradients(batch)
         else:
             gradients, totals, penalty = self._accumulated(batch)
-        everywhere = totals
         if self._replicas > 1:
-            everywhere, penalty = (
-                tf.distribute.get_replica_context().all_reduce(
-                    tf.distribute.ReduceOp.SUM, [totals, penalty]
-                )
-            )
-        at = self._task.metric_names.index("loss")
-        scale = tf.math.divide_no_nan(1.0, everywhere[at, 1])
+            totals, penalty = self._sum_over_replicas([totals, penalty])
+        loss_index = self._names[True].index("loss")
+        scale = tf.math.divide_no_nan(1.0, totals[loss_index, 1])
         gradients = [
             None if g is None else g * tf.cast(scale, g.dtype)
             for g in gradients
         ]
-        loss = tf.math.divide_no_nan(*tf.unstack(everywhere[at]))
-        step = tf.cast(
-            keras.ops.convert_to_tensor(self._optimizer.iterations), tf.int32
-        )
-        # The sum, too: without any weight the mean is zero, whatever it is.
-        told = everywhere[at, 0] + loss + penalty
-        bad = tf.where(tf.math.is_finite(told), _NEVER, step)
-        self._bad_step.assign(tf.minimum(self._bad_step, bad))
-        self._train_totals.assign_add(totals)
         self._optimizer.apply(self._clipped(gradients), variables)
+        return totals, penalty
 
-    def eval_step(self, batch: Any) -> None:
-        """Measures one batch, on one replica.
+    def eval_step(self, batch: Any) -> tf.Tensor:
+        """Evaluates one batch, on one replica.
 
         Args:
             batch: The replica's share of the batch.
+
+        Returns:
+            Totals, float32 of shape [metrics, 2], summed over all replicas.
         """
-        measured = self._measure(batch, training=False)
-        self._eval_totals.assign_add(self._totals(measured))
+        metrics = self._metrics(batch, training=False)
+        totals = self._totals(metrics, training=False)
+        if self._replicas > 1:
+            totals = self._sum_over_replicas(totals)
+        return totals
 
     def summary_step(self) -> tuple[tf.Tensor, tf.Tensor]:
-        """The zeros and penalties of the sparse weights, on one replica.
+        """Counts zeros and computes penalties, on one replica.
 
         Returns:
             int32 of shape [sparse weights], and float32 of shape [weights with
@@ -325,17 +418,15 @@ class Steps:
         )
 
     def share_statistics_step(self) -> None:
-        """Takes over the first replica's batch statistics, on one replica."""
+        """Assigns the first replica's batch statistics, on one replica."""
         context = tf.distribute.get_replica_context()
         first = tf.equal(context.replica_id_in_sync_group, 0)
         for variable in self._model.non_trainable_variables:
-            # Other variables are the same everywhere, or sums over replicas.
+            # Others are equal on all replicas, or sums over replicas.
             if variable.aggregation == "none" and variable.dtype == "float32":
                 value = variable.value
                 value = tf.where(first, value, tf.zeros_like(value))
-                variable.assign(
-                    context.all_reduce(tf.distribute.ReduceOp.SUM, value)
-                )
+                variable.assign(self._sum_over_replicas(value))
 
     def finite_step(self) -> tf.Tensor:
         """Whether all variables of the model are finite, on one replica."""
@@ -346,45 +437,50 @@ class Steps:
         ]
         return tf.reduce_all(tf.stack(finite))
 
-    def _gradients(self, batch: Any) -> tuple[list[Any], tf.Tensor, tf.Tensor]:
-        """The gradients of a batch's sum, its totals, and the penalty.
+    def _sum_over_replicas(self, values: Any) -> Any:
+        return tf.distribute.get_replica_context().all_reduce(
+            tf.distribute.ReduceOp.SUM, values
+        )
 
-        Sums can be added over micro-batches, replicas and steps, and are
-        divided by the weight of all of them in the end.
+    def _gradients(self, batch: Any) -> tuple[list[Any], tf.Tensor, tf.Tensor]:
+        """Returns the gradients of a batch's sum, its totals, and the penalty.
+
+        Sums can be added over parts, replicas and steps. They are divided by
+        the total weight in the end.
         """
         variables = self._model.trainable_variables
         with tf.GradientTape() as tape:
-            measured = self._measure(batch, training=True)
-            objective, weight = measured["loss"]
-            # Those of activities may be bfloat16.
+            metrics = self._metrics(batch, training=True)
+            objective, weight = metrics["loss"]
+            # Activity losses may be bfloat16.
             losses = [tf.cast(x, tf.float32) for x in self._model.losses]
             penalty = tf.add_n(losses) if losses else tf.zeros([])
             objective += tf.cast(
                 tf.stop_gradient(tf.cast(weight, penalty.dtype)) * penalty,
                 objective.dtype,
             )
-        # Dense, as Keras's Adam squares each occurrence of an embedding's row
-        # by itself, in place of their sum.
+        # Dense, because Keras's Adam squares each occurrence of an embedding's
+        # row by itself instead of their sum.
         gradients = [
             None if g is None else tf.convert_to_tensor(g)
             for g in tape.gradient(objective, variables)
         ]
-        return gradients, self._totals(measured), penalty
+        return gradients, self._totals(metrics, training=True), penalty
 
     def _accumulated(
         self, batch: Any
     ) -> tuple[list[Any], tf.Tensor, tf.Tensor]:
-        """As `_gradients`, of one micro-batch after the other."""
+        """Does what `_gradients` does, for one part of a batch at a time."""
         sums: list[Any] = []
         totals = tf.zeros([])
         penalties = tf.zeros([])
-        for index in range(self._micro_batches):
-            # One after the other, as the point is to have the activations of
-            # one only in memory; each with activation noise of its own.
+        for index in range(self._parts):
+            # One after the other, so that memory holds the activations of one
+            # part only. Each part has activation noise of its own.
             done = [g for g in sums if g is not None]
             with (
                 tf.control_dependencies(done),
-                call_label(f"micro_batch_{index}"),
+                call_label(f"accumulation_step_{index}"),
             ):
                 part = tf.nest.map_structure(
                     lambda x, index=index: self._part(x, index), batch
@@ -401,27 +497,31 @@ class Steps:
         return sums, totals, penalties
 
     def _part(self, tensor: tf.Tensor, index: int) -> tf.Tensor:
-        size = tensor.shape[0] // self._micro_batches
+        size = tensor.shape[0] // self._parts
         return tf.identity(tensor[index * size : (index + 1) * size])
 
-    def _totals(self, measured: dict[str, WeightedSum]) -> tf.Tensor:
-        """float32 of shape [metrics, 2]: sums and weights."""
+    def _metrics(self, batch: Any, training: bool) -> dict[str, WeightedSum]:
+        metrics = self.task.compute_metrics(
+            self._model, batch, training=training
+        )
+        self._names[training] = check_metrics(
+            self.task, metrics, self._names.get(training)
+        )
+        return metrics
+
+    def _totals(
+        self, metrics: dict[str, WeightedSum], training: bool
+    ) -> tf.Tensor:
+        """Returns sums and weights, float32 of shape [metrics, 2]."""
         return tf.stack(
             [
-                tf.stack([tf.cast(x, tf.float32) for x in measured[name]])
-                for name in self._task.metric_names
+                tf.stack([tf.cast(x, tf.float32) for x in metrics[name]])
+                for name in self._names[training]
             ]
         )
 
-    def _measure(self, batch: Any, training: bool) -> dict[str, WeightedSum]:
-        measured = self._task.compute_metrics(
-            self._model, batch, training=training
-        )
-        check_metrics(self._task, measured)
-        return measured
-
     def _clipped(self, gradients: list[Any]) -> list[Any]:
-        """Gradients such that the optimizer clips the sum over replicas."""
+        """Returns gradients whose sum over the replicas is clipped."""
         optimizer = self._optimizer
         by_value = getattr(optimizer, "clipvalue", None)
         by_norm = getattr(optimizer, "clipnorm", None)
@@ -429,9 +529,7 @@ class Steps:
         if self._replicas == 1 or not (by_value or by_norm or by_global_norm):
             return gradients
         present = [g for g in gradients if g is not None]
-        present = tf.distribute.get_replica_context().all_reduce(
-            tf.distribute.ReduceOp.SUM, present
-        )
+        present = self._sum_over_replicas(present)
         if by_value:
             present = [
                 tf.clip_by_value(g, -by_value, by_value) for g in present
@@ -446,13 +544,54 @@ class Steps:
         return [None if g is None else next(parts) for g in gradients]
 
 
-class CompiledMaskUpdate:
-    """Does what `sos.wrappers.masked.update_masks` does, on a TPU.
+def _uses_xla(
+    strategy: tf.distribute.Strategy, jit_compile: bool | None
+) -> bool:
+    """Resolves `jit_compile` for a strategy; raises if it cannot be true."""
+    replicas = strategy.num_replicas_in_sync
+    if isinstance(strategy, tf.distribute.TPUStrategy):
+        if jit_compile:
+            raise UsageError(
+                "A TPU compiles every step with XLA by itself. Remove "
+                "`--jit_compile`. Received: jit_compile=True"
+            )
+        return False
+    if replicas > 1 or several_processes(strategy):
+        if jit_compile:
+            raise UsageError(
+                "XLA compiles the step of one device only. Train with "
+                "`--nojit_compile` (in Python `jit_compile=False`), or on one "
+                "device (`--strategy=one_device`). Received: jit_compile=True "
+                f"with {replicas} replicas"
+            )
+        return False
+    if jit_compile is not None:
+        return jit_compile
+    return any("GPU" in name for name in strategy.extended.worker_devices)
 
-    There nothing can run but compiled code inside `strategy.run`. The number of
-    weights to keep is an argument of that code, so that there is one
-    compilation for a ranking of single tensors; other rankings are compiled for
-    each sparsity.
+
+def _xla_reason(error: tf.errors.OpError) -> str:
+    """Returns the line of an error that names the operation."""
+    lines = [line.strip() for line in error.message.splitlines()]
+    for line in lines:
+        if _UNSUPPORTED in line:
+            # Without the name of the graph, and the node once more.
+            line = line.split("_JIT: ", 1)[-1].split("{{node", 1)[0]
+            return line.strip().rstrip(".") + ")" * (
+                line.count("(") - line.count(")")
+            )
+    for line in lines:
+        if line and not line.endswith(":") and not line.startswith("Detected"):
+            return line.rstrip(".")
+    return type(error).__name__
+
+
+class CompiledMaskUpdate:
+    """Updates masks on a TPU, as `update_masks` does on other devices.
+
+    A TPU runs compiled code inside `strategy.run` only. The number of weights
+    to keep is an argument of that code, so that a ranking of single tensors is
+    compiled once; other rankings are compiled for each sparsity.
     """
 
     def __init__(self) -> None:
@@ -470,46 +609,58 @@ class CompiledMaskUpdate:
         """
         if not updates:
             return
-        jobs = _jobs(updates)
+        pairs = _weights(updates)
         counts = [
             keep_count(math.prod(weight.variable.shape), updates[wrapper])
-            for wrapper, weight in jobs
+            for wrapper, weight in pairs
         ]
         # Python sparsities are part of a compilation only where they must be.
-        identity = (
-            tuple(id(wrapper) for wrapper in updates),
+        key = (
+            tuple((id(wrapper), wrapper.ranking) for wrapper in updates),
             tuple(
                 sparsity
                 for wrapper, sparsity in updates.items()
                 if not _ranks_by_count(wrapper.ranking)
             ),
         )
-        if identity not in self._functions:
-            self._functions[identity] = self._compile(dict(updates))
-        nans = self._functions[identity](tf.constant(counts, tf.int32))
+        if key not in self._functions:
+            self._functions[key] = self.compile(dict(updates))
+        nans = self._functions[key](tf.constant(counts, tf.int32))
         nans = self._strategy.experimental_local_results(nans)[0].numpy()
-        for (_, weight), nan in zip(jobs, nans, strict=True):
+        for (_, weight), nan in zip(pairs, nans, strict=True):
             refuse_nan(int(nan), f" of {weight.path}")
 
-    def _compile(self, updates: dict[PruningWrapper, float]) -> Any:
+    def compile(self, updates: dict[PruningWrapper, float]) -> Any:
+        """Returns the compiled function of an update.
+
+        Args:
+            updates: The sparsity to reach, by wrapper.
+
+        Returns:
+            A `tf.function` that takes the number of elements to keep, int32 of
+            shape [weights], sets the masks, and returns the number of scores
+            that are NaN, int32 of the same shape.
+        """
+
         def step(counts: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor]:
             return mask_update_step(updates, counts)
 
-        def here(value: Any) -> tf.Tensor:
+        def first_replica(value: Any) -> tf.Tensor:
             return self._strategy.experimental_local_results(value)[0]
 
         @tf.function
         def update(counts: tf.Tensor) -> tf.Tensor:
             masks, nans = self._strategy.run(step, args=(counts,))
-            nans = here(nans)
-            refused = tf.reduce_sum(nans) > 0
+            nans = first_replica(nans)
+            invalid = tf.reduce_sum(nans) > 0
             # Not on the replicas, where an assignment sends every mask to every
             # other replica, although all have the same.
             for (wrapper, weight), mask in zip(
-                _jobs(updates), masks, strict=True
+                _weights(updates), masks, strict=True
             ):
                 old = weight.state["mask"].value
-                wrapper.assign_mask(weight, tf.where(refused, old, here(mask)))
+                new = tf.where(invalid, old, first_replica(mask))
+                wrapper.assign_mask(weight, new)
             return nans
 
         return update
@@ -522,35 +673,39 @@ def mask_update_step(
 
     Args:
         updates: The sparsity to reach, by wrapper.
-        counts: int32 of shape [weights]: how many elements each weight keeps.
+        counts: int32 of shape [weights], the number of elements that each
+            weight keeps.
 
     Returns:
         The uint8 masks, one for each weight; and int32 of shape [weights], the
         number of scores that are NaN.
     """
+    pairs = _weights(updates)
     groups: dict[Any, list[tuple[PruningWrapper, SparseWeight, int]]] = {}
-    for place, (wrapper, weight) in enumerate(_jobs(updates)):
-        groups.setdefault(wrapper.ranking, []).append((wrapper, weight, place))
-    masks: list[Any] = [None] * len(_jobs(updates))
+    for index, (wrapper, weight) in enumerate(pairs):
+        groups.setdefault(wrapper.ranking, []).append((wrapper, weight, index))
+    masks: list[Any] = [None] * len(pairs)
     nans = list(masks)
     for ranking, members in groups.items():
         scores = [wrapper.scores(weight) for wrapper, weight, _ in members]
         if _ranks_by_count(ranking):
-            found: Sequence[Any] = [
-                top_k_mask_device(score, counts[i])
-                for score, (_, _, i) in zip(scores, members, strict=True)
+            ranked: Sequence[Any] = [
+                top_k_mask_device(score, counts[index])
+                for score, (_, _, index) in zip(scores, members, strict=True)
             ]
         else:
-            found = ranking.masks(
+            ranked = ranking.masks(
                 scores, [updates[wrapper] for wrapper, _, _ in members]
             )
-        for (_, _, i), score, mask in zip(members, scores, found, strict=True):
-            nans[i] = nan_count(score)
-            masks[i] = tf.cast(mask, tf.uint8)
+        for (_, _, index), score, mask in zip(
+            members, scores, ranked, strict=True
+        ):
+            nans[index] = nan_count(score)
+            masks[index] = tf.cast(mask, tf.uint8)
     return masks, tf.stack(nans)
 
 
-def _jobs(
+def _weights(
     updates: dict[PruningWrapper, float],
 ) -> list[tuple[PruningWrapper, SparseWeight]]:
     return [
@@ -561,5 +716,5 @@ def _jobs(
 
 
 def _ranks_by_count(ranking: Ranking) -> bool:
-    # Of a subclass nobody knows what it does with the sparsity.
+    # A subclass may use the sparsity itself.
     return type(ranking) is PerTensorRanking

@@ -1,4 +1,4 @@
-"""Strategies: how training is spread over devices and machines."""
+"""Distribution strategies, and what workers of a job exchange."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from sos.errors import ABORTED, UsageError, WorkerLostError, reason
 
-#: The names that `make_strategy` takes.
+#: The names that `make_strategy` accepts.
 STRATEGIES = ("tpu", "mirrored", "multi_worker", "one_device")
 
 # What TensorFlow raises in a worker when another one is gone.
@@ -29,32 +29,32 @@ _LOST_WORKER = (
 # Dtypes that TensorFlow cannot send to other workers.
 _NOT_SENT = (tf.uint8, tf.int8, tf.uint16, tf.int16)
 
-# By strategy, the compiled function of `gather`.
-_GATHERING: dict[tf.distribute.Strategy, Callable[[tf.Tensor], tf.Tensor]] = {}
+# The compiled function of `gather`, by strategy.
+_GATHER: dict[tf.distribute.Strategy, Callable[[tf.Tensor], tf.Tensor]] = {}
 
 
 def make_strategy(
     name: str | None = None, *, tpu: str | None = None
 ) -> tf.distribute.Strategy:
-    """Makes the strategy of that name, or the one that the machine calls for.
+    """Returns a strategy by name, or the default for this machine.
 
-    Call it before anything else touches TensorFlow's devices: several workers
-    cannot be joined later.
+    Call it before anything else uses TensorFlow's devices: a process cannot
+    join other workers later.
 
     Args:
         name: "tpu"; "mirrored", over all GPUs of this machine (or all logical
-            CPU devices, where there is none); "multi_worker", over the machines
+            CPU devices, if it has no GPU); "multi_worker", over the machines
             that the environment variable TF_CONFIG lists; "one_device"; or
-            None: a TPU if `tpu` is given, several workers if TF_CONFIG lists
+            None: a TPU if `tpu` is set, several workers if TF_CONFIG lists
             them, all GPUs if there are several, else one device.
-        tpu: Name or address of the TPU, or "local" for that of this machine.
+        tpu: Name or address of the TPU, or "local" for a TPU of this machine.
 
     Returns:
         The strategy.
 
     Raises:
-        UsageError: If the name is unknown, `tpu` is given with another
-            strategy, TF_CONFIG is invalid, or the TPU cannot be reached.
+        UsageError: If the name is unknown, `tpu` is set for another strategy,
+            TF_CONFIG is invalid for several workers, or the TPU cannot be used.
     """
     if name is not None and name not in STRATEGIES:
         raise UsageError(
@@ -63,7 +63,7 @@ def make_strategy(
         )
     if tpu and name not in (None, "tpu"):
         raise UsageError(
-            "`tpu` goes with the strategy tpu alone. "
+            "`tpu` is for the strategy tpu only. "
             f"Received: tpu={tpu!r} with strategy={name!r}"
         )
     if name is None:
@@ -88,7 +88,7 @@ def make_strategy(
 
 
 def is_chief(strategy: tf.distribute.Strategy) -> bool:
-    """Whether this process is the one that writes files."""
+    """Whether this process writes the files of its job."""
     resolver = strategy.cluster_resolver
     if not several_processes(strategy) or resolver is None:
         return True
@@ -102,26 +102,26 @@ def is_chief(strategy: tf.distribute.Strategy) -> bool:
 def gather(
     strategy: tf.distribute.Strategy, values: Sequence[float]
 ) -> np.ndarray:
-    """Lets all processes of a job see what each of them says.
+    """Gathers numbers from all processes of a job.
 
     All of them must call it at the same point of the program.
 
     Args:
         strategy: The strategy of the job.
-        values: This process's numbers, as many in every process; exact in
-            float64.
+        values: This process's numbers, the same count in every process; exact
+            in float64.
 
     Returns:
-        float64 of shape [processes, len(values)], the same everywhere.
+        float64 of shape [processes, len(values)], equal in all processes.
     """
     row = np.asarray([values], np.float64)
     if not several_processes(strategy):
         return row
-    if strategy not in _GATHERING:
+    if strategy not in _GATHER:
         # Once: `strategy.gather` would trace a function in every call.
-        _GATHERING[strategy] = _make_gather(strategy)
-    rows = _GATHERING[strategy](tf.constant(row)).numpy()
-    # The replicas of a process say the same.
+        _GATHER[strategy] = _make_gather(strategy)
+    rows = _GATHER[strategy](tf.constant(row)).numpy()
+    # The replicas of a process have equal rows.
     return rows[:: len(strategy.extended.worker_devices)]
 
 
@@ -130,7 +130,7 @@ def _make_gather(
 ) -> Callable[[tf.Tensor], tf.Tensor]:
     def on_a_replica(row: tf.Tensor) -> tf.Tensor:
         context = tf.distribute.get_replica_context()
-        # What is gathered must be on the device of the replica.
+        # The tensor must be on the device of the replica.
         return context.all_gather(tf.identity(row), axis=0)
 
     @tf.function
@@ -141,9 +141,20 @@ def _make_gather(
     return gather_rows
 
 
+def input_pipelines(strategy: tf.distribute.Strategy) -> int:
+    """Returns the number of hosts that read data for a strategy."""
+    if isinstance(strategy, tf.distribute.TPUStrategy):
+        return strategy.extended.num_hosts
+    if not several_processes(strategy):
+        return 1
+    # `worker_devices` are the devices of this process.
+    local = len(strategy.extended.worker_devices)
+    return strategy.num_replicas_in_sync // local
+
+
 def several_processes(strategy: tf.distribute.Strategy) -> bool:
-    """Whether other processes take part in a job, running the same program."""
-    # A TPU pod is driven by one process, whatever its number of hosts.
+    """Whether other processes run the same program in a job."""
+    # One process drives a TPU pod with any number of hosts.
     return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
 
 
@@ -195,15 +206,15 @@ def lost_worker_errors() -> Iterator[None]:
 
 
 class _MultiWorkerStrategy(tf.distribute.MultiWorkerMirroredStrategy):
-    """A strategy in whose scope masks can be made.
+    """A strategy in whose scope uint8 variables, such as masks, can be created.
 
-    TensorFlow gives all workers the chief's initial value of every variable,
-    and cannot send uint8. Such variables are sent as int32.
+    TensorFlow sends the chief's initial value of every variable to all workers,
+    and cannot send uint8. Such values are sent as int32.
     """
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
-        """The scope to make variables in."""
+        """Returns the scope to create variables in."""
         sent: list[tf.DType] = []
 
         def widen(make: Callable[..., tf.Variable], **kwargs: Any) -> Any:
@@ -219,7 +230,7 @@ class _MultiWorkerStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         def narrow(make: Callable[..., tf.Variable], **kwargs: Any) -> Any:
             return make(**(_cast(kwargs, sent[-1]) if sent else kwargs))
 
-        # What is entered last is called first: the strategy sends in between.
+        # The last scope is called first; the strategy sends in between.
         with (
             tf.variable_creator_scope(narrow),
             super().scope(),
@@ -229,7 +240,7 @@ class _MultiWorkerStrategy(tf.distribute.MultiWorkerMirroredStrategy):
 
 
 def _meet_workers() -> tf.distribute.Strategy:
-    """Waits for the other workers, and says so."""
+    """Waits for the other workers, and prints that it does."""
     # TensorFlow may wait for an hour, and keeps SIGTERM to itself.
     print(
         f"Meeting the other workers of {', '.join(_workers())}. Ctrl-C ends "
@@ -251,7 +262,7 @@ def _meet_workers() -> tf.distribute.Strategy:
 
 
 def _cast(kwargs: dict[str, Any], dtype: tf.DType) -> dict[str, Any]:
-    """The arguments of a variable for another dtype."""
+    """Returns the arguments of a variable with another dtype."""
     value = kwargs["initial_value"]
 
     def cast_value() -> tf.Tensor:
@@ -279,18 +290,18 @@ def _workers() -> list[str]:
 
 
 def _tf_config() -> dict[str, Any]:
-    """TF_CONFIG, with a cluster and a task even if they are empty."""
+    """Returns TF_CONFIG, with a cluster and a task even if they are empty."""
     text = os.environ.get("TF_CONFIG", "")
     try:
         config = json.loads(text) if text.strip() else {}
         if not isinstance(config, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
         config = {"cluster": {}, "task": {}, **config}
         for name in ("cluster", "task"):
             if not isinstance(config[name], dict):
-                raise ValueError(f"its {name} is no JSON object")
+                raise ValueError(f"its {name} is not a JSON object")
         if not all(isinstance(job, list) for job in config["cluster"].values()):
-            raise ValueError("a job of its cluster is no list of addresses")
+            raise ValueError("a job of its cluster is not a list of addresses")
     except ValueError as error:
         raise UsageError(
             "The environment variable TF_CONFIG must be a JSON object such as "
@@ -310,7 +321,7 @@ def _check_workers() -> None:
         raise UsageError(
             "The strategy multi_worker needs the environment variable "
             "TF_CONFIG with the addresses of all workers and the task of this "
-            'one, such as {"cluster": {"worker": ["host1:2222", '
+            'worker, such as {"cluster": {"worker": ["host1:2222", '
             '"host2:2222"]}, "task": {"type": "worker", "index": 0}}. '
             f"Received: TF_CONFIG={os.environ.get('TF_CONFIG')!r}"
         )
@@ -323,10 +334,9 @@ def _tpu_strategy(tpu: str) -> tf.distribute.Strategy:
             tf.config.experimental_connect_to_cluster(resolver)
         tf.tpu.experimental.initialize_tpu_system(resolver)
     except (tf.errors.OpError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UsageError(
-            f"The TPU {tpu!r} cannot be used: {reason} "
-            "Give --tpu=NAME of a TPU in this project, or --tpu=local on a TPU "
+            f"The TPU {tpu!r} cannot be used: {reason(error)}. "
+            "Set --tpu=NAME of a TPU in this project, or --tpu=local on a TPU "
             "machine with the package tensorflow-tpu."
         ) from error
     return tf.distribute.TPUStrategy(resolver)

@@ -1,7 +1,7 @@
 """What is trained: the model, its loss and its data."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import keras
@@ -12,69 +12,79 @@ from sos.errors import TaskError
 #: A sum over examples and the sum of their weights, float32 scalars.
 WeightedSum = tuple[tf.Tensor, tf.Tensor]
 
+#: Evaluates a model on the host and returns figures by name.
+Evaluator = Callable[[keras.Model], Mapping[str, float]]
+
 
 class Task:
-    """A model, an optimizer, data, and what is measured of them.
+    """A model, its optimizer, its data and its metrics.
 
-    Subclass it and override what raises here. The engine knows nothing else
-    of what it trains: sparse layers are found in the model.
+    Subclass it and override the methods that raise here. This is all that the
+    engine knows about a training: it finds sparse layers in the model itself.
 
     Attributes:
-        batch_size: The number of examples in one optimizer step, over all
-            replicas and micro-batches.
-        metric_names: The names that `compute_metrics` returns, "loss" among them.
-        eval_batches: The number of batches that `eval_dataset` gives each
-            replica.
+        batch_size: Number of examples in one optimizer step, over all replicas
+            and all parts of an accumulated gradient.
     """
 
     batch_size: int
-    metric_names: tuple[str, ...] = ("loss",)
-    eval_batches: int = 0
-
-    @property
-    def has_evaluation(self) -> bool:
-        """Whether there is evaluation data."""
-        return self.eval_batches >= 1
 
     def configuration(self) -> Mapping[str, Any]:
-        """All settings that decide what is computed, by name.
+        """Returns all options that determine the result, by name.
 
-        A checkpoint of another configuration is refused. The values must be
-        JSON: texts, numbers, booleans, None, lists and dictionaries.
+        A checkpoint of another configuration cannot be restored. The values
+        must be JSON: strings, numbers, booleans, None, lists and dictionaries.
         """
         raise NotImplementedError(
             f"{type(self).__name__} must override `configuration`."
         )
 
     def build_model(self) -> keras.Model:
-        """Makes the model, built; called in the strategy's scope."""
+        """Returns a new model, built; called in the strategy's scope."""
         raise NotImplementedError(
             f"{type(self).__name__} must override `build_model`."
         )
 
     def build_optimizer(self, model: keras.Model) -> keras.optimizers.Optimizer:
-        """Makes the optimizer of a model; called in the strategy's scope."""
+        """Returns a new optimizer; called in the strategy's scope.
+
+        Args:
+            model: The model that it trains.
+        """
         raise NotImplementedError(
             f"{type(self).__name__} must override `build_optimizer`."
         )
 
+    def initialize(self, model: keras.Model) -> None:
+        """Sets initial values that `build_model` does not set.
+
+        It is called in the strategy's scope, once per training, when there is
+        no checkpoint to restore: load pretrained weights here, or the masks of
+        a lottery ticket. All workers must assign the same values. By default
+        it does nothing.
+
+        Args:
+            model: The model.
+        """
+
     def train_dataset(
         self, context: tf.distribute.InputContext, step: int
     ) -> tf.data.Dataset:
-        """The training batches from a step on, without end.
+        """Returns the training batches from a step on, without end.
 
-        It must be a function of the step: what step 1,000 sees may not depend
-        on where training began. `sos.training.inputs` makes such data sets.
+        They must be a function of the step: the batch of step 1,000 may not
+        depend on the step that training started from. `sos.training.inputs`
+        makes such data sets.
 
         Args:
-            context: Tells which share of the data this host reads. Batches are
-                of `context.get_per_replica_batch_size(self.batch_size)`
-                examples, one for each replica of the host in turn.
-            step: The number of optimizer steps that were made before.
+            context: The share of the data that this host reads. Batches have
+                `context.get_per_replica_batch_size(self.batch_size)` examples,
+                one batch for each replica of the host in turn.
+            step: Number of optimizer steps done before.
 
         Returns:
-            Batches of static shape: a tensor, or a structure of tensors that
-            all have the examples along their first axis.
+            Batches of static shape: a tensor, or a structure of tensors with
+            the examples along their first axis.
         """
         raise NotImplementedError(
             f"{type(self).__name__} must override `train_dataset`."
@@ -83,57 +93,95 @@ class Task:
     def eval_dataset(
         self, context: tf.distribute.InputContext
     ) -> tf.data.Dataset:
-        """The evaluation batches, `eval_batches` for each replica.
+        """Returns the evaluation batches.
+
+        Without an override the task has no evaluation data.
 
         Args:
-            context: As for `train_dataset`.
+            context: As in `train_dataset`.
 
         Returns:
-            Batches of static shape; examples that only fill the last one up
-            must have no weight in `compute_metrics`.
+            Batches of static shape, the same number for every replica. Their
+            number is the cardinality of the data set, which must be known.
+            Examples that only fill up the last batch must have weight 0 in
+            `compute_metrics`.
         """
         raise NotImplementedError(
             f"{type(self).__name__} must override `eval_dataset`."
         )
 
+    @property
+    def has_evaluation(self) -> bool:
+        """Whether the task overrides `eval_dataset`."""
+        method = getattr(self.eval_dataset, "__func__", None)
+        return method is not Task.eval_dataset
+
     def compute_metrics(
         self, model: keras.Model, batch: Any, training: bool
     ) -> dict[str, WeightedSum]:
-        """Measures a model on a batch; called on every replica.
+        """Computes the loss and other metrics of a batch, on every replica.
 
-        The loss that training descends is the mean over the whole batch of all
-        replicas, plus `model.losses`, which are not to be counted here.
+        Training minimises the mean loss over the whole batch of all replicas,
+        plus `model.losses`, which must not be added here.
 
         Args:
             model: The model.
-            batch: From one of the data sets.
-            training: Whether to call the model as in training.
+            batch: A batch of one of the data sets.
+            training: Whether to call the model with `training=True`.
 
         Returns:
-            By metric name, the sum over the examples (or tokens) and the sum
-            of their weights; "loss" must be differentiable.
+            For each metric, by name, the sum over the examples (or tokens) and
+            the sum of their weights. One of them is "loss", which must be
+            differentiable. Training and evaluation may have other metrics; in
+            each of the two the names must always be the same.
         """
         raise NotImplementedError(
             f"{type(self).__name__} must override `compute_metrics`."
         )
 
+    def evaluators(self) -> Mapping[str, Evaluator]:
+        """Returns evaluations that run on the host, by name. Default: none.
 
-def _refuse(task: Any, method: str, must: str, received: str) -> NoReturn:
+        They run after the compiled evaluation, one after the other, in the
+        chief's process: a BLEU score after decoding, or accuracies for several
+        thresholds. Each is called with the model and returns figures by name,
+        such as `{"bleu": 27.3}`, which are reported as metrics are. An
+        evaluator must leave the model unchanged.
+        """
+        return {}
+
+    def serving(self, model: keras.Model) -> tf.Module:
+        """Returns the module to export, with its signatures and assets.
+
+        Args:
+            model: The trained model, stripped: plain Keras layers with the
+                zeros in place.
+
+        Returns:
+            The module that `sos.export.export_model` writes. By default it
+            calls the model.
+        """
+        from sos.export import ServingModule
+
+        return ServingModule(model)
+
+
+def _raise(task: Any, method: str, must: str, received: str) -> NoReturn:
     raise TaskError(
         f"`{type(task).__name__}.{method}` must {must}. Received: {received}"
     )
 
 
-def _kind(value: Any) -> str:
+def _with_type(value: Any) -> str:
     return f"{value!r} of type {type(value).__name__}"
 
 
 def check_model(task: Any, model: Any) -> None:
-    """Raises `TaskError` if `build_model` returned no built Keras model."""
+    """Raises `TaskError` unless `build_model` returned a built Keras model."""
     if not isinstance(model, keras.Model):
-        _refuse(task, "build_model", "return a model of Keras 3", _kind(model))
+        _raise(task, "build_model", "return a Keras 3 model", _with_type(model))
     if not model.built:
-        _refuse(
+        _raise(
             task,
             "build_model",
             "return a model that is built: give it a `keras.Input`, or call it "
@@ -143,153 +191,286 @@ def check_model(task: Any, model: Any) -> None:
 
 
 def check_optimizer(task: Any, optimizer: Any) -> None:
-    """Raises `TaskError` if `build_optimizer` returned no Keras optimizer."""
+    """Raises `TaskError` unless `build_optimizer` returned an optimizer."""
     if not isinstance(optimizer, keras.optimizers.Optimizer):
-        _refuse(
+        _raise(
             task,
             "build_optimizer",
-            "return an optimizer of Keras 3",
-            _kind(optimizer),
+            "return a Keras 3 optimizer",
+            _with_type(optimizer),
         )
 
 
 def check_configuration(task: Any, configuration: Any) -> None:
-    """Raises `TaskError` if `configuration` returned no JSON values by name."""
+    """Raises `TaskError` unless `configuration` returned a JSON object."""
     must = "return a dictionary of JSON values by name"
     if not isinstance(configuration, Mapping):
-        _refuse(task, "configuration", must, _kind(configuration))
+        _raise(task, "configuration", must, _with_type(configuration))
     try:
         json.dumps(dict(configuration))
     except (TypeError, ValueError) as error:
-        _refuse(task, "configuration", must, f"{configuration!r} ({error})")
+        _raise(task, "configuration", must, f"{configuration!r} ({error})")
 
 
 def train_dataset(
     task: Any, context: tf.distribute.InputContext, step: int
 ) -> tf.data.Dataset:
-    """The task's training batches, checked.
+    """Returns the task's training batches after validating them.
 
     Args:
         task: The task.
-        context: Which share of the data this host reads.
-        step: The step to begin with.
+        context: The share of the data that this host reads.
+        step: Number of optimizer steps done before.
 
     Returns:
-        Batches that are known to have no end.
+        Batches of infinite cardinality.
 
     Raises:
-        TaskError: If they are no batches of static shape for one replica, or
-            are known to end.
+        TaskError: If they are not batches of static shape for one replica, or
+            their number is known to be finite.
     """
     dataset = task.train_dataset(context, step)
     size = context.get_per_replica_batch_size(task.batch_size)
     _check_batches(task, "train_dataset", dataset, size)
-    if (found := int(dataset.cardinality())) >= 0:
-        refuse_end(task, f"a data set of {found} batches")
+    if (batches := int(dataset.cardinality())) >= 0:
+        raise_end_of_data(task, f"a data set of {batches} batches")
     # Otherwise workers ask each other at every step whether all have data.
     return dataset.apply(
         tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
     )
 
 
-def refuse_end(task: Any, received: str) -> NoReturn:
-    """Raises `TaskError`, as `train_dataset` gave batches that end."""
-    _refuse(
+def raise_end_of_data(task: Any, received: str) -> NoReturn:
+    """Raises `TaskError` because the training batches ended."""
+    _raise(
         task,
         "train_dataset",
-        "give batches without end, in another order in each epoch",
+        "return batches without end, in another order in each epoch",
         received,
     )
 
 
 def eval_dataset(
     task: Any, context: tf.distribute.InputContext
-) -> tf.data.Dataset:
-    """The task's evaluation batches, checked, again and again.
+) -> tuple[tf.data.Dataset, int]:
+    """Returns the task's evaluation batches after validating them.
 
     Args:
         task: The task.
-        context: Which share of the data this host reads.
+        context: The share of the data that this host reads.
 
     Returns:
-        Batches without end. Where their number was not known before, it is an
-        error then if there are too few of them.
+        The batches, repeated without end, and their number for each replica.
 
     Raises:
-        TaskError: If they are no batches of static shape, or of another number
-            than `eval_batches` for each replica.
+        TaskError: If they are not batches of static shape, their number is
+            unknown or infinite, or the replicas of this host cannot share them
+            evenly.
     """
     dataset = task.eval_dataset(context)
     _check_batches(task, "eval_dataset", dataset)
-    batches = task.eval_batches * (
-        context.num_replicas_in_sync // context.num_input_pipelines
-    )
-    found = int(dataset.cardinality())
-    if found >= 0 and found != batches:
-        _refuse(
+    batches = int(dataset.cardinality())
+    if batches < 0:
+        _raise(
             task,
             "eval_dataset",
-            "give `eval_batches` batches for each replica, so that every "
-            f"example counts once: {batches} here",
-            f"{found} batches",
+            "return a data set whose number of batches is known: apply "
+            "`tf.data.experimental.assert_cardinality(batches)` to it",
+            "an infinite data set"
+            if batches == tf.data.INFINITE_CARDINALITY
+            else "a data set of unknown cardinality",
         )
-    # Repeated, as a strategy looks for a batch beyond the last.
-    return dataset.apply(
-        tf.data.experimental.assert_cardinality(batches)
-    ).repeat()
+    replicas = context.num_replicas_in_sync // context.num_input_pipelines
+    if batches == 0 or batches % replicas:
+        _raise(
+            task,
+            "eval_dataset",
+            "return at least one batch, and the same number for each of the "
+            f"{replicas} replicas of a host",
+            f"a data set of {batches} batches",
+        )
+    # Repeated, because a strategy looks for a batch after the last one.
+    return dataset.repeat(), batches // replicas
+
+
+def check_eval_batches(task: Any, batches: list[int]) -> int:
+    """Returns the number of evaluation batches, which all hosts must share.
+
+    Args:
+        task: The task.
+        batches: The number of batches for each replica, one entry per host.
+
+    Raises:
+        TaskError: If they differ.
+    """
+    if len(set(batches)) > 1:
+        _raise(
+            task,
+            "eval_dataset",
+            "return the same number of batches on every host: fill up the "
+            "shares of some hosts with examples of weight 0",
+            f"{batches} batches for each replica, by host",
+        )
+    return batches[0]
+
+
+def raise_wrong_cardinality(task: Any, received: str) -> NoReturn:
+    """Raises `TaskError` because there were fewer batches than announced."""
+    _raise(
+        task,
+        "eval_dataset",
+        "return as many batches as its cardinality says",
+        received,
+    )
 
 
 def _check_batches(
     task: Any, method: str, dataset: Any, size: int | None = None
 ) -> None:
     if not isinstance(dataset, tf.data.Dataset):
-        _refuse(task, method, "return a tf.data.Dataset", _kind(dataset))
+        _raise(task, method, "return a tf.data.Dataset", _with_type(dataset))
     for spec in tf.nest.flatten(dataset.element_spec):
         shape = tf.TensorShape(getattr(spec, "shape", None))
         first = shape[0] if shape.rank else None
         if not shape.is_fully_defined() or first is None:
-            _refuse(
+            _raise(
                 task,
                 method,
-                "give batches of static shape (`drop_remainder=True`), with "
+                "return batches of static shape (`drop_remainder=True`), with "
                 "the examples along the first axis",
                 f"{dataset.element_spec}",
             )
         if size is not None and first != size:
-            _refuse(
+            _raise(
                 task,
                 method,
-                "give batches for one replica, of "
+                "return batches for one replica, of "
                 "`context.get_per_replica_batch_size(batch_size)` examples: "
                 f"{size} here",
                 f"{dataset.element_spec}",
             )
 
 
-# Its frames are then those of this file when it raises.
+# AutoGraph would replace the error by one of its own.
 @tf.autograph.experimental.do_not_convert
-def check_metrics(task: Any, measured: Any) -> None:
-    """Raises `TaskError` if `compute_metrics` returned no pairs of scalars by name."""
-    names = list(task.metric_names)
-    if not isinstance(measured, Mapping) or set(measured) != set(names):
-        _refuse(
+def check_metrics(
+    task: Any, metrics: Any, names: tuple[str, ...] | None = None
+) -> tuple[str, ...]:
+    """Validates the metrics that `compute_metrics` returned.
+
+    Args:
+        task: The task.
+        metrics: What the method returned.
+        names: The names that another call in the same step returned, if any.
+
+    Returns:
+        The names of the metrics, sorted.
+
+    Raises:
+        TaskError: If they are not pairs of scalars by name, "loss" is not one
+            of them, or the names are others than `names`.
+    """
+    if not isinstance(metrics, Mapping) or "loss" not in metrics:
+        _raise(
             task,
             "compute_metrics",
-            f"return a dictionary with the `metric_names` {names}",
-            f"{list(measured)}"
-            if isinstance(measured, Mapping)
-            else _kind(measured),
+            "return a dictionary of metrics by name, with 'loss' among them",
+            f"{list(metrics)}"
+            if isinstance(metrics, Mapping)
+            else _with_type(metrics),
         )
-    for name, pair in measured.items():
+    for name, pair in metrics.items():
+        if not isinstance(name, str):
+            _raise(
+                task,
+                "compute_metrics",
+                "return metrics by name",
+                _with_type(name),
+            )
         if (
             not isinstance(pair, (tuple, list))
             or len(pair) != 2
             or any(tf.convert_to_tensor(x).shape.rank != 0 for x in pair)
         ):
-            _refuse(
+            _raise(
                 task,
                 "compute_metrics",
-                f"give a pair of scalars for {name!r}: the sum over the "
+                f"return a pair of scalars for {name!r}: the sum over the "
                 "examples, and the sum of their weights",
                 f"{pair!r}",
             )
+    received = tuple(sorted(metrics))
+    if names is not None and received != names:
+        _raise(
+            task,
+            "compute_metrics",
+            f"always return the same metrics, {list(names)}",
+            f"{list(received)}",
+        )
+    return received
+
+
+def check_evaluators(task: Any, evaluators: Any) -> Mapping[str, Evaluator]:
+    """Returns the evaluators, or raises `TaskError` if they are not callables.
+
+    Args:
+        task: The task.
+        evaluators: What the method of that name returned.
+    """
+    if not isinstance(evaluators, Mapping) or not all(
+        isinstance(name, str) and callable(evaluator)
+        for name, evaluator in evaluators.items()
+    ):
+        _raise(
+            task,
+            "evaluators",
+            "return a dictionary of callables by name",
+            _with_type(evaluators),
+        )
+    return evaluators
+
+
+def check_figures(
+    task: Any, evaluator: str, figures: Any, taken: Mapping[str, float]
+) -> dict[str, float]:
+    """Validates the figures that an evaluator returned.
+
+    Args:
+        task: The task.
+        evaluator: The evaluator's name.
+        figures: What it returned.
+        taken: The metrics that there are already.
+
+    Returns:
+        The figures, as Python floats.
+
+    Raises:
+        TaskError: If they are not numbers by name, or a name is taken.
+    """
+    where = f"evaluators()[{evaluator!r}]"
+    must = "return a dictionary of numbers by name"
+    if not isinstance(figures, Mapping):
+        _raise(task, where, must, _with_type(figures))
+    numbers = {}
+    for name, figure in figures.items():
+        if not isinstance(name, str):
+            _raise(task, where, must, _with_type(name))
+        try:
+            numbers[name] = float(figure)
+        except (TypeError, ValueError):
+            _raise(task, where, must, f"{_with_type(figure)} for {name!r}")
+    if both := sorted(set(numbers) & set(taken)):
+        _raise(
+            task,
+            where,
+            "return figures under names that no metric and no other evaluator "
+            f"has: {sorted(taken)} are taken",
+            f"{both}",
+        )
+    return numbers
+
+
+def check_serving(task: Any, module: Any) -> None:
+    """Raises `TaskError` unless `serving` returned a `tf.Module`."""
+    if not isinstance(module, tf.Module):
+        _raise(task, "serving", "return a tf.Module", _with_type(module))

@@ -1,4 +1,4 @@
-"""Rehearses a step for the TPU on a machine that has none.
+"""TPU compatibility check of a training step, on a machine without a TPU.
 
 ```
 strategy = tpu_check.deviceless_strategy(8)
@@ -13,15 +13,16 @@ def train(batch):
 tpu_check.check(train.get_concrete_function(batch_spec))
 ```
 
-The strategy is TensorFlow's own TPUStrategy, told of a TPU that does not exist.
-Under it a step is traced into the very cluster that a TPU would compile, and
-every operation of the cluster is looked up in a table of what that compiler
-accepts. Nothing can be run: numbers, speed and memory stay unknown
-(`benchmarks/tpu_compile.py` in the source tree goes on to the compiler itself).
+The strategy is TensorFlow's TPUStrategy with the description of a TPU that does
+not exist. Under it a step is traced into the same cluster that a TPU would
+compile, and every operation of the cluster is looked up in a table of the
+operations that the TPU compiler accepts. Nothing is run: numbers, speed and
+memory stay unknown (`benchmarks/tpu_compile.py` in the source tree continues
+with the compiler itself).
 
-The table, data/tpu_ops_tf2.20.json, gives for each operation its kernels, and
-for each kernel the types that it takes. It is the registry of the newest
-TensorFlow for TPUs: the kernels of the device XLA_TPU_JIT that
+The table, data/tpu_ops_tf2.20.json, lists the kernels of each operation, and
+the types that each kernel accepts. It is the registry of the newest TensorFlow
+for TPUs: the kernels of the device XLA_TPU_JIT that
 `tensorflow.python.framework.kernels.get_all_registered_kernels()` lists in
 tensorflow-tpu 2.20.0 with libtpu 0.0.21, after a first call of
 `experimental_get_compiler_ir` has loaded them, which needs no TPU either.
@@ -41,12 +42,14 @@ import tensorflow as tf
 # TensorFlow has no public name for it.
 from tensorflow.python.tpu.tpu_system_metadata import TPUSystemMetadata
 
+from sos.errors import UsageError
+
 _TABLE = "tpu_ops_tf2.20.json"
 _HOST = "/job:localhost/replica:0/task:0/device:"
 _Device = collections.namedtuple("_Device", ["name", "device_type"])
 
-# They frame a cluster and are gone when it is compiled.
-_FRAME = ("TPUReplicateMetadata", "TPUCompilationResult")
+# They mark a cluster and are removed when it is compiled.
+_MARKERS = ("TPUReplicateMetadata", "TPUCompilationResult")
 
 
 class _Resolver(tf.distribute.cluster_resolver.ClusterResolver):
@@ -93,127 +96,129 @@ class _Resolver(tf.distribute.cluster_resolver.ClusterResolver):
 
 
 def deviceless_strategy(replicas: int) -> tf.distribute.TPUStrategy:
-    """Makes a TPUStrategy on a machine without a TPU, for tracing only.
+    """Returns a TPUStrategy on a machine without a TPU, for tracing only.
 
-    Its variables lie in the host's memory, where TensorFlow puts what it finds
-    no device for. They can be assigned, read and saved outside of
-    `strategy.run`; to run a function with a cluster is an error. The process
-    is left as it was, and may use other strategies.
+    Its variables are in the host's memory, because their devices do not exist.
+    They can be assigned, read and saved outside of `strategy.run`. Running a
+    function with a cluster is an error. The state of the process does not
+    change, and it may use other strategies.
 
     Args:
-        replicas: The number of replicas, one for each core; at least 1.
+        replicas: Number of replicas, one for each core; at least 1.
 
     Returns:
         The strategy.
 
     Raises:
-        ValueError: If `replicas` is no positive integer.
-        RuntimeError: If soft device placement is off, without which variables
-            cannot be created.
+        UsageError: If `replicas` is not a positive integer, or soft device
+            placement is off.
     """
     try:
         valid = operator.index(replicas) >= 1
     except TypeError:
         valid = False
     if not valid:
-        raise ValueError(
+        raise UsageError(
             "`replicas` must be an integer of at least 1. "
             f"Received: replicas={replicas!r}"
         )
     if not tf.config.get_soft_device_placement():
-        raise RuntimeError(
-            "A tpu_check needs soft device placement, TensorFlow's default, as "
-            "there is no TPU to put variables on. Remove "
-            "`tf.config.set_soft_device_placement(False)`."
+        raise UsageError(
+            "The TPU compatibility check needs soft device placement, "
+            "TensorFlow's default, because there is no TPU to place variables "
+            "on. Remove `tf.config.set_soft_device_placement(False)`."
         )
     return tf.distribute.TPUStrategy(_Resolver(operator.index(replicas)))
 
 
 def check(function: Any) -> None:
-    """Raises if a function holds anything that a TPU does not accept.
+    """Raises an error that lists all violations in a function, if any.
 
     Args:
-        function: As for `violations`.
+        function: A concrete function, as in `violations`.
 
     Raises:
-        ValueError: If there are violations, with all of them in its text, or
-            there is nothing to check.
+        UsageError: If there are violations, or no TPU cluster.
         TypeError: If it is not a concrete function.
     """
-    found = violations(function)
-    if found:
-        lines = "".join(f"\n- {line}" for line in found)
-        raise ValueError(
-            "The TPU compiler would not accept this function. Do on the host "
-            "what a TPU cannot do (decoding, strings, prints), choose another "
-            "operation or type, and give every tensor a static shape, inputs "
-            "too (`drop_remainder=True`; without it their operation is "
-            f"XlaSetDynamicDimensionSize):{lines}"
+    if lines := violations(function):
+        listed = "".join(f"\n- {line}" for line in lines)
+        raise UsageError(
+            "The TPU compiler would not accept this function. Decode, print "
+            "and work on strings on the host, use other operations and types, "
+            "and give every tensor a static shape, inputs too "
+            "(`drop_remainder=True`; without it their operation is "
+            f"XlaSetDynamicDimensionSize):{listed}"
         )
 
 
 def violations(function: Any) -> list[str]:
-    """Lists what a TPU does not accept in a traced function.
+    """Lists operations in a traced function that a TPU does not accept.
 
-    All operations that `strategy.run` put into TPU clusters are looked at, in
-    host loops around clusters and in loops, branches and functions inside of
-    them: the operation and its types must be in the table, and all shapes must
-    be static. An operation that TensorFlow could move to the host, at the price
-    of a transfer in every step, is a violation.
+    It checks all operations that `strategy.run` put into TPU clusters, also
+    clusters in host loops, and the loops, branches and functions inside of
+    clusters: the operation and its types must be in the table, and all shapes
+    must be static. An operation that TensorFlow could move to the host, at the
+    cost of a transfer in every step, is a violation.
 
     Args:
         function: A concrete function, from `get_concrete_function` of a
             `tf.function` that calls `run` of a `deviceless_strategy`.
 
     Returns:
-        One line for each kind of violation, with its number and an example.
-        Of tensors without a static shape only those are listed where it begins.
+        One line for each kind of violation, with its count and an example. Of
+        several dependent tensors without a static shape only the first is
+        listed.
 
     Raises:
         TypeError: If it is not a concrete function.
-        ValueError: If it holds no TPU cluster, so that there is nothing to
-            check.
+        UsageError: If it contains no TPU cluster.
     """
     graph = getattr(function, "graph", None)
     if not isinstance(graph, tf.Graph):
         raise TypeError(
-            "Only a traced function can be checked: "
+            "The TPU compatibility check takes a traced function: "
             "`my_function.get_concrete_function(...)` of a `tf.function`. "
             f"Received: function={function!r} of type {type(function).__name__}"
         )
-    found: dict[str, list[str]] = {}
+    places_of: dict[str, list[str]] = {}
     empty = True
     for node in _cluster_nodes(graph):
         empty = False
         for problem in _problems(node):
-            found.setdefault(problem, []).append(node.place)
+            places_of.setdefault(problem, []).append(node.place)
     if empty:
-        raise ValueError(
-            "The function holds no TPU cluster, so that there is nothing to "
-            "check. It must call `strategy.run` of a `deviceless_strategy`, "
-            f"which makes one. Received: function={function!r}"
+        raise UsageError(
+            "The function contains no TPU cluster to check. It must call "
+            "`strategy.run` of a `deviceless_strategy`. "
+            f"Received: function={function!r}"
         )
     return [
         f"{problem} ({len(places)} "
         f"{'node' if len(places) == 1 else 'nodes'}, such as {places[0]})"
-        for problem, places in found.items()
+        for problem, places in places_of.items()
     ]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Node:
-    """A node of a cluster, a NodeDef with the shapes of its outputs."""
+    """A node of a cluster.
+
+    Attributes:
+        definition: Its NodeDef, with the shapes of its outputs.
+        place: Its name and the function that it is in.
+        dynamic_input: Whether an input tensor has no static shape.
+    """
 
     definition: Any
     place: str
-    #: Whether a tensor that it takes has no static shape.
     dynamic_input: bool
 
 
 def _problems(node: _Node) -> Iterator[str]:
     definition = node.definition
     operation = definition.op
-    if operation in _FRAME:
+    if operation in _MARKERS:
         return
     kernels = _table().get(operation)
     if kernels is None:
@@ -221,9 +226,9 @@ def _problems(node: _Node) -> Iterator[str]:
     elif kernels:
         wrong = [_wrong_types(definition, kernel) for kernel in kernels]
         if all(wrong):
-            # Of several kernels the one that comes closest.
+            # Of several kernels the most similar one.
             types = ", ".join(min(wrong, key=len))
-            yield f"{operation} with {types}: a TPU does not do it in this type"
+            yield f"{operation} with {types}: a TPU does not support this type"
     if not node.dynamic_input:
         for shape in dict.fromkeys(map(str, _dynamic_shapes(definition))):
             yield f"{operation} of shape {shape}: the shape is not static"
@@ -251,7 +256,7 @@ def _dynamic_shapes(definition: Any) -> list[tf.TensorShape]:
 
 
 def _cluster_nodes(graph: tf.Graph) -> Iterator[_Node]:
-    """Walks through all nodes that are in clusters, each function once."""
+    """Yields all nodes of clusters, each function once."""
     definition = graph.as_graph_def(add_shapes=True)
     functions = {f.signature.name: f for f in definition.library.function}
     seen = set()
@@ -293,7 +298,7 @@ def _cluster_nodes(graph: tf.Graph) -> Iterator[_Node]:
 
 
 def _called(node: Any) -> Iterator[str]:
-    """The names of the functions that a node calls."""
+    """Yields the names of the functions that a node calls."""
     for value in node.attr.values():
         if value.WhichOneof("value") == "func":
             yield value.func.name
@@ -302,7 +307,7 @@ def _called(node: Any) -> Iterator[str]:
 
 
 def _dynamic_arguments(function: Any) -> frozenset[str]:
-    # They are no violation of their own: the caller's tensors are.
+    # The violation is in the caller, where the tensors come from.
     shapes = function.attr["_input_shapes"].list.shape
     return frozenset(
         argument.name
@@ -315,7 +320,7 @@ def _dynamic_arguments(function: Any) -> frozenset[str]:
 
 @functools.cache
 def _table() -> dict[str, list[dict[str, set[int]]]]:
-    """Kernels by operation: for each attribute, the types that it may have."""
+    """Returns kernels by operation: the valid types of each attribute."""
     file = importlib.resources.files("sos.training") / "data" / _TABLE
     return {
         operation: [

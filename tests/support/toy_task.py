@@ -1,6 +1,4 @@
-"""A small task for the tests of the engine, with any technique or none."""
-
-import math
+"""Small tasks for the tests of the engine, with any technique or none."""
 
 import keras
 import numpy as np
@@ -23,11 +21,10 @@ class ToyTask(Task):
         batch_size: The global batch size.
         seed: Seed of weights, data order and noise.
         batch_norm: Whether the model has batch normalisation.
-        optimizer: Makes the optimizer; Adam by default.
+        dropout: Rate of a dropout layer; none if it is 0.
+        optimizer: Returns the optimizer; Adam by default.
         overrides: Other arguments of the technique.
     """
-
-    metric_names = ("loss", "accuracy")
 
     def __init__(
         self,
@@ -56,14 +53,13 @@ class ToyTask(Task):
         labels = np.argmax(points[:, :3] + 0.1 * points[:, 3:], axis=1)
         self.points = points.astype(np.float32)
         self.labels = labels.astype(np.int32)
-        self.eval_batches = math.ceil(EVAL_EXAMPLES / batch_size)
 
     def configuration(self):
         return {
             "technique": self.technique,
             "batch_size": self.batch_size,
             "seed": self.seed,
-            **{k: _described(v) for k, v in self.overrides.items()},
+            **{k: _text(v) for k, v in self.overrides.items()},
         }
 
     def build_model(self):
@@ -84,7 +80,7 @@ class ToyTask(Task):
         return sos.sparsify(
             model,
             sos.techniques()[self.technique],
-            **techniques.arguments(self.technique, **self.overrides),
+            **{**techniques.settings(self.technique), **self.overrides},
         )
 
     def build_optimizer(self, model):
@@ -126,27 +122,23 @@ class ToyTask(Task):
         return {"x": self.points[part], "y": self.labels[part]}
 
 
-def _described(value):
-    """Text that is the same in every process."""
+def _text(value):
+    """Returns a text that is the same in every process."""
     if isinstance(value, sos.PruningSchedule):
         value = sos.Schedule(value)
     return repr(value)
 
 
-class GivenTask(Task):
-    """Regression on given examples in their order, so that steps are known.
-
-    Step k sees the k-th `batch_size` rows of the arrays.
+class OrderedTask(Task):
+    """Regression on examples in their order: step k has the k-th batch.
 
     Args:
-        make_model: Makes the model of `x`.
-        make_optimizer: Makes its optimizer.
-        arrays: Examples by name: "x", "y" of the shape of the outputs, and if
+        make_model: Returns the model of `x`.
+        make_optimizer: Returns its optimizer.
+        arrays: Examples by name: "x", "y" of the shape of the outputs, and, if
             they are not all ones, "weight".
         batch_size: The global batch size.
     """
-
-    metric_names = ("error", "loss")
 
     def __init__(self, make_model, make_optimizer, arrays, *, batch_size):
         self.make_model = make_model
@@ -156,10 +148,9 @@ class GivenTask(Task):
             **arrays,
         }
         self.batch_size = batch_size
-        self.eval_batches = len(arrays["x"]) // batch_size
-        #: What `compute_metrics` saw in training, if it is set to a list: dictionaries
-        #: with the step, the replica, the batch and the outputs.
-        self.seen = None
+        #: If it is a list, each training call of `compute_metrics` appends a
+        #: dictionary with the step, the replica, the batch and the outputs.
+        self.calls = None
 
     def configuration(self):
         return {"batch_size": self.batch_size}
@@ -173,7 +164,8 @@ class GivenTask(Task):
         return self.optimizer
 
     def train_dataset(self, context, step):
-        return self._batches(context).skip(step * context.num_replicas_in_sync)
+        batches = self._batches(context).repeat()
+        return batches.skip(step * context.num_replicas_in_sync)
 
     def eval_dataset(self, context):
         return self._batches(context)
@@ -190,8 +182,8 @@ class GivenTask(Task):
 
     def compute_metrics(self, model, batch, training):
         outputs = model(batch["x"], training=training)
-        if training and self.seen is not None:
-            self._note(batch, outputs)
+        if training and self.calls is not None:
+            self._record(batch, outputs)
         losses, weight = self.losses(outputs, batch), batch["weight"]
         return {
             # Not weighted, so that the two have other means.
@@ -203,20 +195,16 @@ class GivenTask(Task):
         }
 
     def _batches(self, context):
-        return (
-            tf.data.Dataset.from_tensor_slices(self.arrays)
-            .batch(
-                context.get_per_replica_batch_size(self.batch_size),
-                drop_remainder=True,
-            )
-            .repeat()
+        return tf.data.Dataset.from_tensor_slices(self.arrays).batch(
+            context.get_per_replica_batch_size(self.batch_size),
+            drop_remainder=True,
         )
 
-    def _note(self, batch, outputs):
+    def _record(self, batch, outputs):
         context = tf.distribute.get_replica_context()
 
-        def note(step, replica, outputs, *values):
-            self.seen.append(
+        def record(step, replica, outputs, *values):
+            self.calls.append(
                 {
                     "step": int(step),
                     "replica": int(replica),
@@ -227,7 +215,7 @@ class GivenTask(Task):
             return np.int32(0)
 
         tf.numpy_function(
-            note,
+            record,
             [
                 keras.ops.convert_to_tensor(self.optimizer.iterations),
                 context.replica_id_in_sync_group,
@@ -239,9 +227,10 @@ class GivenTask(Task):
 
 
 def values(trainer):
-    """Copies of all variables of a trainer's model and optimizer.
+    """Returns copies of all variables of a trainer's model and optimizer.
 
-    By place and shape: Keras numbers names through all of a process.
+    The keys are positions and short names, as Keras numbers the names of
+    layers through all of a process.
     """
     variables = [*trainer.model.variables, *trainer.optimizer.variables]
     return {

@@ -1,11 +1,12 @@
 import json
+import types
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from sos.errors import UsageError, WorkerLostError
-from sos.training import strategies
+from sos.training import strategies, tpu_check
 from sos.training.strategies import gather, is_chief, make_strategy
 from tests.support import techniques
 
@@ -85,16 +86,16 @@ def test_without_other_workers_the_default_is_one_device(tf_config, config):
 def test_several_workers_are_found_in_the_environment(tf_config):
     # Not to be joined here, as the task of this one is missing.
     tf_config({"cluster": TWO_WORKERS})
-    with pytest.raises(ValueError, match="The strategy multi_worker needs"):
+    with pytest.raises(UsageError, match="The strategy multi_worker needs"):
         make_strategy()
     chief = {"chief": ["localhost:2222"], "worker": ["localhost:2223"]}
     tf_config({"cluster": chief})
-    with pytest.raises(ValueError, match="The strategy multi_worker needs"):
+    with pytest.raises(UsageError, match="The strategy multi_worker needs"):
         make_strategy()
 
 
 def test_names_are_those_that_the_error_lists():
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UsageError) as error:
         make_strategy("tpus")
     for name in strategies.STRATEGIES:
         assert name in str(error.value)
@@ -103,7 +104,7 @@ def test_names_are_those_that_the_error_lists():
 
 @pytest.mark.parametrize("name", ["mirrored", "multi_worker", "one_device"])
 def test_a_tpu_goes_with_no_other_strategy(name):
-    with pytest.raises(ValueError, match=f"tpu='mine' with strategy='{name}'"):
+    with pytest.raises(UsageError, match=f"tpu='mine' with strategy='{name}'"):
         make_strategy(name, tpu="mine")
 
 
@@ -135,7 +136,7 @@ def test_a_tpu_that_is_not_there(arguments):
 @pytest.mark.parametrize("name", [None, "multi_worker"])
 def test_tf_config_that_cannot_be_read(tf_config, text, name):
     tf_config(text)
-    with pytest.raises(ValueError, match="TF_CONFIG must be") as error:
+    with pytest.raises(UsageError, match="TF_CONFIG must be") as error:
         make_strategy(name)
     assert "Cause: " in str(error.value)
     assert f"Received: {text!r}" in str(error.value)
@@ -162,7 +163,7 @@ def test_tf_config_that_cannot_be_read(tf_config, text, name):
 )
 def test_tf_config_that_does_not_name_this_worker(tf_config, config):
     tf_config(config)
-    with pytest.raises(ValueError, match="multi_worker needs.*TF_CONFIG="):
+    with pytest.raises(UsageError, match="multi_worker needs.*TF_CONFIG="):
         make_strategy("multi_worker")
 
 
@@ -198,6 +199,20 @@ def test_one_worker_is_the_chief(cluster, job, index, chief):
     strategy = SeveralWorkers(cluster, job, index)
     assert is_chief(strategy) is chief
     assert strategies.several_processes(strategy)
+
+
+def test_input_pipelines_are_the_hosts():
+    class Workers(SeveralWorkers):
+        """Three workers with two devices each."""
+
+        num_replicas_in_sync = 6
+        extended = types.SimpleNamespace(worker_devices=["GPU:0", "GPU:1"])
+
+    assert strategies.input_pipelines(Workers(TWO_WORKERS, "worker", 0)) == 3
+    assert strategies.input_pipelines(techniques.two_replicas()) == 1
+    assert strategies.input_pipelines(tf.distribute.get_strategy()) == 1
+    tpu = tpu_check.deviceless_strategy(2)
+    assert strategies.input_pipelines(tpu) == 1
 
 
 @pytest.mark.parametrize("name", ["one_device", "mirrored"])

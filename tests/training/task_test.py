@@ -3,23 +3,22 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from sos.errors import in_a_line
-from sos.training import contract
+import sos.export
+from sos.errors import ReportedError, TaskError, UsageError
+from sos.training import task as task_lib
 from sos.training.strategies import make_strategy
-from sos.training.task import TaskError
+from sos.training.task import Task
 from sos.training.trainer import Trainer
 from tests.support import techniques
 from tests.support.toy_task import ToyTask
 
 
-def refused(call, match):
-    """The error of a task, which is told in one line."""
+def check_raises(call, match):
+    """Checks the error of a task, whose message is one line."""
     with pytest.raises(TaskError, match=match) as error:
         call()
-    text = in_a_line(error.value)
-    assert text == str(error.value)
-    assert "\n" not in text
-    return text
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 def trainer_of(replicas=1, **methods):
@@ -33,14 +32,50 @@ def trainer_of(replicas=1, **methods):
     return Trainer(task, strategy=strategy)
 
 
+# Defaults.
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda task: task.configuration(),
+        lambda task: task.build_model(),
+        lambda task: task.build_optimizer(None),
+        lambda task: task.train_dataset(None, 0),
+        lambda task: task.eval_dataset(None),
+        lambda task: task.compute_metrics(None, None, True),
+    ],
+)
+def test_task_without_an_override_raises(call):
+    with pytest.raises(NotImplementedError, match="Task must override"):
+        call(Task())
+
+
+def test_task_has_no_evaluation_by_default():
+    assert not Task().has_evaluation
+    assert ToyTask().has_evaluation
+    assert dict(Task().evaluators()) == {}
+    assert Task().initialize(None) is None
+
+
+def test_task_serving_by_default_is_the_serving_module(monkeypatch):
+    monkeypatch.setattr(
+        sos.export, "ServingModule", lambda model: ("module", model), False
+    )
+    assert Task().serving("model") == ("module", "model")
+
+
+# Validation.
+
+
 @pytest.mark.parametrize(
     ("model", "text"),
     [
         (
             None,
-            "Mine.build_model` must return a model.*: None of type NoneType",
+            "Mine.build_model` must return a Keras 3 m.*: None of type NoneT",
         ),
-        (keras.layers.Dense(1), "must return a model of Keras 3.*type Dense"),
+        (keras.layers.Dense(1), "must return a Keras 3 model.*type Dense"),
         (
             keras.Sequential([keras.layers.Dense(1)], name="mine"),
             "that is built.*'mine', which is not built",
@@ -48,14 +83,15 @@ def trainer_of(replicas=1, **methods):
     ],
 )
 def test_models(model, text):
-    refused(lambda: trainer_of(build_model=lambda self: model), text)
+    check_raises(lambda: trainer_of(build_model=lambda self: model), text)
 
 
 @pytest.mark.parametrize("optimizer", [None, "adam"])
 def test_optimizers(optimizer):
-    refused(
+    check_raises(
         lambda: trainer_of(build_optimizer=lambda self, model: optimizer),
-        f"Mine.build_optimizer` must return an optim.*: {optimizer!r} of type",
+        "Mine.build_optimizer` must return a Keras 3 optimizer.*: "
+        f"{optimizer!r} of type",
     )
 
 
@@ -69,8 +105,10 @@ def test_optimizers(optimizer):
     ],
 )
 def test_configurations(configuration, text):
-    trainer = trainer_of(configuration=lambda self: configuration)
-    refused(trainer.configuration, f"Mine.configuration` must .*{text}")
+    check_raises(
+        lambda: task_lib.check_configuration(ToyTask(), configuration),
+        f"ToyTask.configuration` must .*{text}",
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,21 +136,26 @@ def test_configurations(configuration, text):
     ],
 )
 def test_training_data(change, text):
-    def train_dataset(self, context, step):
-        return change(ToyTask.train_dataset(self, context, step))
+    class Mine(ToyTask):
+        def train_dataset(self, context, step):
+            return change(super().train_dataset(context, step))
 
-    trainer = trainer_of(2, train_dataset=train_dataset)
-    refused(lambda: trainer.train(2), f"Mine.train_dataset` must .*{text}")
-    assert trainer.step == 0
+    context = tf.distribute.InputContext(num_replicas_in_sync=2)
+    check_raises(
+        lambda: task_lib.train_dataset(Mine(), context, 0),
+        f"Mine.train_dataset` must .*{text}",
+    )
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_training_data_that_end_where_nobody_knew(replicas):
+def test_training_data_that_end_unexpectedly_raise(replicas):
     def train_dataset(self, context, step):
         return ToyTask.train_dataset(self, context, step).take(6)
 
     trainer = trainer_of(replicas, train_dataset=train_dataset)
-    text = refused(lambda: trainer.train(20), "Mine.train_dataset` must .*end")
+    text = check_raises(
+        lambda: trainer.train(20), "Mine.train_dataset` must .*end"
+    )
     assert "after step" in text
 
 
@@ -121,79 +164,175 @@ def test_training_data_that_end_where_nobody_knew(replicas):
     [
         (lambda dataset: [1, 2], "return a tf.data.Dataset"),
         (lambda dataset: dataset.unbatch().batch(4), "static shape"),
-        (lambda dataset: dataset.take(2), "3 here. Received: 2 batches"),
+        (
+            lambda dataset: dataset.filter(lambda batch: True),
+            "assert_cardinality.*Received: a data set of unknown cardinality",
+        ),
+        (
+            lambda dataset: dataset.repeat(),
+            "assert_cardinality.*Received: an infinite data set",
+        ),
+        (lambda dataset: dataset.take(0), "one batch.*a data set of 0 batches"),
+        (
+            lambda dataset: dataset.take(3),
+            "each of the 2 replicas of a host.*a data set of 3 batches",
+        ),
     ],
 )
 def test_evaluation_data(change, text):
-    def eval_dataset(self, context):
-        return change(ToyTask.eval_dataset(self, context))
+    class Mine(ToyTask):
+        def eval_dataset(self, context):
+            return change(super().eval_dataset(context))
 
-    trainer = trainer_of(eval_dataset=eval_dataset)
-    refused(trainer.evaluate, f"Mine.eval_dataset` must .*{text}")
-
-
-PAIR = (tf.constant(1.0), tf.constant(2.0))
+    context = tf.distribute.InputContext(num_replicas_in_sync=2)
+    check_raises(
+        lambda: task_lib.eval_dataset(Mine(), context),
+        f"Mine.eval_dataset` must .*{text}",
+    )
 
 
 @pytest.mark.parametrize(
-    ("measured", "text"),
-    [
-        (None, "a dictionary with the `metric_names`.*None of type"),
-        ({"loss": PAIR}, r"\['loss', 'accuracy'\]. Received: \['loss'\]"),
-        (
-            {"loss": tf.constant(1.0), "accuracy": PAIR},
-            "give a pair of scalars for 'loss': the sum over",
-        ),
-        (
-            {"loss": PAIR, "accuracy": (tf.ones(4), tf.constant(4.0))},
-            "give a pair of scalars for 'accuracy'",
-        ),
-        (
-            {"loss": PAIR, "accuracy": (1.0,)},
-            "a pair of scalars for 'accuracy'",
-        ),
-    ],
+    ("hosts", "replicas", "expected"), [(1, 1, 6), (1, 2, 3), (2, 4, 3)]
 )
+def test_evaluation_batches_are_counted_for_each_replica(
+    hosts, replicas, expected
+):
+    class Mine(ToyTask):
+        def eval_dataset(self, context):
+            return tf.data.Dataset.range(6).batch(1, drop_remainder=True)
+
+    context = tf.distribute.InputContext(hosts, 0, replicas)
+    dataset, batches = task_lib.eval_dataset(Mine(), context)
+    assert batches == expected
+    assert dataset.cardinality() == tf.data.INFINITE_CARDINALITY
+
+
+def test_evaluation_batches_that_differ_between_hosts_raise():
+    assert task_lib.check_eval_batches(ToyTask(), [3, 3]) == 3
+    check_raises(
+        lambda: task_lib.check_eval_batches(ToyTask(), [3, 4]),
+        r"same number of batches on every host.*Received: \[3, 4\] batches",
+    )
+
+
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_what_is_measured(measured, text, replicas):
+def test_fewer_evaluation_batches_than_announced_raise(replicas):
+    def eval_dataset(self, context):
+        dataset = ToyTask.eval_dataset(self, context)
+        return dataset.filter(lambda batch: True).apply(
+            tf.data.experimental.assert_cardinality(20)
+        )
+
+    trainer = trainer_of(replicas, eval_dataset=eval_dataset)
+    check_raises(trainer.evaluate, "as many batches as its cardinality says")
+
+
+PAIR = (tf.constant(1.0), tf.constant(2.0))
+METRICS = [
+    (None, "a dictionary of metrics by name, with 'loss'.*None of type"),
+    ({"accuracy": PAIR}, r"with 'loss' among them. Received: \['accuracy'\]"),
+    ({"loss": PAIR, 3: PAIR}, "return metrics by name. Received: 3 of type"),
+    (
+        {"loss": tf.constant(1.0), "accuracy": PAIR},
+        "return a pair of scalars for 'loss': the sum over",
+    ),
+    (
+        {"loss": PAIR, "accuracy": (tf.ones(4), tf.constant(4.0))},
+        "return a pair of scalars for 'accuracy'",
+    ),
+    ({"loss": PAIR, "accuracy": (1.0,)}, "a pair of scalars for 'accuracy'"),
+]
+
+
+@pytest.mark.parametrize(("metrics", "text"), METRICS)
+def test_metrics(metrics, text):
+    check_raises(
+        lambda: task_lib.check_metrics(ToyTask(), metrics),
+        f"ToyTask.compute_metrics` must .*{text}",
+    )
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_invalid_metrics_raise_while_the_step_is_traced(replicas):
     trainer = trainer_of(
-        replicas, measure=lambda self, model, batch, training: measured
+        replicas, compute_metrics=lambda self, model, batch, training: {}
     )
     for call in (lambda: trainer.train(1), trainer.evaluate):
-        refused(call, f"Mine.measure` must .*{text}")
+        check_raises(call, r"Mine.compute_metrics` must .*Received: \[\]")
 
 
-def test_python_numbers_are_scalars():
-    contract.check_metrics(ToyTask(), {"loss": (1.0, 2), "accuracy": [0, 1]})
-
-
-def test_a_binary_tells_it_in_one_line(tmp_path, capfd):
-    code = main.run(
-        main.Options(mode="train", workdir=str(tmp_path), train_steps=3),
-        lambda: trainer_of(measure=lambda self, model, batch, training: {}),
+def test_metrics_may_be_python_numbers():
+    names = task_lib.check_metrics(
+        ToyTask(), {"loss": (1.0, 2), "accuracy": [0, 1]}
     )
-    assert code == 1
-    (line,) = [
-        x for x in capfd.readouterr().err.splitlines() if x.startswith("FATAL")
-    ]
-    assert line.endswith("Received: []")
+    assert names == ("accuracy", "loss")
+    check_raises(
+        lambda: task_lib.check_metrics(ToyTask(), {"loss": (1, 1)}, names),
+        r"always return the same metrics, \['accuracy', 'loss'\]",
+    )
 
 
-def test_other_mistakes_in_a_traced_function_keep_their_traceback(tmp_path):
-    """AutoGraph makes other errors of them."""
+@pytest.mark.parametrize(
+    ("evaluators", "text"),
+    [
+        (None, "None of type NoneType"),
+        ([len], "of type list"),
+        ({"bleu": 27.3}, "{'bleu': 27.3} of type dict"),
+        ({3: len}, "of type dict"),
+    ],
+)
+def test_evaluators(evaluators, text):
+    check_raises(
+        lambda: task_lib.check_evaluators(ToyTask(), evaluators),
+        f"ToyTask.evaluators` must return a dictionary of callables.*{text}",
+    )
 
+
+@pytest.mark.parametrize(
+    ("figures", "text"),
+    [
+        (27.3, "a dictionary of numbers by name. Received: 27.3 of type float"),
+        ({3: 1.0}, "numbers by name. Received: 3 of type int"),
+        ({"bleu": "high"}, "'high' of type str for 'bleu'"),
+        ({"loss": 1.0, "bleu": 2.0}, r"names that no metric.*: \['loss'\]$"),
+    ],
+)
+def test_figures(figures, text):
+    check_raises(
+        lambda: task_lib.check_figures(
+            ToyTask(), "bleu", figures, {"loss": 0.5}
+        ),
+        rf"ToyTask.evaluators\(\)\['bleu'\]` must return .*{text}",
+    )
+
+
+def test_figures_become_python_floats():
+    figures = task_lib.check_figures(
+        ToyTask(), "a", {"x": np.float32(0.5), "y": tf.constant(2)}, {}
+    )
+    assert figures == {"x": 0.5, "y": 2.0}
+    assert all(type(value) is float for value in figures.values())
+
+
+def test_serving_must_return_a_module():
+    task_lib.check_serving(ToyTask(), tf.Module())
+    check_raises(
+        lambda: task_lib.check_serving(ToyTask(), len),
+        "ToyTask.serving` must return a tf.Module",
+    )
+
+
+def test_other_errors_in_a_traced_function_are_not_reported_errors():
     def compute_metrics(self, model, batch, training):
-        if training:
-            raise ValueError("mine")
-        return ToyTask.compute_metrics(self, model, batch, training)
+        raise ValueError("mine")
 
-    with pytest.raises(ValueError, match="in user code") as error:
-        trainer_of(measure=measure).train(1)
-    assert in_a_line(error.value) is None
     # Of a layer, too.
     wrong = tf.ones((8, 5))
-    with pytest.raises(ValueError, match="in user code") as error:
-        trainer_of(
-            measure=lambda self, model, batch, training: model(wrong)
-        ).train(1)
-    assert in_a_line(error.value) is None
+    for method in (
+        compute_metrics,
+        lambda self, model, batch, training: model(wrong),
+    ):
+        with pytest.raises(ValueError, match="in user code") as error:
+            trainer_of(compute_metrics=method).train(1)
+        assert not isinstance(error.value, ReportedError)
+    assert issubclass(TaskError, UsageError)

@@ -1,10 +1,11 @@
-"""Every technique's steps, as a TPU would get them.
+"""TPU compatibility of every technique's steps.
 
-They are the engine's own, with its host loops and its input, traced under a
-TPUStrategy that has no TPU. Nothing is run.
+The engine's functions, with their host loops and input, are traced under a
+TPUStrategy without a TPU. Nothing is run.
 """
 
 import contextlib
+import functools
 
 import keras
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import tensorflow as tf
 
 import sos
+from sos.errors import UsageError
 from sos.training import inputs, tpu_check
 from sos.training.steps import CompiledMaskUpdate
 from sos.training.task import Task
@@ -53,16 +55,11 @@ class Captions(Task):
     a recurrent layer.
     """
 
-    metric_names = ("loss", "accuracy")
-
     def __init__(self, technique, replicas, optimizer=None, **overrides):
         self.technique = technique
         self.batch_size = 2 * replicas
         self.optimizer = optimizer
         self.overrides = overrides
-        self.eval_batches = inputs.evaluation_batch_count(
-            EXAMPLES, self.batch_size
-        )
         self.arrays = {
             "image": np.zeros((EXAMPLES, 8, 8, 3), np.float32),
             "words": np.zeros((EXAMPLES, 5), np.int32),
@@ -108,7 +105,7 @@ class Captions(Task):
         )
 
     def eval_dataset(self, context):
-        return inputs.evaluation_batches(
+        return inputs.array_eval_batches(
             self.arrays, batch_size=self.batch_size, context=context
         )
 
@@ -142,51 +139,59 @@ def make_trainer(task, replicas, **arguments):
     return Trainer(task, strategy=strategy, **arguments)
 
 
-def traces(trainer):
-    """The engine's functions, traced, by name."""
-    steps = trainer.steps
+def traces(trainer, only=None):
+    """The engine's functions, traced, by name: all, or one of them."""
+    steps, strategy = trainer.steps, trainer.strategy
     one = tf.TensorSpec((), tf.int32)
-    train_data = trainer._distributed(
-        # Not checked, as batches without a static shape are to be found.
+    train_data = strategy.distribute_datasets_from_function(
+        # Not validated, so that the check meets batches of dynamic shape.
         lambda context: trainer.task.train_dataset(context, 0)
     )
-    eval_data = trainer._distributed(trainer.task.eval_dataset)
-    functions = {}
+    eval_data = strategy.distribute_datasets_from_function(
+        trainer.task.eval_dataset
+    )
+    functions = {
+        "train": lambda: steps.train_function.get_concrete_function(
+            iter(train_data), one
+        ),
+        "evaluate": lambda: steps.eval_function.get_concrete_function(
+            iter(eval_data), one
+        ),
+        "finite": steps.finite_function.get_concrete_function,
+    }
+    wrappers = dict.fromkeys(wrapper for wrapper, _ in steps.sparse_weights)
+    pruning = [w for w in wrappers if isinstance(w, sos.PruningWrapper)]
+    if wrappers:
+        functions["summary"] = functools.partial(
+            steps.summary_function.get_concrete_function, True
+        )
+    if pruning:
+        assert isinstance(trainer._update_masks, CompiledMaskUpdate)
+        count = sum(len(wrapper.sparse_weights) for wrapper in pruning)
+        update = trainer._update_masks.compile(dict.fromkeys(pruning, 0.5))
+        functions["masks"] = functools.partial(
+            update.get_concrete_function, tf.TensorSpec((count,), tf.int32)
+        )
     with contextlib.ExitStack() as stack:
-        if steps.sparse_weights:
+        if wrappers:
             # Bound, but without the mask update that starting makes.
             driver = sos.Driver(trainer.model, trainer.optimizer)
             driver.resume()
             stack.callback(driver.pause)
-            functions["summary"] = steps._summarize.get_concrete_function(True)
-        functions["train"] = steps.train.get_concrete_function(
-            iter(train_data), one
-        )
-        wrappers = [
-            wrapper
-            for wrapper in dict.fromkeys(w for w, _ in steps.sparse_weights)
-            if isinstance(wrapper, sos.PruningWrapper)
-        ]
-        if wrappers:
-            assert isinstance(trainer._update_masks, CompiledMaskUpdate)
-            counts = sum(len(wrapper.sparse_weights) for wrapper in wrappers)
-            functions["masks"] = trainer._update_masks._compile(
-                dict.fromkeys(wrappers, 0.5)
-            ).get_concrete_function(tf.TensorSpec((counts,), tf.int32))
-    functions["evaluate"] = steps.evaluate.get_concrete_function(
-        iter(eval_data), one
-    )
-    functions["finite"] = steps._finite.get_concrete_function()
-    return functions
+        return {
+            name: trace()
+            for name, trace in functions.items()
+            if only in (None, name)
+        }
 
 
 def assert_accepted(functions):
-    found = {
+    violations = {
         f"{name}: {line}"
         for name, function in functions.items()
         for line in tpu_check.violations(function)
     }
-    assert not found
+    assert not violations
 
 
 @pytest.mark.parametrize(
@@ -220,7 +225,7 @@ def test_a_tpu_accepts_what_users_write(policy):
     assert "masks" in functions
 
 
-def test_a_tpu_accepts_micro_batches_and_clipping():
+def test_a_tpu_accepts_accumulated_and_clipped_gradients():
     task = Captions(
         "VariationalDropout",
         2,
@@ -228,20 +233,20 @@ def test_a_tpu_accepts_micro_batches_and_clipping():
         ramp=sos.CubicRamp(0, 100, moving_average=True),
     )
     trainer = make_trainer(task, 2, gradient_accumulation_steps=2)
-    assert_accepted({"train": traces(trainer)["train"]})
+    assert_accepted(traces(trainer, only="train"))
 
 
 class Wordy(Captions):
     """Violates in the loss of training, inside the loops of the host."""
 
     def compute_metrics(self, model, batch, training):
-        measured = super().compute_metrics(model, batch, training)
+        metrics = super().compute_metrics(model, batch, training)
         if training:
-            total, weight = measured["loss"]
+            total, weight = metrics["loss"]
             length = tf.strings.length(tf.as_string(batch["label"]))
             length = tf.cast(tf.reduce_sum(length), tf.float32)
-            measured["loss"] = (total + length, weight)
-        return measured
+            metrics["loss"] = (total + length, weight)
+        return metrics
 
 
 class Ragged(Captions):
@@ -256,10 +261,16 @@ class Ragged(Captions):
     ("task", "expected"),
     [(Wordy, ["AsString", "StringLength"]), (Ragged, ["(None, 8, 8, 3)"])],
 )
-def test_what_a_task_does_wrong_is_caught(task, expected):
+def test_violations_of_a_task_are_listed(task, expected):
     functions = traces(make_trainer(task("MagnitudePruning", 2), 2))
-    found = tpu_check.violations(functions["train"])
+    violations = tpu_check.violations(functions["train"])
     for part in expected:
-        assert any(part in line for line in found)
+        assert any(part in line for line in violations)
     del functions["train"]
     assert_accepted(functions)
+
+
+def test_jit_compile_on_a_tpu_raises():
+    with pytest.raises(UsageError, match="A TPU compiles.*--jit_compile"):
+        make_trainer(Captions(None, 2), 2, jit_compile=True)
+    assert not make_trainer(Captions(None, 1), 1).steps.jit_compile

@@ -7,15 +7,19 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from absl import logging
 
 import sos
-from sos.errors import NonFiniteLossError, Stopped
-from sos.training import trainer as trainer_module
-from sos.training.checkpoints import CheckpointError, Checkpoints
+from sos.errors import (
+    CheckpointError,
+    NonFiniteLossError,
+    Stopped,
+    UsageError,
+)
+from sos.training.checkpoints import Checkpoints
+from sos.training.task import Task
 from sos.training.trainer import Action, Trainer
 from tests.support import techniques, toy_task
-from tests.support.toy_task import GivenTask, ToyTask
+from tests.support.toy_task import OrderedTask, ToyTask
 
 
 @sos.register
@@ -28,7 +32,7 @@ class TrainerSaliency(sos.PruningWrapper):
         return tf.abs(weight.value * weight.state["gradient"].value)
 
 
-TECHNIQUES = [*techniques.NAMES, "TrainerSaliency"]
+TECHNIQUES = [*techniques.technique_names(), "TrainerSaliency"]
 
 
 def one_device():
@@ -43,6 +47,9 @@ def make_trainer(technique=None, *, replicas=1, task=None, **arguments):
             "gradient_accumulation_steps",
             "steps_per_loop",
             "max_seconds_per_loop",
+            "jit_compile",
+            "clock",
+            "gather",
         )
         if name in arguments
     }
@@ -126,7 +133,9 @@ def test_the_updates_are_those_of_a_driver():
     @tf.function
     def step(batch):
         with tf.GradientTape() as tape:
-            total, weight = task.measure(model, batch, training=True)["loss"]
+            total, weight = task.compute_metrics(model, batch, training=True)[
+                "loss"
+            ]
             loss = total / weight + sum(model.losses)
         optimizer.apply(tape.gradient(loss, variables), variables)
 
@@ -213,45 +222,51 @@ def test_an_action_that_fails_ends_training_and_leaves_nothing_bound():
 
 
 class Clock:
-    """A clock that moves with the steps of a trainer and not by itself."""
+    """A clock that moves with the steps of its trainer and not by itself."""
 
-    def __init__(self, monkeypatch, seconds_of_step):
+    def __init__(self, seconds_of_step):
         self.trainer = None
         self._seconds_of_step = seconds_of_step
-        monkeypatch.setattr(trainer_module.time, "perf_counter", self)
 
     def __call__(self):
         step = self.trainer.step if self.trainer else 0
         return sum(self._seconds_of_step(i) for i in range(step))
 
 
-def test_loops_are_bounded_in_seconds(monkeypatch):
+def timed_trainer(seconds_of_step, **arguments):
+    """A trainer whose steps take a known time."""
+    clock = Clock(seconds_of_step)
+    clock.trainer = make_trainer(clock=clock, **arguments)
+    return clock.trainer
+
+
+def test_loops_are_bounded_in_seconds():
     def seconds(step):
         return 100.0 if step == 0 else 2.0 if step < 12 else 30.0
 
-    clock = Clock(monkeypatch, seconds)
-    clock.trainer = make_trainer(steps_per_loop=100, max_seconds_per_loop=10.0)
+    trainer = timed_trainer(
+        seconds, steps_per_loop=100, max_seconds_per_loop=10.0
+    )
     records = []
-    clock.trainer.train(20, on_summary=[records.append])
-    # The first step, which is traced, says nothing; then 5 steps of 2 seconds;
+    trainer.train(20, on_summary=[records.append])
+    # The first step, which is traced, is ignored; then 5 steps of 2 seconds;
     # one loop is too long when steps take longer.
     ends = [1, 2, 7, 12, 17, 18, 19, 20]
     assert [record.step for record in records] == ends
     assert [r.seconds for r in records] == [100, 2, 10, 10, 150, 30, 30, 30]
-    assert clock.trainer.seconds == 100 + 11 * 2 + 8 * 30
+    assert trainer.seconds == 100 + 11 * 2 + 8 * 30
     assert records[2].examples_per_second == pytest.approx(8 / 2)
     assert records[2].seconds_left == pytest.approx(2 * 13)
     assert records[-1].seconds_left == 0
-    # Of tracing nobody can tell how long the rest takes.
+    # Unknown while tracing.
     assert records[0].examples_per_second is None
     assert records[0].seconds_left is None
 
 
-def test_what_is_fast_is_bounded_in_steps(monkeypatch):
-    clock = Clock(monkeypatch, lambda step: 1e-3)
-    clock.trainer = make_trainer(steps_per_loop=6)
+def test_loops_of_fast_steps_are_bounded_in_steps():
+    trainer = timed_trainer(lambda step: 1e-3, steps_per_loop=6)
     records = []
-    clock.trainer.train(20, on_summary=[records.append])
+    trainer.train(20, on_summary=[records.append])
     assert [record.step for record in records] == [1, 2, 6, 12, 18, 20]
 
 
@@ -346,20 +361,21 @@ def test_training_may_be_continued_in_the_same_process(technique):
 
 
 @pytest.mark.parametrize("at", [4, 9])
-def test_an_interrupt_before_a_mask_update_does_not_lose_it(at, monkeypatch):
+def test_an_interrupt_before_a_mask_update_does_not_lose_it(at):
     """Python handles Ctrl-C when the compiled loop returns."""
     trainer = toy("MagnitudePruning")
-    compiled = trainer.steps.train
+    train = trainer.steps.train
 
     def interrupted(*arguments):
-        compiled(*arguments)
+        totals = train(*arguments)
         if trainer.step == at:
+            trainer.steps.train = train
             raise KeyboardInterrupt
+        return totals
 
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.steps, "train", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            trainer.train(STEPS)
+    trainer.steps.train = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(STEPS)
     assert trainer.step == at
     trainer.train(STEPS)
     same_bits(toy_task.values(trainer), uninterrupted("MagnitudePruning"))
@@ -434,14 +450,14 @@ def test_a_request_in_the_last_loop_comes_too_late(tmp_path):
     assert checkpoints.steps() == [2]
 
 
-def another_is_asked(strategy, values):
-    """In place of `gather`: a second worker, which is to stop."""
-    return np.array([values, [0.5, float(signal.SIGTERM)]])
+def second_worker(row):
+    """A `gather` with a second worker, whose numbers are `row`."""
+    return lambda strategy, values: np.array([values, row[: len(values)]])
 
 
-def test_workers_stop_together(monkeypatch):
-    trainer = make_trainer()
-    monkeypatch.setattr(trainer_module, "gather", another_is_asked)
+def test_workers_stop_together():
+    stopping = [0.5, float(signal.SIGTERM)]
+    trainer = make_trainer(gather=second_worker(stopping))
     with pytest.raises(Stopped, match="SIGTERM at step 1"):
         trainer.train(9)
 
@@ -467,7 +483,7 @@ def spoiled(at, *, of="y", replicas=1, technique=None, **arguments):
             [keras.Input((6,)), keras.layers.Dense(2, name="a")]
         )
 
-    task = GivenTask(
+    task = OrderedTask(
         model,
         lambda: keras.optimizers.SGD(0.1),
         {"x": x, "y": y},
@@ -506,7 +522,7 @@ def test_a_loss_that_is_not_finite_names_its_step_and_saves_nothing(
 def test_a_loss_without_any_weight_is_told(caplog):
     x, y = techniques.normal(24, 6, seed=1), techniques.normal(24, 2, seed=2)
     weight = np.r_[np.ones(8), np.zeros(8), np.ones(8)].astype(np.float32)
-    task = GivenTask(
+    task = OrderedTask(
         lambda: keras.Sequential([keras.Input((6,)), keras.layers.Dense(2)]),
         lambda: keras.optimizers.SGD(0.1),
         {"x": x, "y": y, "weight": weight},
@@ -663,32 +679,6 @@ def test_an_action_that_is_stopped_loses_no_step(tmp_path):
     assert checkpoints.steps() == [5, 9]
 
 
-@pytest.mark.parametrize("number", [2, 4])
-def test_another_number_of_evaluation_batches_is_refused(number):
-    trainer = make_trainer(replicas=2)
-    trainer.task.eval_batches = number
-    with pytest.raises(
-        ValueError,
-        match=f"`eval_batches` batches.*: {2 * number} here.*: 6 batches",
-    ):
-        trainer.evaluate()
-
-
-def test_too_few_evaluation_batches_are_an_error_where_nobody_knew():
-    trainer = make_trainer(replicas=2)
-    make = trainer.task.eval_dataset
-    trainer.task.eval_dataset = lambda context: make(context).filter(
-        lambda batch: True
-    )
-    trainer.evaluate()
-    trainer.task.eval_batches = 4
-    with pytest.raises(
-        tf.errors.FailedPreconditionError,
-        match="expected to contain 8 elements but contained only 6",
-    ):
-        trainer.evaluate()
-
-
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_how_evaluations_are_cut_changes_no_bit(replicas):
     arguments = {"replicas": replicas, "batch_size": 2, "batch_norm": True}
@@ -700,9 +690,10 @@ def test_how_evaluations_are_cut_changes_no_bit(replicas):
     assert cut.evaluate().metrics == whole.evaluate().metrics
 
 
-def test_workers_stop_an_evaluation_together(monkeypatch):
-    trainer = make_trainer()
-    monkeypatch.setattr(trainer_module, "gather", another_is_asked)
+def test_workers_stop_an_evaluation_together():
+    # The first number is the number of batches.
+    stopping = [3.0, float(signal.SIGTERM)]
+    trainer = make_trainer(gather=second_worker(stopping))
     with pytest.raises(Stopped, match="after 1 of 3 batches"):
         trainer.evaluate()
 
@@ -803,14 +794,11 @@ def test_without_a_checkpoint_nothing_is_restored(tmp_path):
     assert trainer.step == 0
 
 
-def test_workers_that_see_other_checkpoints_are_refused(tmp_path, monkeypatch):
-    trainer = make_trainer()
+def test_workers_that_see_other_checkpoints_are_refused(tmp_path):
+    trainer = make_trainer(gather=second_worker([-1.0]))
     checkpoints = make_checkpoints(trainer, tmp_path)
-    trainer.train(2, checkpoints=checkpoints)
-    monkeypatch.setattr(
-        trainer_module, "gather", lambda *_: np.array([[2.0], [-1.0]])
-    )
-    with pytest.raises(CheckpointError, match=r"share.*steps \[2, -1\] in"):
+    trainer.save(checkpoints)
+    with pytest.raises(CheckpointError, match=r"share.*steps \[0, -1\] in"):
         trainer.restore(checkpoints)
 
 
@@ -822,44 +810,65 @@ def test_a_checkpoint_of_another_task_is_refused(tmp_path):
         other.restore(make_checkpoints(other, tmp_path))
 
 
-def test_a_save_that_fails_ends_training(tmp_path, monkeypatch):
+def test_a_save_that_fails_ends_training(tmp_path):
+    class Full(Checkpoints):
+        def save(self, step, *arguments, **kwargs):
+            if step > 2:
+                raise CheckpointError("no space left")
+            super().save(step, *arguments, **kwargs)
+
     trainer = make_trainer()
-    checkpoints = make_checkpoints(trainer, tmp_path)
-    trainer.train(2, checkpoints=checkpoints)
-
-    def full(*arguments, **kwargs):
-        raise tf.errors.ResourceExhaustedError(None, None, "no space left")
-
-    monkeypatch.setattr(tf.train.Checkpoint, "write", full)
-    with pytest.raises(CheckpointError, match="no space left.*of step 2"):
-        trainer.train(4, checkpoints=checkpoints)
+    checkpoints = Full(tmp_path, configuration=trainer.configuration())
+    with pytest.raises(CheckpointError, match="no space left"):
+        trainer.train(6, checkpoints=checkpoints, save_every=2)
     assert checkpoints.steps() == [2]
+    assert (trainer.step, trainer.saved_step) == (4, 2)
 
 
-def test_another_number_of_replicas_is_told(tmp_path, monkeypatch):
-    lines = []
-    monkeypatch.setattr(
-        logging, "warning", lambda text, *values: lines.append(text % values)
-    )
+def test_changes_since_the_checkpoint_are_logged(tmp_path, caplog):
+    def warnings():
+        texts = [r.getMessage() for r in caplog.records]
+        caplog.clear()
+        return [text for text in texts if "was saved with" in text]
+
     two = make_trainer("L0Regularization", replicas=2)
     two.train(3, checkpoints=make_checkpoints(two, tmp_path))
     assert two.restore(make_checkpoints(two, tmp_path)) == 3
-    assert lines == []
-    one = make_trainer("L0Regularization")
+    assert warnings() == []
+    one = make_trainer("L0Regularization", jit_compile=True)
     assert one.restore(make_checkpoints(one, tmp_path)) == 3
-    (line,) = lines
-    assert "on 2 replicas, and this is one on 1" in line
+    replicas, jit_compile = warnings()
+    assert "replicas=2, and training continues with replicas=1" in replicas
+    assert "jit_compile=False, and training contin" in jit_compile
     one.train(4)
+
+
+def test_another_number_of_hosts_is_logged(tmp_path, caplog):
+    class TwoHosts(Checkpoints):
+        def save(self, *arguments, notes, **kwargs):
+            assert notes["hosts"] == 1
+            super().save(*arguments, notes={**notes, "hosts": 2}, **kwargs)
+
+    trainer = make_trainer()
+    checkpoints = TwoHosts(tmp_path, configuration=trainer.configuration())
+    trainer.save(checkpoints)
+    trainer.restore(checkpoints)
+    (text,) = [r.getMessage() for r in caplog.records]
+    assert "hosts=2, and training continues with hosts=1" in text
+    assert "the order of the examples may differ" in text
 
 
 # What is refused.
 
 
 def test_a_task_without_evaluation_data_cannot_be_evaluated():
-    trainer = make_trainer()
-    trainer.task.eval_batches = 0
-    with pytest.raises(ValueError, match="no evaluation data.*Received: 0"):
-        trainer.evaluate()
+    class TrainOnly(ToyTask):
+        eval_dataset = Task.eval_dataset
+
+    assert not TrainOnly().has_evaluation
+    assert ToyTask().has_evaluation
+    with pytest.raises(UsageError, match="no evaluation data.*TrainOnly"):
+        make_trainer(task=TrainOnly()).evaluate()
 
 
 @pytest.mark.parametrize(
