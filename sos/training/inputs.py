@@ -7,13 +7,14 @@ it do not depend on where training began. `array_batches` and
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import heapq
 import math
 import os
 import posixpath
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -348,6 +349,24 @@ def usage_error(error: tf.errors.OpError) -> UsageError | None:
         "the number, or restore the file. Received: "
         f"{Shard(path, examples)}, whose file has {actual} records"
     )
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Raises the errors that `usage_error` recognizes as `UsageError`.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UsageError: If a shard has another number of records than stated.
+    """
+    try:
+        yield
+    except tf.errors.InvalidArgumentError as error:
+        if (usage := usage_error(error)) is None:
+            raise
+        raise usage from error
 
 
 def array_batches(

@@ -203,6 +203,21 @@ def technique_variables(model: keras.Model) -> list[keras.Variable]:
     ]
 
 
+def traced_config(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
+    """Returns what a compiled step holds of an optimizer.
+
+    Two optimizers of one class update in the same way, apart from the values of
+    their variables, if these are equal.
+
+    Args:
+        optimizer: A built optimizer.
+    """
+    if isinstance(optimizer, _WithMultipliers):
+        config = super(_WithMultipliers, optimizer).get_config()
+        return {**config, "multipliers": optimizer.factors}
+    return optimizer.get_config()
+
+
 class _WithMultipliers:
     """Multiplies the learning rate that `update_step` gets."""
 
@@ -213,13 +228,14 @@ class _WithMultipliers:
         # In an object, as Keras would count variables that it finds in lists
         # of an optimizer as the optimizer's.
         self._multipliers = _Pairs(multipliers)
-        self._factors: tuple[float, ...] = ()
+        #: Those of the variables that it is built with, in their order.
+        self.factors: tuple[float, ...] = ()
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
         """Creates the optimizer's variables."""
         if self.built:
             return
-        self._factors = self._multipliers.factors(variables)
+        self.factors = self._multipliers.factors(variables)
         super().build(variables)
 
     def update_step(
@@ -228,7 +244,7 @@ class _WithMultipliers:
         """Updates one variable, with its own learning rate."""
         # Under a strategy the variable is a replica's part of the one that
         # the optimizer was built with.
-        factor = self._factors[self._get_variable_index(variable)]
+        factor = self.factors[self._get_variable_index(variable)]
         if factor != 1.0:
             learning_rate = learning_rate * factor
         super().update_step(gradient, variable, learning_rate)
