@@ -52,9 +52,16 @@ def quiet() -> Iterator[None]:
         # It is closed, as in a service: there is nothing to hide.
         yield
         return
+    try:
+        hidden = tempfile.TemporaryFile()
+    except OSError:
+        # The disk is full, which is no reason to fail here.
+        os.close(stderr)
+        yield
+        return
     with contextlib.suppress(AttributeError, OSError, ValueError):
         sys.stderr.flush()
-    with tempfile.TemporaryFile() as hidden:
+    with hidden:
         os.dup2(hidden.fileno(), 2)
         try:
             yield

@@ -106,6 +106,18 @@ def test_quiet_without_a_standard_error_does_nothing(stderr):
     assert (done.returncode, done.stdout) == (0, "in\nout\n")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="POSIX limits")
+def test_quiet_on_a_full_disk_does_nothing():
+    done = run(
+        "-c",
+        f"{LOAD}import resource\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        f"with startup.quiet():\n{NATIVE}",
+        log_level="2",
+    )
+    assert (done.returncode, done.stderr) == (0, "native\n")
+
+
 INTERRUPTED = (
     "    os.kill(os.getpid(), __import__('signal').SIGINT)\n"
     "    __import__('time').sleep(60)\n"
