@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from sos.errors import ABORTED, UsageError, WorkerLostError, reason
 
-#: The names that `make_strategy` takes.
+#: The names that `make_strategy` accepts.
 STRATEGIES = ("tpu", "mirrored", "multi_worker", "one_device")
 
 # What TensorFlow raises in a worker when another one is gone.
@@ -53,8 +53,8 @@ def make_strategy(
         The strategy.
 
     Raises:
-        UsageError: If the name is unknown, `tpu` is given with another
-            strategy, TF_CONFIG is invalid, or the TPU cannot be reached.
+        UsageError: If the name is unknown, `tpu` is set for another strategy,
+            TF_CONFIG is invalid for several workers, or the TPU cannot be used.
     """
     if name is not None and name not in STRATEGIES:
         raise UsageError(
@@ -63,7 +63,7 @@ def make_strategy(
         )
     if tpu and name not in (None, "tpu"):
         raise UsageError(
-            "`tpu` goes with the strategy tpu alone. "
+            "`tpu` is for the strategy tpu only. "
             f"Received: tpu={tpu!r} with strategy={name!r}"
         )
     if name is None:

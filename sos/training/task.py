@@ -31,11 +31,6 @@ class Task:
     metric_names: tuple[str, ...] = ("loss",)
     eval_batches: int = 0
 
-    @property
-    def has_evaluation(self) -> bool:
-        """Whether there is evaluation data."""
-        return self.eval_batches >= 1
-
     def configuration(self) -> Mapping[str, Any]:
         """All settings that decide what is computed, by name.
 
@@ -95,6 +90,12 @@ class Task:
         raise NotImplementedError(
             f"{type(self).__name__} must override `eval_dataset`."
         )
+
+    @property
+    def has_evaluation(self) -> bool:
+        """Whether the task overrides `eval_dataset`."""
+        method = getattr(self.eval_dataset, "__func__", None)
+        return method is not Task.eval_dataset
 
     def compute_metrics(
         self, model: keras.Model, batch: Any, training: bool
