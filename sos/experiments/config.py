@@ -21,7 +21,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
@@ -29,9 +29,7 @@ from ml_collections import config_dict
 import sos
 from sos.errors import UsageError
 from sos.training.checkpoints import diff
-
-if TYPE_CHECKING:
-    from sos.experiments.task import ExperimentTask
+from sos.training.task import Task
 
 #: What stays of a finished run's checkpoints: all, step 0 and the last step
 #: (where branches start), or none.
@@ -94,7 +92,7 @@ def base_config() -> ml_collections.ConfigDict:
     )
 
 
-def load_task(path: str) -> "type[ExperimentTask]":
+def load_task(path: str) -> type[Task]:
     """Imports the class of a task.
 
     Args:
@@ -106,8 +104,6 @@ def load_task(path: str) -> "type[ExperimentTask]":
     Raises:
         UsageError: If there is no such class.
     """
-    from sos.experiments.task import ExperimentTask
-
     module_name, _, class_name = str(path).partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -121,9 +117,14 @@ def load_task(path: str) -> "type[ExperimentTask]":
             f"module that can be imported. Received: {path!r}"
         ) from error
     task = getattr(module, class_name, None)
-    if not (isinstance(task, type) and issubclass(task, ExperimentTask)):
+    # Not by the class itself, which builds upon this module.
+    if not (
+        isinstance(task, type)
+        and issubclass(task, Task)
+        and hasattr(task, "default_config")
+    ):
         raise UsageError(
-            f"`config.task` must name a subclass of ExperimentTask. "
+            "`config.task` must name a subclass of ExperimentTask. "
             f"Received: {path!r}"
         )
     return task

@@ -33,7 +33,9 @@ def parse():
     def call(*arguments):
         flag = ConfigFlag()
         flags.FLAGS.unparse_flags()
-        flag.rest = flag.parse_flags(["program", *arguments])
+        # Programs of other tests define it, for the whole process.
+        known = ["--workdir=x"] if "workdir" in flags.FLAGS else []
+        flag.rest = flag.parse_flags(["program", *known, *arguments])
         return flag
 
     yield call

@@ -394,7 +394,7 @@ def test_micro_batches_are_resumed_too(tmp_path):
     # And they are part of what a checkpoint is of.
     other = toy("VariationalDropout")
     with pytest.raises(
-        CheckpointError, match="gradient_accumulation_steps: 2 there, 1 now"
+        CheckpointError, match="gradient_accumulation_steps: 2 saved, 1 now"
     ):
         other.restore(make_checkpoints(other, tmp_path))
 
@@ -806,7 +806,7 @@ def test_a_checkpoint_of_another_task_is_refused(tmp_path):
     trainer = make_trainer("MagnitudePruning")
     trainer.save(make_checkpoints(trainer, tmp_path))
     other = make_trainer("MagnitudePruning", seed=1)
-    with pytest.raises(CheckpointError, match="seed: 0 there, 1 now"):
+    with pytest.raises(CheckpointError, match="seed: 0 saved, 1 now"):
         other.restore(make_checkpoints(other, tmp_path))
 
 
