@@ -56,11 +56,11 @@ $(READY): $(REQUIREMENTS) setup.py
 	@touch $@
 
 study: $(READY)  ## run the study on Fashion-MNIST (WORKDIR=, ARGS=)
-	@$(RUN) -m models.study --config=configs/fashion_mnist.py \
+	@$(RUN) -m models.sweep --config=configs/fashion_mnist.py \
 		--workdir="$(WORKDIR)" $(ARGS)
 
 study-full: $(READY)  ## run the long study on a residual network (days)
-	@$(RUN) -m models.study --config=configs/fashion_mnist_full.py \
+	@$(RUN) -m models.sweep --config=configs/fashion_mnist_full.py \
 		--workdir="$(WORKDIR)" $(ARGS)
 
 study-full: WORKDIR = runs/fashion_mnist_full
@@ -89,7 +89,7 @@ format: $(READY)  ## repair what can be repaired of style and formatting
 	@$(RUN) -m ruff format $(SOURCES)
 
 bench: $(READY)  ## run every benchmark (ARGS go to each)
-	@for name in mask_update train_step resume shared_step; do \
+	@for name in mask_update train_step resume launchers; do \
 		$(RUN) -m benchmarks.$$name $(ARGS) || exit; \
 	done
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.tpu_compile [--model=convnet|resnet50]
         [--technique=NAME] [--replicas=N] [--topology=v5e:2x2]
-        [--batch_size=N] [--json]
+        [--batch_size=N] [--lower_only] [--json]
 
 The engine's own step is traced in mixed bfloat16 under a TPUStrategy that has
 no TPU (`sos.training.tpu_check`), checked, lowered, and compiled by the TPU's
@@ -12,7 +12,8 @@ compiles, what memory it takes and what it computes; it cannot tell how fast.
 The compiler comes with JAX and lives in a virtual environment of its own, which
 is made on the first call (200 MB to download, 1.3 GB on the disk). With the
 small network a technique takes under a minute on two cores, with ResNet-50
-magnitude pruning took seven.
+magnitude pruning took seven. `--lower_only` stops before the compiler, which it
+does not need then: that takes seconds.
 
 Figures are of one replica and one step. "Total" is the memory that is set aside
 for arguments, temporaries, code and results; variables are updated in place.
@@ -35,28 +36,24 @@ import time
 import venv
 from typing import Any
 
-os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
 import keras
 import rich.console
 import rich.table
 import tensorflow as tf
 
 import sos
-from benchmarks.common import machine
+from benchmarks import networks
+from benchmarks.common import machine, print_report
+from benchmarks.networks import DENSE
 from benchmarks.tpu_lowering import lower
-from models import convnet
 from sos.training import tpu_check
 from sos.training.steps import Steps
 from sos.training.task import Task
 
-DENSE = "dense"
+HYPERPARAMETERS = {"sparsity": 0.9, "frequency": 100, "penalty_weight": 1e-7}
 REQUIREMENT = "jax[tpu]==0.10.2"
 ENVIRONMENT = pathlib.Path.home() / ".cache" / "sos" / "tpu_compile"
 WORKER = pathlib.Path(__file__).with_name("tpu_compile_worker.py")
-# By model: the images' shape and the number of classes.
-MODELS = {"convnet": ((28, 28, 1), 10), "resnet50": ((224, 224, 3), 1000)}
 # The compiler's figures that are printed; the limit is what it may use.
 MEMORY = ("arguments", "temporaries", "code", "total", "peak", "limit")
 
@@ -86,39 +83,11 @@ class Classification(Task):
         }
 
 
-def settings(technique: type) -> dict[str, Any]:
-    """Returns the arguments that a technique cannot do without."""
-    if issubclass(technique, sos.PruningWrapper):
-        return {"schedule": sos.ConstantSparsity(0.9, 0, frequency=100)}
-    if issubclass(technique, sos.PenalizedWrapper):
-        return {"penalty_weight": 1e-7}
-    return {}
-
-
-def build_model(name: str, technique: str) -> keras.Model:
-    """Builds one of `MODELS`, dense or with a technique."""
-    shape, classes = MODELS[name]
-    if name == "convnet":
-        model = convnet.build(shape, classes, seed=0)
-    else:
-        model = keras.applications.ResNet50(
-            weights=None, input_shape=shape, classifier_activation=None
-        )
-    if technique == DENSE:
-        return model
-    return sos.sparsify(
-        model,
-        technique,
-        copy=False,
-        **settings(sos.techniques()[technique]),
-    )
-
-
 def trace(model_name: str, technique: str, replicas: int, batch: int) -> Any:
     """Traces the engine's training step on replicas, and checks it.
 
     Args:
-        model_name: One of `MODELS`.
+        model_name: One of `networks.NETWORKS`.
         technique: The name of a technique, or `DENSE`.
         replicas: The number of replicas.
         batch: The batch size of one replica.
@@ -132,7 +101,7 @@ def trace(model_name: str, technique: str, replicas: int, batch: int) -> Any:
     strategy._enable_packed_variable_in_eager_mode = False
     keras.config.set_dtype_policy("mixed_bfloat16")
     with strategy.scope():
-        model = build_model(model_name, technique)
+        model = networks.build(model_name, technique, HYPERPARAMETERS)
         optimizer = keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True)
         optimizer.build(model.trainable_variables)
         task = Classification(batch * replicas)
@@ -147,7 +116,7 @@ def trace(model_name: str, technique: str, replicas: int, batch: int) -> Any:
         data = {"image": image, "label": label}
         strategy.run(steps.train_step, args=(data,))
 
-    shape, _ = MODELS[model_name]
+    shape, _ = networks.NETWORKS[model_name]
     function = train.get_concrete_function(
         tf.TensorSpec((batch, *shape)), tf.TensorSpec((batch,), tf.int32)
     )
@@ -262,13 +231,31 @@ def _clean_environment() -> dict[str, str]:
 
 
 def measure(
-    technique: str, flags: argparse.Namespace, python: pathlib.Path
+    technique: str, flags: argparse.Namespace, python: pathlib.Path | None
 ) -> dict[str, float]:
-    """Returns the figures of one technique, as they are printed."""
+    """Returns the figures of one technique, as they are printed.
+
+    Args:
+        technique: The name of a technique, or `DENSE`.
+        flags: The command line.
+        python: Python of the compiler's environment; None to lower only.
+
+    Returns:
+        The figures by name.
+
+    Raises:
+        RuntimeError: If the compiler refuses.
+    """
     begin = time.perf_counter()
     function = trace(flags.model, technique, flags.replicas, flags.batch_size)
     module, batch_arguments = lower(function)
     lowered = time.perf_counter()
+    if python is None:
+        return {
+            "stablehlo_kib": round(len(module) / 2**10, 1),
+            "batch_arguments": batch_arguments,
+            "lower_s": round(lowered - begin, 1),
+        }
     figures = compile_for_tpu(
         python,
         module,
@@ -324,7 +311,12 @@ def parse_flags() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", choices=MODELS, default="convnet", help="what is trained")
+    add(
+        "--model",
+        choices=networks.NETWORKS,
+        default="convnet",
+        help="what is trained",
+    )
     add(
         "--technique",
         choices=techniques,
@@ -344,6 +336,7 @@ def parse_flags() -> argparse.Namespace:
         default=ENVIRONMENT,
         help="the compiler's virtual environment, made if need be",
     )
+    add("--lower_only", action="store_true", help="do not compile")
     add("--json", action="store_true", help="print one JSON object instead")
     flags = parser.parse_args()
     if not re.fullmatch(r"\w+:\d+(x\d+)+", flags.topology):
@@ -366,7 +359,9 @@ def parse_flags() -> argparse.Namespace:
 def main() -> None:
     """Compiles, and prints a table or JSON."""
     flags = parse_flags()
-    python = make_environment(flags.venv.expanduser().resolve())
+    python = None
+    if not flags.lower_only:
+        python = make_environment(flags.venv.expanduser().resolve())
     results: dict[str, dict[str, float]] = {}
     refused: dict[str, str] = {}
     for technique in flags.techniques:
@@ -385,12 +380,14 @@ def main() -> None:
         "topology": flags.topology,
         "replicas": flags.replicas,
         "batch_per_replica": flags.batch_size,
-        "compiler": REQUIREMENT,
+        "compiler": None if flags.lower_only else REQUIREMENT,
         "refused": refused,
         "results": results,
     }
     if flags.json:
         print(json.dumps({**report, "machine": machine()}))
+    elif flags.lower_only:
+        print_report(f"One training step of {flags.model}", report, False)
     elif results:
         print_tables(report)
     if refused:

@@ -1,6 +1,8 @@
-"""Times one training step of ResNet-50 under each technique.
+"""Times one training step of a network under each technique.
 
-    python -m benchmarks.train_step [--repeats=7] [--json]
+    python -m benchmarks.train_step [--model=resnet50|convnet]
+        [--techniques=NAME,NAME] [--repeats=7] [--batch=32] [--size=128]
+        [--json]
 
 Each technique lives in a process of its own, which gives its peak memory, and
 the processes take turns, one step each, so that whatever else the machine does
@@ -8,39 +10,33 @@ hits them all. Medians over the turns are compared with the dense model. The
 step is forward pass, backward pass and SGD with momentum, as a `tf.function`;
 mask updates are not part of it (see `benchmarks.mask_update`).
 
-It takes about three minutes and 16 GB of memory on two cores.
+With ResNet-50 it takes about three minutes and 16 GB of memory on two cores;
+with `--model=convnet --techniques=MagnitudePruning --repeats=1`, to try it out,
+seconds.
 """
 
 import argparse
 import multiprocessing
-import os
 import resource
 import statistics
 import time
 from multiprocessing.connection import Connection
 
-os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
 from benchmarks.common import print_report
 
-DENSE = "dense"
+# Masks are updated once, before the first step.
+HYPERPARAMETERS = {
+    "sparsity": 0.9,
+    "frequency": 10**9,
+    "penalty_weight": 1e-7,
+}
+# Height and width of the images by network.
+SIZES = {"resnet50": 128, "convnet": 28}
 
 
-def settings() -> dict[str, dict]:
-    """Returns the arguments of each technique that is measured."""
-    import sos
-
-    schedule = sos.ConstantSparsity(0.9, begin_step=0, frequency=10**9)
-    return {
-        "MagnitudePruning": {"schedule": schedule},
-        "RandomPruning": {"schedule": schedule},
-        "L0Regularization": {"penalty_weight": 1e-7},
-        "VariationalDropout": {"penalty_weight": 1e-7},
-    }
-
-
-def work(pipe: Connection, technique: str, batch: int, size: int) -> None:
+def work(
+    pipe: Connection, network: str, technique: str, batch: int, size: int
+) -> None:
     """Builds one model and makes a step whenever it is asked for one."""
     import contextlib
 
@@ -48,20 +44,16 @@ def work(pipe: Connection, technique: str, batch: int, size: int) -> None:
     import tensorflow as tf
 
     import sos
+    from benchmarks.networks import DENSE, build
 
     keras.utils.set_random_seed(0)
-    model = keras.applications.ResNet50(
-        weights=None, input_shape=(size, size, 3), classifier_activation=None
-    )
-    if technique != DENSE:
-        model = sos.sparsify(
-            model, technique, copy=False, **settings()[technique]
-        )
+    model = build(network, technique, HYPERPARAMETERS, size=size)
     optimizer = keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True)
     optimizer.build(model.trainable_variables)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    images = tf.random.normal((batch, size, size, 3))
-    labels = tf.random.uniform((batch,), maxval=1000, dtype=tf.int32)
+    images = tf.random.normal((batch, *model.input_shape[1:]))
+    classes = model.output_shape[-1]
+    labels = tf.random.uniform((batch,), maxval=classes, dtype=tf.int32)
 
     @tf.function
     def train_step() -> tf.Tensor:
@@ -92,7 +84,7 @@ def work(pipe: Connection, technique: str, batch: int, size: int) -> None:
 
 
 def measure(
-    techniques: list[str], repeats: int, batch: int, size: int
+    network: str, techniques: list[str], repeats: int, batch: int, size: int
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Returns seconds per step and peak memory in GiB of each technique."""
     context = multiprocessing.get_context("spawn")
@@ -101,7 +93,9 @@ def measure(
     for name in techniques:
         pipes[name], theirs = context.Pipe()
         worker = context.Process(
-            target=work, args=(theirs, name, batch, size), daemon=True
+            target=work,
+            args=(theirs, network, name, batch, size),
+            daemon=True,
         )
         worker.start()
         theirs.close()
@@ -129,25 +123,53 @@ def measure(
 
 def main() -> None:
     """Measures, and prints a table or JSON."""
+    import sos
+    from benchmarks.networks import DENSE, NETWORKS
+
+    # One that needs no clock has the training step of magnitude pruning.
+    names = [name for name, t in sos.techniques().items() if t.needs_clock]
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    parser.add_argument(
+        "--model",
+        choices=NETWORKS,
+        default="resnet50",
+        help="what is trained",
+    )
+    parser.add_argument(
+        "--techniques",
+        default=",".join(names),
+        help="compared with the dense model, with commas between",
+    )
     parser.add_argument("--repeats", type=int, default=7, help="steps of each")
     parser.add_argument("--batch", type=int, default=32, help="images a step")
-    parser.add_argument("--size", type=int, default=128, help="of the images")
+    parser.add_argument(
+        "--size", type=int, help=f"of the images; by default {SIZES}"
+    )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object instead"
     )
     flags = parser.parse_args()
-    for name, least in (("repeats", 1), ("batch", 1), ("size", 32)):
+    if flags.size is None:
+        flags.size = SIZES[flags.model]
+    for name, least in (("repeats", 1), ("batch", 1), ("size", 16)):
         if getattr(flags, name) < least:
             parser.error(
                 f"--{name} must be at least {least}. "
                 f"Received: {getattr(flags, name)}"
             )
-    techniques = [DENSE, *settings()]
-    seconds, peaks = measure(techniques, flags.repeats, flags.batch, flags.size)
+    techniques = [DENSE, *flags.techniques.split(",")]
+    unknown = [name for name in techniques[1:] if name not in sos.techniques()]
+    if unknown:
+        parser.error(
+            f"--techniques must name some of {','.join(sos.techniques())}. "
+            f"Received: {unknown[0]!r}"
+        )
+    seconds, peaks = measure(
+        flags.model, techniques, flags.repeats, flags.batch, flags.size
+    )
     # Ratios are taken turn by turn: neighbours in time share the machine's
     # mood.
     ratios = {
@@ -158,7 +180,7 @@ def main() -> None:
     }
     report = {
         "benchmark": "train_step",
-        "model": "ResNet-50",
+        "model": flags.model,
         "batch": flags.batch,
         "image_size": flags.size,
         "repeats": flags.repeats,
@@ -174,7 +196,7 @@ def main() -> None:
         },
     }
     print_report(
-        f"One training step of ResNet-50, batch {flags.batch}, "
+        f"One training step of {flags.model}, batch {flags.batch}, "
         f"{flags.size}x{flags.size} images",
         report,
         flags.json,

@@ -1,40 +1,22 @@
 r"""Four ways to sparsity on Fashion-MNIST, compared on a small network.
 
-    python -m models.study --config=configs/fashion_mnist.py \
+The study, 52 networks on the 6,000 training images that the package contains:
+
+    python -m models.sweep --config=configs/fashion_mnist.py \
         --workdir=runs/fashion_mnist
 
-or `make study`, which installs everything first. It trains 52 networks on the
-6,000 training images that the package contains, in about 7 minutes on 2 CPU
-cores, and writes results.csv, tradeoff.png and layerwise.png. Expected test
-accuracy in percent, the mean of two seeds:
+or `make study`, which installs everything first. One run of it:
 
-    sparsity                        50    80    90    95    98
-    magnitude                      86.4  86.2  85.7  83.5  79.4
-    magnitude, first layer dense   86.3  86.2  86.0  85.1  77.0
-    random                         86.5  85.4  82.9  78.0  50.2
-    variational dropout, about     86.5  86.8  86.1  85.3  82.7
-    L0, about                      86.3  86.4  86.3  85.8  85.3
+    python -m models.train --workdir=runs/one \
+        --config=configs/fashion_mnist.py:magnitude,sparsity=0.9,seed=1
 
-and 86.4 for the dense network. On 4,000 test images the standard error of an
-accuracy is 0.6 points; at 98 % that of magnitude pruning with a dense first
-layer varies by 9 points among eight seeds.
+Before the comma stands one of the techniques below; after it, hyperparameters
+of the technique, `seed` and `train_steps`.
 
-In less than a minute, with two runs of every technique (so few steps need
-larger penalties for L0):
+EXPECTED
 
-    make study WORKDIR=runs/quick ARGS="--config.steps=150 \
-        --config.seeds=0, --config.magnitude.sparsities=0.5,0.9 \
-        --config.magnitude_dense_first.sparsities=0.5,0.9 \
-        --config.random.sparsities=0.5,0.9 \
-        --config.variational_dropout.penalties=0.1,1.0 \
-        --config.l0.penalties=10.0,100.0"
-
-Some techniques only:
-
-    make study WORKDIR=runs/some ARGS="--config.techniques=dense,magnitude"
-
-The number of steps, the batch size, the optimizer and the learning rate are the
-same for all techniques, and all make every layer sparse unless their title says
+The batch size, the number of steps, the optimizer and the learning rate are the
+same for all techniques, and all make every layer sparse unless their label says
 otherwise. What each may choose for itself was chosen among 3 to 6 values each
 by the accuracy on the last 1,000 of the training images, after training on the
 other 5,000, where one or two seeds leave an error of about a point: when
@@ -45,98 +27,183 @@ of pruning. The learning rate and the number of steps were chosen on the test
 images with seed 0, so that all accuracies may be slightly optimistic.
 """
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
 import ml_collections
 
+from models.fashion_mnist import FashionMnist
+from sos.errors import UsageError
+from sos.experiments.config import parse_argument
 
-def get_config() -> ml_collections.ConfigDict:
-    """Returns the study's settings.
+#: Values that replace those of a config, as its nested mappings have them.
+Overrides = dict[str, Any]
 
-    Every entry that is itself a config is a technique. `begin`, `end` and
-    `frequency` are fractions of the steps; penalties are multiples of 1 / N,
-    where N is the number of training examples. `keep_dense` is a regular
-    expression on the paths of weights: what it matches is left dense. A `title`
-    is a technique's name in figures and tables.
+_TRAIN_EXAMPLES = {"fashion_mnist": 6_000, "fashion_mnist_full": 60_000}
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """Returns the config of one run.
+
+    Args:
+        arg: A technique and values, such as `magnitude,sparsity=0.9,seed=1`.
     """
-    config = ml_collections.ConfigDict()
+    return make_config(arg, FashionMnist.default_config())
 
-    # The techniques to run, with commas between.
-    config.techniques = (
-        "dense,magnitude,magnitude_dense_first,random,variational_dropout,l0"
-    )
-    # Each setting is run with each seed.
-    config.seeds = (0, 1)
-    # The overall sparsity at which layerwise.png compares the layers.
-    config.layerwise_sparsity = 0.9
 
-    # "convnet" or "residual"; see models/.
-    config.model = "convnet"
-    # "fashion_mnist", which is embedded, or "fashion_mnist_full", which is not.
-    config.dataset = "fashion_mnist"
+def sweep(config: ml_collections.ConfigDict) -> Iterator[Overrides]:
+    """Yields the overrides of every run of the study.
 
-    config.steps = 700
-    config.batch_size = 128
-    # Of Adam; a cosine takes it to zero.
-    config.learning_rate = 0.01
-    # Decoupled from the loss, of matrices and kernels only.
-    config.weight_decay = 0.0
-
-    config.dense = ml_collections.ConfigDict({"wrapper": None})
-
-    # Sparsity grows by tfmot's cubic schedule.
-    magnitude = {
-        "wrapper": "MagnitudePruning",
-        "sparsities": (0.5, 0.8, 0.9, 0.95, 0.98),
-        "begin": 0.0,
-        "end": 0.5,
-        "frequency": 0.02,
-        "keep_dense": "",
-        "arguments": {},
-    }
-    config.magnitude = ml_collections.ConfigDict(magnitude)
-    # The first convolution dense, as in the authors' best results on ResNet-50.
-    # It has 0.1 % of the weights.
-    config.magnitude_dense_first = ml_collections.ConfigDict(
-        magnitude
-        | {"title": "magnitude, first layer dense", "keep_dense": "^conv1/"}
-    )
-    config.random = ml_collections.ConfigDict(
-        {
-            "wrapper": "RandomPruning",
-            "sparsities": (0.5, 0.8, 0.9, 0.95, 0.98),
-            "begin": 0.0,
-            "end": 0.5,
-            "frequency": 0.02,
-            "keep_dense": "",
-            "arguments": {},
-        }
+    Args:
+        config: The config that they override.
+    """
+    return make_sweep(
+        config,
+        seeds=(0, 1),
+        sparsities=(0.5, 0.8, 0.9, 0.95, 0.98),
+        # They lead to about the same sparsities.
+        variational_dropout=(0.015, 0.12, 0.3, 0.6, 1.7),
+        l0=(0.03, 0.5, 1.3, 3.0, 9.0),
     )
 
-    # The penalty grows linearly. The penalties were chosen for the sparsities
-    # that they lead to, which are about those of pruning.
-    config.variational_dropout = ml_collections.ConfigDict(
-        {
-            "wrapper": "VariationalDropout",
-            "penalties": (0.015, 0.12, 0.3, 0.6, 1.7),
-            "begin": 0.1,
-            "end": 0.7,
-            "learning_rate_multiplier": 1.0,
-            "keep_dense": "",
-            # From -10, the technique's default, log sigma^2 does not come far
-            # enough in so few steps.
-            "arguments": {"initial_log_sigma2": -6.0, "threshold": 3.0},
-        }
-    )
-    config.l0 = ml_collections.ConfigDict(
-        {
-            "wrapper": "L0Regularization",
-            "penalties": (0.03, 0.5, 1.3, 3.0, 9.0),
-            "begin": 0.1,
-            "end": 0.7,
-            # Gates close at log alpha = -2.4, which Adam at the weights' rate
-            # does not reach in so few steps.
-            "learning_rate_multiplier": 10.0,
-            "keep_dense": "",
-            "arguments": {"initial_log_alpha": 2.197},
-        }
-    )
+
+def make_config(
+    arg: str, config: ml_collections.ConfigDict
+) -> ml_collections.ConfigDict:
+    """Completes a config by what an argument asks for.
+
+    Args:
+        arg: As for `get_config`.
+        config: The config without a technique.
+
+    Returns:
+        The config.
+    """
+    name, values = parse_argument(arg, default="dense")
+    if name not in TECHNIQUES:
+        raise UsageError(
+            f"The technique must be one of {', '.join(TECHNIQUES)}. "
+            f"Received: {name!r}"
+        )
+    for key in ("seed", "train_steps"):
+        config[key] = values.pop(key, config[key])
+    overrides = TECHNIQUES[name](config)
+    overrides["sparsity"].update(values)
+    config.update(overrides)
     return config
+
+
+def make_sweep(
+    config: ml_collections.ConfigDict,
+    *,
+    seeds: Sequence[int],
+    sparsities: Sequence[float],
+    variational_dropout: Sequence[float],
+    l0: Sequence[float],
+) -> Iterator[Overrides]:
+    """Yields the overrides of a study.
+
+    Args:
+        config: The config that they override.
+        seeds: Seeds of each point.
+        sparsities: Final sparsities of the pruning techniques.
+        variational_dropout: Penalty weights, in units of 1 / training examples.
+        l0: Penalty weights of L0, in the same units.
+    """
+    examples = _TRAIN_EXAMPLES[config.data.name]
+    pruning = [{"sparsity": sparsity} for sparsity in sparsities]
+    grids = {
+        "dense": [{}],
+        "magnitude": pruning,
+        "magnitude_dense_first": pruning,
+        "random": pruning,
+        "variational_dropout": [
+            {"penalty_weight": penalty / examples}
+            for penalty in variational_dropout
+        ],
+        "l0": [{"penalty_weight": penalty / examples} for penalty in l0],
+    }
+    for name, grid in grids.items():
+        for values in grid:
+            for seed in seeds:
+                overrides = TECHNIQUES[name](config)
+                overrides["sparsity"].update(values)
+                yield {**overrides, "seed": seed}
+
+
+def _dense(config: ml_collections.ConfigDict) -> Overrides:
+    del config
+    return {"sparsity": {"technique": None}}
+
+
+def _pruning(technique: str, steps: int) -> Overrides:
+    # The cubic schedule, in the first half of training.
+    return {
+        "sparsity": {
+            "technique": technique,
+            "sparsity": 0.9,
+            "begin_step": 0,
+            "end_step": max(1, steps // 2),
+            "frequency": max(1, steps // 50),
+        }
+    }
+
+
+def _magnitude(config: ml_collections.ConfigDict) -> Overrides:
+    return _pruning("MagnitudePruning", config.train_steps)
+
+
+def _magnitude_dense_first(config: ml_collections.ConfigDict) -> Overrides:
+    overrides = _magnitude(config)
+    # As in the authors' best results on ResNet-50. Here it has 0.1 % of the
+    # weights.
+    overrides["sparsity"]["rules"] = (("^conv1/", None),)
+    return {**overrides, "label": "magnitude, first layer dense"}
+
+
+def _random(config: ml_collections.ConfigDict) -> Overrides:
+    return _pruning("RandomPruning", config.train_steps)
+
+
+def _penalized(
+    technique: str, penalty: float, config: ml_collections.ConfigDict
+) -> dict[str, Any]:
+    begin = config.train_steps // 10
+    return {
+        "technique": technique,
+        "penalty_weight": penalty / _TRAIN_EXAMPLES[config.data.name],
+        "ramp": "linear",
+        "begin_step": begin,
+        "end_step": max(begin + 1, config.train_steps * 7 // 10),
+    }
+
+
+def _variational_dropout(config: ml_collections.ConfigDict) -> Overrides:
+    return {
+        "sparsity": {
+            **_penalized("VariationalDropout", 0.3, config),
+            # From -10, the default, log sigma^2 does not come far enough in so
+            # few steps.
+            "initial_log_sigma2": -6.0,
+        }
+    }
+
+
+def _l0(config: ml_collections.ConfigDict) -> Overrides:
+    return {
+        "label": "L0",
+        "sparsity": _penalized("L0Regularization", 1.3, config),
+        # Gates close at log alpha = -2.4, which Adam at the rate of the weights
+        # does not reach in so few steps.
+        "learning_rate": {"technique_multiplier": 10.0},
+    }
+
+
+TECHNIQUES: Mapping[str, Callable[[ml_collections.ConfigDict], Overrides]] = {
+    "dense": _dense,
+    "magnitude": _magnitude,
+    "magnitude_dense_first": _magnitude_dense_first,
+    "random": _random,
+    "variational_dropout": _variational_dropout,
+    "l0": _l0,
+}

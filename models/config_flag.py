@@ -1,51 +1,96 @@
-"""The flag `--config`, with mistakes told in one line."""
+"""The flag `--config=FILE[:ARGUMENT]`, with mistakes reported in one line."""
 
+import importlib.util
 import re
-import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import ModuleType
 from typing import Any, NoReturn
 
+import ml_collections
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 _NAME = "config"
 
+#: Gives the overrides of each run of a sweep.
+Sweep = Callable[[ml_collections.ConfigDict], Iterable[Mapping[str, Any]]]
 
-def define_config() -> flags.FlagHolder:
-    """Defines `--config=FILE` and `--config.name=value`.
 
-    Returns:
-        The flag, whose value is the config of the file with the values of the
-        command line in place.
+class ConfigFlag:
+    """Parses `--config=FILE[:ARGUMENT]` and `--config.NAME=VALUE`.
+
+    The file is a Python program, loaded once. Its function `get_config` takes
+    the argument, if there is one, and returns the config of a run; `sweep`
+    takes that config and yields the overrides of many.
+
+    ```python
+    CONFIG = ConfigFlag()
+
+    def main(argv):
+        print(CONFIG.config)
+
+    app.run(main, flags_parser=CONFIG.parse_flags)
+    ```
     """
-    return config_flags.DEFINE_config_file(
-        _NAME,
-        help_string=(
-            "Python file with a function get_config(). "
-            f"--{_NAME}.NAME=VALUE replaces a value in it."
-        ),
-        lock_config=True,
-    )
 
+    def __init__(self) -> None:
+        self._path = ""
+        self._module: ModuleType | None = None
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses the command line, as a `flags_parser` for `app.run`.
+    @property
+    def config(self) -> ml_collections.ConfigDict:
+        """The config, with the values of the command line."""
+        return flags.FLAGS[_NAME].value
 
-    A mistake in the config ends the program with one line, where ml_collections
-    alone shows a traceback, and a wrong name with the valid ones.
+    @property
+    def sweep(self) -> Sweep:
+        """The file's function `sweep`.
 
-    Args:
-        argv: The command line.
+        Raises:
+            SystemExit: If it has none.
+        """
+        sweep = getattr(self._module, "sweep", None)
+        if sweep is None:
+            _fail(f"--{_NAME}={self._path} has no function sweep(config).")
+        return sweep
 
-    Returns:
-        What is left of it.
-    """
-    arguments = list(argv)
-    path = _config_path(arguments)
-    if path is not None:
+    def parse_flags(self, argv: Sequence[str]) -> list[str]:
+        """Parses the command line, as a `flags_parser` for `app.run`.
+
+        Args:
+            argv: The command line.
+
+        Returns:
+            What is left of it.
+        """
+        path, arguments = _take_config(list(argv))
+        _forget_config()
+        if path is not None:
+            self._path = path
+            config = self._load(path)
+            for argument in arguments:
+                _check_name(argument, config)
+            try:
+                config_flags.DEFINE_config_dict(
+                    _NAME, config, sys_argv=arguments
+                )
+            except (flags.Error, TypeError, ValueError) as error:
+                _fail(" ".join(str(error).split()))
+        rest = app.parse_flags_with_usage(arguments)
+        if path is None:
+            _fail(f"A config is needed, such as --{_NAME}=configs/NAME.py")
+        if flags.FLAGS["verbosity"].using_default_value:
+            # TensorFlow logs much about its checkpoints.
+            logging.set_verbosity(logging.WARNING)
+        return rest
+
+    def _load(self, path: str) -> ml_collections.ConfigDict:
+        """Loads the file and calls its `get_config`."""
+        file, colon, argument = path.partition(":")
         try:
-            config = runpy.run_path(path)["get_config"]()
+            self._module = _import(file)
+            config = self._module.get_config(*([argument] if colon else []))
         # A config file is a program, and may fail with anything.
         except Exception as error:
             text = " ".join(str(error).split())
@@ -54,43 +99,62 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
                 "with a function get_config(). "
                 f"Cause: {type(error).__name__}: {text}"
             )
-        for argument in arguments:
-            _check_name(argument, config)
-    rest = app.parse_flags_with_usage(arguments)
-    if flags.FLAGS["verbosity"].using_default_value:
-        # TensorFlow has much to say of its checkpoints.
-        logging.set_verbosity(logging.WARNING)
-    if flags.FLAGS[_NAME].value is None:
-        _fail(f"A config is needed, such as --{_NAME}=configs/NAME.py")
-    return rest
+        if not isinstance(config, ml_collections.ConfigDict):
+            _fail(
+                f"--{_NAME}={path}: get_config() must return a "
+                f"ml_collections.ConfigDict. Received: {config!r}"
+            )
+        return config
 
 
-def _config_path(arguments: Sequence[str]) -> str | None:
-    """The file of the last `--config`, which is the one that counts."""
-    path = None
-    for argument, following in zip(
-        arguments, [*arguments[1:], None], strict=True
-    ):
+def _import(file: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("config_file", file)
+    if spec is None:
+        raise ImportError(f"{file!r} does not end in .py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _take_config(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Takes `--config` out of the arguments; the last one counts."""
+    path, rest = None, []
+    pending = iter(arguments)
+    for argument in pending:
+        if argument == "--":
+            rest += [argument, *pending]
+            break
         match = re.fullmatch(rf"--?{_NAME}(?:=(.*))?", argument, re.DOTALL)
-        if match:
-            path = following if match[1] is None else match[1]
-    return path
+        if match is None:
+            rest.append(argument)
+        elif match[1] is not None:
+            path = match[1]
+        else:
+            path = next(pending, "")
+    return path, rest
 
 
-def _check_name(argument: str, config: ConfigDict) -> None:
-    """Refuses an override of something that the config does not have."""
-    match = re.match(rf"--?{_NAME}\.([^=]+)", argument)
+def _forget_config() -> None:
+    """Removes what an earlier call of `parse_flags` defined."""
+    for name in list(flags.FLAGS):
+        if name == _NAME or name.startswith(f"{_NAME}."):
+            delattr(flags.FLAGS, name)
+
+
+def _check_name(argument: str, config: ml_collections.ConfigDict) -> None:
+    """Refuses an override of an entry that the config does not have."""
+    match = re.match(rf"--?(?:no)?{_NAME}\.([^=]+)", argument)
     if match is None:
         return
     at: Any = config
     parent = _NAME
     for name in match[1].split("."):
-        if not isinstance(at, ConfigDict):
-            _fail(f"{argument}: `{parent}` is a value and has no names in it.")
+        if not isinstance(at, ml_collections.ConfigDict):
+            _fail(f"{argument}: `{parent}` is a value and has no entries.")
         if name not in at:
             _fail(
-                f"{argument}: `{parent}` has no {name!r}. "
-                f"Valid names: {', '.join(at)}"
+                f"{argument}: `{parent}` has no entry {name!r}. "
+                f"Valid entries: {', '.join(at)}"
             )
         at = at[name]
         parent = f"{parent}.{name}"

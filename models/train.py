@@ -1,106 +1,84 @@
-r"""Trains one network with one technique, for as long as it takes.
+r"""Trains one run, for as long as it takes.
 
 For example, one of the runs of the study, on whatever devices there are:
 
-    python -m models.train --config=configs/fashion_mnist.py \
-        --run=magnitude_sparsity-0.9_seed-0 --workdir=runs/magnitude_90
+    python -m models.train --workdir=runs/one \
+        --config=configs/fashion_mnist.py:magnitude,sparsity=0.9
 
-Stop it at any time and start it again: it goes on from its last checkpoint.
-Exit codes: 0 done; 75 stopped by SIGTERM and saved, 130 by Ctrl-C and saved;
-143 and 130 at once, after a second signal; 1 an error, which is told.
+The run has a directory of its own in the work directory, named after what
+identifies it. Stop it at any time and start it again: it goes on from its last
+checkpoint. Exit codes: 0 done; 75 stopped by SIGTERM and saved, 130 by Ctrl-C
+and saved; 143 and 130 at once, after a second signal; 1 an error, whose message
+says what to do.
 """
 
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
-
-from absl import app, flags, logging
-
-from models import config_flag
-from models.config_flag import define_config, parse_flags
-from models.quiet import quiet
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-with quiet():
+
+from sos import startup
+
+with startup.quiet():
     import tensorflow as tf
 
-    from models import networks
-    from sos.experiments.classification import Classification
-    from sos.experiments.runs import Run, expand
-    from sos.training import flags as training_flags
-    from sos.training import main
-
-    # Says which GPUs are not there.
+    # The first listing names the GPUs that are missing.
     tf.config.list_physical_devices()
 
-_CONFIG = define_config()
-_RUN = flags.DEFINE_string(
-    "run",
-    "",
-    "The run of the config, by the beginning of its name. Not needed if the "
-    "config has one run only.",
-)
-flags.adopt_module_key_flags(config_flag)
+import ml_collections
+from absl import app, flags, logging
+
+from models.config_flag import ConfigFlag
+from sos.errors import UsageError
+from sos.experiments.config import resolve
+from sos.experiments.runs import run, run_directory
+from sos.experiments.task import make_task
+from sos.training import flags as training_flags
+from sos.training import main as training_main
+from sos.training.strategies import several_workers
+from sos.training.trainer import Trainer
+
+_CONFIG = ConfigFlag()
 flags.adopt_module_key_flags(training_flags)
-# TensorFlow tells of every save and of every sum over workers.
+# TensorFlow logs every save and every sum over workers.
 flags.FLAGS.set_default("verbosity", logging.WARNING)
 
 
 def main(argv: Sequence[str]) -> None:
-    """Trains, evaluates or exports, as the flags say.
+    """Trains, evaluates or exports a run, as the flags say.
 
     Args:
         argv: What is left of the command line.
     """
-    if argv[1:]:
-        _fail(f"There are only flags here. Received: {' '.join(argv[1:])}")
-    try:
-        sys.exit(_run())
-    except KeyboardInterrupt:
-        print("\nInterrupted before training began.", file=sys.stderr)
-        sys.exit(130)
+    code = training_main.exit_code_of(
+        lambda: _run(argv[1:]), several_workers=several_workers()
+    )
+    training_main.end_process(code)
 
 
-def _run() -> int:
-    config = _CONFIG.value
-    try:
-        data = networks.load_data(config.dataset)
-        run = _choose(
-            expand(config, train_examples=len(data.y_train)), _RUN.value
+def _run(arguments: Sequence[str]) -> None:
+    if arguments:
+        raise UsageError(
+            f"There are only flags here. Received: {' '.join(arguments)}"
         )
-        synchronized = training_flags.SYNCHRONIZED_BATCH_NORM.value
-        build_model = networks.builder(config.model, synchronized)
-        settings = training_flags.settings(run.steps)
-    except (ValueError, FileNotFoundError) as error:
-        _fail(str(error))
-    return main.run(
-        settings,
-        lambda: training_flags.make_trainer(
-            lambda: Classification(
-                run,
-                data,
-                build_model,
-                settings={"synchronized_batch_norm": synchronized},
-            )
-        ),
+    config = resolve(_CONFIG.config)
+    workdir = training_flags.WORKDIR.value
+    print(run_directory(config, workdir), file=sys.stderr)
+    run(
+        config,
+        workdir,
+        make_trainer=_make_trainer,
+        **training_flags.option_values(),
     )
 
 
-def _choose(runs: Sequence[Run], prefix: str) -> Run:
-    matches = [run for run in runs if run.name.startswith(prefix)]
-    if len(matches) != 1:
-        names = "".join(f"\n  {run.name}" for run in (matches or runs)[:60])
-        raise ValueError(
-            f"--run must be the beginning of one name, not of {len(matches)}. "
-            f"Received: --run={prefix}. Runs of the config:{names}"
-        )
-    return matches[0]
-
-
-def _fail(message: str) -> NoReturn:
-    sys.exit(f"FATAL {message}")
+def _make_trainer(config: ml_collections.ConfigDict) -> Trainer:
+    return training_flags.make_trainer(
+        lambda: make_task(config),
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+    )
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=_CONFIG.parse_flags)

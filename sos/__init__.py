@@ -1,18 +1,30 @@
 """State of Sparsity: neural networks that become sparse while they train."""
 
+from sos import startup
+
+# This module imports TensorFlow, Keras and tensorflow-model-optimization.
+with startup.quiet():
+    from sos.schedules import (
+        ConstantSparsity,
+        PolynomialDecay,
+        PruningSchedule,
+        Schedule,
+    )
+
+from sos.arguments import REQUIRED
 from sos.callbacks import SparsityCallback
 from sos.driver import Driver, set_all
+from sos.export import export_model
 from sos.noise import call_label
 from sos.ramps import ConstantRamp, CubicRamp, LinearRamp, Ramp
 from sos.rankings import PerTensorRanking, Ranking
-from sos.registry import register, techniques
-from sos.report import SparsityReport, sparsity_report
-from sos.schedules import (
-    ConstantSparsity,
-    PolynomialDecay,
-    PruningSchedule,
-    Schedule,
+from sos.registry import (
+    hyperparameters,
+    register,
+    select_hyperparameters,
+    techniques,
 )
+from sos.report import SparsityReport, sparsity_report
 from sos.surgery import sparsify, strip
 from sos.version import __version__
 from sos.wrappers.base import SparseWrapper
@@ -27,6 +39,7 @@ from sos.wrappers.sparse_weight import SparseWeight
 from sos.wrappers.variational_dropout import VariationalDropout
 
 __all__ = [
+    "REQUIRED",
     "ConstantRamp",
     "ConstantSparsity",
     "CubicRamp",
@@ -53,7 +66,10 @@ __all__ = [
     "VariationalDropout",
     "__version__",
     "call_label",
+    "export_model",
+    "hyperparameters",
     "register",
+    "select_hyperparameters",
     "set_all",
     "sparsify",
     "sparsity_report",

@@ -1,6 +1,11 @@
 """Errors that a program reports in one line, without a traceback."""
 
+import re
 import signal
+
+# Heads the cause where a worker gives up a collective operation.
+ABORTED = "Collective ops is aborted by: "
+_OPERATION = re.compile(r"^\{\{\S+ \S+\}\} ?| \[Op:\w+\]$")
 
 
 class ReportedError(Exception):
@@ -67,3 +72,28 @@ class Stopped(Exception):
         super().__init__(f"Stopped by {signum.name} at step {step}, {state}.")
         self.signal = signum
         self.step = step
+
+
+def reason(error: BaseException) -> str:
+    """Returns the line of an error's message that names the cause.
+
+    Leaves out TensorFlow's headings and names of operations.
+
+    Args:
+        error: Any exception, for example a `tf.errors.OpError`.
+
+    Returns:
+        One line without a full stop; the name of the class if the message is
+        empty.
+    """
+    # The text of TensorFlow's errors also has the traceback of the operation.
+    text = str(getattr(error, "message", None) or error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    for line in lines:
+        if ABORTED in line:
+            return line.split(ABORTED, 1)[1].rstrip(".")
+    # Headings end in a colon, such as "Graph execution error:".
+    lines = [line for line in lines if not line.endswith(":")]
+    if not lines:
+        return type(error).__name__
+    return _OPERATION.sub("", lines[0]).rstrip(".")

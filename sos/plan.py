@@ -2,18 +2,22 @@
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 
+from sos import arguments
+from sos.errors import UsageError
 from sos.registry import get_technique
-from sos.schedules import as_schedule
-from sos.wrappers.base import SparseWrapper
-from sos.wrappers.masked import PruningWrapper
+from sos.wrappers.base import LAYER_ARGUMENTS, SparseWrapper
 from sos.wrappers.selection import unique, why_dense
 
 Rule = None | type | str | Mapping[str, Any]
+Rules = Mapping[str, Rule] | Sequence[tuple[str, Rule]]
+
+# A technique and the arguments of its constructor.
+Choice = tuple[type, dict[str, Any]]
 
 
 class Notes:
@@ -34,54 +38,66 @@ class Notes:
         return self._notes.get(id(variable))
 
 
-class Job:
+class WrapSpec:
     """One wrapper to be put around a layer."""
 
-    def __init__(self, technique: type, settings: dict[str, Any]) -> None:
+    def __init__(self, technique: type, arguments: dict[str, Any]) -> None:
         self.technique = technique
-        self.settings = settings
+        self.arguments = arguments
         self.paths: dict[int, str] = {}
 
     def wrap(self, layer: keras.layers.Layer) -> SparseWrapper:
         """Puts the wrapper around a layer."""
-        return self.technique(layer, paths=self.paths, **self.settings)
+        return self.technique(layer, paths=self.paths, **self.arguments)
 
 
 def make_plan(
     model: keras.Model,
     technique: type | str | None,
-    rules: Mapping[str, Rule],
-    settings: dict[str, Any],
-) -> tuple[dict[int, list[Job]], Notes]:
-    """Decides what becomes of every weight, before anything is made."""
-    if not isinstance(rules, Mapping):
+    rules: Rules | None,
+    hyperparameters: dict[str, Any],
+) -> tuple[dict[int, list[WrapSpec]], Notes]:
+    """Decides what becomes of every weight, before anything is made.
+
+    Args:
+        model: The model.
+        technique: As for `sparsify`.
+        rules: As for `sparsify`.
+        hyperparameters: As for `sparsify`.
+
+    Returns:
+        The wrappers of each layer by its id, and why weights stay dense.
+
+    Raises:
+        UsageError: If a value is invalid, or rules and model do not fit.
+        TypeError: If an argument is unknown, missing or of a wrong type.
+    """
+    rules = _as_dict(rules)
+    if technique is None and hyperparameters:
         raise TypeError(
-            "`rules` must be a dictionary from regular expressions on weight "
-            f"paths to what is to be different. Received: rules={rules!r}"
+            "Hyperparameters need a `technique`. Received: technique=None, "
+            f"{arguments.received(hyperparameters)}"
         )
-    default = _resolve(technique, settings, {}) if technique else None
-    if technique is None and settings:
-        raise TypeError(
-            "Settings were given without a technique that could take them. "
-            f"Received: technique=None, settings={sorted(settings)}"
-        )
+    default = None
+    if technique is not None:
+        default = _resolve(technique, hyperparameters, {})
     resolved = {
-        pattern: _resolve_rule(pattern, rule, technique, settings)
+        pattern: _resolve_rule(pattern, rule, technique, hyperparameters)
         for pattern, rule in rules.items()
     }
     notes = Notes()
-    plan: dict[int, list[Job]] = {}
+    plan: dict[int, list[WrapSpec]] = {}
     used: dict[str, list[str]] = {pattern: [] for pattern in rules}
     eligible: list[str] = []
-    chosen: list[tuple[Job, int, int]] = []
+    chosen: list[tuple[WrapSpec, int, int]] = []
     owners: dict[int, keras.layers.Layer] = {}
     for layer in leaves(model):
         trainable = {id(v) for v in layer.trainable_weights}
-        jobs: dict[int, Job] = {}
+        specs: dict[int, WrapSpec] = {}
         for index, variable in enumerate(layer.weights):
             owner = owners.setdefault(id(variable), layer)
             if owner is not layer:
-                raise ValueError(
+                raise UsageError(
                     f"The layers {owner.name!r} and {layer.name!r} share the "
                     f"weight {variable.path!r}, which copies or wrappers of "
                     "two layers could not. Use one layer object in both "
@@ -99,7 +115,7 @@ def make_plan(
             eligible.append(path)
             matches = [p for p in rules if re.search(p, path)]
             if len(matches) > 1:
-                raise ValueError(
+                raise UsageError(
                     f"More than one rule matches the weight {path!r}: "
                     f"{matches}. Make the regular expressions narrower."
                 )
@@ -111,98 +127,167 @@ def make_plan(
                 because = f"rule {matches[0]!r}" if matches else "no rule"
                 notes.add(variable, f"left dense by {because}")
                 continue
-            # Weights of one layer that share settings share a wrapper.
-            job = jobs.setdefault(id(choice), Job(*choice))
-            chosen.append((job, index, len(eligible) - 1))
+            # Weights of one layer with the same rule share a wrapper.
+            spec = specs.setdefault(id(choice), WrapSpec(*choice))
+            chosen.append((spec, index, len(eligible) - 1))
             if layer is model or not _is_keras_layer(layer):
                 notes.add(
                     variable, f"{type(layer).__name__} wrapped as a whole"
                 )
-        if jobs:
-            plan[id(layer)] = list(jobs.values())
+        if specs:
+            plan[id(layer)] = list(specs.values())
     # Two nested models may hold layers of equal names.
     names = unique(dict(enumerate(eligible)))
-    for job, index, place in chosen:
-        job.paths[index] = names[place]
+    for spec, index, place in chosen:
+        spec.paths[index] = names[place]
     for pattern, paths in used.items():
         if not paths:
-            raise ValueError(
+            raise UsageError(
                 f"The rule {pattern!r} matches none of the trainable weights "
                 f"of rank 2 or more, which are: {eligible}"
             )
     if not plan:
-        raise ValueError(
+        raise UsageError(
             f"Nothing in the model {model.name!r} is left to make sparse. "
             f"Its trainable weights of rank 2 or more: {eligible}. "
-            f"Received: technique={technique!r}, rules={dict(rules)!r}"
+            f"Received: technique={technique!r}, rules={rules!r}"
         )
     return plan, notes
+
+
+def _as_dict(rules: Rules | None) -> dict[str, Rule]:
+    """Returns rules by pattern, of a mapping or of pairs."""
+    if rules is None:
+        return {}
+    pairs = list(rules.items()) if _is_mapping(rules) else rules
+    valid = isinstance(pairs, list | tuple) and all(
+        isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs
+    )
+    if not valid:
+        raise TypeError(
+            "`rules` must be a dictionary from regular expressions on weight "
+            "paths to None, a technique or a dictionary of hyperparameters, "
+            'or a list of such pairs, as in `[("embedding", None)]`. '
+            f"Received: rules={rules!r}"
+        )
+    patterns = [pattern for pattern, _ in pairs]
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise UsageError(
+                "Rules must begin with regular expressions on weight paths "
+                f"({error}). Received: {pattern!r}"
+            ) from error
+        if patterns.count(pattern) > 1:
+            raise UsageError(
+                "Each rule must have a regular expression of its own. "
+                f"Received twice: {pattern!r}"
+            )
+    return dict(pairs)
+
+
+def _is_mapping(value: Any) -> bool:
+    # A `ConfigDict` of ml_collections is not registered as a mapping.
+    return isinstance(value, Mapping) or (
+        hasattr(value, "keys") and hasattr(value, "items")
+    )
 
 
 def _resolve_rule(
     pattern: str,
     rule: Rule,
     technique: type | str | None,
-    settings: dict[str, Any],
-) -> tuple[type, dict[str, Any]] | None:
-    """What a rule says in full: a technique and all its settings."""
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise ValueError(
-            "The keys of `rules` must be regular expressions on weight paths "
-            f"({error}). Received: {pattern!r}"
-        ) from error
+    hyperparameters: dict[str, Any],
+) -> Choice | None:
+    """Returns the technique of a rule with all its arguments."""
     if rule is None:
         return None
     own: dict[str, Any] = {}
-    if isinstance(rule, Mapping):
-        own = dict(rule)
+    if _is_mapping(rule):
+        own = dict(rule.items())
         rule = own.pop("technique", technique)
         if rule is None:
-            raise ValueError(
-                f"The rule {pattern!r} changes settings, but no technique is "
-                "given: add the key 'technique'. "
+            raise UsageError(
+                f"The rule {pattern!r} changes hyperparameters, but there is "
+                "no technique: add the key 'technique'. "
                 f"Received: {own!r}"
             )
     if not isinstance(rule, str | type):
         raise TypeError(
             f"The rule {pattern!r} must be None, a technique or its name, or a "
-            f"dictionary of settings. Received: {rule!r}"
+            f"dictionary of hyperparameters. Received: {rule!r}"
         )
-    inherits = technique is not None and (
-        get_technique(rule) is get_technique(technique)
-    )
-    return _resolve(rule, settings if inherits else {}, own)
+    try:
+        inherits = technique is not None and (
+            get_technique(rule) is get_technique(technique)
+        )
+        return _resolve(rule, own, hyperparameters if inherits else {})
+    except TypeError as error:
+        raise TypeError(f"The rule {pattern!r}: {error}") from error
+    except ValueError as error:
+        raise UsageError(f"The rule {pattern!r}: {error}") from error
 
 
 def _resolve(
-    technique: type | str, settings: dict[str, Any], own: dict[str, Any]
-) -> tuple[type, dict[str, Any]]:
+    technique: type | str, own: dict[str, Any], inherited: dict[str, Any]
+) -> Choice:
+    """Turns hyperparameters into checked arguments of a technique."""
     technique = get_technique(technique)
-    full = {**settings, **own}
-    if issubclass(technique, PruningWrapper):
-        if "schedule" in full:
-            # One object for all layers, so that it is asked once a step.
-            full["schedule"] = as_schedule(full["schedule"])
-        sparsity = full.pop("sparsity", None)
-        if sparsity is not None:
-            if "schedule" not in full:
-                raise TypeError(
-                    "A `sparsity` needs a `schedule` whose final sparsity it "
-                    f"replaces. Received: {full | {'sparsity': sparsity}!r}"
-                )
-            full["schedule"] = full["schedule"].with_sparsity(sparsity)
-    reserved = {"include", "paths", "name"} & set(full)
+    reserved = {"include", "paths", "name"} & set(own)
     if reserved:
         raise TypeError(
             "In a whole model, `rules` choose the weights, and layers keep "
             f"their names. Received: {sorted(reserved)}"
         )
-    # Wrong settings are found here, before anything is made. The layer has a
+    _check_names(technique, own)
+    full = technique.resolve_hyperparameters(own, inherited)
+    _check_complete(technique, full, {**inherited, **own})
+    # Wrong values are found here, before anything is made. The layer has a
     # name, so as not to use up one of Keras's automatic names.
     technique(keras.layers.Dense(1, name="check"), **full)
     return technique, full
+
+
+def _check_names(technique: type, values: dict[str, Any]) -> None:
+    """Raises if arguments are unknown."""
+    known = technique.hyperparameters()
+    objects = [
+        name
+        for name in arguments.defaults(technique, SparseWrapper)
+        if name not in known and name not in LAYER_ARGUMENTS
+    ]
+    unknown = {
+        name: value
+        for name, value in values.items()
+        if name not in (*known, *objects, *LAYER_ARGUMENTS)
+    }
+    if unknown:
+        raise TypeError(
+            f"{technique.__name__} has no hyperparameter "
+            f"{arguments.quoted(unknown)}. "
+            f"Valid hyperparameters: {list(known)}"
+            + (f"; objects: {objects}" if objects else "")
+            + f". Received: {arguments.received(unknown)}"
+        )
+
+
+def _check_complete(
+    technique: type, full: dict[str, Any], received: dict[str, Any]
+) -> None:
+    """Raises if arguments without a default are missing."""
+    missing = [
+        name
+        for name, default in arguments.defaults(
+            technique, SparseWrapper
+        ).items()
+        if default is arguments.REQUIRED and name not in full
+    ]
+    if missing:
+        raise TypeError(
+            f"{technique.__name__} needs {arguments.quoted(missing)}. "
+            f"Received: {arguments.received(received) or 'nothing'}"
+        )
 
 
 @functools.cache

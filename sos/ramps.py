@@ -3,14 +3,16 @@
 Ramps are part of the training step, so they are built of TensorFlow operations.
 """
 
-import operator
+import functools
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from sos.arguments import check_integer
 from sos.configurable import Configurable
+from sos.errors import UsageError
 
 
 @keras.saving.register_keras_serializable(package="sos")
@@ -55,23 +57,23 @@ class LinearRamp(Ramp):
         end_step: The first step at which it is 1; after `begin_step`.
 
     Raises:
-        ValueError: If the steps are out of range.
+        UsageError: If the steps are out of range.
     """
 
     def __init__(self, begin_step: int, end_step: int):
         try:
-            valid = 0 <= operator.index(begin_step) < operator.index(end_step)
-        except TypeError:
+            self.begin_step = check_integer("begin_step", begin_step)
+            self.end_step = check_integer("end_step", end_step)
+            valid = self.begin_step < self.end_step
+        except UsageError:
             valid = False
         if not valid:
-            raise ValueError(
+            raise UsageError(
                 "A ramp needs integers with 0 <= begin_step < end_step; for "
                 "the full penalty from the start use `ConstantRamp()`. "
                 "Received: "
                 f"begin_step={begin_step}, end_step={end_step}"
             )
-        self.begin_step = int(begin_step)
-        self.end_step = int(end_step)
 
     def __call__(self, step: tf.Tensor | int) -> tf.Tensor:
         """Returns the factor at a step, as `Ramp.__call__` describes it."""
@@ -112,7 +114,7 @@ class CubicRamp(LinearRamp):
         moving_average: Whether to smooth as the authors do.
 
     Raises:
-        ValueError: If the steps are out of range.
+        UsageError: If the steps are out of range.
     """
 
     def __init__(
@@ -161,18 +163,77 @@ def _integer_step(step: tf.Tensor | int) -> tf.Tensor:
     return tf.cast(step, tf.int64)
 
 
-def as_ramp(ramp: Ramp | None) -> Ramp:
-    """Returns the ramp itself, or for None the one that is always 1.
+# The ramps that have a name, as configs give it, and what makes each.
+_RAMPS = {
+    "constant": ConstantRamp,
+    "linear": LinearRamp,
+    "cubic": CubicRamp,
+    "smoothed_cubic": functools.partial(CubicRamp, moving_average=True),
+}
+
+
+def takes_steps(ramp: Ramp | str) -> bool:
+    """Returns whether a ramp is a name that goes with steps."""
+    return isinstance(ramp, str) and ramp != "constant"
+
+
+def make_ramp(
+    ramp: Ramp | str, *, begin_step: int = 0, end_step: int | None = None
+) -> Ramp:
+    """Returns the ramp that a name and numbers describe.
+
+    Args:
+        ramp: "constant", "linear", "cubic", "smoothed_cubic" (a `CubicRamp`
+            with the authors' moving average) or a `Ramp`, which is returned.
+        begin_step: The last training step at which the factor is 0.
+        end_step: The first training step at which it is 1. All names except
+            "constant" need one.
+
+    Returns:
+        A `Ramp`.
 
     Raises:
-        TypeError: If it is neither.
+        UsageError: If the name is unknown, or the steps do not fit the ramp.
+        TypeError: If `ramp` is neither a name nor a `Ramp`.
+
+    Example:
+    >>> make_ramp("linear", begin_step=100, end_step=300)
+    LinearRamp(begin_step=100, end_step=300)
+    >>> make_ramp("constant")
+    ConstantRamp()
     """
-    if ramp is None:
-        return ConstantRamp()
-    if isinstance(ramp, Ramp):
-        return ramp
-    raise TypeError(
-        "`ramp` must be None or a `Ramp`, such as `sos.LinearRamp(begin_step="
-        "1000, end_step=5000)`; a function of your own becomes one by deriving "
-        f"from `Ramp`. Received: ramp={ramp!r} of type {type(ramp).__name__}"
+    if not isinstance(ramp, Ramp | str):
+        raise TypeError(
+            f"`ramp` must be one of {sorted(_RAMPS)} or a `Ramp`, such as "
+            "`sos.LinearRamp(begin_step=1000, end_step=5000)`; a function of "
+            "your own becomes one by deriving from `Ramp`. "
+            f"Received: ramp={ramp!r} of type {type(ramp).__name__}"
+        )
+    if isinstance(ramp, str) and ramp not in _RAMPS:
+        raise UsageError(
+            f"There is no ramp named {ramp!r}. `ramp` must be one of "
+            f"{sorted(_RAMPS)}, or a `Ramp`. Received: ramp={ramp!r}"
+        )
+    received = (
+        f"Received: ramp={ramp!r}, begin_step={begin_step!r}, "
+        f"end_step={end_step!r}"
     )
+    if takes_steps(ramp):
+        if end_step is None:
+            raise UsageError(
+                f"The ramp {ramp!r} needs an `end_step`, the training step at "
+                f"which the penalty is complete. {received}"
+            )
+        return _RAMPS[ramp](begin_step, end_step)
+    if (begin_step, end_step) != (0, None):
+        raise UsageError(
+            f"`begin_step` and `end_step` do not fit ramp={ramp!r}: "
+            + (
+                "a `Ramp` has its own steps. Leave them out, or name a ramp "
+                if isinstance(ramp, Ramp)
+                else "its penalty is complete from the first step on. Leave "
+                "them out, or choose another ramp "
+            )
+            + f"({', '.join(filter(takes_steps, _RAMPS))}). {received}"
+        )
+    return ramp if isinstance(ramp, Ramp) else _RAMPS[ramp]()

@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.protobuf import trackable_object_graph_pb2
 
+from sos import startup
 from sos.driver import set_all
 from sos.report import FIELDS, SparsityReport, sparsity_report
 from sos.wrappers.base import find_wrappers
@@ -58,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="import a module that registers classes of your own first",
     )
     options = parser.parse_args(arguments)
+    with startup.quiet():
+        tf.config.list_physical_devices()
     try:
         report = _report(options)
         if options.csv is not None:

@@ -7,6 +7,7 @@ on the host, serialisation, and no lost last update.
 This is the only module that imports tensorflow-model-optimization (tfmot).
 """
 
+import functools
 import os
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,9 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+
+from sos.arguments import check_integer, check_number
+from sos.errors import UsageError
 
 
 def _import_tfmot_schedules() -> ModuleType:
@@ -135,8 +139,8 @@ class Schedule:
         """Returns the fraction of zeros that an update at `step` sets.
 
         Raises:
-            ValueError: If a user's own schedule gives a value that is no
-                sparsity.
+            UsageError: If a user's own schedule returns a value outside of
+                [0, 1].
         """
         step = int(step)
         inner = self.inner
@@ -157,7 +161,7 @@ class Schedule:
         # 0.89999998: the shortest decimal that names the same float32.
         sparsity = float(str(np.float32(self._call(step)[1])))
         if not 0.0 <= sparsity <= 1.0:
-            raise ValueError(
+            raise UsageError(
                 "A pruning schedule must return a sparsity in [0, 1]. "
                 f"Received: sparsity={sparsity} at step={step} from {inner!r}"
             )
@@ -195,10 +199,10 @@ class Schedule:
                 update can take place per block, at its end.
 
         Raises:
-            ValueError: If `frequency` is smaller than that.
+            UsageError: If `frequency` is smaller than that.
         """
         if self.frequency is not None and self.frequency < steps:
-            raise ValueError(
+            raise UsageError(
                 f"The schedule updates masks every {self.frequency} steps, but "
                 f"{steps} training steps run as one block, with room for one "
                 "update only. Choose a `frequency` of at least "
@@ -216,7 +220,7 @@ class Schedule:
         Raises:
             TypeError: If this is a user's own schedule, as nobody else knows
                 what it computes.
-            ValueError: If `sparsity` is out of range.
+            UsageError: If `sparsity` is out of range.
         """
         cls = type(self.inner)
         if cls not in _TARGETS:
@@ -226,11 +230,7 @@ class Schedule:
                 "schedule of its own, not a sparsity. Received: "
                 f"sparsity={sparsity}"
             )
-        if not 0.0 <= sparsity < 1.0:
-            raise ValueError(
-                "`sparsity` must be in [0, 1): it is the fraction of zeros. "
-                f"Received: sparsity={sparsity}"
-            )
+        sparsity = _check_sparsity("sparsity", sparsity)
         return Schedule(cls(**{**self._options(), _TARGETS[cls]: sparsity}))
 
     def _options(self) -> dict[str, Any]:
@@ -253,7 +253,7 @@ class Schedule:
         """Returns the name of the schedule's class and its own config.
 
         Raises:
-            ValueError: If a user's class is not registered with Keras.
+            UsageError: If a user's class is not registered with Keras.
         """
         cls = type(self.inner)
         if cls in _TARGETS:
@@ -262,7 +262,7 @@ class Schedule:
             name = keras.saving.get_registered_name(cls)
             found = keras.saving.get_registered_object(name)
             if name in _NAMES or found is not cls:
-                raise ValueError(
+                raise UsageError(
                     f"The schedule class `{cls.__name__}` is not registered, "
                     "so it could be saved but not loaded. Put "
                     "`@keras.saving.register_keras_serializable()` in front "
@@ -275,12 +275,12 @@ class Schedule:
         """Returns a schedule from what `get_config` gave.
 
         Raises:
-            ValueError: If the class is a user's and not registered with Keras.
+            UsageError: If the class is a user's and not registered with Keras.
         """
         name = config["schedule"]
         inner = _NAMES.get(name) or keras.saving.get_registered_object(name)
         if inner is None:
-            raise ValueError(
+            raise UsageError(
                 f"There is no schedule class named {name!r}. Import the "
                 "module that defines it, with "
                 "`@keras.saving.register_keras_serializable()` in front of "
@@ -321,4 +321,109 @@ def as_schedule(schedule: Schedule | PruningSchedule) -> Schedule:
         "`sos.PolynomialDecay(0.0, 0.9, begin_step=1000, end_step=5000)` or "
         "`sos.ConstantSparsity(0.9, begin_step=0)`. Received: "
         f"schedule={schedule!r} of type {type(schedule).__name__}"
+    )
+
+
+def make_schedule(
+    *,
+    sparsity: float,
+    initial_sparsity: float = 0.0,
+    begin_step: int = 0,
+    end_step: int | None = None,
+    frequency: int = 100,
+    power: float = 3.0,
+) -> Schedule:
+    """Returns the schedule that numbers describe.
+
+    With an `end_step` the sparsity follows tfmot's `PolynomialDecay`,
+    s(t) = s_final + (s_init - s_final) * (1 - p)^power, where
+    p = clip((t - begin) / (end - begin), 0, 1). Without one it is constant
+    (`ConstantSparsity`), and masks are updated for the rest of training.
+
+    Args:
+        sparsity: Fraction of zeros to end with, in [0, 1).
+        initial_sparsity: Fraction of zeros at `begin_step`, in [0, 1); needs an
+            `end_step`.
+        begin_step: Training step of the first mask update.
+        end_step: Training step of the last mask update; None for a constant
+            sparsity.
+        frequency: Training steps between two mask updates.
+        power: Exponent of the polynomial; needs an `end_step`.
+
+    Returns:
+        A `Schedule`: the same object for the same numbers, so that it is asked
+        once a step for all layers that share it.
+
+    Raises:
+        UsageError: If a number is out of range.
+
+    Example:
+    >>> make_schedule(sparsity=0.5, frequency=10).sparsity(0)
+    0.5
+    >>> schedule = make_schedule(sparsity=0.9, begin_step=100, end_step=300)
+    >>> [schedule.sparsity(step) for step in (100, 200, 300)]
+    [0.0, 0.7875, 0.9]
+    """
+    numbers = {
+        "sparsity": _check_sparsity("sparsity", sparsity),
+        "begin_step": check_integer("begin_step", begin_step),
+        "frequency": check_integer("frequency", frequency, minimum=1),
+    }
+    initial_sparsity = _check_sparsity("initial_sparsity", initial_sparsity)
+    power = check_number("power", power, "[0, inf)")
+    if end_step is None:
+        defaults = make_schedule.__kwdefaults__
+        for name, value in (
+            ("initial_sparsity", initial_sparsity),
+            ("power", power),
+        ):
+            if value != defaults[name]:
+                raise UsageError(
+                    f"`{name}` needs an `end_step`: without one the sparsity "
+                    f"is constant. Received: {name}={value}, end_step=None"
+                )
+        return _constant(**numbers)
+    end_step = check_integer("end_step", end_step)
+    if numbers["begin_step"] > end_step:
+        raise UsageError(
+            "`begin_step` must not be after `end_step`. Received: "
+            f"begin_step={begin_step}, end_step={end_step}"
+        )
+    return _polynomial(
+        initial_sparsity=initial_sparsity,
+        end_step=end_step,
+        power=power,
+        **numbers,
+    )
+
+
+def _check_sparsity(name: str, value: Any) -> float:
+    return check_number(name, value, "[0, 1)", ", the fraction of zeros")
+
+
+# Cached, so that layers with the same numbers share one schedule.
+@functools.cache
+def _constant(*, sparsity: float, begin_step: int, frequency: int) -> Schedule:
+    return Schedule(ConstantSparsity(sparsity, begin_step, frequency=frequency))
+
+
+@functools.cache
+def _polynomial(
+    *,
+    sparsity: float,
+    initial_sparsity: float,
+    begin_step: int,
+    end_step: int,
+    frequency: int,
+    power: float,
+) -> Schedule:
+    return Schedule(
+        PolynomialDecay(
+            initial_sparsity,
+            sparsity,
+            begin_step,
+            end_step,
+            power=power,
+            frequency=frequency,
+        )
     )

@@ -1,12 +1,13 @@
 """Makes whole models sparse, and plain again."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import keras
 
-from sos.plan import Notes, Rule, can_take_apart, make_plan
+from sos.errors import UsageError
+from sos.plan import Notes, Rules, can_take_apart, make_plan
 from sos.wrappers.base import SparseWrapper, core, find_wrappers
 
 # What a model class may override to be trained in a way of its own.
@@ -79,54 +80,80 @@ def sparsify(
     model: keras.Model,
     technique: type | str | None = None,
     *,
-    rules: Mapping[str, Rule] | None = None,
+    rules: Rules | None = None,
     copy: bool = True,
-    **settings: Any,
+    **hyperparameters: Any,
 ) -> keras.Model:
     """Makes the weights of a model sparse while it trains.
 
-    All trainable weights of rank 2 or more, biases not, are made sparse with
+    All trainable weights of rank 2 or more, except biases, are made sparse with
     `technique` unless a rule says otherwise. In Sequential and functional
     models, nested ones too, the layers are wrapped one by one; a subclassed
-    model is wrapped as a whole. `sos.sparsity_report` tells for every weight
-    what became of it and why.
+    model is wrapped as a whole. `sos.sparsity_report` shows for every weight
+    its technique, or why it stays dense.
+
+    Technique, rules and hyperparameters can be plain names and numbers, so that
+    a config holds them: `sos.sparsify(model, **config.sparsity)`.
 
     Args:
         model: A Keras 3 model that is built.
-        technique: A registered technique or its name; None leaves everything
-            dense that no rule speaks of.
-        rules: What is to be different, by regular expressions that are searched
-            for in the paths of the weights, as the report prints them (without
-            the name of the model in front): None leaves the weights dense, a
-            technique or its name uses that, a dictionary overrides settings,
-            with the keys `technique`, `sparsity` (the schedule's final
-            sparsity) and any argument of the technique.
+        technique: A registered technique or its name; None leaves all weights
+            dense that no rule matches.
+        rules: Exceptions, as a mapping or a sequence of pairs. The keys are
+            regular expressions that are searched for in the paths of the
+            weights, as the report prints them (without the name of the model in
+            front). The values are None to leave the weights dense, a technique
+            or its name, or a dictionary of hyperparameters, which may have the
+            key `technique`. A rule inherits the hyperparameters that it does
+            not change, unless it names another technique.
         copy: Whether the result gets copies of the layers and weights. If not,
             it shares them with `model`.
-        **settings: Arguments of the technique, such as `schedule`.
+        **hyperparameters: Hyperparameters of the technique
+            (`sos.hyperparameters` lists them), or objects that it takes in
+            their place, such as `schedule`.
 
     Returns:
         A model like `model`, with the same weights, to compile and train with
         `sos.SparsityCallback` or `sos.Driver`.
 
     Raises:
-        TypeError: If `model` is not a Keras 3 model, is trained by a
-            `train_step` of its own, or an argument of the technique is wrong.
-        ValueError: If `model` is not built or sparse already, or if a rule
-            matches no weight, two rules match one weight, or nothing is left to
-            make sparse.
+        TypeError: If `model` is not a Keras 3 model or is trained by a
+            `train_step` of its own, or if a hyperparameter is unknown, missing
+            or excluded by another.
+        UsageError: If `model` is not built or sparse already, a hyperparameter
+            is out of range, a rule matches no weight, two rules match one
+            weight, or nothing is left to make sparse.
+
+    Example:
+    >>> import keras, sos
+    >>> model = keras.Sequential(
+    ...     [
+    ...         keras.Input((16,)),
+    ...         keras.layers.Dense(8, name="hidden"),
+    ...         keras.layers.Dense(4, name="logits"),
+    ...     ]
+    ... )
+    >>> sparse = sos.sparsify(
+    ...     model,
+    ...     "MagnitudePruning",
+    ...     sparsity=0.9,
+    ...     begin_step=100,
+    ...     end_step=1000,
+    ...     rules={"logits": {"sparsity": 0.5}},
+    ... )
+    >>> [layer.target_sparsity() for layer in sparse.layers]
+    [0.9, 0.5]
     """
     _check_model(model)
-    rules = {} if rules is None else rules
-    plan, notes = make_plan(model, technique, rules, settings)
+    plan, notes = make_plan(model, technique, rules, hyperparameters)
     pairs: list[tuple[keras.layers.Layer, keras.layers.Layer]] = []
     wrappers: list[SparseWrapper] = []
 
     def wrap(layer: keras.layers.Layer) -> keras.layers.Layer:
         new = _clone_layer(layer) if copy else layer
         pairs.append((layer, new))
-        for job in plan.get(id(layer), []):
-            new = job.wrap(new)
+        for spec in plan.get(id(layer), []):
+            new = spec.wrap(new)
             wrappers.append(new)
         return new
 
@@ -166,7 +193,7 @@ def strip(model: keras.Model) -> keras.Model:
 
     Raises:
         TypeError: If `model` is not a Keras 3 model or layer.
-        ValueError: If it holds no sparse layer, or holds one inside a layer or
+        UsageError: If it holds no sparse layer, or holds one inside a layer or
             model of a class of its own, which cannot be put together again
             without it.
     """
@@ -176,7 +203,7 @@ def strip(model: keras.Model) -> keras.Model:
             f"Received: model={model!r} of type {type(model).__name__}"
         )
     if not find_wrappers(model):
-        raise ValueError(
+        raise UsageError(
             f"The model {model.name!r} holds no sparse layer, so there is "
             "nothing to strip. Make it sparse with `sos.sparsify` or with the "
             "wrappers first."
@@ -186,7 +213,7 @@ def strip(model: keras.Model) -> keras.Model:
     def unwrap(layer: keras.layers.Layer) -> keras.layers.Layer:
         inner = core(layer)
         if find_wrappers(inner):
-            raise ValueError(
+            raise UsageError(
                 f"The layer {inner.name!r} of class {type(inner).__name__} "
                 "holds sparse layers that only its own code could replace. "
                 "Build the layer without them, then assign to its weights the "
@@ -230,13 +257,13 @@ def _check_model(model: Any) -> None:
             f"{module}.{type(model).__name__}"
         )
     if not model.built:
-        raise ValueError(
+        raise UsageError(
             f"The model {model.name!r} is not built, so that its weights are "
             "not known. Give it an `Input`, or call it on a batch, before "
             "`sparsify`."
         )
     if find_wrappers(model):
-        raise ValueError(
+        raise UsageError(
             f"The model {model.name!r} holds sparse layers already. Use one "
             "`sparsify` with `rules` for several techniques, or `strip` it "
             "first."
@@ -307,7 +334,7 @@ def _build_like(layer: keras.layers.Layer, new: keras.layers.Layer) -> None:
         new.build_from_config(config)
         new.built = True  # As Keras says when it loads a layer.
     if len(new.variables) != len(layer.variables):
-        raise ValueError(
+        raise UsageError(
             f"The copy of the model {layer.name!r} of class "
             f"{type(layer).__name__} cannot be built. Give the class a "
             "`build`, or use `copy=False`, which makes the model itself sparse."
@@ -323,7 +350,7 @@ def _copy_variables(
     before, after = source.variables, target.variables
     # Auto-generated names end in numbers that differ between copies.
     if [_kind(v) for v in before] != [_kind(v) for v in after]:
-        raise ValueError(
+        raise UsageError(
             f"The copy of the layer {source.name!r} of class "
             f"{type(source).__name__} has other variables than the layer. "
             "Its `get_config` may lack an argument of its `__init__`. "

@@ -6,7 +6,7 @@ import pytest
 from keras import applications, layers
 
 import sos
-from tests.support import harness
+from tests.support import techniques
 
 
 def encoder():
@@ -47,7 +47,7 @@ QUICK = MODELS[:2]
 def cases():
     result = []
     for make in MODELS:
-        for technique in harness.TECHNIQUES:
+        for technique in techniques.TECHNIQUES:
             slow = make not in QUICK or (
                 make is not encoder
                 and technique in (sos.RandomPruning, sos.FixedMask)
@@ -82,7 +82,7 @@ def test_sparsify_fit_save_load_and_strip(make, technique, tmp_path):
     model = make()
     x, y = data_for(model)
     outputs = model(x[:4], training=False).numpy()
-    sparse = sos.sparsify(model, technique, **harness.settings(technique))
+    sparse = sos.sparsify(model, technique, **techniques.arguments(technique))
     if technique is not sos.FixedMask and not issubclass(
         technique, sos.PenalizedWrapper
     ):
@@ -97,7 +97,7 @@ def test_sparsify_fit_save_load_and_strip(make, technique, tmp_path):
         x, y, batch_size=4, callbacks=[sos.SparsityCallback()], verbose=0
     )
     assert np.isfinite(history.history["loss"]).all()
-    harness.make_zeros(sparse)
+    techniques.make_zeros(sparse)
 
     outputs = sparse(x[:4], training=False).numpy()
     assert np.isfinite(outputs).all()

@@ -3,16 +3,14 @@ import numpy as np
 import pytest
 
 import sos
-from tests.support import toys
+from tests.support import techniques
 
 NEEDY = [
-    name
-    for name in toys.technique_names()
-    if sos.techniques()[name].needs_clock
+    name for name in techniques.NAMES if sos.techniques()[name].needs_clock
 ]
 PENALIZED = [
     name
-    for name in toys.technique_names()
+    for name in techniques.NAMES
     if issubclass(sos.techniques()[name], sos.PenalizedWrapper)
 ]
 
@@ -24,13 +22,13 @@ two_techniques = pytest.mark.parametrize(
 
 
 def compiled(name, **settings):
-    model = toys.mlp(name, **settings)
+    model = techniques.mlp(name, **settings)
     model.compile(keras.optimizers.SGD(0.1), "mse")
     return model
 
 
 def fit(model, *callbacks, batches=4, **settings):
-    x, y = toys.batch(batches * 2)
+    x, y = techniques.batch(batches * 2)
     settings = {"batch_size": 2, "verbose": 0, **settings}
     return model.fit(x, y, callbacks=list(callbacks), **settings)
 
@@ -44,7 +42,7 @@ def check_refused(model, how=fit):
 
 
 def train_on_batch(model):
-    model.train_on_batch(*toys.batch())
+    model.train_on_batch(*techniques.batch())
 
 
 # Forgetting the callback.
@@ -89,7 +87,7 @@ def test_an_interrupted_fit_leaves_no_way_around_the_callback(name):
         fit(model, sos.SparsityCallback(), Interrupt())
     assert not any(wrapper.clock.bound for wrapper in model.layers)
     with pytest.raises(RuntimeError, match="nothing drives its clock"):
-        model(toys.batch()[0], training=True)
+        model(techniques.batch()[0], training=True)
     check_refused(model, train_on_batch)
     check_refused(model, fit)
     fit(model, sos.SparsityCallback())
@@ -101,7 +99,7 @@ def test_an_interrupted_fit_leaves_no_way_around_the_callback(name):
 def test_evaluation_after_an_interrupted_fit_has_no_penalty(name, validated):
     model = compiled(name, penalty_weight=1e3)
     model.optimizer.learning_rate = 0.0
-    x, y = toys.batch(8)
+    x, y = techniques.batch(8)
     if validated:
         # The compiled evaluation is made, and used again.
         model.evaluate(x, y, verbose=0)
@@ -132,10 +130,10 @@ def test_clocks_are_bound_while_a_compiled_step_runs_only(name):
     assert not any(watch.bound)
 
 
-@pytest.mark.parametrize("name", toys.technique_names())
+@pytest.mark.parametrize("name", techniques.NAMES)
 def test_evaluate_and_predict_need_no_callback(name):
     model = compiled(name)
-    x, y = toys.batch()
+    x, y = techniques.batch()
     for trained in (False, True):
         loss = model.evaluate(x, y, verbose=0)
         outputs = model.predict(x, verbose=0)
@@ -152,7 +150,7 @@ def test_evaluate_and_predict_need_no_callback(name):
 def test_validation_has_no_penalty_and_training_has(name):
     model = compiled(name, penalty_weight=1.0)
     model.optimizer.learning_rate = 0.0
-    x, y = toys.batch(8)
+    x, y = techniques.batch(8)
     callbacks = [sos.SparsityCallback()]
     history = model.fit(
         x,
@@ -169,12 +167,12 @@ def test_validation_has_no_penalty_and_training_has(name):
 
 
 def test_training_goes_on_after_a_validation():
-    layer = toys.Shift(
+    layer = techniques.Shift(
         keras.layers.Dense(2), penalty_weight=1.0, ramp=sos.LinearRamp(1, 5)
     )
     model = keras.Sequential([keras.Input((6,)), layer])
     model.compile(keras.optimizers.SGD(1.0, clipvalue=1.0), "mse")
-    x, y = toys.batch(8)
+    x, y = techniques.batch(8)
     model.fit(
         x,
         y,
@@ -185,12 +183,12 @@ def test_training_goes_on_after_a_validation():
         verbose=0,
     )
     ramp = [min(max((t - 1) / 4, 0), 1) for t in range(8)]
-    assert toys.shift_of(layer) == pytest.approx(-sum(ramp), rel=1e-6)
+    assert techniques.shift_of(layer) == pytest.approx(-sum(ramp), rel=1e-6)
 
 
 def test_evaluation_outside_of_fit_has_no_penalty_after_it():
     model = compiled("VariationalDropout", penalty_weight=1.0)
-    x, y = toys.batch()
+    x, y = techniques.batch()
     fit(model, sos.SparsityCallback())
     loss = model.evaluate(x, y, verbose=0)
     expected = ((model.predict(x, verbose=0) - y) ** 2).mean()
@@ -201,8 +199,8 @@ def test_evaluation_outside_of_fit_has_no_penalty_after_it():
 
 
 def recording(schedule):
-    recorder = toys.Recorder()
-    model = toys.mlp("MagnitudePruning", schedule=schedule)
+    recorder = techniques.Recorder()
+    model = techniques.mlp("MagnitudePruning", schedule=schedule)
     for wrapper in model.layers:
         wrapper.ranking = recorder
     return model, recorder
@@ -216,9 +214,9 @@ def recording(schedule):
 @pytest.mark.parametrize(
     ("schedule", "due"),
     [
-        (toys.Staircase(2, 12, 6), [2, 8, 12]),
-        (toys.Staircase(0, 11, 7), [0, 7, 11]),
-        (toys.Staircase(3, 100, 6), [3, 9]),
+        (techniques.Staircase(2, 12, 6), [2, 8, 12]),
+        (techniques.Staircase(0, 11, 7), [0, 7, 11]),
+        (techniques.Staircase(3, 100, 6), [3, 9]),
     ],
 )
 def test_updates_in_fit_land_at_the_ends_of_blocks(block, ends, schedule, due):
@@ -227,7 +225,10 @@ def test_updates_in_fit_land_at_the_ends_of_blocks(block, ends, schedule, due):
     landed = []
     watch = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: landed.append(
-            (int(model.optimizer.iterations), toys.recorded(recorder.log)[-1:])
+            (
+                int(model.optimizer.iterations),
+                techniques.recorded(recorder.log)[-1:],
+            )
         )
     )
     fit(model, sos.SparsityCallback(), watch, batches=6, epochs=2)
@@ -240,7 +241,7 @@ def test_updates_in_fit_land_at_the_ends_of_blocks(block, ends, schedule, due):
 
 
 def test_blocks_longer_than_the_frequency_are_refused():
-    model, recorder = recording(toys.Staircase(frequency=2))
+    model, recorder = recording(techniques.Staircase(frequency=2))
     model.compile("sgd", "mse", steps_per_execution=3)
     with pytest.raises(ValueError, match="every 2 steps.*steps_per_execution"):
         fit(model, sos.SparsityCallback())
@@ -248,13 +249,13 @@ def test_blocks_longer_than_the_frequency_are_refused():
 
 
 def test_second_fit_goes_on_with_the_schedule():
-    model, recorder = recording(toys.Staircase(0, 7, 2))
+    model, recorder = recording(techniques.Staircase(0, 7, 2))
     model.compile("sgd", "mse")
     callback = sos.SparsityCallback()
     for _ in range(2):
         fit(model, callback)
     # The step at which the second starts is updated again.
-    assert toys.recorded(recorder.log) == [0, 2, 4, 4, 6, 7]
+    assert techniques.recorded(recorder.log) == [0, 2, 4, 4, 6, 7]
 
 
 def test_masks_after_fit_are_those_of_the_final_weights_where_due():
@@ -263,7 +264,7 @@ def test_masks_after_fit_are_those_of_the_final_weights_where_due():
     fit(model, sos.SparsityCallback(), batches=4)
     for wrapper in model.layers:
         raw = np.abs(wrapper.layer.kernel.numpy()).ravel()
-        mask = toys.state(wrapper, "mask").numpy().ravel()
+        mask = techniques.state(wrapper, "mask").numpy().ravel()
         assert mask.sum() == raw.size // 4
         assert raw[mask == 1].min() >= raw[mask == 0].max()
 
@@ -283,7 +284,7 @@ def test_tensorboard_gets_every_weight(tmp_path):
     model = compiled("MagnitudePruning", schedule=schedule)
     fit(model, sos.SparsityCallback(log_dir=str(tmp_path)), epochs=2)
     expected = [(4, 0.25), (8, 0.5)]
-    assert toys.scalars(tmp_path) == {
+    assert techniques.scalars(tmp_path) == {
         "sparsity": expected,
         "sparsity/a/kernel": expected,
         "sparsity/b/kernel": expected,

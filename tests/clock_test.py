@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import sos
 from sos.clock import Clock
-from tests.support import toys
+from tests.support import techniques
 
 RAMP = sos.LinearRamp(begin_step=2, end_step=6)
 
@@ -18,13 +18,13 @@ def factor(step):
 
 
 def shifts(steps):
-    """What SGD with rate 1 makes of a `toys.Shift` after each step."""
+    """What SGD with rate 1 makes of a `techniques.Shift` after each step."""
     return -np.cumsum([factor(t) for t in range(steps)])
 
 
 def shift_model(uses=1):
     inputs = keras.Input((6,))
-    layer = toys.Shift(
+    layer = techniques.Shift(
         keras.layers.Dense(6, name="x"), penalty_weight=1.0, ramp=RAMP
     )
     outputs = inputs
@@ -34,7 +34,7 @@ def shift_model(uses=1):
 
 
 def data(size=8):
-    return toys.normal(size, 6), toys.normal(size, 6, seed=1)
+    return techniques.normal(size, 6), techniques.normal(size, 6, seed=1)
 
 
 def test_unbound_clock_has_no_step():
@@ -81,13 +81,13 @@ def test_ramp_is_exact_at_every_step(uses, jit_compile):
     model, layer = shift_model(uses)
     optimizer = keras.optimizers.SGD(1.0, clipvalue=1.0)
     optimizer.build(model.trainable_variables)
-    step = toys.train_step(model, optimizer, jit_compile=jit_compile)
+    step = techniques.train_step(model, optimizer, jit_compile=jit_compile)
     found = []
     with sos.Driver(model, optimizer) as driver:
         for _ in range(8):
             step(*data())
             driver.step()
-            found.append(toys.shift_of(layer))
+            found.append(techniques.shift_of(layer))
     np.testing.assert_allclose(found, shifts(8), rtol=1e-6)
 
 
@@ -111,7 +111,7 @@ def fit_shift(optimizer, batches=12, **compile_settings):
     found = []
     watch = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: found.append(
-            toys.shift_of(layer)
+            techniques.shift_of(layer)
         )
     )
     x, y = data(batches * 2)
@@ -145,22 +145,22 @@ def test_accumulation_counts_steps_of_the_optimizer():
 
 
 def accumulating(schedule):
-    model = toys.mlp("MagnitudePruning", schedule=schedule)
-    recorder = toys.Recorder()
+    model = techniques.mlp("MagnitudePruning", schedule=schedule)
+    recorder = techniques.Recorder()
     for wrapper in model.layers:
         wrapper.ranking = recorder
     return model, recorder
 
 
 def test_accumulation_updates_masks_once_per_step():
-    model, recorder = accumulating(toys.Staircase(frequency=2))
+    model, recorder = accumulating(techniques.Staircase(frequency=2))
     optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=3)
     model.compile(optimizer, "mse")
-    x, y = toys.batch(48)
+    x, y = techniques.batch(48)
     callbacks = [sos.SparsityCallback()]
     model.fit(x, y, batch_size=2, verbose=0, callbacks=callbacks)
     assert int(optimizer.iterations) == 8
-    assert toys.recorded(recorder.log) == [0, 2, 4, 6, 8]
+    assert techniques.recorded(recorder.log) == [0, 2, 4, 6, 8]
 
 
 def overflowing_step(model, optimizer):
@@ -190,7 +190,7 @@ def test_overflow_stops_ramp_and_schedule_for_a_step():
             step(*data(), tf.constant(np.inf if overflow else 1e-3, tf.float32))
             driver.step()
             driver.step()  # changes nothing
-            found.append(toys.shift_of(layer))
+            found.append(techniques.shift_of(layer))
             done.append(driver.iterations)
     assert done == [0, 1, 2, 2, 2, 3, 4, 5, 6, 7, 8, 8]
     expected = [0.0, *shifts(8)]
@@ -198,24 +198,24 @@ def test_overflow_stops_ramp_and_schedule_for_a_step():
 
 
 def test_overflow_repeats_no_mask_update():
-    model, recorder = accumulating(toys.Staircase(begin=1, frequency=2))
+    model, recorder = accumulating(techniques.Staircase(begin=1, frequency=2))
     optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.01))
     optimizer.build(model.trainable_variables)
     step = overflowing_step(model, optimizer)
     with sos.Driver(model, optimizer) as driver:
         for size in (1, np.inf, np.inf, 1, 1, np.inf, 1, 1):
-            step(*toys.batch(), tf.constant(size, tf.float32))
+            step(*techniques.batch(), tf.constant(size, tf.float32))
             driver.step()
-    assert toys.recorded(recorder.log) == [1, 3, 5]
+    assert techniques.recorded(recorder.log) == [1, 3, 5]
 
 
 def test_float16_policy_in_fit_counts_each_step_once():
     keras.utils.set_random_seed(0)
     policy = keras.DTypePolicy("mixed_float16")
-    recorder = toys.Recorder()
+    recorder = techniques.Recorder()
     wrapper = sos.MagnitudePruning(
         keras.layers.Dense(2, dtype=policy),
-        schedule=toys.Staircase(),
+        schedule=techniques.Staircase(),
         ranking=recorder,
     )
     model = keras.Sequential([keras.Input((6,)), wrapper])
@@ -223,8 +223,8 @@ def test_float16_policy_in_fit_counts_each_step_once():
         keras.optimizers.SGD(0.01), initial_scale=2.0**30
     )
     model.compile(optimizer, "mse")
-    x, y = toys.batch(64)
+    x, y = techniques.batch(64)
     model.fit(x, y, batch_size=2, verbose=0, callbacks=[sos.SparsityCallback()])
     steps = int(optimizer.iterations)
     assert 0 < steps < 32  # the first steps overflow
-    assert toys.recorded(recorder.log) == list(range(steps + 1))
+    assert techniques.recorded(recorder.log) == list(range(steps + 1))

@@ -17,13 +17,17 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 import hypothesis
-import tensorflow as tf
 
-# Devices can be configured only before TensorFlow starts.
-tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0],
-    [tf.config.LogicalDeviceConfiguration()] * 2,
-)
+from sos import startup
+
+with startup.quiet():
+    import tensorflow as tf
+
+    # Devices can be configured only before TensorFlow starts.
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0],
+        [tf.config.LogicalDeviceConfiguration()] * 2,
+    )
 
 # The first example pays for traces and compilations, and machines differ.
 hypothesis.settings.register_profile(

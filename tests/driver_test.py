@@ -5,14 +5,14 @@ import tensorflow as tf
 
 import sos
 from sos.wrappers.base import find_wrappers
-from tests.support import toys
+from tests.support import techniques
 
-TECHNIQUES = toys.technique_names()
+TECHNIQUES = techniques.NAMES
 
 
 def model_with_record(schedule, names=("a", "b")):
     """A model of pruned layers that share a recording ranking."""
-    recorder = toys.Recorder()
+    recorder = techniques.Recorder()
     layers = [
         sos.MagnitudePruning(
             keras.layers.Dense(6, name=name),
@@ -39,7 +39,7 @@ def drive(schedule, steps, start=0):
         for _ in range(steps):
             move(optimizer)
             driver.step()
-    return toys.recorded(recorder.log)
+    return techniques.recorded(recorder.log)
 
 
 # When masks are updated.
@@ -48,14 +48,14 @@ def drive(schedule, steps, start=0):
 @pytest.mark.parametrize(
     ("schedule", "steps", "expected"),
     [
-        (toys.Staircase(2, 8, 3), 12, [2, 5, 8]),
+        (techniques.Staircase(2, 8, 3), 12, [2, 5, 8]),
         # An end that is no multiple of the frequency away.
-        (toys.Staircase(2, 10, 3), 12, [2, 5, 8, 10]),
+        (techniques.Staircase(2, 10, 3), 12, [2, 5, 8, 10]),
         # Training that ends with the schedule.
-        (toys.Staircase(0, 6, 2), 6, [0, 2, 4, 6]),
-        (toys.Staircase(0, 7, 2), 7, [0, 2, 4, 6, 7]),
-        (toys.Staircase(0, 9, 100), 9, [0, 9]),
-        (toys.Staircase(3, 9, 2), 2, []),
+        (techniques.Staircase(0, 6, 2), 6, [0, 2, 4, 6]),
+        (techniques.Staircase(0, 7, 2), 7, [0, 2, 4, 6, 7]),
+        (techniques.Staircase(0, 9, 100), 9, [0, 9]),
+        (techniques.Staircase(3, 9, 2), 2, []),
     ],
 )
 def test_updates_run_at_the_steps_of_the_schedule(schedule, steps, expected):
@@ -66,24 +66,24 @@ def test_updates_run_at_the_steps_of_the_schedule(schedule, steps, expected):
     ("start", "first"), [(0, 1), (1, 1), (4, 3), (5, 5), (6, 5), (9, 9)]
 )
 def test_restart_goes_on_with_the_schedule_and_repeats_the_step(start, first):
-    updates = drive(toys.Staircase(1, 9, 2), 10, start=start)
+    updates = drive(techniques.Staircase(1, 9, 2), 10, start=start)
     assert updates == [t for t in (1, 3, 5, 7, 9) if t >= first]
 
 
 def test_masks_of_ones_are_brought_to_the_last_update_before_the_start():
     schedule = sos.PolynomialDecay(0.0, 0.9, 0, 20)
-    model = toys.mlp("MagnitudePruning", schedule=schedule)
+    model = techniques.mlp("MagnitudePruning", schedule=schedule)
     optimizer = keras.optimizers.SGD()
     optimizer.iterations.assign(100)
     with sos.Driver(model, optimizer):
         for wrapper in model.layers:
-            mask = toys.state(wrapper, "mask").numpy()
+            mask = techniques.state(wrapper, "mask").numpy()
             assert mask.sum() == round(0.1 * mask.size)
 
 
 def test_masks_that_are_not_dense_are_left_alone_on_start():
     schedule = sos.PolynomialDecay(0.0, 0.9, 0, 20)
-    model = toys.mlp("MagnitudePruning", schedule=schedule)
+    model = techniques.mlp("MagnitudePruning", schedule=schedule)
     masks = []
     for wrapper in model.layers:
         masks.append(np.ones(wrapper.layer.kernel.shape))
@@ -94,7 +94,7 @@ def test_masks_that_are_not_dense_are_left_alone_on_start():
     with sos.Driver(model, optimizer):
         pass
     for wrapper, mask in zip(model.layers, masks, strict=True):
-        np.testing.assert_array_equal(toys.state(wrapper, "mask"), mask)
+        np.testing.assert_array_equal(techniques.state(wrapper, "mask"), mask)
 
 
 def test_updates_are_tfmots():
@@ -105,8 +105,8 @@ def test_updates_are_tfmots():
     wrapper.ranking = sos.PerTensorRanking()
     optimizer = keras.optimizers.SGD(0.5, momentum=0.5)
     optimizer.build(model.trainable_variables)
-    train = toys.train_step(model, optimizer)
-    x = toys.normal(8, 6)
+    train = techniques.train_step(model, optimizer)
+    x = techniques.normal(8, 6)
     expected = np.ones(36)
 
     def expect(step):
@@ -118,13 +118,13 @@ def test_updates_are_tfmots():
             ]
             expected[:] = 0
             expected[kept] = 1
-        found = toys.state(wrapper, "mask").numpy().ravel()
+        found = techniques.state(wrapper, "mask").numpy().ravel()
         np.testing.assert_array_equal(found, expected)
 
     with sos.Driver(model, optimizer) as driver:
         expect(0)
         for step in range(1, 12):
-            train(x, toys.normal(8, 6, seed=step))
+            train(x, techniques.normal(8, 6, seed=step))
             driver.step()
             expect(step)
     assert expected.sum() == 7
@@ -141,7 +141,7 @@ def test_layers_with_equal_rankings_are_ranked_in_one_call():
 
 
 def test_layers_follow_schedules_of_their_own():
-    model, _ = model_with_record(toys.Staircase())
+    model, _ = model_with_record(techniques.Staircase())
     for i, wrapper in enumerate(model.layers):
         wrapper.ranking = sos.PerTensorRanking()
         wrapper.schedule = sos.ConstantSparsity(
@@ -154,20 +154,23 @@ def test_layers_follow_schedules_of_their_own():
             move(optimizer)
             driver.step()
             counts.append(
-                [int(toys.state(w, "mask").numpy().sum()) for w in model.layers]
+                [
+                    int(techniques.state(w, "mask").numpy().sum())
+                    for w in model.layers
+                ]
             )
     assert counts == [[27, 36], [27, 9]]
 
 
 def test_step_does_nothing_while_the_optimizer_stands_still():
-    model, recorder = model_with_record(toys.Staircase())
+    model, recorder = model_with_record(techniques.Staircase())
     optimizer = keras.optimizers.SGD()
     with sos.Driver(model, optimizer) as driver:
         driver.step()
         move(optimizer)
         for _ in range(3):
             driver.step()
-    assert toys.recorded(recorder.log) == [0, 1]
+    assert techniques.recorded(recorder.log) == [0, 1]
 
 
 # What an engine needs.
@@ -188,8 +191,8 @@ def test_step_does_nothing_while_the_optimizer_stands_still():
     ],
 )
 def test_the_next_update_is_that_of_any_layer(start, until, expected):
-    model, _ = model_with_record(toys.Staircase(2, 4, 2))
-    model.layers[1].schedule = toys.Staircase(4, 10, 3)
+    model, _ = model_with_record(techniques.Staircase(2, 4, 2))
+    model.layers[1].schedule = techniques.Staircase(4, 10, 3)
     optimizer = keras.optimizers.SGD()
     optimizer.iterations.assign(start)
     with sos.Driver(model, optimizer) as driver:
@@ -197,15 +200,15 @@ def test_the_next_update_is_that_of_any_layer(start, until, expected):
 
 
 def test_without_schedules_there_is_no_next_update():
-    model = toys.mlp("L0Regularization")
+    model = techniques.mlp("L0Regularization")
     with sos.Driver(model, keras.optimizers.SGD()) as driver:
         assert driver.next_update(1_000_000) is None
 
 
 def test_the_next_update_goes_with_a_schedule_that_was_replaced():
-    model, _ = model_with_record(toys.Staircase(2, 9, 2))
+    model, _ = model_with_record(techniques.Staircase(2, 9, 2))
     with sos.Driver(model, keras.optimizers.SGD()) as driver:
-        sos.set_all(model, schedule=toys.Staircase(5, 9, 2))
+        sos.set_all(model, schedule=techniques.Staircase(5, 9, 2))
         assert driver.next_update(9) == 5
 
 
@@ -223,7 +226,7 @@ def test_schedules_without_a_configuration_are_told_apart(config):
                 raise NotImplementedError
             return config
 
-    model, _ = model_with_record(toys.Staircase())
+    model, _ = model_with_record(techniques.Staircase())
     for i, wrapper in enumerate(model.layers):
         wrapper.schedule = Once(4 - i)
     with sos.Driver(model, keras.optimizers.SGD()) as driver:
@@ -232,7 +235,7 @@ def test_schedules_without_a_configuration_are_told_apart(config):
 
 @pytest.mark.parametrize("step", [0, 4, 5])
 def test_what_is_up_to_date_is_left_alone_at_the_start(step):
-    model, recorder = model_with_record(toys.Staircase(0, 8, 2))
+    model, recorder = model_with_record(techniques.Staircase(0, 8, 2))
     optimizer = keras.optimizers.SGD()
     optimizer.iterations.assign(step)
     driver = sos.Driver(model, optimizer)
@@ -244,17 +247,17 @@ def test_what_is_up_to_date_is_left_alone_at_the_start(step):
         move(optimizer)
         driver.step()
     due = [t for t in range(step + 1, step + 4) if t % 2 == 0 and t <= 8]
-    assert toys.recorded(recorder.log) == due
+    assert techniques.recorded(recorder.log) == due
     driver.stop()
 
 
 def test_gathered_gradients_survive_a_start_that_is_up_to_date():
-    layer = Gradients(keras.layers.Dense(2), schedule=toys.SCHEDULE)
+    layer = Gradients(keras.layers.Dense(2), schedule=techniques.SCHEDULE)
     model = keras.Sequential([keras.Input((3,)), layer])
-    gradient = toys.state(layer, "gradient")
+    gradient = techniques.state(layer, "gradient")
     optimizer = keras.optimizers.SGD()
     optimizer.iterations.assign(7)
-    values = toys.normal(3, 2)
+    values = techniques.normal(3, 2)
     for up_to_date in (True, False):
         gradient.assign(values)
         driver = sos.Driver(model, optimizer)
@@ -264,9 +267,9 @@ def test_gathered_gradients_survive_a_start_that_is_up_to_date():
 
 
 def test_masks_may_be_updated_by_something_else():
-    model, recorder = model_with_record(toys.Staircase(2, 6, 2))
+    model, recorder = model_with_record(techniques.Staircase(2, 6, 2))
     first, second = model.layers
-    second.schedule = toys.Staircase(3, 6, 3)
+    second.schedule = techniques.Staircase(3, 6, 3)
     optimizer = keras.optimizers.SGD()
     calls = []
     with sos.Driver(model, optimizer, update_masks=calls.append) as driver:
@@ -282,11 +285,11 @@ def test_masks_may_be_updated_by_something_else():
     # Nothing else touched the masks.
     assert recorder.log == []
     for wrapper in model.layers:
-        assert toys.state(wrapper, "mask").numpy().all()
+        assert techniques.state(wrapper, "mask").numpy().all()
 
 
 def test_something_else_also_brings_dense_masks_up_to_date():
-    model = toys.mlp(
+    model = techniques.mlp(
         "MagnitudePruning", schedule=sos.PolynomialDecay(0.0, 0.9, 0, 20)
     )
     optimizer = keras.optimizers.SGD()
@@ -301,7 +304,7 @@ def test_something_else_also_brings_dense_masks_up_to_date():
 
 
 def test_forgotten_last_step_raises_at_the_end():
-    model, _ = model_with_record(toys.Staircase(frequency=10))
+    model, _ = model_with_record(techniques.Staircase(frequency=10))
     optimizer = keras.optimizers.SGD()
     with pytest.raises(RuntimeError, match="2 steps after.*driver.step()"):
         with sos.Driver(model, optimizer) as driver:
@@ -312,7 +315,7 @@ def test_forgotten_last_step_raises_at_the_end():
 
 
 def test_passed_over_updates_raise():
-    model, _ = model_with_record(toys.Staircase(frequency=2))
+    model, _ = model_with_record(techniques.Staircase(frequency=2))
     optimizer = keras.optimizers.SGD()
     driver = sos.Driver(model, optimizer)
     driver.start()
@@ -323,27 +326,27 @@ def test_passed_over_updates_raise():
 
 
 def test_one_update_within_a_block_lands_at_its_end():
-    model, recorder = model_with_record(toys.Staircase(1, 9, 4))
+    model, recorder = model_with_record(techniques.Staircase(1, 9, 4))
     optimizer = keras.optimizers.SGD()
     with sos.Driver(model, optimizer, steps_per_block=4) as driver:
         for _ in range(3):
             move(optimizer, 4)
             driver.step()
-    assert toys.recorded(recorder.log) == [1, 5, 9]
+    assert techniques.recorded(recorder.log) == [1, 5, 9]
 
 
 def test_the_end_may_share_a_block_with_another_update():
-    model, recorder = model_with_record(toys.Staircase(0, 7, 4))
+    model, recorder = model_with_record(techniques.Staircase(0, 7, 4))
     optimizer = keras.optimizers.SGD()
     with sos.Driver(model, optimizer, steps_per_block=4) as driver:
         for _ in range(2):
             move(optimizer, 4)
             driver.step()
-    assert toys.recorded(recorder.log) == [0, 4, 7]
+    assert techniques.recorded(recorder.log) == [0, 4, 7]
 
 
 def test_blocks_longer_than_the_frequency_are_refused():
-    model, _ = model_with_record(toys.Staircase(frequency=3))
+    model, _ = model_with_record(techniques.Staircase(frequency=3))
     optimizer = keras.optimizers.SGD()
     with pytest.raises(ValueError, match="every 3 steps"):
         sos.Driver(model, optimizer, steps_per_block=4).start()
@@ -351,7 +354,7 @@ def test_blocks_longer_than_the_frequency_are_refused():
 
 
 def test_an_error_in_the_loop_is_not_hidden():
-    model, _ = model_with_record(toys.Staircase())
+    model, _ = model_with_record(techniques.Staircase())
     optimizer = keras.optimizers.SGD()
     with pytest.raises(KeyError), sos.Driver(model, optimizer):
         move(optimizer)
@@ -360,13 +363,13 @@ def test_an_error_in_the_loop_is_not_hidden():
 
 
 def test_step_before_start_raises():
-    model, _ = model_with_record(toys.Staircase())
+    model, _ = model_with_record(techniques.Staircase())
     with pytest.raises(RuntimeError, match="not started"):
         sos.Driver(model, keras.optimizers.SGD()).step()
 
 
 def test_optimizer_that_goes_back_raises():
-    model, _ = model_with_record(toys.Staircase())
+    model, _ = model_with_record(techniques.Staircase())
     optimizer = keras.optimizers.SGD()
     driver = sos.Driver(model, optimizer)
     driver.start()
@@ -380,19 +383,19 @@ def test_optimizer_that_goes_back_raises():
 
 @pytest.mark.parametrize("name", TECHNIQUES)
 def test_custom_loop_needs_a_driver_and_evaluation_does_not(name):
-    model = toys.mlp(name)
+    model = techniques.mlp(name)
     optimizer = keras.optimizers.SGD(0.1)
     optimizer.build(model.trainable_variables)
-    x, y = toys.batch()
+    x, y = techniques.batch()
     model(x)
     needs = any(w.needs_clock for w in model.layers)
     for _ in range(2):
-        step = toys.train_step(model, optimizer)
+        step = techniques.train_step(model, optimizer)
         if needs:
             with pytest.raises(RuntimeError, match=r"sos.Driver\(model"):
                 step(x, y)
         with sos.Driver(model, optimizer) as driver:
-            step = toys.train_step(model, optimizer)
+            step = techniques.train_step(model, optimizer)
             step(x, y)
             driver.step()
         model(x)
@@ -400,7 +403,7 @@ def test_custom_loop_needs_a_driver_and_evaluation_does_not(name):
 
 
 def test_an_optimizer_that_never_moves_raises_at_the_end():
-    model, _ = model_with_record(toys.Staircase())
+    model, _ = model_with_record(techniques.Staircase())
     trained, given = keras.optimizers.SGD(), keras.optimizers.SGD()
     with pytest.raises(RuntimeError, match="stood still at step 0.*3 calls"):
         with sos.Driver(model, given) as driver:
@@ -419,14 +422,14 @@ def test_an_optimizer_that_never_moves_raises_at_the_end():
     ids=["accumulation", "loss_scaling"],
 )
 def test_an_optimizer_with_a_reason_to_stand_still_does_not_raise(make):
-    model, _ = model_with_record(toys.Staircase())
+    model, _ = model_with_record(techniques.Staircase())
     with sos.Driver(model, make()) as driver:
         for _ in range(3):
             driver.step()
 
 
 def test_an_optimizer_restored_to_a_smaller_step_may_end():
-    model, _ = model_with_record(toys.Staircase())
+    model, _ = model_with_record(techniques.Staircase())
     optimizer = keras.optimizers.SGD()
     with sos.Driver(model, optimizer) as driver:
         move(optimizer)
@@ -436,7 +439,7 @@ def test_an_optimizer_restored_to_a_smaller_step_may_end():
 
 
 def test_stop_inside_the_scope_ends_it():
-    model, _ = model_with_record(toys.Staircase())
+    model, _ = model_with_record(techniques.Staircase())
     optimizer = keras.optimizers.SGD()
     with sos.Driver(model, optimizer) as driver:
         move(optimizer)
@@ -449,19 +452,19 @@ def test_stop_inside_the_scope_ends_it():
 
 
 def test_step_in_a_compiled_function_raises():
-    model, recorder = model_with_record(toys.Staircase())
+    model, recorder = model_with_record(techniques.Staircase())
     optimizer = keras.optimizers.SGD()
     with sos.Driver(model, optimizer) as driver:
         with pytest.raises(RuntimeError, match=r"inside a `tf\.function`"):
             tf.function(driver.step)()
-    assert toys.recorded(recorder.log) == [0]
+    assert techniques.recorded(recorder.log) == [0]
 
 
 def test_evaluation_traced_within_the_scope_has_no_penalty_after_it():
-    model = toys.mlp("L0Regularization", penalty_weight=1e3)
+    model = techniques.mlp("L0Regularization", penalty_weight=1e3)
     optimizer = keras.optimizers.SGD(0.1)
     model.compile(optimizer, "mse")
-    x, y = toys.batch()
+    x, y = techniques.batch()
     with sos.Driver(model, optimizer):
         within = model.evaluate(x, y, verbose=0)
     assert within > 1e3
@@ -488,7 +491,7 @@ def test_gradients_are_not_there_before_the_first_step():
         if refused:
             with pytest.raises(ValueError, match="Gradients.*`begin_step`"):
                 driver.start()
-            assert toys.state(layer, "mask").numpy().all()
+            assert techniques.state(layer, "mask").numpy().all()
         else:
             driver.start()
         driver.stop()
@@ -499,13 +502,13 @@ def test_gradients_are_not_there_before_the_first_step():
 
 @pytest.mark.parametrize("steps", [0, -1])
 def test_blocks_of_no_steps_are_refused(steps):
-    model, _ = model_with_record(toys.Staircase())
+    model, _ = model_with_record(techniques.Staircase())
     with pytest.raises(ValueError, match=f"Received: steps_per_block={steps}"):
         sos.Driver(model, keras.optimizers.SGD(), steps_per_block=steps)
 
 
 def test_wrong_arguments_are_refused():
-    model, _ = model_with_record(toys.Staircase())
+    model, _ = model_with_record(techniques.Staircase())
     with pytest.raises(TypeError, match="Keras 3 model or layer.*model='m'"):
         sos.Driver("m", keras.optimizers.SGD())
     with pytest.raises(
@@ -515,7 +518,9 @@ def test_wrong_arguments_are_refused():
     dense = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     with pytest.raises(ValueError, match="holds no sparse layer"):
         sos.Driver(dense, keras.optimizers.SGD())
-    unbuilt = keras.Sequential([toys.wrap("FixedMask", keras.layers.Dense(2))])
+    unbuilt = keras.Sequential(
+        [techniques.wrap("FixedMask", keras.layers.Dense(2))]
+    )
     with pytest.raises(ValueError, match="unbuilt layers"):
         sos.Driver(unbuilt, keras.optimizers.SGD())
 
@@ -539,9 +544,9 @@ def on_each_replica(variable):
 
 
 def mirrored(name):
-    strategy = toys.two_replicas()
+    strategy = techniques.two_replicas()
     with strategy.scope():
-        model = toys.mlp(name)
+        model = techniques.mlp(name)
         optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
         optimizer.build(model.trainable_variables)
     return strategy, model, optimizer
@@ -556,7 +561,7 @@ def check_replicas(model, before):
         assert (old != new.numpy()).any()
     for wrapper in find_wrappers(model):
         if isinstance(wrapper, sos.MaskedWrapper):
-            mask = toys.state(wrapper, "mask").numpy()
+            mask = techniques.state(wrapper, "mask").numpy()
             assert mask.sum() == mask.size // 2
 
 
@@ -564,7 +569,7 @@ def check_replicas(model, before):
 def test_custom_loop_on_two_replicas(name):
     strategy, model, optimizer = mirrored(name)
     before = [v.numpy() for v in model.trainable_variables]
-    inner = toys.train_step(model, optimizer).python_function
+    inner = techniques.train_step(model, optimizer).python_function
 
     @tf.function
     def step(x, y):
@@ -572,7 +577,7 @@ def test_custom_loop_on_two_replicas(name):
 
     with sos.Driver(model, optimizer) as driver:
         for i in range(3):
-            step(*toys.batch(seed=i))
+            step(*techniques.batch(seed=i))
             driver.step()
     assert driver.iterations == 3
     check_replicas(model, before)
@@ -584,7 +589,7 @@ def test_fit_on_two_replicas(name):
     before = [v.numpy() for v in model.trainable_variables]
     with strategy.scope():
         model.compile(optimizer, "mse")
-    x, y = toys.batch(16)
+    x, y = techniques.batch(16)
     model.fit(x, y, batch_size=8, verbose=0, callbacks=[sos.SparsityCallback()])
     assert keras.ops.convert_to_numpy(optimizer.iterations) == 2
     check_replicas(model, before)

@@ -1,95 +1,100 @@
-import pathlib
+import inspect
+import signal
 
-import keras
 import pytest
+import tensorflow as tf
 
-import sos
-from sos.errors import NonFiniteLossError, in_a_line
-from sos.files import atomic_write
-from sos.training.checkpoints import CheckpointError, DamagedCheckpointError
-from sos.training.inputs import array_batches
-from sos.training.task import TaskError
+from sos import errors
+from sos.errors import (
+    DamagedCheckpointError,
+    DirectoryInUseError,
+    NonFiniteLossError,
+    ReportedError,
+    Stopped,
+    StorageError,
+    TaskError,
+    WorkerLostError,
+    reason,
+)
+
+CLASSES = [
+    value
+    for value in vars(errors).values()
+    if inspect.isclass(value) and issubclass(value, ReportedError)
+]
 
 
-def caught(call):
-    """What a function raises."""
-    with pytest.raises(Exception) as error:
-        call()
-    return error.value
-
-
-def failing(error):
-    def fail():
-        raise error
-
-    return fail
+@pytest.mark.parametrize("kind", CLASSES)
+def test_reported_error_prints_its_message_alone(kind):
+    arguments = (3,) if kind is NonFiniteLossError else ()
+    assert str(kind("it is full", *arguments)) == "it is full"
 
 
 @pytest.mark.parametrize(
-    ("error", "text"),
+    ("kind", "base"),
     [
-        (CheckpointError("damaged"), "damaged"),
-        (DamagedCheckpointError("damaged"), "damaged"),
-        (NonFiniteLossError("NaN at step 3", 3), "NaN at step 3"),
-        (TaskError("`Mine.measure` must"), "`Mine.measure` must"),
+        (TaskError, ValueError),
+        (StorageError, OSError),
+        (DirectoryInUseError, StorageError),
+        (DamagedCheckpointError, errors.CheckpointError),
+        (WorkerLostError, RuntimeError),
+        (NonFiniteLossError, ArithmeticError),
     ],
 )
-def test_what_is_no_mistake_in_code_is_told(error, text):
-    assert in_a_line(caught(failing(error))) == text
+def test_reported_error_is_also_the_builtin_error(kind, base):
+    assert issubclass(kind, base)
+    assert issubclass(kind, ReportedError)
 
 
-def test_what_the_package_refuses_is_told():
-    def refused():
-        array_batches(
-            {"x": [1.0]}, seed=0, batch_size=2, step=0, context=Context
-        )
+def test_reported_error_in_a_traced_function_keeps_its_class():
+    @tf.function
+    def traced(x):
+        raise TaskError("wrong batch")
 
-    class Context:
-        num_replicas_in_sync = 3
+    with pytest.raises(TaskError) as error:
+        traced(tf.constant(1.0))
+    # AutoGraph would replace it by one with a page of frames.
+    assert str(error.value) == "wrong batch"
 
-    assert "positive multiple" in in_a_line(caught(refused))
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
-    error = caught(lambda: sos.sparsify(model, "FixedMask", rules={"x": None}))
-    assert "matches" in in_a_line(error)
+
+def test_stopped_names_signal_and_step_and_is_no_error():
+    stopped = Stopped(signal.SIGTERM, 12, "saved")
+    assert str(stopped) == "Stopped by SIGTERM at step 12, saved."
+    assert (stopped.signal, stopped.step) == (signal.SIGTERM, 12)
+    assert not isinstance(stopped, ReportedError)
 
 
 @pytest.mark.parametrize(
-    "kind", [ValueError, TypeError, RuntimeError, KeyError]
+    ("error", "expected"),
+    [
+        (OSError(28, "No space left"), "[Errno 28] No space left"),
+        (ValueError("first.\nsecond"), "first"),
+        (ValueError(" \n\n second. "), "second"),
+        (KeyError(), "KeyError"),
+        (
+            tf.errors.NotFoundError(
+                None, None, "{{function_node x}} no file [Op:ReadFile]"
+            ),
+            "no file",
+        ),
+        (
+            tf.errors.UnavailableError(
+                None,
+                None,
+                "Graph execution error:\n\nDetected at node x defined at:\n"
+                "Collective ops is aborted by: Socket closed\nAdditional GRPC",
+            ),
+            "Socket closed",
+        ),
+        (
+            tf.errors.InternalError(
+                None, None, "Graph execution error:\n\nout of order"
+            ),
+            "out of order",
+        ),
+        (tf.errors.InternalError(None, None, ""), "InternalError"),
+    ],
+    ids=repr,
 )
-def test_mistakes_in_code_need_their_traceback(kind):
-    error = caught(failing(kind("mine")))
-    assert in_a_line(error) is None
-    # Unless it is that of a program which knows what it refuses.
-    told = in_a_line(error, packages=(__name__.split(".")[0],))
-    assert told == (
-        "mine" if issubclass(kind, (ValueError, RuntimeError)) else None
-    )
-
-
-def test_files_of_the_package_are_told_and_those_of_others_are_not(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-
-    def ours():
-        with atomic_write(tmp_path / "file" / "new"):
-            pass
-
-    assert "Errno" in in_a_line(caught(ours))
-    error = caught(lambda: open(tmp_path / "nothing"))
-    assert in_a_line(error) is None
-    error = caught(lambda: pathlib.Path(tmp_path / "nothing").read_text())
-    assert in_a_line(error) is None
-    assert "nothing" in in_a_line(error, packages=(__name__.split(".")[0],))
-
-
-def test_what_keras_refuses_needs_its_traceback():
-    error = caught(lambda: keras.layers.Dense(-1))
-    assert isinstance(error, ValueError)
-    assert in_a_line(error) is None
-
-
-def test_what_goes_wrong_in_the_package_by_itself_needs_its_traceback():
-    # Nobody checked the type, and Python found it.
-    error = caught(
-        lambda: array_batches(None, seed=0, batch_size=2, step=0, context=None)
-    )
-    assert in_a_line(error) is None
+def test_reason_is_the_line_that_names_the_cause(error, expected):
+    assert reason(error) == expected

@@ -9,7 +9,7 @@ import tensorflow as tf
 from tensorboard.backend.event_processing import plugin_event_accumulator
 
 from sos.event_file import EventFile
-from tests.support import toys
+from tests.support import techniques
 
 
 def shown_scalars(directory):
@@ -25,7 +25,7 @@ def shown_scalars(directory):
     }
 
 
-@pytest.mark.parametrize("read_back", [toys.scalars, shown_scalars])
+@pytest.mark.parametrize("read_back", [techniques.scalars, shown_scalars])
 def test_tensorboard_shows_what_was_written(tmp_path, read_back):
     file = EventFile(tmp_path / "new")
     file.write(3, {"loss": 2.5, "sparsity/a/kernel": np.float64(0.5)})
@@ -39,7 +39,7 @@ def test_tensorboard_shows_what_was_written(tmp_path, read_back):
     assert read_back(tmp_path / "new")["loss"] == [(3, 2.5), (10**7, 1.5)]
 
 
-@pytest.mark.parametrize("read_back", [toys.scalars, shown_scalars])
+@pytest.mark.parametrize("read_back", [techniques.scalars, shown_scalars])
 def test_resuming_hides_the_later_steps(tmp_path, read_back):
     first = EventFile(tmp_path)
     for step in (100, 200, 300, 400):
@@ -62,7 +62,7 @@ def test_what_is_not_finite_is_shown_as_such(tmp_path):
     file = EventFile(tmp_path)
     file.write(1, {"loss": math.nan, "penalty": np.float32("inf")})
     file.close()
-    found = toys.scalars(tmp_path)
+    found = techniques.scalars(tmp_path)
     assert math.isnan(found["loss"][0][1])
     assert found["penalty"] == [(1, math.inf)]
 
@@ -81,4 +81,4 @@ def test_writing_does_not_need_tensorboard(tmp_path):
         check=True,
         env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
     )
-    assert toys.scalars(tmp_path) == {"loss": [(3, 2.5)]}
+    assert techniques.scalars(tmp_path) == {"loss": [(3, 2.5)]}

@@ -6,8 +6,16 @@ import subprocess
 import sys
 
 import pytest
+import tensorflow as tf
 
-from sos.files import atomic_directory, atomic_write, only_process
+from sos.errors import DirectoryInUseError, StorageError
+from sos.files import (
+    atomic_directory,
+    atomic_write,
+    check_writable,
+    only_process,
+    storage_errors,
+)
 
 
 def test_success_leaves_exactly_one_file(tmp_path):
@@ -77,28 +85,49 @@ def test_a_directory_is_replaced_as_a_whole(tmp_path):
         assert list(tmp_path.iterdir()) == [tmp_path / "new"]
 
 
+# Each child is killed after a number of renames.
+KILLED = """
+import os, pathlib, sys
+from sos.files import atomic_directory
+
+rename = pathlib.Path.rename
+
+def kill_after(renames):
+    left = renames
+    def killed(self, target):
+        nonlocal left
+        if left:
+            rename(self, target)
+        left -= 1
+        if left <= 0:
+            os.kill(os.getpid(), 9)
+    pathlib.Path.rename = killed
+    with atomic_directory(f"{renames}/new") as temporary:
+        (temporary / "inner").mkdir(parents=True)
+        (temporary / "inner" / "file").write_text("second")
+
+for renames in range(3):
+    if (child := os.fork()) == 0:
+        kill_after(renames)
+    assert os.waitpid(child, 0)[1] == 9
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Directories in which processes were killed, by number of renames."""
+    root = tmp_path_factory.mktemp("killed")
+    for renames in range(3):
+        write(root / str(renames) / "new", "first")
+        write(root / str(renames) / "new.other", "another")
+    subprocess.run([sys.executable, "-c", KILLED], cwd=root, check=True)
+    return root
+
+
 @pytest.mark.parametrize("renames", [0, 1, 2])
-def test_what_a_killed_process_leaves_is_cleared_up(tmp_path, renames):
-    path = tmp_path / "new"
-    write(path, "first")
-    write(tmp_path / "new.other", "another")
-    program = (
-        "import os, pathlib\n"
-        "from sos.files import atomic_directory\n"
-        "rename = pathlib.Path.rename\n"
-        f"left = {renames}\n"
-        "def killed(self, target):\n"
-        "    global left\n"
-        "    if left: rename(self, target)\n"
-        "    left -= 1\n"
-        "    if left <= 0: os.kill(os.getpid(), 9)\n"
-        "pathlib.Path.rename = killed\n"
-        "with atomic_directory('new') as temporary:\n"
-        "    (temporary / 'inner').mkdir(parents=True)\n"
-        "    (temporary / 'inner' / 'file').write_text('second')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path)
-    assert done.returncode == -9
+def test_what_a_killed_process_leaves_is_cleared_up(killed, renames):
+    folder = killed / str(renames)
+    path = folder / "new"
     if renames == 1:
         assert not path.exists()
     else:
@@ -109,8 +138,16 @@ def test_what_a_killed_process_leaves_is_cleared_up(tmp_path, renames):
     assert read(path) == ("second" if renames == 2 else "first")
     write(path, "third")
     assert read(path) == "third"
-    assert read(tmp_path / "new.other") == "another"
-    assert len(list(tmp_path.iterdir())) == 2
+    assert read(folder / "new.other") == "another"
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_others_that_are_being_written_stay(tmp_path):
+    with atomic_directory(tmp_path / "new.v2") as other:
+        other.mkdir()
+        write(tmp_path / "new", "text")
+        (other / "file").write_text("mine")
+    assert (tmp_path / "new.v2" / "file").read_text() == "mine"
 
 
 # One process at a time.
@@ -132,7 +169,7 @@ def test_a_directory_is_claimed_by_one_process(tmp_path):
     ) as other:
         assert other.stdout.readline() == "mine\n"
         with (
-            pytest.raises(BlockingIOError, match=f"at work in {tmp_path}"),
+            pytest.raises(DirectoryInUseError, match=f"working in {tmp_path}"),
             only_process(tmp_path),
         ):
             pass
@@ -151,19 +188,86 @@ def test_file_systems_without_claims_refuse_nothing(tmp_path, monkeypatch):
     with only_process(tmp_path):
         pass
     code = errno.EIO
-    with pytest.raises(OSError, match="flock"), only_process(tmp_path):
+    with pytest.raises(StorageError, match="flock"), only_process(tmp_path):
         pass
-
-
-def test_others_that_are_being_written_stay(tmp_path):
-    with atomic_directory(tmp_path / "new.v2") as other:
-        other.mkdir()
-        write(tmp_path / "new", "text")
-        (other / "file").write_text("mine")
-    assert (tmp_path / "new.v2" / "file").read_text() == "mine"
 
 
 def test_where_there_are_no_claims_nothing_is_refused(tmp_path):
     for path in ("ram://somewhere", tmp_path / "not there"):
         with only_process(path), only_process(path):
             pass
+
+
+def test_only_process_within_its_scope_raises_what_the_scope_raises(tmp_path):
+    with pytest.raises(FileNotFoundError), only_process(tmp_path):
+        raise FileNotFoundError
+
+
+def test_only_process_unwritable_lock_raises_storage_error(tmp_path):
+    (tmp_path / ".train.lock").mkdir()
+    with pytest.raises(StorageError, match="lock .* could not be taken: .*dir"):
+        with only_process(tmp_path):
+            pass
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        tf.errors.ResourceExhaustedError(None, None, "No space left on device"),
+        tf.errors.UnavailableError(None, None, "No space left on device"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_storage_errors_of_file_systems_become_one_class(error):
+    with (
+        pytest.raises(
+            StorageError, match="^Saving failed: .*No space.* Free disk space"
+        ) as raised,
+        storage_errors("Saving failed"),
+    ):
+        raise error
+    assert raised.value.__cause__ is error
+    assert isinstance(raised.value, OSError)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        DirectoryInUseError("in use"),
+        ValueError("a bug"),
+        tf.errors.InvalidArgumentError(None, None, "wrong shape"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_storage_errors_leaves_others_unchanged(error):
+    with pytest.raises(type(error)) as raised, storage_errors("Saving failed"):
+        raise error
+    assert raised.value is error
+
+
+def test_check_writable_creates_the_directory(tmp_path):
+    for _ in range(2):
+        check_writable(tmp_path / "a" / "b")
+        assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_check_writable_below_a_file_raises(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "work"):
+        with pytest.raises(StorageError, match=f"{path} cannot be written to"):
+            check_writable(path)
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_check_writable_without_permission_raises(tmp_path, monkeypatch):
+    class Refused(tf.io.gfile.GFile):
+        def write(self, content):
+            raise tf.errors.PermissionDeniedError(None, None, "Read-only")
+
+    monkeypatch.setattr(tf.io.gfile, "GFile", Refused)
+    with pytest.raises(StorageError, match=f"{tmp_path}.*: Read-only. Choo"):
+        check_writable(tmp_path)

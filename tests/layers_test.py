@@ -13,7 +13,8 @@ import tensorflow as tf
 from keras import layers
 
 import sos
-from tests.support import harness
+from sos.wrappers.base import find_wrappers
+from tests.support import techniques
 
 # All run in the slow tests. The fast ones leave out what runs the same code:
 # pruning is a mask, and L0 differs from it for embeddings alone.
@@ -249,7 +250,7 @@ def unbuilt(config):
     return {k: unbuilt(v) for k, v in config.items() if k != "build_config"}
 
 
-def each_case(*techniques):
+def each_case(*classes):
     return [
         pytest.param(
             technique,
@@ -257,7 +258,7 @@ def each_case(*techniques):
             marks=[pytest.mark.slow] * (name not in FAST.get(technique, CASES)),
             id=f"{technique.__name__}-{name}",
         )
-        for technique in techniques or harness.TECHNIQUES
+        for technique in classes or techniques.TECHNIQUES
         for name in CASES
     ]
 
@@ -274,20 +275,20 @@ def assert_same(a, b, exact=True):
 def test_trains_evaluates_and_is_saved(technique, name, tmp_path):
     keras.utils.set_random_seed(0)
     inputs = arrays(name)
-    layer = harness.wrap(technique, CASES[name][0]())
+    layer = techniques.wrap(technique, CASES[name][0]())
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         model = around(name, layer)
         before = [w.variable.numpy() for w in layer.sparse_weights]
-        (loss,) = harness.train(model, inputs)
+        (loss,) = techniques.train(model, inputs)
     assert np.isfinite(loss)
     for weight, value in zip(layer.sparse_weights, before, strict=True):
         assert np.any(weight.variable.numpy() != value), weight.path
 
-    harness.make_zeros(model)
+    techniques.make_zeros(model)
     plain_layer = CASES[name][0]()
     plain = around(name, plain_layer)
-    harness.assign_evaluation_weights(layer, plain_layer)
+    techniques.assign_evaluation_weights(layer, plain_layer)
     outputs = predict(model, inputs)
     # The mask that leaves the layer is the last output.
     assert_same(outputs, predict(plain, inputs))
@@ -312,7 +313,10 @@ def test_masks_of_padding_stay_out_of_the_loss():
     """A layer that supports masking but swallows the mask, as an LSTM does."""
     inputs = arrays("LSTM masked last")[0]
     models = []
-    for wrap in (lambda layer: layer, lambda x: harness.wrap(sos.FixedMask, x)):
+    for wrap in (
+        lambda layer: layer,
+        lambda x: techniques.wrap(sos.FixedMask, x),
+    ):
         keras.utils.set_random_seed(0)
         model = keras.Sequential(
             [
@@ -334,14 +338,14 @@ def test_masks_of_padding_stay_out_of_the_loss():
     )
 
 
-@pytest.mark.parametrize("technique", harness.TECHNIQUES)
+@pytest.mark.parametrize("technique", techniques.TECHNIQUES)
 def test_state_of_the_wrapped_layer_advances(technique):
     keras.utils.set_random_seed(0)
     (inputs,) = arrays("subclassed model")
-    layer = harness.wrap(technique, Block())
+    layer = techniques.wrap(technique, Block())
     layer(inputs)
     before = {v.path: v.numpy() for v in layer.layer.non_trainable_variables}
-    harness.train(layer, inputs)
+    techniques.train(layer, inputs)
     for variable in layer.layer.non_trainable_variables:
         assert np.any(variable.numpy() != before[variable.path]), variable.path
 
@@ -350,7 +354,7 @@ def test_state_advances_as_in_the_plain_layer():
     (inputs,) = arrays("subclassed model")
     plain = Block()
     plain(inputs)
-    layer = harness.wrap(sos.MagnitudePruning, Block())
+    layer = techniques.wrap(sos.MagnitudePruning, Block())
     layer(inputs)
     for old, new in zip(plain.variables, layer.layer.variables, strict=True):
         new.assign(old)
@@ -365,13 +369,13 @@ def test_state_advances_as_in_the_plain_layer():
                 layer(inputs, training=True), plain(inputs, training=True)
             )
             assert_same(layer.losses, plain.losses)
-    assert_same(harness.values(plain), harness.values(layer.layer))
+    assert_same(techniques.values(plain), techniques.values(layer.layer))
 
 
-@pytest.mark.parametrize("technique", harness.TECHNIQUES)
+@pytest.mark.parametrize("technique", techniques.TECHNIQUES)
 def test_training_flag_reaches_dropout(technique):
     model = keras.Sequential(
-        [keras.Input((4,)), harness.wrap(technique, OwnLayer(64))]
+        [keras.Input((4,)), techniques.wrap(technique, OwnLayer(64))]
     )
     inputs = np.ones((2, 4), "float32")
     assert np.all(model(inputs).numpy() != 0)
@@ -380,17 +384,17 @@ def test_training_flag_reaches_dropout(technique):
     assert 0.3 < zeros < 0.7
 
 
-@pytest.mark.parametrize("technique", harness.TECHNIQUES)
+@pytest.mark.parametrize("technique", techniques.TECHNIQUES)
 def test_wrapped_inside_time_distributed(technique, tmp_path):
     (inputs,) = arrays("Dense rank 3")
-    layer = harness.wrap(technique, layers.Dense(3))
+    layer = techniques.wrap(technique, layers.Dense(3))
     model = keras.Sequential(
         [keras.Input(inputs.shape[1:]), layers.TimeDistributed(layer)]
     )
     before = layer.layer.kernel.numpy()
-    assert np.isfinite(harness.train(model, inputs)).all()
+    assert np.isfinite(techniques.train(model, inputs)).all()
     assert np.any(layer.layer.kernel.numpy() != before)
-    harness.make_zeros(model)
+    techniques.make_zeros(model)
     (kernel,) = layer.evaluation_weights().values()
     outputs = model(inputs).numpy()
     np.testing.assert_allclose(
@@ -401,16 +405,16 @@ def test_wrapped_inside_time_distributed(technique, tmp_path):
     assert_same(outputs, loaded(inputs))
 
 
-@pytest.mark.parametrize("technique", harness.TECHNIQUES)
+@pytest.mark.parametrize("technique", techniques.TECHNIQUES)
 def test_shared_layers_count_once(technique, tmp_path):
     a, b = keras.Input((3,)), keras.Input((3,))
-    layer = harness.wrap(technique, layers.Dense(3))
+    layer = techniques.wrap(technique, layers.Dense(3))
     model = keras.Model([a, b], [layer(a), layer(layer(b))])
     inputs = [np.ones((2, 3), "float32"), np.zeros((2, 3), "float32")]
     penalties = len(model.losses)
-    assert np.isfinite(harness.train(model, inputs, steps=2)).all()
+    assert np.isfinite(techniques.train(model, inputs, steps=2)).all()
     assert len(model.losses) == penalties
-    assert len(harness.wrappers(model)) == 1
+    assert len(find_wrappers(model)) == 1
     outputs = predict(model, inputs)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
@@ -419,7 +423,7 @@ def test_shared_layers_count_once(technique, tmp_path):
 
 def test_first_argument_by_name():
     query, value = arrays("MultiHeadAttention")
-    layer = harness.wrap(sos.FixedMask, attention())
+    layer = techniques.wrap(sos.FixedMask, attention())
     outputs = layer(query=query, value=value)
     assert_same(outputs, layer(query, value))
 
@@ -438,12 +442,14 @@ def test_names_in_checkpoints_are_stable(make, tmp_path):
     inputs = [np.ones(VECTORS, "float32")]
     if make is attention:
         inputs = [np.ones(STEPS, "float32")] * 2
-    first, second = (harness.wrap(sos.MagnitudePruning, make()) for _ in "ab")
+    first, second = (
+        techniques.wrap(sos.MagnitudePruning, make()) for _ in "ab"
+    )
     first(*inputs), second(*inputs)
     names = attribute_names(first)
     assert names == attribute_names(second)
     assert len(names) == len(first.sparse_weights)
-    harness.make_zeros(first)
+    techniques.make_zeros(first)
     path = tf.train.Checkpoint(model=first).save(str(tmp_path / "ckpt"))
     status = tf.train.Checkpoint(model=second).restore(path)
     status.assert_existing_objects_matched()

@@ -3,7 +3,7 @@ import pytest
 from keras import layers
 
 import sos
-from tests.support import harness
+from tests.support import techniques
 
 
 def counts(layer, *shapes, call=None):
@@ -105,7 +105,7 @@ def test_by_hand(name, wrapped):
     make, shape, expected = CASES[name]
     layer = make()
     if wrapped:
-        layer = harness.wrap(sos.MagnitudePruning, layer)
+        layer = techniques.wrap(sos.MagnitudePruning, layer)
     found = counts(layer, shape)
     assert found == expected
 

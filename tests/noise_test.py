@@ -8,7 +8,7 @@ import tensorflow as tf
 
 import sos
 from sos import noise
-from tests.support import toys
+from tests.support import techniques
 
 NOISY = ["L0Regularization", "VariationalDropout"]
 
@@ -108,7 +108,7 @@ def two_layers(name, seed=0):
     """Two wrappers alike but for the paths of their weights."""
     layers = []
     for path in ("x", "y"):
-        layer = toys.wrap(
+        layer = techniques.wrap(
             name,
             keras.layers.Dense(
                 40, use_bias=False, name=path, kernel_initializer="ones"
@@ -123,7 +123,7 @@ def two_layers(name, seed=0):
 
 
 def outputs(layer, step):
-    toys.bind(layer, step)
+    techniques.bind(layer, step)
     return np.ravel(layer(tf.eye(40), training=True))
 
 
@@ -144,7 +144,7 @@ def test_layers_draw_by_seed_weight_and_step(name):
 
 @pytest.mark.parametrize("name", NOISY)
 def test_replicas_draw_for_themselves(name):
-    strategy = toys.two_replicas()
+    strategy = techniques.two_replicas()
     with strategy.scope():
         layer, _ = two_layers(name)
         optimizer = keras.optimizers.SGD()
@@ -165,9 +165,9 @@ def test_replicas_draw_for_themselves(name):
 
 @pytest.mark.parametrize("name", NOISY)
 def test_call_label_separates_the_uses_of_an_embedding(name):
-    layer = toys.wrap(name, keras.layers.Embedding(50, 20))
+    layer = techniques.wrap(name, keras.layers.Embedding(50, 20))
     layer.build((None,))
-    toys.bind(layer)
+    techniques.bind(layer)
     for variable in layer.sparse_weights[0].state.values():
         variable.assign(tf.zeros_like(variable))
     layer.layer.embeddings.assign(tf.ones((50, 20)))

@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 from sos import ramps
+from sos.errors import UsageError
 
 RAMPS = [
     ramps.ConstantRamp(),
@@ -102,11 +103,51 @@ def test_ramps_are_equal_by_class_and_config():
     assert ramps.LinearRamp(0, 5) != ramps.CubicRamp(0, 5)
 
 
-def test_as_ramp():
-    ramp = ramps.LinearRamp(0, 5)
-    assert ramps.as_ramp(ramp) is ramp
-    assert ramps.as_ramp(None) == ramps.ConstantRamp()
-    with pytest.raises(TypeError, match="LinearRamp.*Received: ramp=0.5"):
-        ramps.as_ramp(0.5)
+def test_a_ramp_says_what_it_lacks():
     with pytest.raises(NotImplementedError, match="must override"):
         ramps.Ramp()(0)
+
+
+def test_make_ramp_of_names_and_steps_gives_their_ramps():
+    steps = {"begin_step": 3, "end_step": 9}
+    assert ramps.make_ramp("constant") == ramps.ConstantRamp()
+    assert ramps.make_ramp("linear", **steps) == ramps.LinearRamp(3, 9)
+    assert ramps.make_ramp("cubic", **steps) == ramps.CubicRamp(3, 9)
+    assert ramps.make_ramp("smoothed_cubic", **steps) == ramps.CubicRamp(
+        3, 9, moving_average=True
+    )
+    assert ramps.make_ramp("linear", end_step=9) == ramps.LinearRamp(0, 9)
+
+
+def test_make_ramp_of_a_ramp_returns_it():
+    ramp = ramps.LinearRamp(0, 5)
+    assert ramps.make_ramp(ramp) is ramp
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"ramp": "sqrt"}, UsageError, "'constant', 'cubic', .*Received.*sqrt"),
+        ({"ramp": 0.5}, TypeError, "LinearRamp.*Received: ramp=0.5"),
+        ({"ramp": None}, TypeError, "'constant'.*Received: ramp=None"),
+        ({"ramp": "linear"}, UsageError, "needs an `end_step`.*end_step=None"),
+        ({"ramp": "constant", "end_step": 9}, UsageError, "Leave them out"),
+        ({"ramp": "constant", "begin_step": 9}, UsageError, "linear, cubic"),
+        (
+            {"ramp": ramps.LinearRamp(0, 5), "end_step": 5},
+            UsageError,
+            "has its own steps",
+        ),
+        (
+            {"ramp": "cubic", "begin_step": 9, "end_step": 3},
+            UsageError,
+            "0 <= begin_step < end_step.*begin_step=9, end_step=3",
+        ),
+        ({"ramp": "cubic", "end_step": True}, UsageError, "end_step=True"),
+        ({"ramp": "cubic", "end_step": "9"}, UsageError, "end_step=9"),
+    ],
+)
+def test_make_ramp_of_wrong_arguments_raises(arguments, error, message):
+    with pytest.raises(error, match=message) as caught:
+        ramps.make_ramp(**arguments)
+    assert "\n" not in str(caught.value)

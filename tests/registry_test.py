@@ -5,7 +5,7 @@ import tensorflow as tf
 from keras import layers
 
 import sos
-from tests.support import harness
+from sos.wrappers.base import find_wrappers
 
 
 @sos.register
@@ -181,7 +181,7 @@ def test_a_technique_says_what_it_lacks():
 def masks_of(model):
     return [
         weight.state["mask"].numpy()
-        for wrapper in harness.wrappers(model)
+        for wrapper in find_wrappers(model)
         for weight in wrapper.sparse_weights
     ]
 
@@ -213,7 +213,7 @@ def test_two_of_four_ranking(tmp_path):
         assert np.all(mask.reshape(-1, 4, mask.shape[1]).sum(axis=1) == 2)
     sparse.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert harness.wrappers(loaded)[0].ranking == TwoOfFour()
+    assert find_wrappers(loaded)[0].ranking == TwoOfFour()
 
 
 def test_saved_models_find_techniques_by_package_and_name():

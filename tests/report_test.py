@@ -11,7 +11,7 @@ from keras import layers
 
 import sos
 from sos import report_command
-from tests.support import harness
+from tests.support import techniques
 
 
 @keras.saving.register_keras_serializable(package="report_test")
@@ -53,9 +53,9 @@ def block():
 
 def sparse_of(model, technique, **kwargs):
     sparse = sos.sparsify(
-        model, technique, **{**harness.settings(technique), **kwargs}
+        model, technique, **techniques.arguments(technique, **kwargs)
     )
-    harness.make_zeros(sparse)
+    techniques.make_zeros(sparse)
     return sparse
 
 
@@ -119,7 +119,7 @@ def test_numbers_of_a_plain_model():
     assert report.sparsity == 0
 
 
-@pytest.mark.parametrize("technique", harness.TECHNIQUES)
+@pytest.mark.parametrize("technique", techniques.TECHNIQUES)
 def test_nonzeros_are_those_of_the_stripped_model(technique):
     sparse = sparse_of(recurrent(), technique)
     rows = sos.sparsity_report(sparse).rows
@@ -216,7 +216,7 @@ def numbers(rows):
     )
 
 
-@pytest.mark.parametrize("technique", harness.TECHNIQUES)
+@pytest.mark.parametrize("technique", techniques.TECHNIQUES)
 def test_command_on_a_keras_file(technique, tmp_path, capsys):
     sparse = sparse_of(recurrent(), technique)
     sparse.save(tmp_path / "model.keras")
@@ -238,7 +238,7 @@ def checkpoint(model, path, *, optimizer=True):
 
 @pytest.mark.parametrize("optimizer", [False, True])
 @pytest.mark.parametrize("make", [recurrent, block])
-@pytest.mark.parametrize("technique", harness.TECHNIQUES)
+@pytest.mark.parametrize("technique", techniques.TECHNIQUES)
 def test_command_on_a_checkpoint(technique, make, optimizer, tmp_path, capsys):
     sparse = sparse_of(make(), technique)
     prefix = checkpoint(sparse, tmp_path / "ckpt", optimizer=optimizer)

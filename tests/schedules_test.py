@@ -3,14 +3,17 @@ import os
 import subprocess
 import sys
 
+import hypothesis
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from hypothesis import strategies as st
 
 # isort: split
 # After `sos.schedules`, which keeps tfmot from changing the environment.
 from sos import masks, schedules
+from sos.errors import UsageError
 
 # isort: split
 import tensorflow_model_optimization as tfmot
@@ -363,3 +366,104 @@ def test_masks_equal_tfmots_over_a_whole_schedule(shape):
         )
     assert compared >= 0.9 * len(steps)
     assert len(steps) == 25
+
+
+@st.composite
+def numbers(draw):
+    begin = draw(st.integers(0, 10**6))
+    sparsity = st.floats(0, 1, exclude_max=True)
+    return {
+        "sparsity": draw(sparsity),
+        "initial_sparsity": draw(sparsity),
+        "begin_step": begin,
+        "end_step": begin + draw(st.integers(0, 10**6)),
+        "frequency": draw(st.integers(1, 10**4)),
+        "power": draw(st.floats(0, 10)),
+    }
+
+
+@hypothesis.given(numbers())
+def test_make_schedule_with_an_end_is_polynomial_decay(numbers):
+    schedule = schedules.make_schedule(**numbers)
+    assert schedule == schedules.Schedule(
+        schedules.PolynomialDecay(
+            numbers["initial_sparsity"],
+            numbers["sparsity"],
+            numbers["begin_step"],
+            numbers["end_step"],
+            power=numbers["power"],
+            frequency=numbers["frequency"],
+        )
+    )
+    assert schedule is schedules.make_schedule(
+        **json.loads(json.dumps(numbers))
+    )
+    assert schedule.target_sparsity == numbers["sparsity"]
+
+
+@hypothesis.given(numbers())
+def test_make_schedule_without_an_end_is_constant(numbers):
+    numbers = {
+        name: numbers[name] for name in ("sparsity", "begin_step", "frequency")
+    }
+    schedule = schedules.make_schedule(**numbers)
+    assert schedule == schedules.Schedule(
+        schedules.ConstantSparsity(
+            numbers["sparsity"],
+            numbers["begin_step"],
+            frequency=numbers["frequency"],
+        )
+    )
+    assert schedule.end_step is None
+    begin = numbers["begin_step"]
+    assert not schedule.due(begin - 1)
+    assert schedule.due(begin) and schedule.due(begin + numbers["frequency"])
+    assert schedule.sparsity(begin) == numbers["sparsity"]
+
+
+def test_make_schedule_of_numpy_numbers_equals_python_numbers():
+    schedule = schedules.make_schedule(
+        sparsity=np.float64(0.5),
+        begin_step=np.int64(2),
+        end_step=np.int32(9),
+        power=2,
+    )
+    assert schedule is schedules.make_schedule(
+        sparsity=0.5, begin_step=2, end_step=9, power=2.0
+    )
+    json.dumps(schedule.get_config())
+
+
+@pytest.mark.parametrize(
+    "numbers, message",
+    [
+        ({"sparsity": 1.0}, r"`sparsity` must be .*\[0, 1\).*sparsity=1.0"),
+        ({"sparsity": -0.1}, "Received: sparsity=-0.1"),
+        ({"sparsity": float("nan")}, "Received: sparsity=nan"),
+        ({"sparsity": "0.9"}, "Received: sparsity='0.9'"),
+        ({"sparsity": True}, "Received: sparsity=True"),
+        ({"sparsity": 90}, "Received: sparsity=90"),
+        ({"initial_sparsity": 1}, "Received: initial_sparsity=1"),
+        ({"begin_step": -1}, "`begin_step` must be an integer >= 0"),
+        ({"begin_step": 0.5}, "Received: begin_step=0.5"),
+        ({"end_step": 10.0}, "Received: end_step=10.0"),
+        ({"end_step": -1}, "Received: end_step=-1"),
+        ({"end_step": True}, "Received: end_step=True"),
+        ({"frequency": 0}, "`frequency` must be an integer >= 1"),
+        ({"frequency": None}, "Received: frequency=None"),
+        ({"power": -1}, r"`power` must be .*\[0, inf\)"),
+        (
+            {"begin_step": 11},
+            "`begin_step` must not be after `end_step`.*begin_step=11, end_ste",
+        ),
+        (
+            {"end_step": None, "initial_sparsity": 0.25},
+            "`initial_sparsity` needs an `end_step`.*0.25",
+        ),
+        ({"end_step": None, "power": 1.0}, "`power` needs an `end_step`.*1.0"),
+    ],
+)
+def test_make_schedule_of_wrong_numbers_raises(numbers, message):
+    with pytest.raises(UsageError, match=message) as error:
+        schedules.make_schedule(**{"sparsity": 0.5, "end_step": 10, **numbers})
+    assert "\n" not in str(error.value)

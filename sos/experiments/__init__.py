@@ -1,1 +1,20 @@
-"""Experiments: runs, their training, tables of results and figures."""
+"""Experiments: configs, runs, sweeps, and what is made of their results."""
+
+from sos.experiments.config import base_config, parse_argument
+from sos.experiments.image_classification import ImageClassification
+from sos.experiments.results import collect
+from sos.experiments.runs import Result, run
+from sos.experiments.sweeps import expand, run_sweep
+from sos.experiments.task import ExperimentTask
+
+__all__ = [
+    "ExperimentTask",
+    "ImageClassification",
+    "Result",
+    "base_config",
+    "collect",
+    "expand",
+    "parse_argument",
+    "run",
+    "run_sweep",
+]

@@ -1,27 +1,29 @@
 """Figures of a study."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib import ticker
+from matplotlib import colors, ticker
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from sos.experiments.results import Outcome
-from sos.experiments.runs import Run
+import sos
+from sos.experiments.results import FinishedRun
+from sos.experiments.runs import Result
 from sos.files import atomic_write
 
 # Colours that people with any kind of colour blindness can tell apart (Okabe
 # and Ito 2008), each with a marker, so that grey prints do as well.
 _COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
-_MORE_MARKERS = ("X", "<", ">", "p", "h")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
+# Variants of one technique, such as those with other rules.
+_LINES = ("-", (0, (4, 1.5)), (0, (1.5, 1.5)))
 _DENSE_COLOUR = "#444444"
 # In percent. Both figures draw sparsity by the logarithm of the density, on
 # which 90, 95 and 98 % are as far from each other as 50, 75 and 90 %.
@@ -64,21 +66,23 @@ class _Technique:
     """The runs of one technique, and how they are drawn.
 
     Attributes:
-        title: Its name for people.
+        label: Its name.
         dense: Whether it makes nothing sparse.
-        settings: For each setting, the outcomes of its seeds.
-        colour: Of lines and markers.
-        marker: As matplotlib calls it.
+        points: For each point, the results of its seeds.
+        colour: Colour of lines and markers.
+        marker: Marker, as matplotlib calls it.
+        line: Line style, as matplotlib calls it.
     """
 
-    title: str
+    label: str
     dense: bool
-    settings: Sequence[Sequence[Outcome]]
-    colour: str
+    points: Sequence[Sequence[Result]]
+    colour: Any
     marker: str
+    line: Any
 
 
-def save_tradeoff(path: Path, results: Iterable[tuple[Run, Outcome]]) -> None:
+def save_tradeoff(path: Path, runs: Iterable[FinishedRun]) -> None:
     """Draws accuracy against achieved sparsity, a curve for each technique.
 
     Sparsity is drawn by the logarithm of the density, and accuracy by that of
@@ -89,9 +93,9 @@ def save_tradeoff(path: Path, results: Iterable[tuple[Run, Outcome]]) -> None:
 
     Args:
         path: The PNG file; it is complete or, on an error, as it was before.
-        results: The runs and what they gave.
+        runs: Finished runs.
     """
-    techniques = _techniques(results)
+    techniques = _techniques(runs)
     with matplotlib.rc_context(_STYLE):
         figure, axes = _new_figure(6.4, 4.4)
         _log_axis(axes, "x", _SPARSITIES)
@@ -113,11 +117,11 @@ def save_tradeoff(path: Path, results: Iterable[tuple[Run, Outcome]]) -> None:
 
 
 def save_layerwise(
-    path: Path, results: Iterable[tuple[Run, Outcome]], sparsity: float
+    path: Path, runs: Iterable[FinishedRun], sparsity: float
 ) -> None:
     """Draws how sparse each technique makes each layer.
 
-    Of every technique the setting is drawn whose sparsity, in the mean over
+    Of every technique the point is drawn whose sparsity, in the mean over
     seeds, is nearest to the one that is asked for; the legend says what it is.
     Where there are several seeds, the points are means, and bars reach from
     the lowest to the highest value. Layers are in the order of the network;
@@ -126,21 +130,21 @@ def save_layerwise(
 
     Args:
         path: The PNG file; it is complete or, on an error, as it was before.
-        results: The runs and what they gave.
+        runs: Finished runs.
         sparsity: The overall sparsity at which to compare, in [0, 1].
     """
     techniques = [
         dataclasses.replace(
-            technique, settings=[_nearest(technique.settings, sparsity)]
+            technique, points=[_nearest(technique.points, sparsity)]
         )
-        for technique in _techniques(results)
+        for technique in _techniques(runs)
         if not technique.dense
     ]
     sizes = {
         weight.path: weight.size
         for technique in techniques
-        for outcome in technique.settings[0]
-        for weight in outcome.weights
+        for result in technique.points[0]
+        for weight in result.weights
     }
     with matplotlib.rc_context(_STYLE):
         long = len(sizes) > _LEVEL_NAMES
@@ -168,45 +172,53 @@ def save_layerwise(
         _save(figure, path)
 
 
-def _techniques(results: Iterable[tuple[Run, Outcome]]) -> list[_Technique]:
+def _techniques(runs: Iterable[FinishedRun]) -> list[_Technique]:
     """The techniques in the order of the results, with colours and markers."""
-    first: dict[str, Run] = {}
-    settings: dict[str, dict[tuple, list[Outcome]]] = {}
-    for run, outcome in results:
-        first.setdefault(run.technique, run)
-        of_technique = settings.setdefault(run.technique, {})
-        of_technique.setdefault((run.sparsity, run.penalty), []).append(outcome)
-    # Beyond six techniques the pairs differ, though not both parts of them.
-    styles = zip(
-        itertools.cycle(_COLOURS),
-        itertools.cycle((*_MARKERS, *_MORE_MARKERS)),
-        strict=False,
-    )
+    points: dict[str, dict[tuple, list[Result]]] = {}
+    first: dict[str, FinishedRun] = {}
+    for run in runs:
+        first.setdefault(run.label, run)
+        of_technique = points.setdefault(run.label, {})
+        of_technique.setdefault(run.point, []).append(run.result)
+    registered = list(sos.techniques())
+    variants: dict[str | None, int] = {}
     techniques = []
-    for name, run in first.items():
-        dense = run.wrapper is None
-        colour, marker = (_DENSE_COLOUR, "") if dense else next(styles)
+    for label, run in first.items():
+        dense = run.technique is None
+        # The same in every study, whatever other techniques are in it.
+        place = 0 if dense else registered.index(run.technique)
+        variant = variants.setdefault(run.technique, 0)
+        variants[run.technique] += 1
+        colour = _COLOURS[place % len(_COLOURS)]
+        marker = _MARKERS[(place + variant) % len(_MARKERS)]
         techniques.append(
             _Technique(
-                title=run.title,
+                label=label,
                 dense=dense,
-                settings=list(settings[name].values()),
-                colour=colour,
-                marker=marker,
+                points=list(points[label].values()),
+                colour=_DENSE_COLOUR if dense else _lighter(colour, variant),
+                marker="" if dense else marker,
+                line=_LINES[variant % len(_LINES)],
             )
         )
     return techniques
 
 
+def _lighter(colour: str, variant: int) -> tuple[float, float, float]:
+    """The colour of a technique's variant: lighter, the later it comes."""
+    share = 1 - 0.72**variant
+    return tuple(c + (1 - c) * share for c in colors.to_rgb(colour))
+
+
 def _draw_dense(axes: Axes, technique: _Technique) -> None:
-    errors = [_error(o) for group in technique.settings for o in group]
+    errors = [_error(o) for group in technique.points for o in group]
     axes.axhline(
         np.mean(errors),
         color=technique.colour,
         linestyle=(0, (5, 3)),
         linewidth=1.2,
         zorder=1.6,
-        label=technique.title,
+        label=technique.label,
     )
     if len(errors) > 1:
         axes.axhspan(
@@ -221,11 +233,11 @@ def _draw_dense(axes: Axes, technique: _Technique) -> None:
 
 def _draw_curve(axes: Axes, technique: _Technique) -> None:
     points = []
-    for group in technique.settings:
-        group = [outcome for outcome in group if outcome.achieved_sparsity < 1]
+    for group in technique.points:
+        group = [result for result in group if result.sparsity < 1]
         if group:
-            densities = [1 - outcome.achieved_sparsity for outcome in group]
-            errors = [_error(outcome) for outcome in group]
+            densities = [1 - result.sparsity for result in group]
+            errors = [_error(result) for result in group]
             # The mean as it is drawn, of the logarithms.
             density = math.exp(np.mean(np.log(densities)))
             points.append((density, densities, np.mean(errors), errors))
@@ -239,10 +251,11 @@ def _draw_curve(axes: Axes, technique: _Technique) -> None:
         x,
         y,
         color=technique.colour,
+        linestyle=technique.line,
         marker=technique.marker,
         markersize=6,
         linewidth=1.5,
-        label=technique.title,
+        label=technique.label,
         zorder=3,
     )
 
@@ -254,10 +267,10 @@ def _draw_profile(
     shift: float,
     markersize: float,
 ) -> None:
-    (group,) = technique.settings
+    (group,) = technique.points
     densities: dict[str, list[float]] = {}
-    for outcome in group:
-        for weight in outcome.weights:
+    for result in group:
+        for weight in result.weights:
             density = max(1 - weight.sparsity, _LEAST_DENSITY)
             densities.setdefault(weight.path, []).append(density)
     if not densities:
@@ -266,15 +279,16 @@ def _draw_profile(
     x = [positions[path] for path in densities]
     y = [np.mean(found) for found in densities.values()]
     _draw_bars(axes, technique, x, y, along="y", values=densities.values())
-    overall = np.mean([outcome.achieved_sparsity for outcome in group])
+    overall = np.mean([result.sparsity for result in group])
     axes.plot(
         x,
         y,
         color=technique.colour,
+        linestyle=technique.line,
         marker=technique.marker,
         markersize=markersize,
         linewidth=1.0,
-        label=f"{technique.title} ({overall:.1%})",
+        label=f"{technique.label} ({overall:.1%})",
         zorder=3,
     )
 
@@ -309,25 +323,25 @@ def _draw_bars(
             )
 
 
-def _error(outcome: Outcome) -> float:
-    return max(1 - outcome.test_accuracy, _LEAST_ERROR)
+def _error(result: Result) -> float:
+    return max(1 - result.metrics["accuracy"], _LEAST_ERROR)
 
 
 def _nearest(
-    settings: Iterable[Sequence[Outcome]], sparsity: float
-) -> Sequence[Outcome]:
-    """The outcomes of the setting whose mean sparsity is the nearest."""
+    points: Iterable[Sequence[Result]], sparsity: float
+) -> Sequence[Result]:
+    """The results of the point whose mean sparsity is the nearest."""
     return min(
-        settings,
+        points,
         key=lambda group: abs(
-            np.mean([outcome.achieved_sparsity for outcome in group]) - sparsity
+            np.mean([result.sparsity for result in group]) - sparsity
         ),
     )
 
 
 def _seeds_note(techniques: Iterable[_Technique]) -> str | None:
     """Says what points and bars are, if there are several seeds."""
-    counts = {len(g) for technique in techniques for g in technique.settings}
+    counts = {len(g) for technique in techniques for g in technique.points}
     if not counts or max(counts) == 1:
         return None
     low, high = min(counts), max(counts)

@@ -1,201 +1,221 @@
-"""Shows a study in the terminal: progress, time left, and the summary."""
+"""What a sweep shows in the terminal: progress, time left, and a summary."""
 
-import contextlib
-import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
 
 import rich.box
-import rich.progress
 from rich.console import Console
 from rich.table import Table
 
-from sos.experiments.results import Outcome, Results
-from sos.experiments.runs import Run
+from sos.experiments import config as config_lib
+from sos.experiments.results import FinishedRun
+from sos.experiments.runs import Result
+from sos.training.reporting import ProgressBar, Summary, format_duration
 
-# A step with a penalty takes about two plain ones, until it is measured.
-_PENALIZED_STEP = 2.0
-_PLAIN_STEP_SECONDS = 0.015
-# Where there is no terminal to draw on: seconds between two lines.
+# Seconds between two lines where there is no terminal to draw a bar on.
 _LINE_INTERVAL = 15.0
 
 
-class Progress:
-    """Live bars in a terminal, plain lines elsewhere.
+class SweepProgress:
+    """Shows the progress of a sweep: a line for each finished run, and a bar.
 
-    The time left is that of the steps still to do, each at the pace measured
-    for its technique, in earlier sessions too.
+    Use it as a context while runs are trained. Where the output is no terminal,
+    a line every few seconds takes the place of the bar.
 
     Args:
         console: Where to write; by default the standard output.
+        quiet: Whether to show nothing.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
-        self._live: rich.progress.Progress | None = None
-        self._results: Results | None = None
-        self._run: Run | None = None
+    def __init__(
+        self, console: Console | None = None, *, quiet: bool = False
+    ) -> None:
+        self.console = console or Console(highlight=False, quiet=quiet)
+        self._configs: dict[str, Mapping[str, Any]] = {}
+        self._steps: dict[str, int] = {}
+        self._finished: set[str] = set()
+        self._running: dict[str, None] = {}
+        self._waiting = False
+        self.clock = time.monotonic
 
-    @contextlib.contextmanager
-    def study(self, results: Results) -> Iterator[None]:
-        """Shows progress within the scope.
+    def add(
+        self, config: Mapping[str, Any], result: Result | None = None
+    ) -> None:
+        """Adds a run of the sweep, before it begins.
 
         Args:
-            results: The results of the study.
+            config: Its resolved config.
+            result: Its result if it was finished before.
         """
-        self._results = results
-        self._total = sum(self._cost(run) for run in results.runs)
-        self._width = max(len(describe(run)) for run in results.runs)
-        self._line_time = time.monotonic()
-        done, total = len(results.outcomes), len(results.runs)
+        name = config_lib.run_name(config)
+        self._configs[name] = config
+        self._steps[name] = 0
+        if result is not None:
+            self._steps[name] = result.step
+            self._finished.add(name)
+
+    def __enter__(self) -> "SweepProgress":
+        """Begins to measure time."""
+        total, done = len(self._configs), len(self._finished)
         if done:
             self.console.print(
                 f"{done} of {total} runs were finished before"
                 f"{'.' if done < total else ': nothing to train.'}"
             )
-        if not self.console.is_terminal or done == total:
-            yield
-            return
-        self._live = rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}"),
-            rich.progress.BarColumn(bar_width=None),
-            rich.progress.TextColumn("{task.fields[note]}", justify="right"),
-            console=self.console,
-            refresh_per_second=4,
-            expand=True,
-            transient=True,
-        )
-        self._overall = self._live.add_task("", total=None, note="")
-        self._current = self._live.add_task("", total=None, note="")
-        with self._live:
-            yield
-        self._live = None
+        self._bar = ProgressBar(self.console)
+        self._begin = self._line_time = self.clock()
+        self._steps_before = self._done_steps()
+        return self
 
-    def begin(self, run: Run) -> None:
-        """Announces the run that comes next."""
-        self._run = run
-        self._step = 0
-        self._first: tuple[int, float] | None = None
-        self._show(None)
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Removes the bar; the lines stay."""
+        self._bar.close()
 
-    def step(self, step: int, loss: float) -> None:
-        """Tells how many steps of the current run are done.
+    def begin(self, name: str, step: int = 0) -> None:
+        """Shows that a run is being trained.
 
         Args:
-            step: The number of steps done; one or many more than last time, or
-                many at once where a run is continued.
-            loss: The loss of the last one.
+            name: The run.
+            step: The step that it is resumed from.
         """
-        self._step = step
-        if self._first is None:
-            # What comes before is traced and compiled, and says nothing.
-            self._first = step, time.monotonic()
-        self._show(loss)
+        self._running[name] = None
+        self._steps[name] = step
+        # They were made before, and say nothing of the speed.
+        self._steps_before += step
+        self._show()
 
-    def finish(self, run: Run, outcome: Outcome) -> None:
-        """Tells that a run is finished."""
-        self._run = None
-        results = self._results
-        line = (
-            f"{len(results.outcomes):{len(str(len(results.runs)))}d}"
-            f"/{len(results.runs)}  {describe(run):<{self._width}}  "
-            f"accuracy {outcome.test_accuracy:6.2%}  "
-            f"sparsity {outcome.achieved_sparsity:6.2%}"
-        )
-        if self._live is None:
-            line += f"  {_duration(self.seconds_left())} left"
-        self.console.print(line, soft_wrap=True)
-        self._line_time = time.monotonic()
+    def update(self, name: str, summary: Summary) -> None:
+        """Shows how far a run is.
 
-    def seconds_left(self) -> float:
-        """An estimate of the seconds that the study still takes."""
-        return sum(
-            self._step_seconds(run)
-            * (run.steps - (self._step if run == self._run else 0))
-            for run in self._results.pending
-        )
+        Args:
+            name: The run.
+            summary: That of its last loop.
+        """
+        if summary.kind == "train":
+            self._steps[name] = summary.step
+            self._show()
 
-    def _show(self, loss: float | None) -> None:
-        run, results = self._run, self._results
-        done, total = len(results.outcomes), len(results.runs)
-        left = _duration(self.seconds_left())
-        step = f"step {self._step:,} of {run.steps:,}"
-        if loss is not None:
-            step += f", loss {loss:.3f}"
-        if self._live is not None:
-            cost = sum(self._cost(run) for run in results.outcomes)
-            cost += self._cost(run) * self._step / run.steps
-            self._live.update(
-                self._overall,
-                description=f"[bold]{done} of {total} runs",
-                completed=cost,
-                total=self._total,
-                note=f"{left} left",
-            )
-            self._live.update(
-                self._current,
-                description=describe(run),
-                completed=self._step,
-                total=run.steps,
-                note=step,
-            )
-        elif time.monotonic() - self._line_time > _LINE_INTERVAL:
-            self.console.print(
-                f"{describe(run)}: {step}, {left} left", soft_wrap=True
-            )
-            self._line_time = time.monotonic()
+    def finish(self, name: str, result: Result) -> None:
+        """Shows that a run is finished.
 
-    def _step_seconds(self, run: Run) -> float:
-        """The pace of a run's technique, measured or guessed."""
-        if self._run is not None and run.technique == self._run.technique:
-            first_step, first_time = self._first or (0, 0.0)
-            if self._first and self._step - first_step >= 19:
-                elapsed = time.monotonic() - first_time
-                return elapsed / (self._step - first_step)
-        outcomes = self._results.outcomes
-        measured = {
-            other.technique: outcome.seconds / other.steps
-            for other, outcome in outcomes.items()
-        }
-        if run.technique in measured:
-            return measured[run.technique]
-        plain = [
-            outcome.seconds / other.steps / _relative_cost(other)
-            for other, outcome in outcomes.items()
+        Args:
+            name: The run.
+            result: Its result.
+        """
+        self._steps[name] = result.step
+        self._finished.add(name)
+        self._running.pop(name, None)
+        width = max(len(self._describe(other)) for other in self._configs)
+        parts = [
+            f"{len(self._finished):{len(str(len(self._configs)))}d}"
+            f"/{len(self._configs)}  {self._describe(name):<{width}}"
         ]
-        pace = sum(plain) / len(plain) if plain else _PLAIN_STEP_SECONDS
-        return pace * _relative_cost(run)
+        if "accuracy" in result.metrics:
+            parts.append(f"accuracy {result.metrics['accuracy']:6.2%}")
+        elif "loss" in result.metrics:
+            parts.append(f"loss {result.metrics['loss']:.4f}")
+        if result.sparsity is not None:
+            parts.append(f"sparsity {result.sparsity:6.2%}")
+        self.console.print("  ".join(parts), soft_wrap=True)
+        self._line_time = self.clock()
+        self._show()
 
-    def _cost(self, run: Run) -> float:
-        return run.steps * _relative_cost(run)
+    def fail(self, name: str, reason: str) -> None:
+        """Shows that a run failed.
+
+        Args:
+            name: The run.
+            reason: The message of the error.
+        """
+        self._running.pop(name, None)
+        self.console.print(
+            f"{self._describe(name)} failed: {reason}",
+            soft_wrap=True,
+            markup=False,
+        )
+
+    def wait(self, name: str) -> None:
+        """Shows, once, that another process trains a run of this sweep."""
+        self._running.pop(name, None)
+        if not self._waiting:
+            self._waiting = True
+            self.console.print(
+                "Another process trains runs of this sweep. This one waits for "
+                "those that are left."
+            )
+
+    def seconds_left(self) -> float | None:
+        """Estimates the time left in seconds; None as long as it is unknown."""
+        made = self._done_steps() - self._steps_before
+        if made < 1:
+            return None
+        elapsed = self.clock() - self._begin
+        return elapsed / made * (self._total_steps() - self._done_steps())
+
+    def _total_steps(self) -> int:
+        return sum(config["train_steps"] for config in self._configs.values())
+
+    def _done_steps(self) -> int:
+        return sum(self._steps.values())
+
+    def _describe(self, name: str) -> str:
+        return describe(self._configs[name])
+
+    def _show(self) -> None:
+        left = self.seconds_left()
+        running = ", ".join(self._describe(name) for name in self._running)
+        self._bar.update(
+            self._done_steps(),
+            self._total_steps(),
+            f"{len(self._finished)} of {len(self._configs)} runs",
+            seconds_left=left,
+        )
+        now = self.clock()
+        if (
+            not self.console.is_terminal
+            and now - self._line_time > _LINE_INTERVAL
+        ):
+            self._line_time = now
+            text = f"{self._done_steps():,} of {self._total_steps():,} steps"
+            if left is not None:
+                text += f", {format_duration(left)} left"
+            self.console.print(f"{text}: {running}", soft_wrap=True)
 
 
-def describe(run: Run) -> str:
-    """The technique and setting of a run, as text for people."""
-    text = f"{run.title} {run.setting}".strip()
-    return f"{text} seed {run.seed}" if run.seed else text
+def describe(config: Mapping[str, Any]) -> str:
+    """Returns a run as text for people: label, hyperparameters and seed."""
+    technique = config["sparsity"]["technique"]
+    parts = [config_lib.label(config)]
+    parts += [
+        f"{config['sparsity'][name]:.4g}"
+        for name in config_lib.required_hyperparameters(technique)
+    ]
+    return f"{' '.join(parts)}, seed {config['seed']}"
 
 
-def summary(results: Results) -> Table:
-    """The table of all finished runs, one row for each setting.
-
-    Where a setting has several seeds, a row holds their means, and behind them
-    half the distance from the lowest to the highest value.
+def summary_table(runs: Sequence[FinishedRun]) -> Table:
+    """Returns a table of finished runs, the mean over the seeds of each point.
 
     Args:
-        results: The results of the study.
+        runs: Finished runs, in the order of the table.
 
     Returns:
         A table for `rich` to print.
     """
-    settings: dict[Run, list[Outcome]] = {}
-    for run, outcome in results.ordered():
-        setting = dataclasses.replace(run, seed=0)
-        settings.setdefault(setting, []).append(outcome)
-    counts = {len(outcomes) for outcomes in settings.values()}
+    points: dict[tuple, list[FinishedRun]] = {}
+    for run in runs:
+        points.setdefault(run.point, []).append(run)
+    counts = sorted({len(group) for group in points.values()})
     caption = None
-    if max(counts, default=1) > 1:
-        number = " to ".join(str(n) for n in sorted({min(counts), max(counts)}))
+    if counts and counts[-1] > 1:
+        number = " to ".join(str(n) for n in sorted({counts[0], counts[-1]}))
         caption = f"mean of {number} seeds ± half their range"
     table = Table(
         box=rich.box.SIMPLE_HEAD,
@@ -205,37 +225,30 @@ def summary(results: Results) -> Table:
         caption_justify="left",
     )
     table.add_column("technique", no_wrap=True)
-    table.add_column("setting", no_wrap=True)
+    table.add_column("hyperparameter", no_wrap=True)
     for heading in ("sparsity", "accuracy", "time"):
         table.add_column(heading, justify="right", no_wrap=True)
     last = None
-    for run, outcomes in settings.items():
-        if last not in (None, run.technique):
+    for group in points.values():
+        first = group[0]
+        if last not in (None, first.label):
             table.add_section()
         table.add_row(
-            "" if run.technique == last else run.title,
-            run.setting,
-            _percent([outcome.achieved_sparsity for outcome in outcomes]),
-            _percent([outcome.test_accuracy for outcome in outcomes]),
-            f"{sum(o.seconds for o in outcomes) / len(outcomes):.1f} s",
+            "" if first.label == last else first.label,
+            first.hyperparameters,
+            _percent([run.result.sparsity for run in group]),
+            _percent([run.result.metrics.get("accuracy") for run in group]),
+            f"{sum(run.result.seconds for run in group) / len(group):.1f} s",
         )
-        last = run.technique
+        last = first.label
     return table
 
 
-def _percent(values: Sequence[float]) -> str:
+def _percent(values: Sequence[float | None]) -> str:
     """The mean and, of several values, half their range, in percent."""
+    if any(value is None for value in values):
+        return ""
     text = f"{sum(values) / len(values):.2%}"
     if len(values) == 1:
         return text
     return f"{text} ± {50 * (max(values) - min(values)):.2f}"
-
-
-def _relative_cost(run: Run) -> float:
-    return 1.0 if run.penalty is None else _PENALIZED_STEP
-
-
-def _duration(seconds: float) -> str:
-    """Minutes and seconds, as in 3:05."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes}:{seconds:02d}"

@@ -1,254 +1,192 @@
-"""The results of a study: a file for each run, and the table made of them."""
+"""Reading the results of finished runs, and writing them as a table."""
 
 import csv
 import dataclasses
-import json
-import tempfile
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sos.experiments.runs import IDENTITY, Run
+import sos
+from sos.errors import StorageError
+from sos.experiments import config as config_lib
+from sos.experiments.runs import Result, read_config, read_result
 from sos.files import atomic_write
-from sos.report import SparsityReport
 
 TABLE = "results.csv"
 TRADEOFF = "tradeoff.png"
 LAYERWISE = "layerwise.png"
-FOLDER = "runs"
+# Of every table, so that a file of something else is not replaced.
+_FIRST_COLUMNS = ("name", "label")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WeightSparsity:
-    """How sparse one weight of a trained network is.
+class FinishedRun:
+    """A finished run, as its directory holds it.
 
     Attributes:
-        path: The weight's path in the dense network.
-        size: The number of its elements.
-        sparsity: Fraction of zeros, as evaluation sees them.
+        name: Name of the directory.
+        config: The whole config.
+        result: Outcome of the run.
     """
 
-    path: str
-    size: int
-    sparsity: float
+    name: str
+    config: Mapping[str, Any]
+    result: Result
+
+    @property
+    def label(self) -> str:
+        """Name in tables and figures, without seed and sparsity."""
+        return config_lib.label(self.config)
+
+    @property
+    def technique(self) -> str | None:
+        """Name of the technique; None for a dense network."""
+        return self.config["sparsity"]["technique"]
+
+    @property
+    def point(self) -> tuple:
+        """What runs have in common that differ in their seeds alone."""
+        values = config_lib.flatten(self.config)
+        del values["seed"]
+        return (self.label, *(f"{k}={v}" for k, v in sorted(values.items())))
+
+    @property
+    def hyperparameters(self) -> str:
+        """The hyperparameters without a default, for people."""
+        sparsity = self.config["sparsity"]
+        return ", ".join(
+            f"{name} {sparsity[name]:.4g}"
+            for name in config_lib.required_hyperparameters(self.technique)
+        )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a run gave; all but `weights` are columns of the results table.
+def collect(
+    workdir: str | os.PathLike, names: Collection[str] | None = None
+) -> list[FinishedRun]:
+    """Reads the finished runs of a directory.
 
-    Attributes:
-        achieved_sparsity: Fraction of zeros in the weights made sparse, as
-            evaluation sees them.
-        model_sparsity: Fraction of zeros in all weights of the model.
-        test_accuracy: Fraction of the test examples classified correctly.
-        test_loss: Mean cross-entropy on the test examples, in nats.
-        seconds: Duration of training and evaluation, without compilation.
-        peak_memory: Peak memory of the process during the run, in MiB; also of
-            what earlier runs left there.
-        parameters_trained: The number of elements of all trainable variables,
-            with those that the technique adds.
-        weights: The weights of rank 2 or more, dense ones too, in the order of
-            the network.
-    """
-
-    achieved_sparsity: float
-    model_sparsity: float
-    test_accuracy: float
-    test_loss: float
-    seconds: float
-    peak_memory: float
-    parameters_trained: int
-    weights: tuple[WeightSparsity, ...] = ()
-
-
-def weight_sparsities(report: SparsityReport) -> tuple[WeightSparsity, ...]:
-    """What `Outcome.weights` holds, from a report of the trained network.
+    ```python
+    for run in sos.experiments.collect("runs/fashion_mnist"):
+        print(run.label, run.result.sparsity, run.result.metrics["accuracy"])
+    ```
 
     Args:
-        report: What `sos.sparsity_report` says of the network.
+        workdir: Directory of runs.
+        names: Names of the runs to read; by default all.
 
     Returns:
-        The weights of rank 2 or more, in the order of the report.
-    """
-    return tuple(
-        WeightSparsity(
-            path=row["weight"], size=row["size"], sparsity=row["sparsity"]
-        )
-        for row in report.rows
-        if row["rank"] >= 2
-    )
-
-
-_NUMBERS = tuple(
-    field.name
-    for field in dataclasses.fields(Outcome)
-    if field.name != "weights"
-)
-
-#: The columns of the table: what tells runs apart, what they gave, the rest.
-COLUMNS = tuple(
-    dict.fromkeys(
-        [
-            *("technique", "sparsity", "penalty", "seed"),
-            *_NUMBERS,
-            *IDENTITY,
-            "name",
-        ]
-    )
-)
-
-
-class Results:
-    """The finished runs of a study in a work directory.
-
-    Every run has a file of its own in `runs`, which appears complete or not at
-    all; `results.csv` is made anew from these files after each run. Files of
-    other runs stay as they are and are not in the table, so that several
-    configs may share a work directory.
-
-    Args:
-        workdir: The directory; it is made if need be.
-        runs: The runs of the study, in the order of the table.
-
-    Attributes:
-        outcomes: What the finished runs gave, by run.
+        The runs: dense ones, then technique by technique in the order of their
+        registration, by label, hyperparameters and seed.
 
     Raises:
-        OSError: If the directory cannot be written to.
-        ValueError: If a run's file is damaged, or the table or a figure is not
-            of a study.
+        StorageError: If a file is damaged or cannot be read.
     """
+    workdir = Path(workdir).expanduser()
+    if names is None:
+        names = sorted(p.name for p in workdir.glob("*") if p.is_dir())
+    runs = []
+    for name in names:
+        directory = os.fspath(workdir / name)
+        config, result = read_config(directory), read_result(directory)
+        if config is not None and result is not None:
+            runs.append(FinishedRun(name=name, config=config, result=result))
+    return sorted(runs, key=_order)
 
-    def __init__(self, workdir: Path, runs: Sequence[Run]) -> None:
-        self.workdir = workdir
-        self.runs = list(runs)
-        self.outcomes: dict[Run, Outcome] = {}
-        self._folder = workdir / FOLDER
-        for path in (self.table, self.tradeoff, self.layerwise):
-            if path.exists() and not self._is_ours():
-                raise ValueError(
-                    f"{path} is there, but is not of a study like this, so "
-                    "that it would be lost. Choose another work directory, or "
-                    "move the file away."
-                )
-        for run in self.runs:
-            if self.path(run).exists():
-                self.outcomes[run] = _read(self.path(run), run)
-        # Shows now whether writing will be possible. The table stays until
-        # there is something new to say.
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
 
-    @property
-    def table(self) -> Path:
-        """The table, `results.csv`."""
-        return self.workdir / TABLE
+def _order(run: FinishedRun) -> tuple:
+    techniques = [None, *sos.techniques()]
+    sparsity = run.config["sparsity"]
+    return (
+        techniques.index(run.technique),
+        run.label,
+        [
+            sparsity[name]
+            for name in config_lib.required_hyperparameters(run.technique)
+        ],
+        run.config["seed"],
+        run.name,
+    )
 
-    @property
-    def tradeoff(self) -> Path:
-        """The figure of accuracy against sparsity, `tradeoff.png`."""
-        return self.workdir / TRADEOFF
 
-    @property
-    def layerwise(self) -> Path:
-        """The figure of sparsity by layer, `layerwise.png`."""
-        return self.workdir / LAYERWISE
+def rows(runs: Iterable[FinishedRun]) -> list[dict[str, Any]]:
+    """Returns the rows of a table, one for each run.
 
-    @property
-    def pending(self) -> list[Run]:
-        """The runs that are not finished, in order."""
-        return [run for run in self.runs if run not in self.outcomes]
+    Args:
+        runs: Finished runs.
 
-    @property
-    def others(self) -> int:
-        """The number of files of runs that are not of this study."""
-        own = {self.path(run) for run in self.runs}
-        return sum(
-            # Hidden files are temporary ones, of a process that was killed.
-            path not in own and not path.name.startswith(".")
-            for path in self._folder.glob("*.json")
-        )
-
-    def ordered(self) -> list[tuple[Run, Outcome]]:
-        """The finished runs and what they gave, in the order of the runs."""
-        return [
-            (run, self.outcomes[run])
-            for run in self.runs
-            if run in self.outcomes
-        ]
-
-    def path(self, run: Run) -> Path:
-        """The file of a run."""
-        return self._folder / f"{run.name}.json"
-
-    def add(self, run: Run, outcome: Outcome) -> None:
-        """Records a finished run.
-
-        Args:
-            run: The run.
-            outcome: What it gave.
-        """
-        content = {
-            "run": run.identity(),
-            "outcome": dataclasses.asdict(outcome),
+    Returns:
+        By column: name and label, the metrics, `achieved_sparsity` and other
+        figures of the result, and every entry of the config by its dotted name.
+    """
+    return [
+        {
+            "name": run.name,
+            "label": run.label,
+            **run.result.metrics,
+            "achieved_sparsity": run.result.sparsity,
+            "model_sparsity": run.result.model_sparsity,
+            "seconds": run.result.seconds,
+            "parameters": run.result.parameters,
+            **{
+                name: value
+                for name, value in config_lib.flatten(run.config).items()
+                if name not in _FIRST_COLUMNS
+            },
         }
-        with atomic_write(self.path(run)) as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-        self.outcomes[run] = outcome
-        self.write_table()
-
-    def rows(self) -> list[dict[str, Any]]:
-        """The rows of the table, in the order of the runs."""
-        return [
-            {
-                "name": run.name,
-                **run.identity(),
-                **{name: getattr(outcome, name) for name in _NUMBERS},
-            }
-            for run, outcome in self.ordered()
-        ]
-
-    def _is_ours(self) -> bool:
-        """Whether the table that is there is one that this class wrote."""
-        try:
-            with self.table.open(newline="", encoding="utf-8") as file:
-                return next(csv.reader(file), []) == list(COLUMNS)
-        except (OSError, UnicodeDecodeError, csv.Error):
-            return False
-
-    def write_table(self) -> None:
-        """Writes the table of the runs that are finished."""
-        with (
-            atomic_write(self.table) as temporary,
-            temporary.open("w", newline="", encoding="utf-8") as file,
-        ):
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(self.rows())
+        for run in runs
+    ]
 
 
-def _read(path: Path, run: Run) -> Outcome:
-    """Reads the file of a run and checks that it is that run's."""
+def write_table(path: Path, runs: Sequence[FinishedRun]) -> None:
+    """Writes a CSV file with a row for each run.
+
+    Args:
+        path: The file; it is complete or, on an error, as it was before.
+        runs: Finished runs.
+
+    Raises:
+        StorageError: If there is a file that is no such table.
+    """
+    _check_table(path)
+    table = rows(runs)
+    columns = dict.fromkeys(name for row in table for name in row)
+    with (
+        atomic_write(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.DictWriter(file, [*columns] or _FIRST_COLUMNS)
+        writer.writeheader()
+        writer.writerows(table)
+
+
+def check_outputs(workdir: Path) -> None:
+    """Raises `StorageError` if files of something else would be replaced.
+
+    Args:
+        workdir: Directory of runs, where a table and figures are to be written.
+    """
+    _check_table(workdir / TABLE)
+    for name in (TRADEOFF, LAYERWISE):
+        path = workdir / name
+        if path.exists() and not (workdir / TABLE).exists():
+            raise _not_ours(path, "a figure of runs")
+
+
+def _check_table(path: Path) -> None:
     try:
-        content = json.loads(path.read_text("utf-8"))
-        if content["run"] != run.identity():
-            raise ValueError("its settings are those of another run")
-        found = content["outcome"]
-        weights = tuple(WeightSparsity(**w) for w in found.pop("weights"))
-        numbers = {
-            **found,
-            **{weight.path: weight.sparsity for weight in weights},
-        }
-        for name, value in numbers.items():
-            if type(value) not in (int, float):
-                raise ValueError(f"{name} is {value!r}")
-        outcome = Outcome(**found, weights=weights)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged or not the result of a run "
-            f"({type(error).__name__}: {error}). Move it away to repeat the "
-            "run, then start again."
-        ) from error
-    return outcome
+        with path.open(newline="", encoding="utf-8") as file:
+            header = next(csv.reader(file), [])
+    except FileNotFoundError:
+        return
+    except (OSError, UnicodeDecodeError, csv.Error):
+        header = []
+    if tuple(header[: len(_FIRST_COLUMNS)]) != _FIRST_COLUMNS:
+        raise _not_ours(path, "a table of runs")
+
+
+def _not_ours(path: Path, kind: str) -> StorageError:
+    return StorageError(
+        f"{path} is not {kind}, and would be lost. Choose another work "
+        "directory, or move the file away."
+    )

@@ -1,346 +1,400 @@
-"""The runs of a study: what each is made of, and the list a config asks for."""
+"""One run: a resolved config and a directory."""
 
+import contextlib
 import dataclasses
-import hashlib
 import json
-import math
-import re
-from collections.abc import Iterable, Mapping
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
+import ml_collections
+import numpy as np
+import tensorflow as tf
 
-from sos.ramps import LinearRamp
-from sos.registry import get_technique
-from sos.schedules import PolynomialDecay
-from sos.wrappers.masked import PruningWrapper
-from sos.wrappers.penalized import PenalizedWrapper
+from sos.errors import StorageError, UsageError
+from sos.experiments import config as config_lib
+from sos.experiments.task import make_task
+from sos.files import check_writable, only_process, write_text
+from sos.report import SparsityReport, sparsity_report
+from sos.training import main
+from sos.training.checkpoints import Checkpoints
+from sos.training.reporting import Summary
+from sos.training.signals import StopRequest, StopSource
+from sos.training.strategies import make_strategy, several_processes
+from sos.training.trainer import Trainer
+from sos.version import __version__
+
+CHECKPOINTS = "checkpoints"
+CONFIG = "config.json"
+RESULT = "result.json"
+
+#: Makes the trainer of a resolved config.
+MakeTrainer = Callable[[ml_collections.ConfigDict], Trainer]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
-    """All that decides what a run computes: its identity.
-
-    The fields are also the columns of the results table, but for the title,
-    which decides nothing. Two runs that differ only in `sparsity`, `penalty`
-    and `seed` have one shape and share one compiled training step.
+class WeightSparsity:
+    """Sparsity of one weight of a trained network.
 
     Attributes:
-        technique: The technique's name in the config.
-        title: The technique's name for people. By default it is made of
-            `technique`.
-        sparsity: The sparsity that a pruning technique is to reach.
-        penalty: The weight of a penalty, as a multiple of 1 / (number of
-            training examples).
-        seed: Seed of the initial weights, the order of the data and the noise.
-        model: Name of the network.
-        dataset: Name of the data set.
-        train_examples: The number of training examples.
-        steps: The number of optimizer steps.
-        batch_size: The number of examples in one step.
-        learning_rate: Initial learning rate of Adam; a cosine takes it to 0.
-        weight_decay: Decoupled weight decay (Loshchilov and Hutter 2019, the
-            factor of the learning rate) of the weights of rank 2 or more; not
-            of biases, norms and what a technique adds.
-        keep_dense: Regular expression on weight paths; what it matches is not
-            made sparse. Empty for none.
-        wrapper: Name of the registered technique; None for a dense run.
-        begin_step: The step at which pruning, or the ramp of a penalty, begins.
-        end_step: The step at which it is complete.
-        frequency: The number of steps between two mask updates.
-        learning_rate_multiplier: Factor of the learning rate for the trainable
-            variables that the technique adds.
-        arguments: Further arguments of the technique, as a JSON object.
+        path: The weight's path in the dense network.
+        size: Number of elements.
+        sparsity: Fraction of zeros in evaluation.
     """
 
-    technique: str
-    title: str = dataclasses.field(default="", compare=False)
-    sparsity: float | None = None
-    penalty: float | None = None
-    seed: int
-    model: str
-    dataset: str
-    train_examples: int
-    steps: int
-    batch_size: int
-    learning_rate: float
-    weight_decay: float = 0.0
-    keep_dense: str = ""
-    wrapper: str | None = None
-    begin_step: int | None = None
-    end_step: int | None = None
-    frequency: int | None = None
-    learning_rate_multiplier: float | None = None
-    arguments: str = "{}"
-
-    def __post_init__(self) -> None:
-        if not self.title:
-            object.__setattr__(self, "title", _title(self.technique))
-
-    def identity(self) -> dict[str, Any]:
-        """The fields that tell runs apart, by name: all but the title."""
-        return {name: getattr(self, name) for name in IDENTITY}
-
-    @property
-    def setting(self) -> str:
-        """What sets the run apart in its technique, for people: 90%, 0.1/N."""
-        if self.sparsity is not None:
-            return f"{100 * self.sparsity:.6g}%"
-        if self.penalty is not None:
-            return f"{self.penalty:.6g}/N"
-        return ""
-
-    @property
-    def name(self) -> str:
-        """A readable name, different for different runs, fit for a file."""
-        parts = [self.technique]
-        for key in ("sparsity", "penalty", "seed"):
-            if getattr(self, key) is not None:
-                parts.append(f"{key}-{getattr(self, key):.6g}")
-        settings = json.dumps(self.identity(), sort_keys=True)
-        digest = hashlib.blake2s(settings.encode(), digest_size=4)
-        return "_".join([*parts, digest.hexdigest()])
-
-    @property
-    def shape(self) -> "Run":
-        """The run without the values that can change in a compiled step."""
-        return dataclasses.replace(
-            self,
-            sparsity=None if self.sparsity is None else 0.0,
-            penalty=None if self.penalty is None else 0.0,
-            seed=0,
-        )
-
-    @property
-    def penalty_weight(self) -> float:
-        """The factor of the penalty in the loss."""
-        return self.penalty / self.train_examples
-
-    def technique_settings(self) -> dict[str, Any]:
-        """The arguments of the technique, for `sos.sparsify`."""
-        settings = json.loads(self.arguments)
-        if self.sparsity is not None:
-            settings["schedule"] = PolynomialDecay(
-                0.0,
-                self.sparsity,
-                begin_step=self.begin_step,
-                end_step=self.end_step,
-                frequency=self.frequency,
-            )
-        if self.penalty is not None:
-            settings["penalty_weight"] = self.penalty_weight
-            settings["ramp"] = LinearRamp(self.begin_step, self.end_step)
-        if hasattr(get_technique(self.wrapper), "seed"):
-            settings["seed"] = self.seed
-        return settings
+    path: str
+    size: int
+    sparsity: float
 
 
-#: The names of the fields that tell runs apart.
-IDENTITY = tuple(
-    field.name for field in dataclasses.fields(Run) if field.compare
-)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """Outcome of a finished run, as `result.json` holds it.
+
+    Attributes:
+        step: Number of optimizer steps.
+        metrics: Figures of the last evaluation by name; empty if the task has
+            no evaluation data.
+        sparsity: Fraction of zeros in the weights that were made sparse, in
+            evaluation; None for a dense model.
+        model_sparsity: Fraction of zeros in all weights of the model.
+        seconds: Total training time in seconds, including time before
+            restarts, and tracing where the run did not share its steps.
+        parameters: Number of elements of all trainable variables, including
+            those that the technique adds.
+        weights: All weights of rank 2 or more, in the order of the network.
+        versions: Versions of the packages, by name.
+    """
+
+    step: int
+    metrics: Mapping[str, float]
+    sparsity: float | None
+    model_sparsity: float
+    seconds: float
+    parameters: int
+    weights: tuple[WeightSparsity, ...]
+    versions: Mapping[str, str]
 
 
-def expand(config: Mapping[str, Any], *, train_examples: int) -> list[Run]:
-    """Makes the list of runs that a config asks for.
+def run(
+    config: Mapping[str, Any],
+    workdir: str | os.PathLike,
+    *,
+    mode: str = "train_and_eval",
+    make_trainer: MakeTrainer | None = None,
+    on_summary: Sequence[Callable[[Summary], Any]] = (),
+    stop: StopSource | None = None,
+    **options: Any,
+) -> Result | None:
+    """Trains a run, resumes it, or finds that it is finished.
+
+    The run has a directory of its own in `workdir`, named `run_name(config)`:
+    `config.json` (the whole config), `checkpoints/`, `train.jsonl`, TensorBoard
+    files and, once it is finished, `result.json`.
+
+    ```python
+    config = get_config("magnitude,sparsity=0.9")  # of a file in configs/
+    result = sos.experiments.run(config, "runs/fashion_mnist")
+    ```
 
     Args:
-        config: The config, such as that of `configs/fashion_mnist.py`, which
-            says what it has to contain.
-        train_examples: The number of training examples of its data set.
+        config: The config, complete or not: see `base_config`.
+        workdir: Directory of several runs.
+        mode: One of `sos.training.main.MODES`. Modes "train" and "eval", in two
+            processes, do together what "train_and_eval" does.
+        make_trainer: Makes the trainer, in the way the run is to be executed.
+            By default on all devices that the machine calls for.
+        on_summary: Called with a summary of every loop and evaluation.
+        stop: Stops the run between two loops. By default SIGTERM and Ctrl-C
+            do, where the main thread calls this.
+        **options: Fields of `sos.training.main.Options`, such as
+            `save_checkpoints_steps`. None of them changes the result.
 
     Returns:
-        The runs: technique by technique, then by sparsity or penalty, then by
-        seed.
+        The result; None if the run is not finished, as in mode "train" of a
+        task with evaluation data.
 
     Raises:
-        ValueError: If a value in the config is wrong; the text names it.
+        UsageError: If the config is invalid, or the run was started with
+            another one.
+        StorageError: If a file cannot be read or written, or another process
+            trains this run.
+        NonFiniteLossError: If the loss is not finite.
+        Stopped: If it was asked to stop, and is saved; the same call resumes
+            the run.
     """
-    common = {
-        "model": _text(config, "model"),
-        "dataset": _text(config, "dataset"),
-        "train_examples": train_examples,
-        "steps": _integer(config, "steps", 1),
-        "batch_size": _integer(config, "batch_size", 1, train_examples),
-        "learning_rate": _number(config, "learning_rate", above=0.0),
-        "weight_decay": _number(config, "weight_decay"),
-    }
-    # It is no setting of a run, but no better known after hours of training.
-    _number(config, "layerwise_sparsity", maximum=1.0)
-    seeds = _values(config, "seeds", "config.seeds", integer=True)
-    runs = []
-    for name in technique_names(config):
-        title = str(config[name].get("title", ""))
-        for settings in _sweep(name, config[name], common):
-            for seed in seeds:
-                run = Run(
-                    technique=name, title=title, seed=seed, **settings, **common
+    config = config_lib.resolve(config)
+    directory = run_directory(config, workdir)
+    _write_config(config, directory)
+    trains = mode in ("train", "train_and_eval")
+    if trains and (result := read_result(directory)) is not None:
+        return result
+    if make_trainer is None:
+        make_trainer = _make_trainer
+    with _dtype_policy(config.dtype_policy):
+        trainer = make_trainer(config)
+        options = main.Options(
+            mode=mode,
+            workdir=directory,
+            train_steps=config.train_steps,
+            **_checkpoints_to_keep(config, options),
+        )
+        if mode == "export":
+            main.export(trainer, options)
+            return None
+        with contextlib.ExitStack() as stack:
+            if stop is None:
+                # After the strategy is made, which may take signals itself.
+                stop = stack.enter_context(StopRequest())
+            if mode == "eval":
+                summary = main.evaluate_continuously(
+                    trainer, options, stop=stop, on_summary=on_summary
                 )
-                _check_technique(run)
-                runs.append(run)
-    return runs
-
-
-def technique_names(config: Mapping[str, Any]) -> list[str]:
-    """The techniques that a config selects, checked, in its order."""
-    valid = [
-        name
-        for name in config
-        if isinstance(config[name], Mapping) or hasattr(config[name], "keys")
-    ]
-    names = [part.strip() for part in config["techniques"].split(",")]
-    for name in names:
-        if name not in valid or names.count(name) > 1:
-            raise ValueError(
-                "`config.techniques` must name techniques of the config, each "
-                f"once, with commas between: {','.join(valid)}. "
-                f"Received: {name!r} in {config['techniques']!r}"
+                return _finish(trainer, config, directory, summary)
+            if trainer.is_chief:
+                stack.enter_context(only_process(directory, "run"))
+                if not several_processes(trainer.strategy):
+                    # Another process may have finished it since.
+                    result = read_result(directory)
+                    if result is not None:
+                        return result
+            summary = main.train(
+                trainer, options, stop=stop, on_summary=on_summary
             )
-    return names
+            if summary is None and trainer.task.has_evaluation:
+                return None
+            result = _finish(trainer, config, directory, summary)
+            if trainer.is_chief:
+                _remove_checkpoints(config, directory)
+            return result
 
 
-def _sweep(
-    name: str, technique: Mapping[str, Any], common: Mapping[str, Any]
-) -> Iterable[dict[str, Any]]:
-    """The settings of each run of one technique, but for seeds."""
-    if technique["wrapper"] is None:
-        yield {}
+def run_directory(
+    config: ml_collections.ConfigDict, workdir: str | os.PathLike
+) -> str:
+    """Returns the directory of a run.
+
+    Args:
+        config: A resolved config.
+        workdir: Directory of several runs.
+
+    Raises:
+        UsageError: If `workdir` is empty.
+    """
+    workdir = os.path.expanduser(os.fspath(workdir))
+    if not workdir:
+        raise UsageError(
+            "`workdir` must name a directory. Received: an empty text"
+        )
+    return os.path.join(workdir, config_lib.run_name(config))
+
+
+def last_step(directory: str) -> int:
+    """Returns the step that a run would be resumed from.
+
+    Args:
+        directory: Directory of the run.
+    """
+    steps = _checkpoints(directory).steps()
+    return steps[-1] if steps else 0
+
+
+def read_config(directory: str) -> dict[str, Any] | None:
+    """Returns the stored config of a run; None if there is none.
+
+    Args:
+        directory: Directory of the run.
+
+    Raises:
+        StorageError: If the file is damaged or cannot be read.
+    """
+    config = _read_json(os.path.join(directory, CONFIG))
+    if config is not None and not isinstance(config, dict):
+        raise _damaged(os.path.join(directory, CONFIG), "it is no mapping")
+    return config
+
+
+def read_result(directory: str) -> Result | None:
+    """Returns the result of a run; None if it is not finished.
+
+    Args:
+        directory: Directory of the run.
+
+    Raises:
+        StorageError: If the file is damaged or cannot be read.
+    """
+    path = os.path.join(directory, RESULT)
+    content = _read_json(path)
+    if content is None:
+        return None
+    try:
+        weights = tuple(WeightSparsity(**w) for w in content.pop("weights"))
+        result = Result(**content, weights=weights)
+        _check_result(result)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+    return result
+
+
+def _check_result(result: Result) -> None:
+    """Raises `ValueError` if a value is no number."""
+    numbers = {
+        "step": result.step,
+        "model_sparsity": result.model_sparsity,
+        "seconds": result.seconds,
+        "parameters": result.parameters,
+        **result.metrics,
+        **{weight.path: weight.sparsity for weight in result.weights},
+    }
+    if result.sparsity is not None:
+        numbers["sparsity"] = result.sparsity
+    for name, value in numbers.items():
+        if type(value) not in (int, float):
+            raise ValueError(f"{name} is {value!r}")
+
+
+def _make_trainer(config: ml_collections.ConfigDict) -> Trainer:
+    strategy = make_strategy()
+    with strategy.scope():
+        task = make_task(config)
+    return Trainer(
+        task,
+        strategy=strategy,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+    )
+
+
+def _write_config(config: ml_collections.ConfigDict, directory: str) -> None:
+    """Stores the config, or compares it to the one that is stored.
+
+    Raises:
+        UsageError: If the run was started with another config.
+    """
+    stored = read_config(directory)
+    if stored is not None:
+        lines = config_lib.config_diff(stored, config)
+        if lines:
+            raise UsageError(
+                f"The run in {directory} was started with another config. "
+                "Start it with the same config and the same version of the "
+                "task, or choose another work directory. Differences:"
+                + "".join(f"\n  {line}" for line in lines)
+            )
+    values = config_lib.plain(config)
+    if stored != values:
+        check_writable(directory)
+        write_text(os.path.join(directory, CONFIG), _json_text(values))
+
+
+def _checkpoints_to_keep(
+    config: ml_collections.ConfigDict, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the options with those that `config.keep` asks for."""
+    options = dict(options)
+    if config.keep != "none":
+        options["keep_checkpoint_steps"] = (0,)
+    if config.keep == "all":
+        options["keep_checkpoint_max"] = sys.maxsize
+    return options
+
+
+def _finish(
+    trainer: Trainer,
+    config: ml_collections.ConfigDict,
+    directory: str,
+    summary: Summary | None,
+) -> Result | None:
+    """Writes the result of a run whose last step is trained and evaluated."""
+    if trainer.step != config.train_steps:
+        return None
+    # All workers, as reading variables may take all of them.
+    report = sparsity_report(trainer.model)
+    result = Result(
+        step=trainer.step,
+        metrics={} if summary is None else dict(summary.metrics),
+        sparsity=(
+            None if config.sparsity.technique is None else report.sparsity
+        ),
+        model_sparsity=report.model_sparsity,
+        seconds=trainer.seconds,
+        parameters=sum(
+            int(np.prod(v.shape)) for v in trainer.model.trainable_variables
+        ),
+        weights=_weights(report),
+        versions={
+            "sos": __version__,
+            "keras": keras.__version__,
+            "tensorflow": tf.__version__,
+        },
+    )
+    if trainer.is_chief:
+        write_text(
+            os.path.join(directory, RESULT),
+            _json_text(dataclasses.asdict(result)),
+        )
+    return result
+
+
+def _remove_checkpoints(
+    config: ml_collections.ConfigDict, directory: str
+) -> None:
+    """Removes the checkpoints that `config.keep` does not keep."""
+    if config.keep == "all":
         return
-    at = f"config.{name}"
-    keep_dense = technique.get("keep_dense", "")
+    kept = {0, config.train_steps} if config.keep == "trunk" else set()
+    checkpoints = _checkpoints(directory)
+    for step in checkpoints.steps():
+        if step not in kept:
+            checkpoints.remove(step)
+
+
+def _weights(report: SparsityReport) -> tuple[WeightSparsity, ...]:
+    return tuple(
+        WeightSparsity(
+            path=row["weight"], size=row["size"], sparsity=row["sparsity"]
+        )
+        for row in report.rows
+        if row["rank"] >= 2
+    )
+
+
+def _checkpoints(directory: str) -> Checkpoints:
+    """The checkpoints of a run, to list and remove them."""
+    return Checkpoints(os.path.join(directory, CHECKPOINTS), configuration={})
+
+
+@contextlib.contextmanager
+def _dtype_policy(name: str) -> Iterator[None]:
+    """Sets the policy of the layers that are made in the scope."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(name)
     try:
-        re.compile(keep_dense)
-    except (TypeError, re.error) as error:
-        raise ValueError(
-            f"`{at}.keep_dense` must be a regular expression ({error}). "
-            f"Received: {keep_dense!r}"
-        ) from error
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def _read_json(path: str) -> Any:
+    """Returns the content of a JSON file; None if there is no file."""
     try:
-        wrapper = get_technique(technique["wrapper"])
+        if not tf.io.gfile.exists(path):
+            return None
+        with tf.io.gfile.GFile(path) as file:
+            return json.loads(file.read())
     except ValueError as error:
-        raise ValueError(f"`{at}.wrapper`: {error}") from error
-    begin = _number(technique, "begin", at=at, maximum=1.0)
-    end = _number(technique, "end", at=at, maximum=1.0)
-    steps = common["steps"]
-    settings = {
-        "keep_dense": keep_dense,
-        "wrapper": technique["wrapper"],
-        "begin_step": round(begin * steps),
-        "end_step": round(end * steps),
-        "arguments": json.dumps(dict(technique["arguments"]), sort_keys=True),
-    }
-    if issubclass(wrapper, PruningWrapper):
-        if begin > end:
-            raise ValueError(
-                f"`{at}.begin` must not be above `{at}.end`. "
-                f"Received: begin={begin}, end={end}"
-            )
-        frequency = _number(technique, "frequency", at=at, above=0.0)
-        settings["frequency"] = max(1, round(frequency * steps))
-        for sparsity in _values(technique, "sparsities", f"{at}.sparsities"):
-            if sparsity >= 1:
-                raise ValueError(
-                    f"`{at}.sparsities` must be in [0, 1): the fraction of "
-                    f"zeros. Received: {sparsity}"
-                )
-            yield {"sparsity": sparsity, **settings}
-    elif issubclass(wrapper, PenalizedWrapper):
-        if settings["begin_step"] >= settings["end_step"]:
-            raise ValueError(
-                f"`{at}.begin` must be below `{at}.end`, by one step at least. "
-                f"Received: begin={begin}, end={end} with steps={steps}"
-            )
-        settings["learning_rate_multiplier"] = _number(
-            technique, "learning_rate_multiplier", at=at, above=0.0
-        )
-        for penalty in _values(technique, "penalties", f"{at}.penalties"):
-            yield {"penalty": penalty, **settings}
-    else:
-        raise ValueError(
-            f"`{at}.wrapper` must be a technique with a pruning schedule or a "
-            f"penalty. Received: {technique['wrapper']!r}"
-        )
+        raise _damaged(path, str(error)) from error
+    except (tf.errors.OpError, OSError) as error:
+        raise StorageError(f"{path} cannot be read: {error}") from error
 
 
-def _check_technique(run: Run) -> None:
-    """Lets the technique itself check its arguments, on a layer of no use."""
-    if run.wrapper is None:
-        return
-    technique = get_technique(run.wrapper)
-    try:
-        technique(keras.layers.Dense(1), **run.technique_settings())
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"`config.{run.technique}`: {error}") from error
-
-
-def _text(config: Mapping[str, Any], name: str) -> str:
-    value = config.get(name)
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"`config.{name}` must be a name. Received: {value!r}")
-    return value
-
-
-def _integer(
-    config: Mapping[str, Any], name: str, minimum: int, maximum: int = 2**31 - 1
-) -> int:
-    value = config[name]
-    if not minimum <= value <= maximum:
-        raise ValueError(
-            f"`config.{name}` must be in [{minimum}, {maximum}]. "
-            f"Received: {value}"
-        )
-    return int(value)
-
-
-def _number(
-    config: Mapping[str, Any],
-    name: str,
-    *,
-    at: str = "config",
-    above: float = -math.inf,
-    maximum: float = math.inf,
-) -> float:
-    value = config[name]
-    minimum = 0.0
-    if not (
-        math.isfinite(value) and minimum <= value and above < value <= maximum
-    ):
-        least = f"above {above:g}" if above >= minimum else "at least 0"
-        most = f" and at most {maximum:g}" if maximum < math.inf else ""
-        raise ValueError(
-            f"`{at}.{name}` must be {least}{most}. Received: {value}"
-        )
-    return float(value)
-
-
-def _values(
-    config: Mapping[str, Any], key: str, name: str, *, integer: bool = False
-) -> list[float]:
-    """A tuple of numbers that are not negative, each once, sorted."""
-    values = config[key]
-    kind = int if integer else (int, float)
-    valid = (
-        len(values) > 0
-        and all(
-            isinstance(value, kind)
-            and not isinstance(value, bool)
-            and 0 <= value < 2**31
-            for value in values
-        )
-        and len(set(values)) == len(values)
+def _damaged(path: str, reason: str) -> StorageError:
+    return StorageError(
+        f"{path} is damaged or not the file of a run ({reason}). Move the "
+        "directory away to repeat the run."
     )
-    if not valid:
-        raise ValueError(
-            f"`{name}` must be one or more different "
-            f"{'integers' if integer else 'numbers'}, not negative, with "
-            f"commas between. Received: {tuple(values)}"
-        )
-    return sorted(int(v) if integer else float(v) for v in values)
 
 
-def _title(technique: str) -> str:
-    """The name of a technique in a config, as text for people."""
-    # Names as short as this are abbreviations.
-    return (
-        technique.upper() if len(technique) < 3 else technique.replace("_", " ")
-    )
+def _json_text(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=1) + "\n"

@@ -5,64 +5,76 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import keras
 import tensorflow as tf
 from absl import logging
 
-from sos.errors import CheckpointError, DamagedCheckpointError
+from sos.errors import (
+    CheckpointError,
+    DamagedCheckpointError,
+    UsageError,
+    reason,
+)
 from sos.files import sync_directory, sync_tree
+from sos.training.strategies import is_lost_worker, several_workers
 
 _FOLDER = re.compile(r"step-(\d{8,})")
 _METADATA = "metadata.json"
 _VARIABLES = "variables"
 _TEMPORARY = ".writing-"
-# Errors that say nothing of the files: what they are of may pass.
-_LOST_WORKER = (
+# Errors that may pass, and say nothing about the files.
+_NOT_DAMAGE = (
     tf.errors.AbortedError,
     tf.errors.CancelledError,
     tf.errors.DeadlineExceededError,
-    tf.errors.UnavailableError,
-)
-_NOT_DAMAGE = (
-    *_LOST_WORKER,
     tf.errors.PermissionDeniedError,
     tf.errors.ResourceExhaustedError,
     tf.errors.UnauthenticatedError,
+    tf.errors.UnavailableError,
     MemoryError,
     PermissionError,
 )
 _COUNTS = re.compile(r"_\d+(?=[/_]|$)")
-_OPERATION = re.compile(r"^\{\{\S+ \S+\}\} ?| \[Op:\w+\]$")
+_MAX_DIFFERENCES = 20
+# Bytes of a variable's entries in the index, the object graph and the metadata.
+_ENTRY_BYTES = 256
 
 
 class Checkpoints:
     """The checkpoints in a directory.
 
-    Each is a directory `step-00001000` with the variables, as TensorFlow's
-    `tf.train.Checkpoint(model=..., optimizer=...)` reads them, and
-    `metadata.json`: the step, the configuration, and what belongs to it. It is
-    written under a temporary name and renamed, so that it is complete or
-    absent; sizes and checksums tell what was damaged later. On an object store
-    such as `gs://`, where directories cannot be renamed in one go, a checkpoint
-    counts only when all its files are there.
+    Each is a directory such as `step-00001000`, which holds the variables in
+    the format of `tf.train.Checkpoint(model=..., optimizer=...)` and
+    `metadata.json`: the step, the configuration, and the names, dtypes and
+    shapes of all variables. It is written under a temporary name and renamed,
+    so that it is complete or absent; sizes and checksums reveal later damage.
+    On an object store such as `gs://`, where a directory cannot be renamed
+    atomically, a checkpoint counts only when all its files are there.
 
-    A checkpoint holds everything that training is a function of: weights,
-    masks, the optimizer's slots and the step, which also is the position in the
-    input.
+    A checkpoint holds all state of training: weights, masks, the optimizer's
+    slots and the step, which also is the position in the input.
+
+    `tf.train.CheckpointManager` is not used: it writes the files of a
+    checkpoint one by one and lists them in another file, does not flush them to
+    the disk, stores and verifies no configuration, restores the newest
+    checkpoint only, also where it is damaged, and keeps old ones by hours
+    rather than by steps.
 
     Args:
-        directory: Where the checkpoints are; it is made when one is saved.
-        configuration: What decides what is computed; JSON values by name. A
-            checkpoint of another configuration is refused.
-        keep: How many of the newest are kept.
-        keep_every: Keep those whose step is a multiple of it for good; None
-            for none.
+        directory: The directory; created when a checkpoint is saved.
+        configuration: Everything that determines what is computed, as JSON
+            values by name. Restoring a checkpoint of another configuration
+            raises `CheckpointError`.
+        keep: Number of newest checkpoints that are kept.
+        keep_every: Checkpoints whose step is a multiple of it are never removed
+            by `save`; None for none.
+        keep_steps: Steps whose checkpoints are never removed by `save`.
 
     Raises:
-        ValueError: If `keep` or `keep_every` is below 1.
+        UsageError: If `keep` or `keep_every` is below 1.
     """
 
     def __init__(
@@ -72,20 +84,22 @@ class Checkpoints:
         configuration: Mapping[str, Any],
         keep: int = 5,
         keep_every: int | None = None,
+        keep_steps: Collection[int] = (),
     ) -> None:
         for name, value in (("keep", keep), ("keep_every", keep_every)):
             if value is not None and value < 1:
-                raise ValueError(
+                raise UsageError(
                     f"`{name}` must be at least 1. Received: {name}={value}"
                 )
         self.directory = os.fspath(directory)
-        # What a file can hold: tuples become lists.
+        # As a file returns it: tuples become lists.
         self._configuration = json.loads(json.dumps(dict(configuration)))
         self._keep = keep
         self._keep_every = keep_every
+        self._keep_steps = frozenset(keep_steps)
 
     def steps(self) -> list[int]:
-        """The steps of the checkpoints that are there, oldest first."""
+        """Returns the steps of all checkpoints, in ascending order."""
         if not tf.io.gfile.isdir(self.directory):
             return []
         matches = [
@@ -95,8 +109,29 @@ class Checkpoints:
         return sorted(int(match[1]) for match in matches if match)
 
     def path(self, step: int) -> str:
-        """The directory of the checkpoint of a step."""
+        """Returns the directory of the checkpoint of a step."""
         return os.path.join(self.directory, f"step-{step:08d}")
+
+    @staticmethod
+    def nbytes(
+        model: keras.Model, optimizer: keras.optimizers.Optimizer
+    ) -> int:
+        """Estimates the bytes that one checkpoint takes on disk.
+
+        Args:
+            model: The model.
+            optimizer: Its optimizer, built.
+
+        Returns:
+            Number of bytes: the values of all variables, and about 250 bytes
+            for each variable's entries in the index and the metadata.
+        """
+        variables = [*model.variables, *optimizer.variables]
+        return sum(
+            tf.TensorShape(v.shape).num_elements() * tf.as_dtype(v.dtype).size
+            + _ENTRY_BYTES
+            for v in variables
+        )
 
     def save(
         self,
@@ -104,24 +139,24 @@ class Checkpoints:
         model: keras.Model,
         optimizer: keras.optimizers.Optimizer,
         *,
-        notes: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
         chief: bool = True,
     ) -> None:
         """Saves a checkpoint and removes those that are no longer kept.
 
         All workers must call it, as reading some variables takes all of them;
-        only the chief's is kept.
+        only the chief's checkpoint is kept.
 
         Args:
-            step: The number of completed optimizer steps.
+            step: Number of completed optimizer steps.
             model: The model.
             optimizer: Its optimizer.
-            notes: What to write down beside it; JSON values by name.
+            metadata: Further JSON values by name, which `restore` returns.
             chief: Whether this process is the chief.
 
         Raises:
             CheckpointError: If it cannot be written. Nothing is left of it,
-                and the checkpoints that were there are as they were.
+                and the other checkpoints are unchanged.
         """
         # Workers may share the directory, so each has a name of its own.
         temporary = os.path.join(
@@ -135,27 +170,27 @@ class Checkpoints:
                 if not chief:
                     return
                 self._write_metadata(
-                    temporary, step, model, optimizer, notes or {}
+                    temporary, step, model, optimizer, metadata or {}
                 )
                 sync_tree(temporary)
                 with self._set_aside(step):
                     tf.io.gfile.rename(temporary, self.path(step))
                 sync_directory(self.directory)
-        except _LOST_WORKER:
-            # Reading variables takes all workers, and one is gone.
-            raise
         except (tf.errors.OpError, OSError) as error:
-            last = self.steps()
+            # Reading variables takes all workers, and one may be lost.
+            if several_workers() and is_lost_worker(error):
+                raise
+            steps = self.steps()
             raise CheckpointError(
                 f"The checkpoint of step {step} could not be written to "
-                f"{self.directory}: {_reason(error)}. "
+                f"{self.directory}: {reason(error)}. "
                 + (
-                    f"That of step {last[-1]} is the last one that is there. "
-                    if last
+                    f"The newest one is of step {steps[-1]}. "
+                    if steps
                     else "There is no other one. "
                 )
-                + "Make room or choose another directory, and run the same "
-                "command again."
+                + "Free disk space or choose another directory, and run the "
+                "same command again."
             ) from error
         self._remove_old(step)
 
@@ -165,15 +200,15 @@ class Checkpoints:
         step: int,
         model: keras.Model,
         optimizer: keras.optimizers.Optimizer,
-        notes: Mapping[str, Any],
+        metadata: Mapping[str, Any],
     ) -> None:
         files = {
             name: tf.io.gfile.stat(os.path.join(folder, name)).length
             for name in sorted(tf.io.gfile.listdir(folder))
         }
-        metadata = {
+        content = {
             "step": step,
-            "notes": dict(notes),
+            "metadata": dict(metadata),
             "configuration": self._configuration,
             "versions": {
                 "tensorflow": tf.__version__,
@@ -183,7 +218,7 @@ class Checkpoints:
             "files": files,
         }
         with tf.io.gfile.GFile(os.path.join(folder, _METADATA), "w") as file:
-            file.write(json.dumps(metadata, indent=1) + "\n")
+            file.write(json.dumps(content, indent=1) + "\n")
 
     def restore(
         self, model: keras.Model, optimizer: keras.optimizers.Optimizer
@@ -195,11 +230,12 @@ class Checkpoints:
             optimizer: Its optimizer, built.
 
         Returns:
-            Its "step" and notes, or None if there is no checkpoint.
+            Its "step" and the metadata it was saved with; None if there is no
+            checkpoint.
 
         Raises:
             CheckpointError: If the checkpoint is of another configuration, or
-                all that are there are damaged.
+                all checkpoints are damaged.
         """
         steps = self.steps()
         for step in reversed(steps):
@@ -214,7 +250,7 @@ class Checkpoints:
         if steps:
             raise CheckpointError(
                 f"All checkpoints in {self.directory} are damaged: of steps "
-                f"{steps}. Move them away to begin anew."
+                f"{steps}. Move them away to start from step 0."
             )
         return None
 
@@ -232,26 +268,18 @@ class Checkpoints:
             optimizer: Its optimizer, built.
 
         Returns:
-            The "step" and notes that were saved with it.
+            The "step" and the metadata it was saved with.
 
         Raises:
             DamagedCheckpointError: If it is damaged.
             CheckpointError: If it is of another configuration, or cannot be
-                read now.
+                read at the moment.
         """
         with self._readable(step):
-            return self._restore(step, model, optimizer)
-
-    @contextlib.contextmanager
-    def _readable(self, step: int) -> Iterator[None]:
-        """Says so if a checkpoint cannot be read now, though not damaged."""
-        try:
-            yield
-        except _NOT_DAMAGE as error:
-            raise CheckpointError(
-                f"The checkpoint {self.path(step)} cannot be read now: "
-                f"{_reason(error)}. Run the same command again."
-            ) from error
+            metadata = self._read_metadata(step)
+            self._verify(step, metadata, variable_specs(model, optimizer))
+            self._read_variables(step, model, optimizer)
+        return {"step": step, **metadata["metadata"]}
 
     def check(
         self,
@@ -259,7 +287,7 @@ class Checkpoints:
         model: keras.Model,
         optimizer: keras.optimizers.Optimizer,
     ) -> None:
-        """Looks at a checkpoint without restoring it.
+        """Verifies a checkpoint's metadata without restoring it.
 
         Args:
             step: One of `steps()`.
@@ -267,36 +295,68 @@ class Checkpoints:
             optimizer: Its optimizer, built.
 
         Raises:
-            DamagedCheckpointError: If it is seen to be damaged.
+            DamagedCheckpointError: If the metadata is damaged, or a file is
+                absent or of another size.
             CheckpointError: If it is of another configuration, or cannot be
-                read now.
+                read at the moment.
         """
         with self._readable(step):
             metadata = self._read_metadata(step)
-        self._check(step, metadata, variable_specs(model, optimizer))
+        self._verify(step, metadata, variable_specs(model, optimizer))
 
-    def _restore(
+    def remove(self, step: int) -> None:
+        """Removes the checkpoint of a step, whether or not `save` keeps it.
+
+        It is renamed first: a process that is killed meanwhile leaves no
+        incomplete checkpoint.
+
+        Args:
+            step: The step; nothing is done if it has no checkpoint.
+
+        Raises:
+            CheckpointError: If the checkpoint cannot be removed.
+        """
+        try:
+            with self._set_aside(step):
+                pass
+        except (tf.errors.OpError, OSError) as error:
+            raise CheckpointError(
+                f"The checkpoint {self.path(step)} could not be removed: "
+                f"{reason(error)}. Change the permissions of its directory."
+            ) from error
+
+    @contextlib.contextmanager
+    def _readable(self, step: int) -> Iterator[None]:
+        """Raises `CheckpointError` for errors that may pass."""
+        try:
+            yield
+        except _NOT_DAMAGE as error:
+            raise CheckpointError(
+                f"The checkpoint {self.path(step)} cannot be read now: "
+                f"{reason(error)}. Run the same command again."
+            ) from error
+
+    def _read_variables(
         self,
         step: int,
         model: keras.Model,
         optimizer: keras.optimizers.Optimizer,
-    ) -> dict[str, Any]:
-        metadata = self._read_metadata(step)
-        self._check(step, metadata, variable_specs(model, optimizer))
+    ) -> None:
         checkpoint = _checkpoint(model, optimizer)
         try:
             status = checkpoint.read(os.path.join(self.path(step), _VARIABLES))
             status.assert_existing_objects_matched().assert_consumed()
         except _NOT_DAMAGE:
             raise
-        # What TensorFlow raises depends on where the damage is: an IndexError,
-        # for one.
+        # What TensorFlow raises depends on where the damage is, for example an
+        # IndexError.
         except Exception as error:
-            raise DamagedCheckpointError(_reason(error)) from error
-        found = int(keras.ops.convert_to_numpy(optimizer.iterations))
-        if found != step:
-            raise DamagedCheckpointError(f"it holds step {found}")
-        return {"step": step, **metadata["notes"]}
+            raise DamagedCheckpointError(reason(error)) from error
+        restored = int(keras.ops.convert_to_numpy(optimizer.iterations))
+        if restored != step:
+            raise DamagedCheckpointError(
+                f"its variables are of step {restored}"
+            )
 
     def _read_metadata(self, step: int) -> dict[str, Any]:
         folder = self.path(step)
@@ -304,10 +364,10 @@ class Checkpoints:
             with tf.io.gfile.GFile(os.path.join(folder, _METADATA)) as file:
                 metadata = json.loads(file.read())
             for name, size in metadata["files"].items():
-                found = tf.io.gfile.stat(os.path.join(folder, name)).length
-                if found != size:
+                length = tf.io.gfile.stat(os.path.join(folder, name)).length
+                if length != size:
                     raise DamagedCheckpointError(
-                        f"{name} has {found} bytes in place of {size}"
+                        f"{name} has {length} bytes instead of {size}"
                     )
             if metadata["step"] != step:
                 raise DamagedCheckpointError(
@@ -315,55 +375,57 @@ class Checkpoints:
                 )
             return {
                 key: dict(metadata[key])
-                for key in ("notes", "configuration", "variables")
+                for key in ("metadata", "configuration", "variables")
             }
         except _NOT_DAMAGE:
             raise
         except (tf.errors.OpError, OSError) as error:
-            raise DamagedCheckpointError(_reason(error)) from error
+            raise DamagedCheckpointError(reason(error)) from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DamagedCheckpointError(
                 f"{_METADATA} cannot be read ({type(error).__name__}: {error})"
             ) from error
 
-    def _check(
+    def _verify(
         self,
         step: int,
         metadata: Mapping[str, Any],
         variables: Mapping[str, Any],
     ) -> None:
-        """Refuses a checkpoint of something else."""
+        """Raises `CheckpointError` for a checkpoint of something else."""
         lines = [
             *diff(metadata["configuration"], self._configuration),
             *diff(metadata["variables"], variables),
         ]
         if not lines:
             return
-        shown = "".join(f"\n  {line}" for line in lines[:20])
-        more = len(lines) - 20
+        shown = "".join(f"\n  {line}" for line in lines[:_MAX_DIFFERENCES])
+        more = len(lines) - _MAX_DIFFERENCES
         raise CheckpointError(
             f"The checkpoint {self.path(step)} is of another configuration. "
-            "Use the settings that it was made with, or another work "
-            f"directory. Differences (there: in the checkpoint):{shown}"
+            "Use the configuration it was saved with, or another work "
+            f"directory. Differences:{shown}"
             + (f"\n  and {more} more" if more > 0 else "")
         )
 
     def _remove_old(self, newest: int) -> None:
-        # Those of later steps are damaged, as training began before them.
+        # Later ones are damaged: training restarted before them.
         steps = [step for step in self.steps() if step <= newest]
         for step in steps[: -self._keep]:
-            if self._keep_every is None or step % self._keep_every:
-                with (
-                    contextlib.suppress(tf.errors.OpError),
-                    self._set_aside(step),
-                ):
-                    pass
+            if not self._is_kept(step):
+                with contextlib.suppress(CheckpointError):
+                    self.remove(step)
+
+    def _is_kept(self, step: int) -> bool:
+        return step in self._keep_steps or (
+            self._keep_every is not None and step % self._keep_every == 0
+        )
 
     @contextlib.contextmanager
     def _set_aside(self, step: int) -> Iterator[None]:
-        """Removes a checkpoint, if it is there, once the scope succeeds.
+        """Renames a checkpoint, if there is one, and removes it on success.
 
-        It has another name before: half a checkpoint is none.
+        A checkpoint that is half removed would count as a damaged one.
         """
         path = self.path(step)
         if not tf.io.gfile.isdir(path):
@@ -380,47 +442,43 @@ class Checkpoints:
         _remove(old)
 
 
-def check_writable(directory: str | os.PathLike) -> None:
-    """Refuses a work directory early in which nothing can be written.
+def remove_unfinished(directory: str | os.PathLike) -> None:
+    """Removes the unfinished checkpoints that killed processes left.
 
     Args:
-        directory: The directory; it is made if need be.
+        directory: The directory of the checkpoints. No other process may be
+            writing to it.
 
     Raises:
-        CheckpointError: If it cannot be made or written to.
+        CheckpointError: If they cannot be removed.
     """
     directory = os.fspath(directory)
-    probe = os.path.join(directory, f".probe-{uuid.uuid4().hex}")
-    try:
-        tf.io.gfile.makedirs(directory)
-        with tf.io.gfile.GFile(probe, "w") as file:
-            file.write("\n")
-        tf.io.gfile.remove(probe)
-    except (tf.errors.OpError, OSError) as error:
-        raise CheckpointError(
-            f"The work directory {directory} cannot be written to: "
-            f"{_reason(error)}. Choose another one, or change its permissions."
-        ) from error
-
-
-def remove_unfinished(directory: str | os.PathLike) -> None:
-    """Removes what processes that were killed left of their checkpoints.
-
-    Args:
-        directory: That of the checkpoints. No other process may be writing.
-    """
-    directory = os.fspath(directory)
-    if tf.io.gfile.isdir(directory):
-        for name in tf.io.gfile.listdir(directory):
-            if name.startswith(_TEMPORARY):
-                _remove(os.path.join(directory, name.rstrip("/")))
+    if not tf.io.gfile.isdir(directory):
+        return
+    for name in tf.io.gfile.listdir(directory):
+        if not name.startswith(_TEMPORARY):
+            continue
+        path = os.path.join(directory, name.rstrip("/"))
+        try:
+            _remove(path)
+        except (tf.errors.OpError, OSError) as error:
+            raise CheckpointError(
+                f"The unfinished checkpoint {path} could not be removed: "
+                f"{reason(error)}. Change the permissions of its directory."
+            ) from error
 
 
 def canonical_path(path: str) -> str:
-    """The path of a variable without the numbers in its names.
+    """Returns the path of a variable without the numbers in its names.
 
-    Keras numbers layers without a name, optimizers and seed generators through
-    all of a process, so that the second model of one kind has other paths.
+    Keras numbers unnamed layers, optimizers and seed generators over the whole
+    process, so that a second model of the same kind has other paths.
+
+    Args:
+        path: The path, for example "sequential_1/dense_12/kernel".
+
+    Returns:
+        The path without numbers, for example "sequential/dense/kernel".
     """
     return _COUNTS.sub("", path)
 
@@ -428,17 +486,17 @@ def canonical_path(path: str) -> str:
 def variable_specs(
     model: keras.Model, optimizer: keras.optimizers.Optimizer
 ) -> dict[str, str]:
-    """What variables there are.
+    """Returns the dtype and shape of every variable.
 
     Args:
         model: The model.
         optimizer: Its optimizer, built.
 
     Returns:
-        The dtype and shape of each variable, by a path that is the same in
-        every process; "(2)" and so on follow a path that stands for several.
+        Texts such as "float32 3x2" by a path that is the same in every process;
+        "(2)" and so on are appended to the path of a second variable.
     """
-    found: dict[str, str] = {}
+    specs: dict[str, str] = {}
     prefix = f"{optimizer.name}/"
     named = [(canonical_path(v.path), v) for v in model.variables] + [
         (f"optimizer/{canonical_path(v.path.removeprefix(prefix))}", v)
@@ -446,43 +504,43 @@ def variable_specs(
     ]
     for path, variable in named:
         name, count = path, 1
-        while name in found:
+        while name in specs:
             count += 1
             name = f"{path} ({count})"
         shape = "x".join(str(size) for size in variable.shape) or "scalar"
-        found[name] = f"{variable.dtype} {shape}"
-    return found
+        specs[name] = f"{variable.dtype} {shape}"
+    return specs
 
 
 def diff(
     saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[str]:
-    """Tells two descriptions or configurations apart.
+    """Yields the differences between two configurations or variable specs.
 
     Args:
-        saved: That of a checkpoint.
-        now: That of the training which reads it.
-        prefix: What to put in front of names.
+        saved: The stored one.
+        now: The one of this process.
+        prefix: Prepended to all names.
 
     Yields:
-        A line for each difference, such as `rate: 0.1 there, 0.2 now`.
+        One line for each difference, for example `rate: 0.1 saved, 0.2 now`.
     """
     for name in sorted({*saved, *now}):
         if name not in now:
-            yield f"{prefix}{name}: {saved[name]!r} there, absent now"
+            yield f"{prefix}{name}: {saved[name]!r} saved, absent now"
         elif name not in saved:
-            yield f"{prefix}{name}: absent there, {now[name]!r} now"
+            yield f"{prefix}{name}: not saved, {now[name]!r} now"
         elif isinstance(saved[name], dict) and isinstance(now[name], dict):
             yield from diff(saved[name], now[name], f"{prefix}{name}.")
         elif saved[name] != now[name]:
-            yield f"{prefix}{name}: {saved[name]!r} there, {now[name]!r} now"
+            yield f"{prefix}{name}: {saved[name]!r} saved, {now[name]!r} now"
 
 
 def _checkpoint(
     model: keras.Model, optimizer: keras.optimizers.Optimizer
 ) -> tf.train.Checkpoint:
-    # The states of random generators, such as those of dropout layers, are
-    # variables of a model that TensorFlow does not find in it.
+    # TensorFlow does not find the states of random generators, such as those of
+    # dropout layers, in a model.
     weights = {id(weight) for weight in model.weights}
     return tf.train.Checkpoint(
         model=model,
@@ -493,7 +551,7 @@ def _checkpoint(
 
 @contextlib.contextmanager
 def _removed(folder: str) -> Iterator[None]:
-    """Sees to it that a folder is not there before and after."""
+    """Removes a folder before and after the scope."""
     _remove(folder)
     try:
         yield
@@ -505,12 +563,3 @@ def _removed(folder: str) -> Iterator[None]:
 def _remove(folder: str) -> None:
     if tf.io.gfile.isdir(folder):
         tf.io.gfile.rmtree(folder)
-
-
-def _reason(error: BaseException) -> str:
-    text = error.message if isinstance(error, tf.errors.OpError) else str(error)
-    lines = [line for line in text.strip().splitlines() if line]
-    if not lines:
-        return type(error).__name__
-    # Without the names that TensorFlow has for what it was doing.
-    return _OPERATION.sub("", lines[0]).rstrip(".")

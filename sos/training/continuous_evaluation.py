@@ -1,8 +1,8 @@
-"""Evaluates the checkpoints of a training in another process."""
+"""Evaluates the checkpoints that another process saves."""
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from absl import logging
@@ -13,18 +13,18 @@ from sos.training.reporting import Summary
 from sos.training.signals import StopRequest
 from sos.training.trainer import Trainer
 
-_POLL_SECONDS = 5.0
-
 
 class ContinuousEvaluation:
     """Evaluates every checkpoint of a directory once, as they appear.
 
     Args:
-        trainer: Evaluates; what it holds is replaced by each checkpoint.
-        checkpoints: Those of the training.
-        last_step: The step whose checkpoint is the last one.
-        timeout: The number of seconds without a new checkpoint after which to
-            give up; None to wait for ever.
+        trainer: Evaluates; its model is replaced by each checkpoint.
+        checkpoints: The checkpoints of the training.
+        last_step: Step of the last checkpoint.
+        timeout: Seconds without a new checkpoint after which to give up; None
+            to wait forever.
+        poll_seconds: Seconds between two looks at the directory.
+        clock: Returns the time in seconds, from any origin.
     """
 
     def __init__(
@@ -34,54 +34,61 @@ class ContinuousEvaluation:
         *,
         last_step: int,
         timeout: float | None = None,
+        poll_seconds: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._trainer = trainer
         self._checkpoints = checkpoints
         self._last_step = last_step
         self._timeout = timeout
-        # Steps that the user was told of.
+        self._poll_seconds = poll_seconds
+        self._clock = clock
+        # Steps that a warning was logged for.
         self._passed_over: set[int] = set()
 
-    def follow(
+    def run(
         self,
-        done: set[int],
+        evaluated: Collection[int] = (),
         *,
         on_summary: Callable[[Summary], Any],
-        on_wait: Callable[[str], Any],
-        stop: StopRequest,
+        on_wait: Callable[[str], Any] = lambda message: None,
+        stop: StopRequest | None = None,
     ) -> None:
-        """Evaluates until the last checkpoint is evaluated.
+        """Evaluates until the checkpoint of the last step is evaluated.
 
         Args:
-            done: The steps that were evaluated before; new ones are added.
-            on_summary: Called with the record of each evaluation.
-            on_wait: Called with a text when there is nothing to evaluate for
-                the first time.
-            stop: Tells when to stop before the end.
+            evaluated: Steps that were evaluated before.
+            on_summary: Called with the summary of each evaluation.
+            on_wait: Called with a message the first time that there is nothing
+                to evaluate.
+            stop: Asks to stop before the end; its `wait` passes the time
+                between two looks at the directory.
 
         Raises:
             CheckpointError: If the checkpoints are of another configuration, or
-                none came for too long.
-            Stopped: If it was asked to stop.
+                no new one appeared within `timeout`.
+            Stopped: If `stop` asked to stop.
         """
+        stop = stop or StopRequest()
+        done = set(evaluated)
         self._check_newest()
-        waiting_since, told = time.monotonic(), False
+        waiting_since, announced = self._clock(), False
         while True:
             for step in self._checkpoints.steps():
                 if step in done or not self._evaluate(step, on_summary, stop):
                     continue
-                waiting_since = time.monotonic()
+                waiting_since = self._clock()
                 done.add(step)
                 if stop.requested and self._last_step not in done:
                     raise Stopped(stop.requested, step, "evaluated")
             if self._last_step in done:
                 return
-            if not told:
+            if not announced:
                 on_wait(
                     f"Waiting for checkpoints in {self._checkpoints.directory} "
                     f"up to step {self._last_step:,}."
                 )
-                told = True
+                announced = True
             if stop.wait(self._seconds_to_wait(waiting_since)):
                 raise Stopped(
                     stop.requested,
@@ -91,20 +98,20 @@ class ContinuousEvaluation:
 
     def _seconds_to_wait(self, since: float) -> float:
         if self._timeout is None:
-            return _POLL_SECONDS
-        left = since + self._timeout - time.monotonic()
+            return self._poll_seconds
+        left = since + self._timeout - self._clock()
         if left <= 0:
             raise CheckpointError(
-                f"No new checkpoint in {self._checkpoints.directory} for "
-                f"{self._timeout:g} seconds, and none of the last step, "
-                f"{self._last_step}. Is the training running?"
+                f"No new checkpoint appeared in {self._checkpoints.directory} "
+                f"for {self._timeout:g} seconds, and the last step, "
+                f"{self._last_step}, has none. Check that training is running."
             )
-        return min(_POLL_SECONDS, left)
+        return min(self._poll_seconds, left)
 
     def _check_newest(self) -> None:
-        """Refuses checkpoints of something else, evaluated or not."""
+        """Raises for another configuration, even if all were evaluated."""
         for step in self._checkpoints.steps()[-1:]:
-            # What is damaged is passed over later.
+            # Damaged checkpoints are passed over later.
             with contextlib.suppress(DamagedCheckpointError):
                 self._checkpoints.check(
                     step, self._trainer.model, self._trainer.optimizer
@@ -113,14 +120,14 @@ class ContinuousEvaluation:
     def _evaluate(
         self, step: int, on_summary: Callable[[Summary], Any], stop: StopRequest
     ) -> bool:
-        """Evaluates a checkpoint; False if it cannot be read, or not yet."""
+        """Evaluates a checkpoint; returns False if it cannot be read (yet)."""
         trainer = self._trainer
         try:
             self._checkpoints.restore_step(
                 step, trainer.model, trainer.optimizer
             )
         except DamagedCheckpointError as error:
-            # On an object store it may still be on its way.
+            # On an object store it may still be incomplete.
             if step not in self._passed_over:
                 self._passed_over.add(step)
                 logging.warning(

@@ -1,21 +1,34 @@
-"""The flags of training binaries, by the names that Estimator users know."""
+"""Flags of training programs, by the names that Estimator users know.
+
+They say how a program runs. What it computes is determined by the task; only
+`--deterministic` and `--jit_compile` may change how results are rounded.
+
+```
+def main(argv):
+    def train():
+        options = flags.options(train_steps=1000)
+        return run(options, lambda: flags.make_trainer(MyTask))
+
+    end_process(exit_code_of(train))
+```
+"""
 
 from collections.abc import Callable
+from typing import Any
 
-import keras
 import tensorflow as tf
 from absl import flags
 
+from sos.training import strategies
 from sos.training.main import MODES, Options
-from sos.training.strategies import STRATEGIES, make_strategy
 from sos.training.task import Task
 from sos.training.trainer import Trainer
 
 WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "Directory for checkpoints, logs and exports. A training that was stopped "
-    "goes on from what is there.",
+    "Directory for checkpoints, logs and exports. Training continues from the "
+    "newest checkpoint there.",
     required=True,
 )
 MODE = flags.DEFINE_enum(
@@ -23,44 +36,34 @@ MODE = flags.DEFINE_enum(
     "train_and_eval",
     MODES,
     "train; eval: evaluate every checkpoint in the work directory as it "
-    "appears; train_and_eval; export: write the newest checkpoint as a "
-    "SavedModel.",
+    "appears; train_and_eval; export: write the newest checkpoint for serving.",
 )
 STRATEGY = flags.DEFINE_enum(
     "strategy",
     None,
-    STRATEGIES,
-    "Devices to train on. Default: what the machine has.",
+    strategies.STRATEGIES,
+    "Devices to train on. Default: all that the machine has.",
 )
 TPU = flags.DEFINE_string(
-    "tpu", None, "Name or address of the TPU; local for that of this machine."
-)
-BFLOAT16 = flags.DEFINE_bool(
-    "bfloat16", False, "Compute in bfloat16; weights stay float32."
+    "tpu", None, "Name or address of the TPU; local for this machine's TPU."
 )
 STEPS_PER_LOOP = flags.DEFINE_integer(
     "steps_per_loop",
     100,
-    "Steps that the devices run between two looks of the host.",
+    "Maximum number of steps that the devices run between two actions of the "
+    "host.",
     lower_bound=1,
 )
 MAX_SECONDS_PER_LOOP = flags.DEFINE_float(
     "max_seconds_per_loop",
     10.0,
-    "Seconds after which the host looks at the latest, about: a signal waits "
-    "for it.",
+    "Approximate maximum duration of a loop in seconds: signals are handled "
+    "between loops.",
 )
-GRADIENT_ACCUMULATION_STEPS = flags.DEFINE_integer(
-    "gradient_accumulation_steps",
-    1,
-    "Parts, one after the other, into which each replica's batch is cut to "
-    "save memory; their gradients are accumulated.",
-    lower_bound=1,
-)
-SYNCHRONIZED_BATCH_NORM = flags.DEFINE_bool(
-    "synchronized_batch_norm",
-    False,
-    "Batch statistics over all replicas, not of each by itself.",
+JIT_COMPILE = flags.DEFINE_bool(
+    "jit_compile",
+    None,
+    "Compile the training step with XLA. Default: on a GPU, but not on a CPU.",
 )
 SAVE_CHECKPOINTS_STEPS = flags.DEFINE_integer(
     "save_checkpoints_steps",
@@ -71,19 +74,20 @@ SAVE_CHECKPOINTS_STEPS = flags.DEFINE_integer(
 KEEP_CHECKPOINT_MAX = flags.DEFINE_integer(
     "keep_checkpoint_max",
     5,
-    "The newest checkpoints that are kept.",
+    "Number of newest checkpoints that are kept.",
     lower_bound=1,
 )
 KEEP_CHECKPOINT_EVERY = flags.DEFINE_integer(
     "keep_checkpoint_every_n_steps",
     None,
-    "Keep checkpoints for good whose step is a multiple of it.",
+    "Keep checkpoints whose step is a multiple of it, too.",
     lower_bound=1,
 )
 STEPS_PER_EVAL = flags.DEFINE_integer(
     "steps_per_eval",
-    1000,
-    "Steps between two evaluations in train_and_eval.",
+    None,
+    "Steps between two evaluations in train_and_eval. Default: evaluate only "
+    "after the last step.",
     lower_bound=1,
 )
 EVAL_TIMEOUT = flags.DEFINE_float(
@@ -95,12 +99,12 @@ EVAL_TIMEOUT = flags.DEFINE_float(
 PROFILE_STEPS = flags.DEFINE_list(
     "profile_steps",
     None,
-    "FIRST,LAST: steps between which a profile for TensorBoard is taken.",
+    "FIRST,LAST: steps of a profile for TensorBoard.",
 )
 DETERMINISTIC = flags.DEFINE_bool(
     "deterministic",
     False,
-    "The same bits in every run, at some cost in speed.",
+    "Compute the same bits in every run, at some cost in speed.",
 )
 
 
@@ -113,53 +117,89 @@ def _two_steps(value: list[str] | None) -> bool:
     raise flags.ValidationError("must be two steps, such as 100,110")
 
 
-def settings(train_steps: int) -> Options:
-    """How to run, as the flags say.
+def option_values() -> dict[str, Any]:
+    """Returns the fields of `Options` that have a flag, except `workdir`.
 
-    Args:
-        train_steps: The number of steps of the whole training.
-
-    Raises:
-        ValueError: If a flag has a wrong value.
+    Pass them to `sos.experiments.run`, which chooses a directory in the work
+    directory.
     """
     profile = PROFILE_STEPS.value
-    return Options(
-        mode=MODE.value,
-        workdir=WORKDIR.value,
-        train_steps=train_steps,
-        save_checkpoints_steps=SAVE_CHECKPOINTS_STEPS.value,
-        keep_checkpoint_max=KEEP_CHECKPOINT_MAX.value,
-        keep_checkpoint_every_n_steps=KEEP_CHECKPOINT_EVERY.value,
-        steps_per_eval=STEPS_PER_EVAL.value,
-        eval_timeout=EVAL_TIMEOUT.value,
-        profile_steps=profile and (int(profile[0]), int(profile[1])),
-    )
+    return {
+        "mode": MODE.value,
+        "save_checkpoints_steps": SAVE_CHECKPOINTS_STEPS.value,
+        "keep_checkpoint_max": KEEP_CHECKPOINT_MAX.value,
+        "keep_checkpoint_every_n_steps": KEEP_CHECKPOINT_EVERY.value,
+        "steps_per_eval": STEPS_PER_EVAL.value,
+        "eval_timeout": EVAL_TIMEOUT.value,
+        "profile_steps": profile and (int(profile[0]), int(profile[1])),
+    }
 
 
-def make_trainer(make_task: Callable[[], Task]) -> Trainer:
-    """Makes the trainer that the flags ask for, under their strategy.
+def options(train_steps: int, **overrides: Any) -> Options:
+    """Returns the options that the flags select.
 
     Args:
-        make_task: Makes the task; called in the strategy's scope.
+        train_steps: Number of optimizer steps of the whole training.
+        **overrides: Fields of `Options` that replace the flags, for example
+            `keep_checkpoint_steps`, which has no flag.
+
+    Returns:
+        The options.
 
     Raises:
-        ValueError: If flags do not go together.
-        RuntimeError: If the TPU cannot be used.
+        UsageError: If a flag has an invalid value.
+    """
+    values = {"workdir": WORKDIR.value, **option_values(), **overrides}
+    return Options(train_steps=train_steps, **values)
+
+
+def make_strategy() -> tf.distribute.Strategy:
+    """Returns the strategy that the flags select, and configures TensorFlow.
+
+    Call it once, before anything else uses TensorFlow's devices.
+
+    Returns:
+        The strategy.
+
+    Raises:
+        UsageError: If flags contradict each other, or the TPU cannot be used.
     """
     if DETERMINISTIC.value:
         tf.config.experimental.enable_op_determinism()
     # This graph rewriter fails on noise between a bias and its activation, with
     # an error message and no other effect.
     tf.config.optimizer.set_experimental_options({"remapping": False})
-    strategy = make_strategy(STRATEGY.value, tpu=TPU.value)
-    if BFLOAT16.value:
-        keras.config.set_dtype_policy("mixed_bfloat16")
+    return strategies.make_strategy(STRATEGY.value, tpu=TPU.value)
+
+
+def make_trainer(
+    make_task: Callable[[], Task],
+    *,
+    strategy: tf.distribute.Strategy | None = None,
+    gradient_accumulation_steps: int = 1,
+) -> Trainer:
+    """Returns the trainer that the flags select.
+
+    Args:
+        make_task: Returns the task; called in the strategy's scope.
+        strategy: From `make_strategy`, if it is made already.
+        gradient_accumulation_steps: Number of parts of each replica's batch
+            that are computed one after the other to save memory.
+
+    Returns:
+        The trainer.
+
+    Raises:
+        UsageError: If flags contradict each other, or the TPU cannot be used.
+    """
+    strategy = strategy or make_strategy()
     with strategy.scope():
         task = make_task()
     return Trainer(
         task,
         strategy=strategy,
-        gradient_accumulation_steps=GRADIENT_ACCUMULATION_STEPS.value,
+        gradient_accumulation_steps=gradient_accumulation_steps,
         steps_per_loop=STEPS_PER_LOOP.value,
         max_seconds_per_loop=MAX_SECONDS_PER_LOOP.value,
+        jit_compile=JIT_COMPILE.value,
     )

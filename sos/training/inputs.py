@@ -1,71 +1,372 @@
-"""Input that is a function of seed, epoch and step.
+"""Input pipelines that are functions of the seed, the epoch and the step.
 
-The batches of a step do not depend on where training began, nor on how many
-hosts and replicas share them: replica after replica reads its slice of one
-global batch. So a restart needs nothing but the step, and skips what was seen
-before it is decoded.
+A restart needs nothing except the number of completed steps: the batches after
+it do not depend on where training began. `array_batches` and
+`array_eval_batches` read arrays in memory; `record_batches` and
+`record_eval_batches` read files of records, of which each host reads its own.
 """
 
+import concurrent.futures
+import contextlib
+import dataclasses
+import heapq
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+import os
+import posixpath
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
+
+from sos.errors import StorageError, UsageError
+
+#: Opens a file: maps its path, a string scalar, to a data set of its records.
+Read = Callable[[tf.Tensor], tf.data.Dataset]
 
 _FOREVER = 2**62
 
+# Hosts that leave out a larger fraction of an epoch's records log a warning.
+_TOLERATED_FRACTION = 0.05
+
+# Marks the errors that `usage_error` recognizes.
+_WRONG_COUNT = "The number of records in a file is not as given:"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A file of records.
+
+    Attributes:
+        path: Path of the file, of any file system that TensorFlow can read.
+        examples: The number of records in the file.
+    """
+
+    path: str
+    examples: int
+
+
+def list_shards(
+    files: str | os.PathLike | Sequence[str | os.PathLike],
+    *,
+    counts: Sequence[int] | None = None,
+    read: Read = tf.data.TFRecordDataset,
+) -> list[Shard]:
+    """Lists files of records with the number of records in each.
+
+    Example:
+    ```python
+    # With TensorFlow Datasets, which knows the number of records:
+    split = tfds.builder("imagenet2012").info.splits["train"]
+    shards = list_shards(split.filepaths, counts=split.shard_lengths)
+    # Without, by reading all files once:
+    shards = list_shards("/data/imagenet/train-*")
+    ```
+
+    Args:
+        files: A glob pattern, whose matches are sorted, or paths.
+        counts: The number of records in each file. Without it, all files are
+            read to count their records.
+        read: Opens a file to count its records.
+
+    Returns:
+        One `Shard` per file. All hosts must list the same.
+
+    Raises:
+        UsageError: If no file matches, or a path is missing or is given twice,
+            or the number of counts differs from the number of files.
+        StorageError: If a file cannot be read.
+    """
+    if isinstance(files, str | os.PathLike):
+        pattern = os.fspath(files)
+        paths = sorted(tf.io.gfile.glob(pattern))
+        if not paths:
+            raise UsageError(
+                "The pattern of an input's files must match at least one file. "
+                f"Received: {pattern!r}, which matches none"
+            )
+    else:
+        paths = [os.fspath(path) for path in files]
+    _check_paths(paths)
+    if counts is None:
+        logging.info("Counting the records of %d files.", len(paths))
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            counts = list(pool.map(lambda path: _count(path, read), paths))
+    elif len(counts) != len(paths):
+        raise UsageError(
+            "`counts` must have one number per file. Received: "
+            f"{len(counts)} numbers for {len(paths)} files"
+        )
+    return [
+        Shard(path, int(examples))
+        for path, examples in zip(paths, counts, strict=True)
+    ]
+
 
 def record_batches(
-    epoch_records: Callable[[tf.Tensor], tf.data.Dataset],
+    shards: Sequence[Shard],
     decode: Callable[[Any, tf.Tensor], Any],
     *,
-    records_per_epoch: int,
+    seed: int,
     batch_size: int,
     step: int,
     context: tf.distribute.InputContext,
+    read: Read = tf.data.TFRecordDataset,
+    shuffle_buffer: int = 10_000,
+    cycle_length: int = 16,
 ) -> tf.data.Dataset:
-    """Batches of records that are costly to decode, such as JPEG files.
+    """Makes endless training batches of records, such as JPEG files.
 
-    Records that do not fill a batch at the end of an epoch are left out.
+    Each host reads its own files only, chosen such that the hosts have about
+    the same number of records. If there are fewer files than hosts, every host
+    reads all files and takes every n-th record.
+
+    The order of the records is a function of the seed, the epoch and the host;
+    the seeds that `decode` gets are functions of the seed, the epoch and the
+    record. Another number of hosts therefore gives another order, and the same
+    augmentation. Every epoch has the same number of steps on all hosts. Records
+    that do not fill a batch at its end are left out, different ones in each
+    epoch.
+
+    After a restart, the records of the running epoch that were seen before are
+    read and skipped, but not decoded. Earlier epochs are not read.
 
     Args:
-        epoch_records: Gives the records of an epoch, an int64 scalar, in their
-            order in that epoch, not decoded. All hosts must give the same.
-        decode: Called as `decode(record, number)`, where the int64 `number` of
-            an example in the whole training is what random augmentation is to
-            be drawn from. It returns tensors of static shape.
-        records_per_epoch: The number of records in an epoch.
+        shards: The files, the same on all hosts.
+        decode: Called as `decode(record, seed)`, where `record` is an element
+            of `read` and `seed` an int32 tensor of shape [2], to be used with
+            the functions `tf.random.stateless_*` and `tf.image.stateless_*`.
+            Returns tensors of static shape.
+        seed: Seed of order and augmentation.
         batch_size: The number of records in a step, over all replicas.
-        step: The number of steps that were made before.
-        context: Which share of the data this host reads.
+        step: The number of completed steps.
+        context: Describes the host's share of the data.
+        read: Opens a file. The records must be dense tensors or structures of
+            them; their shapes may differ.
+        shuffle_buffer: The number of records, not decoded, that a host keeps in
+            memory to draw the next one from. It is filled when an epoch begins.
+        cycle_length: The number of files that a host reads in turns.
 
     Returns:
-        Batches for one replica after another, without end.
+        Batches for one replica of the host after another. Iterating raises
+        `tf.errors.InvalidArgumentError`, which `usage_error` converts, if the
+        number of records in a file differs from that in its `Shard`: at the end
+        of the epoch if there are fewer, and when one too many is decoded.
 
     Raises:
-        ValueError: If an epoch does not fill one batch, or the replicas cannot
-            share a batch evenly.
+        UsageError: If there are no shards, a file is missing, an epoch does not
+            fill one batch on every host, or the replicas cannot share a batch
+            evenly.
     """
     replica_batch = _replica_batch(batch_size, context)
-    records = _all_epochs(epoch_records, records_per_epoch, batch_size, step)
-    records = records.enumerate(start=step * batch_size)
-    # Not by batches, as records may have all shapes before they are decoded.
-    size = batch_size // context.num_input_pipelines
-    host = context.input_pipeline_id
-    if size < batch_size:
-        records = records.filter(
-            lambda number, _: number % batch_size // size == host
+    _check_positive(shuffle_buffer=shuffle_buffer, cycle_length=cycle_length)
+    hosts, host = context.num_input_pipelines, context.input_pipeline_id
+    parts = _divide(shards, hosts)
+    part = parts[host]
+    _check_files(part.paths)
+    host_batch = batch_size // hosts
+    steps_per_epoch = min(each.examples for each in parts) // host_batch
+    _check_steps_per_epoch(steps_per_epoch, parts, batch_size)
+    first, completed = divmod(step, steps_per_epoch)
+    per_epoch = steps_per_epoch * host_batch
+    logging.info(
+        "Host %d of %d reads %d of %d files, %d of their %d records in each "
+        "epoch of %d steps. It begins in epoch %d and skips %d records. "
+        "Another number of hosts would give another order.",
+        host,
+        hosts,
+        len(part.paths),
+        len(shards),
+        per_epoch,
+        part.examples,
+        steps_per_epoch,
+        first,
+        completed * host_batch,
+    )
+
+    def epoch_records(epoch: tf.Tensor) -> tf.data.Dataset:
+        # Otherwise `tf.random.set_seed` would change the order. This sets the
+        # seed of the function that is being traced, of nothing else.
+        tf.random.set_seed(1)
+        epoch_key = _fold(tf.constant(seed, tf.int64), epoch)
+        # Below 0, as the keys of files are folded from 0 on.
+        order_key = _fold(epoch_key, -1 - host)
+        order = tf.random.experimental.stateless_shuffle(
+            tf.range(len(part.paths)), tf.stack([order_key, 0])
         )
-    return (
-        records.map(
-            lambda number, record: decode(record, number),
+        # Where the epoch begins is random, too. Otherwise a shuffle buffer that
+        # is small beside the files would leave out the same records each time.
+        begin = tf.random.stateless_uniform(
+            (),
+            tf.stack([order_key, 1]),
+            maxval=part.examples - per_epoch + 1,
+            dtype=tf.int64,
+        )
+        seen = tf.where(epoch == first, completed * host_batch, 0)
+        seen = tf.cast(seen, tf.int64)
+        return (
+            _read_part(part, read, order, epoch_key, cycle_length)
+            .shuffle(
+                shuffle_buffer,
+                seed=_fold(order_key, 2),
+                reshuffle_each_iteration=False,
+            )
+            .skip(begin + seen)
+            .take(per_epoch - seen)
+        )
+
+    def decode_record(element: _Element) -> Any:
+        _check_position(element)
+        return decode(element.record, _example_seed(element))
+
+    examples = (
+        tf.data.Dataset.range(first, _FOREVER)
+        .flat_map(epoch_records)
+        .map(
+            decode_record,
             num_parallel_calls=tf.data.AUTOTUNE,
             deterministic=True,
         )
-        .batch(replica_batch, drop_remainder=True)
+    )
+    _check_static_shapes(examples.element_spec)
+    return examples.batch(replica_batch, drop_remainder=True).prefetch(
+        tf.data.AUTOTUNE
+    )
+
+
+def record_eval_batches(
+    shards: Sequence[Shard],
+    decode: Callable[[Any], Mapping[str, Any]],
+    *,
+    batch_size: int,
+    context: tf.distribute.InputContext,
+    read: Read = tf.data.TFRecordDataset,
+    cycle_length: int = 16,
+) -> tf.data.Dataset:
+    """Makes evaluation batches that hold every record once, over all hosts.
+
+    Hosts share the files as in `record_batches`.
+
+    Args:
+        shards: The files, the same on all hosts.
+        decode: Called as `decode(record)`, where `record` is an element of
+            `read`. Returns a dictionary of tensors of static shape.
+        batch_size: The number of records in a step, over all replicas.
+        context: Describes the host's share of the data.
+        read: Opens a file. The records must be dense tensors or structures of
+            them; their shapes may differ.
+        cycle_length: The number of files that a host reads in turns.
+
+    Returns:
+        The same known number of batches on every host, for one replica of the
+        host after another: dictionaries of the tensors of `decode` and
+        "weight", float32, which is 1 for a record and 0 for padding. Padding
+        repeats records. Iterating raises `tf.errors.InvalidArgumentError`,
+        which `usage_error` converts, if the number of records in a file differs
+        from that in its `Shard`.
+
+    Raises:
+        UsageError: If there are no records, a file is missing, `decode` returns
+            no dictionary or a tensor named "weight", or the replicas cannot
+            share a batch evenly.
+    """
+    replica_batch = _replica_batch(batch_size, context)
+    _check_positive(cycle_length=cycle_length)
+    hosts = context.num_input_pipelines
+    parts = _divide(shards, hosts)
+    part = parts[context.input_pipeline_id]
+    if not any(each.examples for each in parts):
+        raise UsageError(
+            "Evaluation data must have at least one record. Received: "
+            f"{len(shards)} files without records"
+        )
+    _check_files(part.paths)
+    host_batch = batch_size // hosts
+    steps = math.ceil(max(each.examples for each in parts) / host_batch)
+
+    def read_part(part: _Part) -> tf.data.Dataset:
+        order = tf.range(len(part.paths))
+        key = tf.constant(0, tf.int64)
+        return _read_part(part, read, order, key, cycle_length)
+
+    def with_weight(dataset: tf.data.Dataset, weight: float) -> tf.data.Dataset:
+        weights = tf.data.Dataset.from_tensors(tf.constant(weight)).repeat()
+        return tf.data.Dataset.zip(dataset, weights)
+
+    def decode_record(element: _Element, weight: tf.Tensor) -> dict[str, Any]:
+        example = decode(element.record)
+        if not isinstance(example, Mapping):
+            raise UsageError(
+                "`decode` must return a dictionary of tensors for evaluation. "
+                f"Received: {example!r}"
+            )
+        _check_names(example)
+        return {**example, "weight": weight}
+
+    records = read_part(part)
+    if part.examples:
+        padding = records
+    else:
+        # A host without records, which there is only if all hosts read all
+        # files, takes those of others: zeros could give NaN.
+        padding = read_part(_whole(shards))
+    records = _read_ahead(records)
+    dataset = with_weight(records, 1.0).concatenate(
+        with_weight(padding.repeat(), 0.0)
+    )
+    examples = dataset.take(steps * host_batch).map(
+        decode_record, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+    )
+    _check_static_shapes(examples.element_spec)
+    return (
+        examples.batch(replica_batch, drop_remainder=True)
+        .apply(_assert_steps(steps, context))
         .prefetch(tf.data.AUTOTUNE)
     )
+
+
+def usage_error(error: tf.errors.OpError) -> UsageError | None:
+    """Converts an error raised while iterating a data set of this module.
+
+    Args:
+        error: The error that TensorFlow raised, for example in a step.
+
+    Returns:
+        A `UsageError` that names the file if the number of records in it
+        differs from that in its `Shard`, None for any other error.
+    """
+    found = re.search(
+        rf"\[{_WRONG_COUNT}\] \[(.*?)\] \[(\d+)\] \[(\d+)\]", error.message
+    )
+    if not found:
+        return None
+    path, examples, actual = found[1], int(found[2]), int(found[3])
+    actual = actual if actual < examples else f"more than {examples}"
+    return UsageError(
+        "A shard must have the number of records that are in its file. Correct "
+        "the number, or restore the file. Received: "
+        f"{Shard(path, examples)}, whose file has {actual} records"
+    )
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Raises the errors that `usage_error` recognizes as `UsageError`.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UsageError: If a shard has another number of records than stated.
+    """
+    try:
+        yield
+    except tf.errors.InvalidArgumentError as error:
+        if (usage := usage_error(error)) is None:
+            raise
+        raise usage from error
 
 
 def array_batches(
@@ -76,75 +377,83 @@ def array_batches(
     step: int,
     context: tf.distribute.InputContext,
 ) -> tf.data.Dataset:
-    """Batches of arrays in memory, in another order in every epoch.
+    """Makes endless training batches of arrays in memory.
+
+    The order is a function of the seed and the epoch. The batch of a step, over
+    all replicas, does not depend on the number of hosts.
 
     Args:
         arrays: By name, arrays with the examples along the first axis.
-        seed: Seed of the orders.
+        seed: Seed of the order.
         batch_size: The number of examples in a step, over all replicas.
-        step: The number of steps that were made before.
-        context: Which share of the data this host reads.
+        step: The number of completed steps.
+        context: Describes the host's share of the data.
 
     Returns:
-        Batches for one replica after another, without end: dictionaries with
-        the names of `arrays`. Examples that do not fill a batch at the end of
-        an epoch are left out.
+        Batches for one replica of the host after another: dictionaries with the
+        names of `arrays`. Examples that do not fill a batch at the end of an
+        epoch are left out.
 
     Raises:
-        ValueError: If the arrays differ in length or do not fill one batch, or
+        UsageError: If the arrays differ in length or do not fill one batch, or
             the replicas cannot share a batch evenly.
     """
     tensors, examples = _tensors(arrays)
     replica_batch = _replica_batch(batch_size, context)
+    steps_per_epoch = examples // batch_size
+    if not steps_per_epoch:
+        raise UsageError(
+            "An epoch must fill at least one batch. Received: "
+            f"{examples} examples, batch_size={batch_size}"
+        )
+    first, completed = divmod(step, steps_per_epoch)
 
-    def order(epoch: tf.Tensor) -> tf.data.Dataset:
+    def epoch_indices(epoch: tf.Tensor) -> tf.data.Dataset:
+        order = tf.random.experimental.stateless_shuffle(
+            tf.range(examples), tf.stack([tf.constant(seed, tf.int64), epoch])
+        )
+        seen = tf.where(epoch == first, completed * batch_size, 0)
         return tf.data.Dataset.from_tensor_slices(
-            tf.random.experimental.stateless_shuffle(
-                tf.range(examples),
-                tf.stack([tf.constant(seed, tf.int64), epoch]),
-            )
+            order[seen : steps_per_epoch * batch_size]
         )
 
-    indices = _all_epochs(order, examples, batch_size, step)
-    indices = _share(indices, batch_size, context)
+    indices = tf.data.Dataset.range(first, _FOREVER).flat_map(epoch_indices)
     return (
-        indices.batch(replica_batch, drop_remainder=True)
+        _host_slices(indices, batch_size, context)
+        .batch(replica_batch, drop_remainder=True)
         .map(lambda batch: _take(tensors, batch))
         .prefetch(tf.data.AUTOTUNE)
     )
 
 
-def evaluation_batches(
+def array_eval_batches(
     arrays: Mapping[str, np.ndarray],
     *,
     batch_size: int,
     context: tf.distribute.InputContext,
 ) -> tf.data.Dataset:
-    """Every example once, in batches of equal size.
+    """Makes evaluation batches that hold every example once, over all hosts.
 
     Args:
         arrays: By name, arrays with the examples along the first axis.
-        batch_size: The number of examples in a batch, over all replicas.
-        context: Which share of the data this host reads.
+        batch_size: The number of examples in a step, over all replicas.
+        context: Describes the host's share of the data.
 
     Returns:
-        `evaluation_batch_count` batches for each replica: dictionaries with
-        the names of `arrays` and "weight", float32, which is 1 for an example
-        and 0 for what only fills the last batch up.
+        The same known number of batches on every host, for one replica of the
+        host after another: dictionaries with the names of `arrays` and
+        "weight", float32, which is 1 for an example and 0 for padding. Padding
+        repeats the last example.
 
     Raises:
-        ValueError: If the arrays differ in length or one is named "weight", or
+        UsageError: If the arrays differ in length or one is named "weight", or
             the replicas cannot share a batch evenly.
     """
-    if "weight" in arrays:
-        raise ValueError(
-            "No array may be named 'weight', as the weights that tell examples "
-            f"from padding are. Received: {sorted(arrays)}"
-        )
+    _check_names(arrays)
     tensors, examples = _tensors(arrays)
     replica_batch = _replica_batch(batch_size, context)
-    padded = evaluation_batch_count(examples, batch_size) * batch_size
-    indices = _share(tf.data.Dataset.range(padded), batch_size, context)
+    steps = math.ceil(examples / batch_size)
+    indices = tf.data.Dataset.range(steps * batch_size)
 
     def take(batch: tf.Tensor) -> dict[str, tf.Tensor]:
         real = batch < examples
@@ -152,67 +461,390 @@ def evaluation_batches(
         return {**taken, "weight": tf.cast(real, tf.float32)}
 
     return (
-        indices.batch(replica_batch, drop_remainder=True)
+        _host_slices(indices, batch_size, context)
+        .batch(replica_batch, drop_remainder=True)
         .map(take)
+        .apply(_assert_steps(steps, context))
         .prefetch(tf.data.AUTOTUNE)
     )
 
 
-def evaluation_batch_count(examples: int, batch_size: int) -> int:
-    """The number of batches that hold every example once."""
-    return math.ceil(examples / batch_size)
+class _Element(NamedTuple):
+    """A record with its origin, all tensors.
+
+    Attributes:
+        record: The record.
+        position: Its position in the file, int64.
+        path: Path of the file.
+        count: The expected number of records in the file, int64.
+        key: Key of the epoch and the file, int64; see `_fold`.
+    """
+
+    record: Any
+    position: tf.Tensor
+    path: tf.Tensor
+    count: tf.Tensor
+    key: tf.Tensor
 
 
-def _all_epochs(
-    epoch_records: Callable[[tf.Tensor], tf.data.Dataset],
-    records_per_epoch: int,
-    batch_size: int,
-    step: int,
-) -> tf.data.Dataset:
-    """The records of all epochs from a step on, whole batches of each."""
-    steps_per_epoch = records_per_epoch // batch_size
-    if not steps_per_epoch:
-        raise ValueError(
-            "An epoch must fill at least one batch. Received: "
-            f"{records_per_epoch} examples, batch_size={batch_size}"
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """The records that a host reads: every `stride`-th of some files.
+
+    Attributes:
+        numbers: The number of each file among all.
+        paths: The paths of the files.
+        counts: The number of records in each file.
+        offsets: The position of the first record to take of each file.
+        stride: Take every record after it whose distance is a multiple.
+    """
+
+    numbers: list[int]
+    paths: list[str]
+    counts: list[int]
+    offsets: list[int]
+    stride: int
+
+    @property
+    def examples(self) -> int:
+        """The number of records."""
+        return sum(
+            len(range(offset, count, self.stride))
+            for offset, count in zip(self.offsets, self.counts, strict=True)
         )
-    first, skipped = divmod(step, steps_per_epoch)
-
-    def of_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
-        skip = tf.where(epoch == first, skipped * batch_size, 0)
-        records = epoch_records(epoch).take(steps_per_epoch * batch_size)
-        return records.skip(tf.cast(skip, tf.int64))
-
-    return tf.data.Dataset.range(first, _FOREVER).flat_map(of_epoch)
 
 
-def _share(
-    records: tf.data.Dataset,
+def _whole(shards: Sequence[Shard], hosts: int = 1, host: int = 0) -> _Part:
+    """Returns every `hosts`-th record of all files."""
+    begins = np.cumsum([0] + [shard.examples for shard in shards])
+    return _Part(
+        numbers=list(range(len(shards))),
+        paths=[shard.path for shard in shards],
+        counts=[shard.examples for shard in shards],
+        # As if the files were one.
+        offsets=[int((host - begin) % hosts) for begin in begins[:-1]],
+        stride=hosts,
+    )
+
+
+def _divide(shards: Sequence[Shard], hosts: int) -> list[_Part]:
+    """Divides the records among hosts."""
+    if not shards:
+        raise UsageError(
+            "An input needs at least one file of records. Received: no shards"
+        )
+    _check_unique([shard.path for shard in shards])
+    for shard in shards:
+        if shard.examples < 0:
+            raise UsageError(
+                "The number of records in a file must be at least 0. "
+                f"Received: {shard}"
+            )
+    if sum(shard.examples > 0 for shard in shards) < hosts:
+        return [_whole(shards, hosts, host) for host in range(hosts)]
+    # The largest file first, each to the host with the fewest records. Files of
+    # equal size are dealt out in turns.
+    numbers: list[list[int]] = [[] for _ in range(hosts)]
+    loads = [(0, host) for host in range(hosts)]
+    for number in sorted(
+        range(len(shards)), key=lambda number: -shards[number].examples
+    ):
+        load, host = heapq.heappop(loads)
+        numbers[host].append(number)
+        heapq.heappush(loads, (load + shards[number].examples, host))
+    return [
+        _Part(
+            numbers=sorted(own),
+            paths=[shards[number].path for number in sorted(own)],
+            counts=[shards[number].examples for number in sorted(own)],
+            offsets=[0] * len(own),
+            stride=1,
+        )
+        for own in numbers
+    ]
+
+
+def _read_part(
+    part: _Part,
+    read: Read,
+    order: tf.Tensor,
+    epoch_key: tf.Tensor,
+    cycle_length: int,
+) -> tf.data.Dataset:
+    """Reads a host's records, several files in turns.
+
+    Args:
+        part: The records.
+        read: Opens a file.
+        order: A permutation of the files.
+        epoch_key: int64 scalar to derive the keys of files from.
+        cycle_length: The number of files to read in turns.
+
+    Returns:
+        Elements of type `_Element`. Reading and filtering one calls no traced
+        function, which would take several times as long.
+    """
+
+    def read_file(
+        number: tf.Tensor, path: tf.Tensor, count: tf.Tensor, offset: tf.Tensor
+    ) -> tf.data.Dataset:
+        def constant(value: Any) -> tf.data.Dataset:
+            return tf.data.Dataset.from_tensors(value)
+
+        def fail(_: tf.Tensor) -> tf.data.Dataset:
+            actual = read(path).reduce(np.int64(0), lambda n, _: n + 1)
+            _assert_count(False, path, count, actual)
+            return records
+
+        records = read(path)
+        spec = records.element_spec
+        if not all(isinstance(x, tf.TensorSpec) for x in tf.nest.flatten(spec)):
+            raise UsageError(
+                "`read` must return a data set of dense tensors or structures "
+                f"of them. Received: elements of {spec}"
+            )
+        records = tf.data.Dataset.zip(records, constant(True).repeat())
+        # After `count` records comes an end mark, which is filtered out below.
+        # If there are fewer records, `fail` is called. If there are more, one
+        # of them takes the mark's place, at the position `count`.
+        marked = (
+            records.concatenate(constant((_zeros(spec), False)))
+            .concatenate(tf.data.Dataset.range(1).flat_map(fail))
+            .take(count + 1)
+        )
+        key = _fold(epoch_key, number)
+        elements = tf.data.Dataset.zip(
+            marked, constant((path, count, key)).repeat()
+        ).enumerate()
+        if part.stride > 1:
+            elements = elements.shard(part.stride, offset)
+        return elements.filter(lambda _, element: element[0][1]).map(
+            lambda position, element: _Element(
+                element[0][0], position, *element[1]
+            )
+        )
+
+    columns = (
+        tf.constant(part.numbers, tf.int64),
+        tf.constant(part.paths, tf.string),
+        tf.constant(part.counts, tf.int64),
+        tf.constant(part.offsets, tf.int64),
+    )
+    return tf.data.Dataset.from_tensor_slices(
+        tuple(tf.gather(column, order) for column in columns)
+    ).interleave(
+        read_file,
+        cycle_length=cycle_length,
+        num_parallel_calls=tf.data.AUTOTUNE,
+        deterministic=True,
+    )
+
+
+def _read_ahead(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Checks the position of each element before it gives the previous one.
+
+    So the last record is given only after all files were read to their ends.
+    Otherwise nothing would read on after a last batch that is full.
+    """
+
+    def swap(last: _Element, element: _Element) -> tuple[_Element, _Element]:
+        _check_position(element)
+        return element, last
+
+    end = _zeros(dataset.element_spec)
+    end = end._replace(count=tf.constant(1, tf.int64))
+    return (
+        dataset.concatenate(tf.data.Dataset.from_tensors(end))
+        .scan(end, swap)
+        .skip(1)
+    )
+
+
+def _check_position(element: _Element) -> None:
+    _assert_count(
+        element.position < element.count,
+        element.path,
+        element.count,
+        element.position,
+    )
+
+
+def _assert_count(
+    condition: Any, path: tf.Tensor, count: tf.Tensor, actual: tf.Tensor
+) -> None:
+    # Of these types, an assertion costs little as long as it holds.
+    numbers = [tf.cast(number, tf.int32) for number in (count, actual)]
+    tf.debugging.Assert(condition, [_WRONG_COUNT, path, *numbers])
+
+
+def _zeros(spec: Any) -> Any:
+    """Returns small tensors that a spec allows."""
+    return tf.nest.map_structure(
+        lambda x: tf.zeros(
+            [size or 0 for size in x.shape] if x.shape.rank else [], x.dtype
+        ),
+        spec,
+    )
+
+
+def _fold(key: tf.Tensor, number: Any) -> tf.Tensor:
+    """Derives the key of a number from another key, both int64 scalars."""
+    return tf.random.stateless_uniform(
+        (),
+        tf.stack([key, tf.cast(number, tf.int64)]),
+        minval=None,
+        maxval=None,
+        dtype=tf.int64,
+    )
+
+
+def _example_seed(element: _Element) -> tf.Tensor:
+    """Returns the seed, int32 of shape [2], of an example in an epoch."""
+    return tf.random.stateless_uniform(
+        (2,),
+        tf.stack([element.key, element.position]),
+        minval=None,
+        maxval=None,
+        dtype=tf.int32,
+    )
+
+
+def _host_slices(
+    indices: tf.data.Dataset,
     batch_size: int,
     context: tf.distribute.InputContext,
 ) -> tf.data.Dataset:
-    """This host's contiguous slice of every global batch."""
+    """Returns the host's contiguous slice of every global batch."""
     hosts = context.num_input_pipelines
     if hosts == 1:
-        return records
+        return indices
     size = batch_size // hosts
     begin = context.input_pipeline_id * size
     return (
-        records.batch(batch_size, drop_remainder=True)
-        .map(
-            lambda *batch: tf.nest.map_structure(
-                lambda x: x[begin : begin + size],
-                batch if len(batch) > 1 else batch[0],
-            )
-        )
+        indices.batch(batch_size, drop_remainder=True)
+        .map(lambda batch: batch[begin : begin + size])
         .unbatch()
     )
+
+
+def _assert_steps(
+    steps: int, context: tf.distribute.InputContext
+) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
+    """Makes the number of batches known, one per step and replica."""
+    replicas = context.num_replicas_in_sync // context.num_input_pipelines
+    return tf.data.experimental.assert_cardinality(steps * replicas)
+
+
+def _count(path: str, read: Read) -> int:
+    try:
+        records = read(tf.constant(path))
+        return int(records.reduce(np.int64(0), lambda count, _: count + 1))
+    except tf.errors.OpError as error:
+        # Without the names of TensorFlow's operations.
+        cause = re.sub(r"\{\{.*?\}\}|\[Op:.*", "", error.message).strip()
+        raise StorageError(
+            f"The records of {path} cannot be read. Restore the file or remove "
+            f"it from the input. Cause: {cause}"
+        ) from error
+
+
+def _check_paths(paths: Sequence[str]) -> None:
+    if not paths:
+        raise UsageError(
+            "An input needs at least one file of records. Received: no paths"
+        )
+    _check_unique(paths)
+    _check_files(paths)
+
+
+def _check_unique(paths: Sequence[str]) -> None:
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise UsageError(
+            "The files of an input must differ, as each of their records "
+            f"counts once. Received: {twice} more than once"
+        )
+
+
+def _check_files(paths: Sequence[str]) -> None:
+    """Raises `UsageError` if a file is missing."""
+    # A remote file system lists a directory in one request, where one per file
+    # would take minutes.
+    listed: dict[str, set[str]] = {}
+    missing = []
+    for path in paths:
+        directory, name = posixpath.split(path)
+        if directory not in listed:
+            try:
+                names = tf.io.gfile.listdir(directory or ".")
+            except (tf.errors.NotFoundError, tf.errors.FailedPreconditionError):
+                names = []
+            listed[directory] = {entry.rstrip("/") for entry in names}
+        if name not in listed[directory]:
+            missing.append(path)
+    if missing:
+        raise UsageError(
+            "All files of an input must exist. Restore them or remove them "
+            f"from the input. Received: {len(paths)} files, of which "
+            f"{len(missing)} are missing, {missing[0]} first"
+        )
+
+
+def _check_positive(**arguments: int) -> None:
+    for name, value in arguments.items():
+        if value < 1:
+            raise UsageError(
+                f"`{name}` must be at least 1. Received: {name}={value}"
+            )
+
+
+def _check_steps_per_epoch(
+    steps_per_epoch: int, parts: Sequence[_Part], batch_size: int
+) -> None:
+    examples = sum(part.examples for part in parts)
+    fewest = min(part.examples for part in parts)
+    if not steps_per_epoch:
+        raise UsageError(
+            "An epoch must fill at least one batch on every host. Lower the "
+            "batch size, or divide the records evenly among more files. "
+            f"Received: {examples} examples, batch_size={batch_size}, "
+            f"{len(parts)} hosts of which one reads {fewest} examples"
+        )
+    left_out = 1 - steps_per_epoch / (examples // batch_size)
+    if left_out > _TOLERATED_FRACTION:
+        logging.warning(
+            "Every epoch leaves out %.0f %% of the records, as hosts read "
+            "between %d and %d. Divide the records evenly among a multiple of "
+            "%d files.",
+            100 * left_out,
+            fewest,
+            max(part.examples for part in parts),
+            len(parts),
+        )
+
+
+def _check_names(names: Mapping[str, Any]) -> None:
+    if "weight" in names:
+        raise UsageError(
+            "No tensor of an evaluation batch may be named 'weight': the "
+            "weights of examples and padding have this name. Rename it. "
+            f"Received: {sorted(names)}"
+        )
+
+
+def _check_static_shapes(spec: Any) -> None:
+    for part in tf.nest.flatten(spec):
+        if not tf.TensorShape(getattr(part, "shape", None)).is_fully_defined():
+            raise UsageError(
+                "`decode` must return tensors of static shape. Set them with "
+                f"`tf.ensure_shape`. Received: {spec}"
+            )
 
 
 def _replica_batch(batch_size: int, context: tf.distribute.InputContext) -> int:
     replicas = context.num_replicas_in_sync
     if batch_size < 1 or batch_size % replicas:
-        raise ValueError(
+        raise UsageError(
             "The batch size must be a positive multiple of the number of "
             f"replicas. Received: batch_size={batch_size} for {replicas} "
             "replicas"
@@ -225,7 +857,7 @@ def _tensors(
 ) -> tuple[dict[str, tf.Tensor], int]:
     lengths = {name: len(array) for name, array in arrays.items()}
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
-        raise ValueError(
+        raise UsageError(
             "The arrays must have the same number of examples, and at least "
             f"one. Received: {lengths}"
         )

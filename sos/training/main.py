@@ -1,405 +1,556 @@
-"""What a training binary does: train, eval, train_and_eval, export."""
+"""Modes of a training program: train, eval, train_and_eval, export."""
 
 import contextlib
 import dataclasses
-import json
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NoReturn
 
 import tensorflow as tf
 from absl import logging
 
-from sos.errors import CheckpointError, ReportedError, Stopped
-from sos.export import export_saved_model
-from sos.files import only_process
-from sos.training.checkpoints import (
-    Checkpoints,
-    check_writable,
-    remove_unfinished,
-)
+from sos.errors import CheckpointError, ReportedError, Stopped, UsageError
+from sos.files import check_writable, only_process, storage_errors
+from sos.training.checkpoints import Checkpoints, remove_unfinished
 from sos.training.continuous_evaluation import ContinuousEvaluation
-from sos.training.reporting import Console, JsonLines, Summary, TensorBoard
-from sos.training.signals import StopRequest, exit_code
-from sos.training.strategies import gather, several_processes
+from sos.training.reporting import (
+    Console,
+    JsonLines,
+    Summary,
+    TensorBoard,
+    read_summaries,
+)
+from sos.training.signals import (
+    EXIT_RESTART,
+    StopRequest,
+    StopSource,
+    exit_code,
+)
+from sos.training.strategies import (
+    gather,
+    lost_worker_errors,
+    several_processes,
+    several_workers,
+)
 from sos.training.trainer import Action, Trainer
 
-#: The names that `run` takes.
+#: The values of `Options.mode`.
 MODES = ("train", "eval", "train_and_eval", "export")
 
-_CHECKPOINTS = "checkpoints"
-
-# What TensorFlow raises in a worker when another one is gone.
-_LOST_WORKER = (
-    tf.errors.AbortedError,
-    tf.errors.CancelledError,
-    tf.errors.DeadlineExceededError,
-    tf.errors.FailedPreconditionError,
-    tf.errors.UnavailableError,
-)
-_ABORTED = "Collective ops is aborted by: "
-
-_Report = Callable[[Summary], None]
+_OnSummary = Callable[[Summary], Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a training binary runs; none of it changes what is computed.
+    """How a training program runs. No option changes what is computed.
 
     Attributes:
-        mode: "train"; "eval", which follows the checkpoints in `workdir` as
-            they appear and evaluates each; "train_and_eval"; or "export", which
-            writes the newest checkpoint as a SavedModel. The second and the
-            last are for one process.
-        workdir: The directory of everything that is written.
-        train_steps: The number of steps of the whole training.
-        save_checkpoints_steps: The number of steps between two checkpoints; one
-            is also saved before every evaluation.
-        keep_checkpoint_max: The number of newest checkpoints that are kept.
-        keep_checkpoint_every_n_steps: Keep for good those whose step is a
-            multiple of it; None for none.
-        steps_per_eval: In "train_and_eval", the number of steps between two
-            evaluations; one follows the last step, too.
-        eval_timeout: In "eval", the number of seconds without a new checkpoint
-            after which to give up; None to wait for ever.
-        profile_steps: The first and last step of a profile for TensorBoard;
-            None for none.
+        mode: "train"; "eval": evaluate every checkpoint in `workdir` as it
+            appears; "train_and_eval"; or "export": write the newest checkpoint
+            for serving. "eval" and "export" run in one process.
+        workdir: Directory of all files that are written.
+        train_steps: Number of optimizer steps of the whole training.
+        save_checkpoints_steps: Steps between two checkpoints. Another one is
+            saved before every evaluation and after the last step.
+        keep_checkpoint_max: Number of newest checkpoints that are kept.
+        keep_checkpoint_every_n_steps: Checkpoints whose step is a multiple of
+            it are kept, too; None for none.
+        keep_checkpoint_steps: Steps at which a checkpoint is saved and kept, 0
+            for the initial weights.
+        steps_per_eval: Steps between two evaluations in "train_and_eval"; None
+            to evaluate only after the last step, which is always evaluated.
+        eval_timeout: Seconds without a new checkpoint after which "eval" gives
+            up; None to wait forever.
+        profile_steps: First and last step of a profile for TensorBoard; None
+            for no profile.
+        quiet: Whether to print neither summaries nor a progress bar nor
+            messages. Errors are always printed.
+
+    Raises:
+        UsageError: If a value is invalid.
     """
 
-    mode: str
+    mode: str = "train_and_eval"
     workdir: str
     train_steps: int
     save_checkpoints_steps: int = 1000
     keep_checkpoint_max: int = 5
     keep_checkpoint_every_n_steps: int | None = None
-    steps_per_eval: int = 1000
+    keep_checkpoint_steps: Collection[int] = ()
+    steps_per_eval: int | None = None
     eval_timeout: float | None = None
     profile_steps: tuple[int, int] | None = None
+    quiet: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise ValueError(
+            raise UsageError(
                 f"`mode` must be one of {', '.join(MODES)}. "
                 f"Received: mode={self.mode!r}"
             )
         if not self.workdir:
-            raise ValueError(
-                "`workdir` must name a directory. Received: an empty text"
+            raise UsageError(
+                "`workdir` must be a directory. "
+                f"Received: workdir={self.workdir!r}"
             )
         for name in ("train_steps", "save_checkpoints_steps", "steps_per_eval"):
             value = getattr(self, name)
+            if name == "steps_per_eval" and value is None:
+                continue
             if not isinstance(value, int) or value < 1:
-                raise ValueError(
+                raise UsageError(
                     f"`{name}` must be an integer of at least 1. "
                     f"Received: {name}={value!r}"
                 )
         if self.eval_timeout is not None and not self.eval_timeout >= 0:
-            raise ValueError(
+            raise UsageError(
                 "`eval_timeout` must not be negative. "
                 f"Received: eval_timeout={self.eval_timeout}"
             )
-        kept, saved = (
+        every, saved = (
             self.keep_checkpoint_every_n_steps,
             self.save_checkpoints_steps,
         )
-        if kept is not None and kept % saved:
-            raise ValueError(
+        if every is not None and every % saved:
+            raise UsageError(
                 "`keep_checkpoint_every_n_steps` must be a multiple of "
-                "`save_checkpoints_steps`, so that there is one. Received: "
-                f"{kept} and {saved}"
+                "`save_checkpoints_steps`, or there would be no checkpoint to "
+                f"keep. Received: {every} and {saved}"
+            )
+        steps = sorted(self.keep_checkpoint_steps)
+        if steps and not 0 <= steps[0] <= steps[-1] <= self.train_steps:
+            raise UsageError(
+                "`keep_checkpoint_steps` must be steps from 0 to `train_steps`="
+                f"{self.train_steps}. Received: keep_checkpoint_steps={steps}"
             )
         if self.profile_steps is not None:
             first, last = self.profile_steps
             if not 0 < first < last <= self.train_steps:
-                raise ValueError(
-                    "`profile_steps` must be two of the training's "
-                    f"{self.train_steps} steps, the first below the last. "
-                    f"Received: {first},{last}"
+                raise UsageError(
+                    "`profile_steps` must be two steps from 1 to `train_steps`="
+                    f"{self.train_steps}, the first one smaller. "
+                    f"Received: profile_steps={first},{last}"
                 )
 
 
-def run(settings: Options, make_trainer: Callable[[], Trainer]) -> int:
-    """Does what the mode says, and tells on the standard error what is wrong.
+def run(options: Options, make_trainer: Callable[[], Trainer]) -> int:
+    """Runs the selected mode; prints errors to stderr.
 
     Args:
-        settings: How to run.
-        make_trainer: Makes the trainer; called when the work directory is known
-            to be usable.
+        options: How to run.
+        make_trainer: Returns the trainer; called after the work directory was
+            found to be writable.
 
     Returns:
-        The exit code of the process: 0 when it is done; 75 when SIGTERM stopped
-        it, 130 when Ctrl-C did, after everything was saved: the same command
-        continues; 1 after an error that one line tells. In a job of several
-        workers the process ends here after an error, with the code 1.
+        The exit code, see `exit_code_of`. Pass it to `end_process`.
+    """
+
+    def call() -> None:
+        check_writable(options.workdir)
+        trainer = make_trainer()
+        if options.mode == "export":
+            # A signal ends it at once, and an earlier export is unchanged.
+            path = export(trainer, options)
+            if not options.quiet:
+                print(f"Wrote {path}", flush=True)
+            return
+        # Entered after the strategy was made, which may take signals for
+        # itself.
+        with StopRequest() as stop:
+            if options.mode == "eval":
+                evaluate_continuously(trainer, options, stop=stop)
+            else:
+                train(trainer, options, stop=stop)
+
+    return exit_code_of(call, several_workers=several_workers())
+
+
+def train(
+    trainer: Trainer,
+    options: Options,
+    *,
+    stop: StopSource | None = None,
+    on_summary: Sequence[_OnSummary] = (),
+) -> Summary | None:
+    """Trains to the last step, from the newest checkpoint in `workdir`.
+
+    Writes checkpoints, `train.jsonl` and event files for TensorBoard.
+
+    Args:
+        trainer: Trains.
+        options: How to run. In the mode "train" nothing is evaluated.
+        stop: Asks to stop before the end.
+        on_summary: Called with every summary of training and evaluation, in
+            every process of a job.
+
+    Returns:
+        The summary of the evaluation of the last step, also if it was evaluated
+        before a restart; None in the mode "train".
 
     Raises:
-        Exception: What is no error of usage, the disk or the numbers, but a
-            mistake in the task, whose traceback is needed to find it.
+        UsageError: If the task has no evaluation data and the mode needs them.
+        StorageError: If a file cannot be written, or another process trains in
+            the work directory.
+        CheckpointError: If a checkpoint cannot be saved, or the newest one is
+            of another configuration, or all are damaged.
+        NonFiniteLossError: If the loss, a penalty or a weight is not finite.
+        Stopped: If `stop` asked to stop. What was computed is saved.
     """
-    trainer = None
-    try:
-        check_writable(settings.workdir)
-        trainer = make_trainer()
-        session = _Session(settings, trainer)
-        if settings.mode == "export":
-            # A signal ends it at once, and what was there stays.
-            session.export()
-        else:
-            # Made later than the strategy, which may take signals for itself.
-            with StopRequest() as stop:
-                session.run(stop)
-    except Stopped as stopped:
-        _say(f"{stopped} Run the same command again to continue.")
-        return exit_code(stopped.signal)
-    except KeyboardInterrupt:
-        began = "" if settings.mode == "export" else " before training began"
-        _say(f"Stopped by SIGINT{began}.")
-        # At once, as TensorFlow may be waiting for other workers.
-        os._exit(exit_code(signal.SIGINT))
-    except Exception as error:
-        in_a_job = _in_a_job(trainer)
-        if in_a_job and _worker_is_lost(error):
-            told = (
-                "A worker of this job is gone, or cannot be reached: "
-                f"{_reason(error)}. Start all workers again to continue from "
-                "the last checkpoint."
-            )
-        else:
-            told = str(error) if isinstance(error, ReportedError) else None
-        if told is not None:
-            logging.debug("Where it went wrong:", exc_info=True)
-            _say(f"FATAL {told}")
-        elif in_a_job:
-            traceback.print_exc()
-        else:
-            raise
-        if in_a_job:
-            # At once, as the runtime would wait for the other workers.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(1)
-        return 1
-    return 0
-
-
-class _Session:
-    """One run of a binary."""
-
-    def __init__(self, settings: Options, trainer: Trainer) -> None:
-        if settings.mode in ("eval", "export") and _in_a_job(trainer):
-            raise ValueError(
-                f"The mode {settings.mode} is for one process. Run it with "
-                "--strategy=one_device or mirrored, and without TF_CONFIG."
-            )
-        evaluates = settings.mode in ("eval", "train_and_eval")
-        if evaluates and trainer.task.eval_batches < 1:
-            raise ValueError(
-                f"The mode {settings.mode} needs evaluation data, and the task "
-                "has none: its `eval_batches` is "
-                f"{trainer.task.eval_batches}. Use --mode=train."
-            )
-        self._settings = settings
-        self._trainer = trainer
-        self._checkpoints = Checkpoints(
-            os.path.join(settings.workdir, _CHECKPOINTS),
-            configuration=trainer.configuration(),
-            keep=settings.keep_checkpoint_max,
-            keep_every=settings.keep_checkpoint_every_n_steps,
-        )
-
-    def run(self, stop: StopRequest) -> None:
-        """Trains or evaluates, as the mode says."""
-        mode, workdir = self._settings.mode, self._settings.workdir
-        if mode == "eval":
-            with only_process(workdir, "eval"):
-                self._follow(stop)
-        else:
-            with contextlib.ExitStack() as stack:
-                if self._trainer.is_chief:
-                    stack.enter_context(only_process(workdir, "train"))
-                self._train(stop, evaluate=mode == "train_and_eval")
-
-    def _train(self, stop: StopRequest, evaluate: bool) -> None:
-        settings, trainer = self._settings, self._trainer
+    evaluates = options.mode != "train"
+    if evaluates:
+        _check_evaluation(trainer, options.mode)
+    check_writable(options.workdir)
+    checkpoints = _checkpoints(trainer, options)
+    evaluations = []
+    with contextlib.ExitStack() as stack:
         if trainer.is_chief:
-            remove_unfinished(self._checkpoints.directory)
-        step = trainer.restore(self._checkpoints) or 0
-        if step and trainer.is_chief:
-            _say(
-                f"Training is done: there is a checkpoint of step {step:,}."
-                if step >= settings.train_steps
-                else f"Going on from the checkpoint of step {step:,}."
-            )
-        with (
-            self._reporter("train", step) as report,
-            self._profile(step) as actions,
-        ):
-            if evaluate:
-                evaluation = Action(
-                    call=lambda trainer: self._save_and_evaluate(report, stop),
-                    every=settings.steps_per_eval,
-                    at_end=True,
-                )
-                # Its process may have ended after a save and before the rest.
-                missed = (
-                    step > 0
-                    and evaluation.due(step, settings.train_steps)
-                    and step not in self._evaluated("train")
-                )
-                # Which the chief alone can tell.
-                if gather(trainer.strategy, [missed]).all():
-                    report(trainer.evaluate(settings.train_steps, stop=stop))
-                actions.append(evaluation)
-            trainer.train(
-                settings.train_steps,
-                checkpoints=self._checkpoints,
-                save_every=settings.save_checkpoints_steps,
-                actions=actions,
-                on_summary=[report],
-                stop=stop,
-            )
-
-    def _save_and_evaluate(self, report: _Report, stop: StopRequest) -> None:
-        trainer = self._trainer
-        # First, so that an evaluation that is asked to stop can just end.
-        if trainer.saved_step != trainer.step:
-            trainer.save(self._checkpoints)
-        report(trainer.evaluate(self._settings.train_steps, stop=stop))
-
-    def _follow(self, stop: StopRequest) -> None:
-        """Evaluates every checkpoint once, also those still to come."""
-        settings = self._settings
-        follower = ContinuousEvaluation(
-            self._trainer,
-            self._checkpoints,
-            last_step=settings.train_steps,
-            timeout=settings.eval_timeout,
+            stack.enter_context(only_process(options.workdir, "train"))
+            remove_unfinished(checkpoints.directory)
+        step = _restore_or_initialize(trainer, checkpoints, options)
+        report = stack.enter_context(
+            _reporting(trainer, options, "train", on_summary, resume_step=step)
         )
-        with self._reporter("eval") as report:
-            # The reporter has made or repaired the file.
-            done = self._evaluated("eval")
-            if settings.train_steps in done:
-                _say("The checkpoint of the last step is evaluated already.")
-            follower.follow(done, on_summary=report, on_wait=_say, stop=stop)
 
-    def _evaluated(self, kind: str) -> set[int]:
-        """The steps that were evaluated; none where no log is written."""
-        steps: set[int] = set()
-        if self._trainer.is_chief:
-            with tf.io.gfile.GFile(self._log(kind)) as file:
-                records = [json.loads(line) for line in file]
-            steps = {r["step"] for r in records if r["kind"] == "eval"}
-        return steps
+        def evaluate(trainer: Trainer) -> None:
+            # An evaluation that is asked to stop can simply end.
+            _save(trainer, checkpoints)
+            summary = trainer.evaluate(options.train_steps, stop=stop)
+            report(summary)
+            evaluations.append(summary)
 
-    def export(self) -> None:
-        """Writes the newest checkpoint as a SavedModel."""
-        with only_process(self._settings.workdir, "export"):
-            self._export()
+        actions = stack.enter_context(_profiling(trainer, options, step))
+        actions.append(
+            Action(
+                call=lambda trainer: _save(trainer, checkpoints),
+                at=tuple(options.keep_checkpoint_steps),
+            )
+        )
+        if evaluates:
+            evaluation = Action(
+                call=evaluate, every=options.steps_per_eval, at_end=True
+            )
+            # An earlier process may have ended between a save and its
+            # evaluation. Only the chief knows.
+            missed = (
+                trainer.is_chief
+                and step > 0
+                and evaluation.due(step, options.train_steps)
+                and _evaluation(options, "train", step) is None
+            )
+            if gather(trainer.strategy, [missed]).any():
+                evaluate(trainer)
+            actions.append(evaluation)
+        trainer.train(
+            options.train_steps,
+            checkpoints=checkpoints,
+            save_every=options.save_checkpoints_steps,
+            actions=actions,
+            on_summary=[report],
+            stop=stop,
+        )
+    if not evaluates:
+        return None
+    if evaluations and evaluations[-1].step == options.train_steps:
+        return evaluations[-1]
+    return _evaluation(options, "train", options.train_steps)
 
-    def _export(self) -> None:
-        trainer = self._trainer
-        step = trainer.restore(self._checkpoints)
+
+def evaluate_continuously(
+    trainer: Trainer,
+    options: Options,
+    *,
+    stop: StopRequest | None = None,
+    on_summary: Sequence[_OnSummary] = (),
+) -> Summary | None:
+    """Evaluates every checkpoint in the work directory as it appears.
+
+    Ends when the checkpoint of the last step is evaluated. Writes `eval.jsonl`
+    and event files for TensorBoard.
+
+    Args:
+        trainer: Evaluates. It must be the only process of its job.
+        options: How to run.
+        stop: Asks to stop before the end.
+        on_summary: Called with every summary.
+
+    Returns:
+        The summary of the evaluation of the last step, also if it was evaluated
+        before a restart.
+
+    Raises:
+        UsageError: If the task has no evaluation data, or other processes take
+            part.
+        StorageError: If a file cannot be written, or another process evaluates
+            in the work directory.
+        CheckpointError: If the checkpoints are of another configuration, or no
+            new one appeared within `eval_timeout`.
+        Stopped: If `stop` asked to stop.
+    """
+    _check_one_process(trainer, "eval")
+    _check_evaluation(trainer, "eval")
+    check_writable(options.workdir)
+    evaluation = ContinuousEvaluation(
+        trainer,
+        _checkpoints(trainer, options),
+        last_step=options.train_steps,
+        timeout=options.eval_timeout,
+    )
+    with (
+        only_process(options.workdir, "eval"),
+        _reporting(trainer, options, "eval", on_summary) as report,
+    ):
+        evaluated = {summary.step for summary in _summaries(options, "eval")}
+        if options.train_steps in evaluated:
+            _say(
+                options, "The checkpoint of the last step is evaluated already."
+            )
+        evaluation.run(
+            evaluated,
+            on_summary=report,
+            on_wait=lambda message: _say(options, message),
+            stop=stop,
+        )
+        return _evaluation(options, "eval", options.train_steps)
+
+
+def export(trainer: Trainer, options: Options) -> str:
+    """Exports the newest checkpoint in the work directory for serving.
+
+    Args:
+        trainer: Exports. It must be the only process of its job.
+        options: How to run.
+
+    Returns:
+        The path of the export, `WORKDIR/export/STEP`.
+
+    Raises:
+        UsageError: If other processes take part.
+        StorageError: If the export cannot be written, or another process
+            exports from the work directory.
+        CheckpointError: If there is no checkpoint, or it is of another
+            configuration.
+    """
+    _check_one_process(trainer, "export")
+    with only_process(options.workdir, "export"):
+        checkpoints = _checkpoints(trainer, options)
+        step = trainer.restore(checkpoints)
         if step is None:
             raise CheckpointError(
-                "There is no checkpoint to export in "
-                f"{self._checkpoints.directory}."
+                f"There is no checkpoint to export in {checkpoints.directory}. "
+                "Train first, or choose another work directory."
             )
         # TensorFlow Serving takes the number for the version.
-        path = os.path.join(self._settings.workdir, "export", str(step))
-        export_saved_model(trainer.model, path)
-        print(f"Wrote {path}")
+        path = os.path.join(options.workdir, "export", str(step))
+        with storage_errors(f"The export could not be written to {path}"):
+            trainer.export(path)
+        return path
 
-    def _log(self, kind: str) -> str:
-        return os.path.join(self._settings.workdir, f"{kind}.jsonl")
 
-    @contextlib.contextmanager
-    def _reporter(
-        self, kind: str, resume_step: int | None = None
-    ) -> Iterator[_Report]:
-        """What takes the records; in processes that write no files, nothing."""
-        with contextlib.ExitStack() as stack:
-            if not self._trainer.is_chief:
-                yield lambda record: None
-                return
-            workdir = self._settings.workdir
-            reporters = [
-                Console(),
-                JsonLines(self._log(kind), resume_step=resume_step),
-                TensorBoard(workdir, resume_step=resume_step),
-            ]
-            for reporter in reporters:
-                stack.callback(reporter.close)
+def exit_code_of(
+    call: Callable[[], Any], *, several_workers: bool = False
+) -> int:
+    """Runs a function; prints errors and turns them into exit codes.
 
-            def report(record: Summary) -> None:
-                try:
-                    for reporter in reporters:
-                        reporter(record)
-                except (OSError, tf.errors.OpError) as error:
-                    raise OSError(
-                        f"The record of step {record.step} could not be "
-                        f"written to {workdir}: {_reason(error)}. Make room, "
-                        "and run the same command again."
-                    ) from error
+    Args:
+        call: The function. It may return an exit code of its own.
+        several_workers: Whether the process is one of several workers, see
+            `sos.training.strategies.several_workers`.
 
-            yield report
+    Returns:
+        0 after success; 1 after a `ReportedError` or, in a job of several
+        workers, any error; 75 after SIGTERM and 130 after Ctrl-C, when
+        everything is saved and the same command continues.
 
-    @contextlib.contextmanager
-    def _profile(self, step: int) -> Iterator[list[Action]]:
-        """The actions that take a profile, if one is wanted."""
-        window = self._settings.profile_steps
-        if window is None or step >= window[1]:
-            yield []
-            return
-        # TensorFlow names profiles by the second at which they end.
-        directory = os.path.join(
-            self._settings.workdir,
-            "profile",
-            f"step-{max(step, window[0]):08d}",
+    Raises:
+        Exception: Any other exception, which is a bug: its traceback is needed.
+            In a job of several workers the traceback is printed instead.
+    """
+    errors = (
+        lost_worker_errors() if several_workers else contextlib.nullcontext()
+    )
+    try:
+        with errors:
+            code = call()
+    except Stopped as stopped:
+        _print_error(f"{stopped} Run the same command again to continue.")
+        return exit_code(stopped.signal)
+    except KeyboardInterrupt:
+        # Outside of training, where no `StopRequest` handles signals.
+        _print_error("Stopped by SIGINT.")
+        return exit_code(signal.SIGINT)
+    except ReportedError as error:
+        logging.debug("The error was raised here:", exc_info=True)
+        _print_error(f"FATAL {error}")
+        return 1
+    except Exception:
+        if not several_workers:
+            raise
+        # Propagating would end in `sys.exit`, see `end_process`.
+        traceback.print_exc()
+        return 1
+    return code if isinstance(code, int) else 0
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends the process with an exit code.
+
+    After an error in a job of several workers it ends at once: on the way out
+    TensorFlow's runtime would wait for the other workers, which wait for this
+    one.
+
+    Args:
+        code: The exit code.
+    """
+    if several_workers() and code not in (0, EXIT_RESTART):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _check_evaluation(trainer: Trainer, mode: str) -> None:
+    if not trainer.task.has_evaluation:
+        raise UsageError(
+            f"The mode {mode} needs evaluation data, and the task "
+            f"{type(trainer.task).__name__} has none. Override its "
+            "`eval_dataset`, or use the mode train."
         )
-        with contextlib.ExitStack() as running:
-            # On all workers, as loops end where an action is due.
-            def start(trainer: Trainer) -> None:
-                if not trainer.is_chief:
-                    return
-                tf.profiler.experimental.start(directory)
-                running.callback(tf.profiler.experimental.stop)
-
-            if step >= window[0]:
-                start(self._trainer)
-            yield [
-                Action(call=start, at=(window[0],)),
-                Action(call=lambda _: running.close(), at=(window[1],)),
-            ]
 
 
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+def _check_one_process(trainer: Trainer, mode: str) -> None:
+    if several_processes(trainer.strategy):
+        raise UsageError(
+            f"The mode {mode} runs in one process. Run it with "
+            "--strategy=one_device or mirrored, and without TF_CONFIG."
+        )
 
 
-def _worker_is_lost(error: Exception) -> bool:
-    # The last of them is also raised for what is wrong with data.
-    return isinstance(error, _LOST_WORKER) and (
-        not isinstance(error, tf.errors.FailedPreconditionError)
-        or _ABORTED in error.message
+def _checkpoints(trainer: Trainer, options: Options) -> Checkpoints:
+    return Checkpoints(
+        os.path.join(options.workdir, "checkpoints"),
+        configuration=trainer.configuration(),
+        keep=options.keep_checkpoint_max,
+        keep_every=options.keep_checkpoint_every_n_steps,
+        keep_steps=options.keep_checkpoint_steps,
     )
 
 
-def _in_a_job(trainer: Trainer | None) -> bool:
-    """Whether other processes take part; known before they have met, too."""
-    if trainer is None:
-        return bool(os.environ.get("TF_CONFIG"))
-    return several_processes(trainer.strategy)
+def _restore_or_initialize(
+    trainer: Trainer, checkpoints: Checkpoints, options: Options
+) -> int:
+    """Returns the step from which training continues."""
+    step = trainer.restore_or_initialize(checkpoints)
+    if step is None:
+        if 0 in options.keep_checkpoint_steps:
+            trainer.save(checkpoints)
+        return 0
+    if trainer.is_chief and step > 0:
+        _say(
+            options,
+            f"Training is done: there is a checkpoint of step {step:,}."
+            if step >= options.train_steps
+            else f"Continuing from the checkpoint of step {step:,}.",
+        )
+    return step
 
 
-def _reason(error: BaseException) -> str:
-    """The line of an error that says most."""
-    text = error.message if isinstance(error, tf.errors.OpError) else str(error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    for line in lines:
-        if _ABORTED in line:
-            return line.split(_ABORTED, 1)[1].rstrip(".")
-    # Headings of what TensorFlow says of compiled functions end in a colon.
-    lines = [line for line in lines if not line.endswith(":")]
-    return lines[0].rstrip(".") if lines else type(error).__name__
+def _save(trainer: Trainer, checkpoints: Checkpoints) -> None:
+    if trainer.saved_step != trainer.step:
+        trainer.save(checkpoints)
+
+
+def _log(options: Options, kind: str) -> str:
+    return os.path.join(options.workdir, f"{kind}.jsonl")
+
+
+def _evaluation(options: Options, kind: str, step: int) -> Summary | None:
+    """Returns the logged summary of the evaluation of a step."""
+    summaries = [
+        summary
+        for summary in _summaries(options, kind)
+        if summary.kind == "eval" and summary.step == step
+    ]
+    return summaries[-1] if summaries else None
+
+
+def _summaries(options: Options, kind: str) -> list[Summary]:
+    path = _log(options, kind)
+    with storage_errors(f"{path} could not be read"):
+        return read_summaries(path)
+
+
+@contextlib.contextmanager
+def _reporting(
+    trainer: Trainer,
+    options: Options,
+    kind: str,
+    on_summary: Sequence[_OnSummary],
+    *,
+    resume_step: int | None = None,
+) -> Iterator[_OnSummary]:
+    """Yields a function that reports a summary; only the chief writes files."""
+    workdir = options.workdir
+    with contextlib.ExitStack() as stack:
+        reporters = []
+        if trainer.is_chief:
+            if not options.quiet:
+                reporters.append(Console())
+            with storage_errors(f"{_log(options, kind)} could not be opened"):
+                reporters += [
+                    JsonLines(_log(options, kind), resume_step=resume_step),
+                    TensorBoard(workdir, resume_step=resume_step),
+                ]
+        for reporter in reporters:
+            stack.callback(reporter.close)
+
+        def report(summary: Summary) -> None:
+            with storage_errors(
+                f"The summary of step {summary.step} could not be written to "
+                f"{workdir}"
+            ):
+                for reporter in reporters:
+                    reporter(summary)
+            for call in on_summary:
+                call(summary)
+
+        yield report
+
+
+@contextlib.contextmanager
+def _profiling(
+    trainer: Trainer, options: Options, step: int
+) -> Iterator[list[Action]]:
+    """Yields the actions that take the profile, none if there is none."""
+    window = options.profile_steps
+    if window is None or step >= window[1]:
+        yield []
+        return
+    # TensorFlow names profiles by the second at which they end.
+    directory = os.path.join(
+        options.workdir, "profile", f"step-{max(step, window[0]):08d}"
+    )
+    with contextlib.ExitStack() as running:
+        # Actions are due on all workers, as loops end where an action is due.
+        def start(trainer: Trainer) -> None:
+            if trainer.is_chief:
+                tf.profiler.experimental.start(directory)
+                running.callback(tf.profiler.experimental.stop)
+
+        if step >= window[0]:
+            start(trainer)
+        yield [
+            Action(call=start, at=(window[0],)),
+            Action(call=lambda _: running.close(), at=(window[1],)),
+        ]
+
+
+def _say(options: Options, message: str) -> None:
+    if not options.quiet:
+        print(message, file=sys.stderr, flush=True)
+
+
+def _print_error(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

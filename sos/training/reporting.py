@@ -1,6 +1,6 @@
-"""Where the records of a training go: terminal, JSON lines, TensorBoard.
+"""Reports training: terminal, progress bar, JSON lines, TensorBoard.
 
-A reporter is a callable that takes a `Summary`, with a `close`.
+A reporter is a callable that takes a `Summary`, with a method `close`.
 """
 
 import dataclasses
@@ -15,35 +15,36 @@ import rich.console
 import rich.progress
 import tensorflow as tf
 
+from sos.errors import StorageError
 from sos.event_file import EventFile
 from sos.files import atomic_write
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary:
-    """The figures of one host loop of training, or of one evaluation.
+    """The metrics of one host loop of training, or of one evaluation.
 
     Attributes:
-        step: Number of optimizer steps done.
+        step: Number of completed optimizer steps.
         total_steps: Number of optimizer steps of the whole training.
         kind: "train" for a host loop, "eval" for an evaluation.
-        metrics: Means over the steps of the loop or over the evaluation set,
-            by name, such as `loss` and `accuracy`.
-        learning_rate: That of the step that comes next.
+        metrics: Means over the steps of the loop or over the evaluation data,
+            by name, for example `loss` and `accuracy`.
+        learning_rate: Learning rate of the next step.
         sparsity: Fraction of zeros in all sparse weights together; None for a
             dense model.
         penalty: Sum of the techniques' penalties, as added to the loss.
         weight_sparsity: Fraction of zeros in each sparse weight, by its path.
-        weight_penalty: The penalty of each weight that has one, by its path.
-        examples_per_second: Examples of all replicas in a second.
-        seconds: Duration of the loop or evaluation.
-        seconds_left: An estimate of the time until training ends.
+        weight_penalty: Penalty of each weight that has one, by its path.
+        examples_per_second: Examples of all replicas per second.
+        seconds: Duration of the loop or evaluation in seconds.
+        seconds_left: Estimated seconds until training ends.
     """
 
     step: int
     total_steps: int
     kind: str = "train"
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     learning_rate: float | None = None
     sparsity: float | None = None
     penalty: float | None = None
@@ -57,106 +58,227 @@ class Summary:
     seconds: float
     seconds_left: float | None = None
 
+    def to_json(self) -> str:
+        """Returns a JSON object without line breaks.
 
-class Console:
-    """Prints a line for every record, and on a terminal a progress bar below.
+        Its keys are the fields of the summary; those that are None or empty are
+        omitted. Values that are not finite become `null`, as JSON has neither
+        NaN nor infinity.
+        """
+        fields = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+        }
+        return json.dumps(
+            {
+                name: _to_plain(value)
+                for name, value in fields.items()
+                if value is not None and value != {}
+            },
+            allow_nan=False,
+        )
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Summary":
+        """Returns the summary that `to_json` wrote.
+
+        Args:
+            text: A JSON object. Keys that are no fields are ignored.
+
+        Returns:
+            The summary, with NaN where `to_json` wrote `null`.
+
+        Raises:
+            ValueError: If the text is not the JSON of a summary.
+        """
+        try:
+            values = json.loads(text)
+            names = {field.name for field in dataclasses.fields(cls)}
+            summary = cls(
+                **{
+                    name: _from_plain(value)
+                    for name, value in values.items()
+                    if name in names
+                }
+            )
+            if not isinstance(summary.step, int):
+                raise TypeError("step")
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                "Expected a JSON object with the fields of a summary. "
+                f"Received: {text[:80]!r}"
+            ) from error
+        return summary
+
+
+class ProgressBar:
+    """A progress bar below the lines of a terminal.
+
+    Draws nothing where the output is not a terminal. Only one bar may be open
+    at a time.
+
+    ```
+    with ProgressBar(console) as bar:
+        for run in range(10):
+            bar.update(run, 10, f"{run} of 10 runs", seconds_left=60.0)
+            ...
+    ```
 
     Args:
-        console: Where to write; by default the standard output.
+        console: Where to draw; by default the standard output.
     """
 
     def __init__(self, console: rich.console.Console | None = None) -> None:
         self.console = console or rich.console.Console(highlight=False)
         self._bar: rich.progress.Progress | None = None
 
-    def __call__(self, record: Summary) -> None:
-        """Prints a record."""
-        if self.console.is_terminal and record.kind == "train":
-            self._show_bar(record)
-        self.console.print(
-            describe(record), soft_wrap=True, markup=False, highlight=False
-        )
+    def update(
+        self,
+        completed: float,
+        total: float,
+        description: str = "",
+        *,
+        seconds_left: float | None = None,
+    ) -> None:
+        """Draws the bar, or draws it anew.
 
-    def close(self) -> None:
-        """Takes the progress bar away; the lines stay."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-    def _show_bar(self, record: Summary) -> None:
-        left = record.seconds_left
+        Args:
+            completed: How much of `total` is done, in any unit.
+            total: The whole.
+            description: Text in front of the bar.
+            seconds_left: Estimated seconds until all is done, if known.
+        """
+        if not self.console.is_terminal:
+            return
+        left = seconds_left
         state = {
-            "completed": record.step,
-            "total": record.total_steps,
-            "steps": f"{record.step:,} of {record.total_steps:,} steps",
-            "left": "" if left is None else f"{_duration(left)} left",
+            "completed": completed,
+            "total": total,
+            "description": description,
+            "left": "" if left is None else f"{format_duration(left)} left",
         }
         if self._bar is not None:
             self._bar.update(self._task, refresh=True, **state)
             return
         self._bar = rich.progress.Progress(
-            rich.progress.TextColumn("{task.fields[steps]}"),
+            rich.progress.TextColumn("{task.description}", markup=False),
             rich.progress.BarColumn(bar_width=None),
             rich.progress.TextColumn("{task.percentage:>3.0f}%"),
             rich.progress.TextColumn("{task.fields[left]}"),
             console=self.console,
-            # Nothing changes between two records.
+            # Nothing changes between two updates.
             auto_refresh=False,
             expand=True,
             transient=True,
         )
-        self._task = self._bar.add_task("", **state)
+        self._task = self._bar.add_task(**state)
         self._bar.start()
-        # A process that is killed could not bring the cursor back.
+        # A process that is killed cannot show the cursor again.
         self.console.show_cursor(True)
 
+    def close(self) -> None:
+        """Removes the bar. The next `update` draws a new one."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
-def describe(record: Summary) -> str:
-    """A record as one line for people.
+    def __enter__(self) -> "ProgressBar":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class Console:
+    """Prints one line per summary, and on a terminal a progress bar below.
 
     Args:
-        record: The record.
+        console: Where to write; by default the standard output.
+    """
+
+    def __init__(self, console: rich.console.Console | None = None) -> None:
+        self._bar = ProgressBar(console)
+        self.console = self._bar.console
+
+    def __call__(self, summary: Summary) -> None:
+        """Prints a summary."""
+        if summary.kind == "train":
+            self._bar.update(
+                summary.step,
+                summary.total_steps,
+                f"{summary.step:,} of {summary.total_steps:,} steps",
+                seconds_left=summary.seconds_left,
+            )
+        self.console.print(
+            describe(summary), soft_wrap=True, markup=False, highlight=False
+        )
+
+    def close(self) -> None:
+        """Removes the progress bar; the lines stay."""
+        self._bar.close()
+
+
+def describe(summary: Summary) -> str:
+    """Returns a summary as one line of text.
+
+    Args:
+        summary: The summary.
 
     Returns:
-        Such as `step 200/1,000  loss 2.302  sparsity 50.00%  0:15 left`.
+        For example `step 200/1,000  loss 2.302  sparsity 50.00%  0:15 left`.
     """
-    parts = [f"step {record.step:,}/{record.total_steps:,}"]
-    if record.kind != "train":
-        parts.insert(0, record.kind)
-    parts += [f"{key} {value:.4g}" for key, value in _metrics(record)]
-    if record.learning_rate is not None:
-        parts.append(f"learning rate {record.learning_rate:.3g}")
-    if record.sparsity is not None:
-        parts.append(f"sparsity {record.sparsity:.2%}")
-    if record.penalty:
-        parts.append(f"penalty {record.penalty:.4g}")
-    if record.examples_per_second is not None:
-        parts.append(f"{record.examples_per_second:,.0f} examples/s")
-    if record.kind != "train":
-        parts.append(f"took {_duration(record.seconds)}")
-    elif record.seconds_left is not None:
-        parts.append(f"{_duration(record.seconds_left)} left")
+    parts = [f"step {summary.step:,}/{summary.total_steps:,}"]
+    if summary.kind != "train":
+        parts.insert(0, summary.kind)
+    parts += [f"{key} {value:.4g}" for key, value in _metrics(summary)]
+    if summary.learning_rate is not None:
+        parts.append(f"learning rate {summary.learning_rate:.3g}")
+    if summary.sparsity is not None:
+        parts.append(f"sparsity {summary.sparsity:.2%}")
+    if summary.penalty:
+        parts.append(f"penalty {summary.penalty:.4g}")
+    if summary.examples_per_second is not None:
+        parts.append(f"{summary.examples_per_second:,.0f} examples/s")
+    if summary.kind != "train":
+        parts.append(f"took {format_duration(summary.seconds)}")
+    elif summary.seconds_left is not None:
+        parts.append(f"{format_duration(summary.seconds_left)} left")
     return "  ".join(parts)
 
 
-class JsonLines:
-    """Appends a JSON object for every record to a file.
-
-    The keys are the fields of `Summary`. What is None or empty is left out, and
-    `null` stands for what is not finite, as JSON knows neither NaN nor
-    infinity. A line is handed to the operating system before the call returns.
-
-    The file belongs to one process at a time: opening it may replace it. On
-    Google Cloud Storage (`gs://`), where nothing can be appended, TensorFlow
-    uploads the whole file for each record.
+def format_duration(seconds: float) -> str:
+    """Returns a duration as hours, minutes and seconds.
 
     Args:
-        path: The file; it and its directory are made if need be.
-        resume_step: The step that training goes on from. Lines of later steps,
+        seconds: The duration in seconds.
+
+    Returns:
+        For example "1:03:05", or "3:05" below one hour.
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02d}:{seconds:02d}"
+    return f"{minutes}:{seconds:02d}"
+
+
+class JsonLines:
+    """Appends each summary to a file, as one line of JSON.
+
+    See `Summary.to_json` for the format and `read_summaries` for reading. A
+    line is handed to the operating system before the call returns.
+
+    Only one process may write to the file at a time: opening may replace it. On
+    Google Cloud Storage (`gs://`), where nothing can be appended, TensorFlow
+    uploads the whole file for each summary.
+
+    Args:
+        path: The file; it and its directory are created if needed.
+        resume_step: Step from which training continues. Lines of later steps,
             which will be written again, are dropped. By default all are kept.
 
     Raises:
-        ValueError: If the file holds something else than records. Only a last
+        StorageError: If the file holds something else than summaries. A last
             line that was cut off, as when the process was killed, is dropped.
     """
 
@@ -173,13 +295,13 @@ class JsonLines:
             self._file = open(self.path, "a", encoding="utf-8")
         else:
             self._file = tf.io.gfile.GFile(self.path, "a")
-            # Opened, and made if need be, by the first write only.
+            # The first write opens the file, and creates it if needed.
             self._file.write("")
             self._file.flush()
 
-    def __call__(self, record: Summary) -> None:
-        """Appends a record."""
-        self._file.write(json.dumps(_to_json(record), allow_nan=False) + "\n")
+    def __call__(self, summary: Summary) -> None:
+        """Appends a summary."""
+        self._file.write(summary.to_json() + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -190,7 +312,11 @@ class JsonLines:
         """Drops lines of later steps and a last line that was cut off."""
         with tf.io.gfile.GFile(self.path, "rb") as file:
             old = file.read()
-        new = b"".join(self._lines_until(old, last_step))
+        new = b"".join(
+            line + b"\n"
+            for line, summary in _parse(self.path, old)
+            if summary.step <= last_step
+        )
         if new == old:
             return
         if _is_local(self.path):
@@ -202,39 +328,60 @@ class JsonLines:
                 file.write(new)
             tf.io.gfile.rename(temporary, self.path, overwrite=True)
 
-    def _lines_until(self, text: bytes, last_step: float) -> Iterator[bytes]:
-        lines = text.splitlines()
-        for number, line in enumerate(lines, start=1):
-            try:
-                step = json.loads(line)["step"]
-                keep = step <= last_step
-            except (ValueError, TypeError, KeyError) as error:
-                # Cut off in the middle, a line has no closing brace.
-                if number == len(lines) and not text.endswith(b"\n"):
-                    return
-                raise ValueError(
-                    f"Line {number} of {self.path} is not a record of a "
-                    "training. Repair the line, or move the file away. "
-                    f"Received: {line[:80]!r}"
-                ) from error
-            if keep:
-                yield line + b"\n"
+
+def read_summaries(path: str | os.PathLike) -> list[Summary]:
+    """Reads the file of a `JsonLines`, also while it is being written.
+
+    Args:
+        path: The file; `gs://` works too.
+
+    Returns:
+        All summaries in their order; none if there is no file. A last line that
+        was cut off is ignored.
+
+    Raises:
+        StorageError: If the file holds something else than summaries.
+    """
+    path = os.fspath(path)
+    if not tf.io.gfile.exists(path):
+        return []
+    with tf.io.gfile.GFile(path, "rb") as file:
+        return [summary for _, summary in _parse(path, file.read())]
+
+
+def _parse(path: str, text: bytes) -> Iterator[tuple[bytes, Summary]]:
+    """Yields each line of a file without its end, and its summary."""
+    lines = text.splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            summary = Summary.from_json(line)
+        except ValueError as error:
+            # A line that was cut off has no closing brace.
+            if number == len(lines) and not text.endswith(b"\n"):
+                return
+            raise StorageError(
+                f"Line {number} of {path} is not a summary of training. "
+                "Repair the line, or move the file away. "
+                f"Received: {line[:80]!r}"
+            ) from error
+        yield line, summary
 
 
 class TensorBoard:
-    """Writes the figures of every record for TensorBoard.
+    """Writes every summary for TensorBoard.
 
-    Training goes to the subfolder `train`, evaluations to `eval`, so that a
-    chart shows both as two runs. The tags are the names of the metrics,
-    `learning_rate`, `sparsity`, `penalty` and `examples_per_second`, and for
-    each weight `sparsity/<path>` and `penalty/<path>`.
+    Summaries of training go to the subdirectory `train`, those of evaluations
+    to `eval`, so that a chart shows both as two runs. The tags are the names of
+    the metrics, `learning_rate`, `sparsity`, `penalty` and
+    `examples_per_second`, and for each weight `sparsity/<path>` and
+    `penalty/<path>`.
 
-    The package `tensorboard` is needed to look at the files only.
+    Writing does not need the package `tensorboard`.
 
     Args:
         directory: The log directory; `gs://` works too.
-        resume_step: The step that training goes on from. What was written for
-            later steps is no longer shown. By default all is.
+        resume_step: Step from which training continues. TensorBoard no longer
+            shows what was written for later steps. By default it shows all.
     """
 
     def __init__(
@@ -244,14 +391,14 @@ class TensorBoard:
         self._resume_step = resume_step
         self._files: dict[str, EventFile] = {}
 
-    def __call__(self, record: Summary) -> None:
-        """Writes the figures of a record."""
-        if record.kind not in self._files:
-            self._files[record.kind] = EventFile(
-                os.path.join(self.directory, record.kind),
+    def __call__(self, summary: Summary) -> None:
+        """Writes a summary."""
+        if summary.kind not in self._files:
+            self._files[summary.kind] = EventFile(
+                os.path.join(self.directory, summary.kind),
                 resume_step=self._resume_step,
             )
-        self._files[record.kind].write(record.step, _scalars(record))
+        self._files[summary.kind].write(summary.step, _scalars(summary))
 
     def close(self) -> None:
         """Closes the files."""
@@ -260,46 +407,34 @@ class TensorBoard:
         self._files = {}
 
 
-def _metrics(record: Summary) -> list[tuple[str, float]]:
-    """The metrics with the loss in front."""
-    return sorted(record.metrics.items(), key=lambda item: item[0] != "loss")
+def _metrics(summary: Summary) -> list[tuple[str, float]]:
+    """Returns the metrics, the loss first."""
+    return sorted(summary.metrics.items(), key=lambda item: item[0] != "loss")
 
 
-def _scalars(record: Summary) -> dict[str, float]:
-    """The figures of a record by TensorBoard tag."""
-    scalars = dict(record.metrics)
+def _scalars(summary: Summary) -> dict[str, float]:
+    """Returns all numbers of a summary by TensorBoard tag."""
+    scalars = dict(summary.metrics)
     for name in (
         "learning_rate",
         "sparsity",
         "penalty",
         "examples_per_second",
     ):
-        value = getattr(record, name)
+        value = getattr(summary, name)
         if value is not None:
             scalars[name] = value
-    for path, value in record.weight_sparsity.items():
+    for path, value in summary.weight_sparsity.items():
         scalars[f"sparsity/{path}"] = value
-    for path, value in record.weight_penalty.items():
+    for path, value in summary.weight_penalty.items():
         scalars[f"penalty/{path}"] = value
     return scalars
 
 
-def _to_json(record: Summary) -> dict[str, Any]:
-    fields = {
-        field.name: getattr(record, field.name)
-        for field in dataclasses.fields(record)
-    }
-    return {
-        name: _plain(value)
-        for name, value in fields.items()
-        if value is not None and value != {}
-    }
-
-
-def _plain(value: Any) -> Any:
-    """The value in types that JSON has."""
+def _to_plain(value: Any) -> Any:
+    """Returns a value in types of JSON."""
     if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
+        return {key: _to_plain(entry) for key, entry in value.items()}
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, numbers.Real):
@@ -307,14 +442,11 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _from_plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _from_plain(entry) for key, entry in value.items()}
+    return math.nan if value is None else value
+
+
 def _is_local(path: str) -> bool:
     return "://" not in path
-
-
-def _duration(seconds: float) -> str:
-    """Hours, minutes and seconds, as in 1:03:05, or 3:05."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}:{minutes:02d}:{seconds:02d}"
-    return f"{minutes}:{seconds:02d}"

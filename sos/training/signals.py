@@ -1,4 +1,4 @@
-"""Stopping by a signal without losing what was computed."""
+"""Stops training at a signal without losing what was computed."""
 
 import contextlib
 import os
@@ -10,19 +10,16 @@ import time
 from types import TracebackType
 from typing import Protocol
 
-#: The exit code of a training that SIGTERM stopped after it had saved
-#: everything: run the same command again to continue. It is `os.EX_TEMPFAIL`,
-#: which schedulers and scripts can tell from success and from errors.
+#: Exit code of a training that saved everything and ended at SIGTERM: run the
+#: same command again to continue. It is `os.EX_TEMPFAIL`, which schedulers and
+#: scripts can distinguish from success and from errors.
 EXIT_RESTART = 75
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# `timeout`, and launchers that hand on the Ctrl-C which their child gets as
-# well, send a signal twice: within so many seconds it counts once.
-_ONE_PRESS = 0.1
 
 
 def exit_code(signum: signal.Signals) -> int:
-    """The exit code of a process that was stopped by a signal and has saved.
+    """Returns the exit code of a process that saved and ended at a signal.
 
     Args:
         signum: The signal.
@@ -36,23 +33,22 @@ def exit_code(signum: signal.Signals) -> int:
 
 
 class StopSource(Protocol):
-    """What may ask training to stop, such as `sos.training.signals`."""
+    """Asks training to stop, for example a `StopRequest`."""
 
     @property
     def requested(self) -> signal.Signals | None:
-        """The signal that asks for it, None while there is none."""
+        """The signal that asks for it; None while there is none."""
 
 
 class StopRequest:
     """Turns SIGTERM and SIGINT (Ctrl-C) into a request to stop.
 
-    Within the scope the first signal does nothing but set `requested`; whoever
-    runs the loop looks at it between two calls, saves, and ends the process
-    with the `exit_code` of that signal. A second one, of either kind, ends the
-    process at once with the exit code 128 + its number (143 for SIGTERM, 130
-    for SIGINT) and nothing saved, even while TensorFlow computes: Python's own
-    handlers would wait for the end of that call, so that a thread watches in
-    their place. A signal within 0.1 s after the first is taken for its echo.
+    Within the scope the first signal only sets `requested`; the training loop
+    checks it between two calls, saves, and ends the process with the signal's
+    `exit_code`. A second signal, of either kind, ends the process at once
+    without saving, with the exit code 128 + its number (143 for SIGTERM, 130
+    for SIGINT), even while TensorFlow computes: a thread watches for signals,
+    as Python's own handlers would wait for the end of that call.
 
     ```
     with StopRequest() as stop:
@@ -62,17 +58,27 @@ class StopRequest:
     sys.exit(exit_code(stop.requested))
     ```
 
-    Enter the scope after the `tf.distribute` strategy is made:
+    Enter the scope after creating the `tf.distribute` strategy:
     MultiWorkerMirroredStrategy takes SIGTERM for itself. Python has handlers in
-    the main thread only; in another thread the scope does nothing and nothing
+    the main thread only; in another thread the scope does nothing, and nothing
     is ever requested. A signal that was ignored before stays ignored.
 
+    Args:
+        echo_seconds: Seconds after the first signal within which further ones
+            count as its echo: `timeout`, and launchers that pass on a Ctrl-C
+            which their child receives as well, send it twice.
+        announce: Whether to print a line when a stop is requested.
+
     Attributes:
-        requested: The first signal, None before there was one. It stays when
+        requested: The first signal; None before there is one. Stays set when
             the scope is left.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, *, echo_seconds: float = 0.1, announce: bool = True
+    ) -> None:
+        self._echo_seconds = echo_seconds
+        self._announces = announce
         self.requested: signal.Signals | None = None
         self._event = threading.Event()
         self._previous: dict[signal.Signals, object] = {}
@@ -80,10 +86,10 @@ class StopRequest:
         self._announcer: threading.Thread | None = None
 
     def wait(self, seconds: float) -> bool:
-        """Sleeps, at most until a stop is requested.
+        """Sleeps until a stop is requested or the time is over.
 
         Args:
-            seconds: How long to sleep.
+            seconds: Seconds to sleep at most.
 
         Returns:
             Whether a stop is requested.
@@ -126,8 +132,8 @@ class StopRequest:
         self._watcher = None
         self._receiver.close()
         if self._announcer is not None:
-            # So that it does not come after what is said of the end.
-            self._announcer.join(_ONE_PRESS)
+            # Its line comes before the program's last ones.
+            self._announcer.join(0.1)
 
     def _watch(self) -> None:
         """Reads the numbers of signals until the sender is closed."""
@@ -144,19 +150,20 @@ class StopRequest:
                 first = now
                 self.requested = signal.Signals(data[0])
                 self._event.set()
-                # Not here: nobody may be reading, and a second signal would
-                # have to wait for that.
-                self._announcer = threading.Thread(
-                    target=self._announce, daemon=True
-                )
-                self._announcer.start()
-            elif now - first > _ONE_PRESS:
+                if self._announces:
+                    # Not here: nobody may be reading, and a second signal
+                    # would have to wait for that.
+                    self._announcer = threading.Thread(
+                        target=self._announce, daemon=True
+                    )
+                    self._announcer.start()
+            elif now - first > self._echo_seconds:
                 os._exit(128 + data[0])
 
     def _announce(self) -> None:
         print(
-            f"{self.requested.name} received: this ends after the running "
-            "loop, and saves. Send it again to end at once without saving.",
+            f"{self.requested.name} received: saving and ending after the "
+            "running loop. Send it again to end at once without saving.",
             file=sys.stderr,
             flush=True,
         )

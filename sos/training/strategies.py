@@ -12,10 +12,19 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from sos.errors import UsageError
+from sos.errors import ABORTED, UsageError, WorkerLostError, reason
 
 #: The names that `make_strategy` accepts.
 STRATEGIES = ("tpu", "mirrored", "multi_worker", "one_device")
+
+# What TensorFlow raises in a worker when another one is gone.
+_LOST_WORKER = (
+    tf.errors.AbortedError,
+    tf.errors.CancelledError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.FailedPreconditionError,
+    tf.errors.UnavailableError,
+)
 
 # Dtypes that TensorFlow cannot send to other workers.
 _NOT_SENT = (tf.uint8, tf.int8, tf.uint16, tf.int16)
@@ -149,6 +158,53 @@ def several_processes(strategy: tf.distribute.Strategy) -> bool:
     return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
 
 
+def several_workers() -> bool:
+    """Returns whether this process is one of several workers.
+
+    Unlike `several_processes`, it is known before they have joined: TF_CONFIG
+    lists them.
+    """
+    try:
+        return len(_workers()) > 1
+    except UsageError:
+        # Workers cannot join by it, and `make_strategy` raises.
+        return False
+
+
+def is_lost_worker(error: BaseException) -> bool:
+    """Returns whether an error in a job of several workers is a lost worker."""
+    # TensorFlow raises FailedPreconditionError for invalid data, too.
+    return isinstance(error, _LOST_WORKER) and (
+        not isinstance(error, tf.errors.FailedPreconditionError)
+        or ABORTED in error.message
+    )
+
+
+@contextlib.contextmanager
+def lost_worker_errors() -> Iterator[None]:
+    """Raises `WorkerLostError` when another worker is lost within the scope.
+
+    Enter it in a job of several workers only: in a single process TensorFlow
+    raises the same errors for other reasons.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        WorkerLostError: If another worker ended or cannot be reached.
+    """
+    try:
+        yield
+    except _LOST_WORKER as error:
+        if not is_lost_worker(error):
+            raise
+        raise WorkerLostError(
+            "A worker of this job ended or cannot be reached: "
+            f"{reason(error)}. Start all workers again to continue from the "
+            "last checkpoint."
+        ) from error
+
+
 class _MultiWorkerStrategy(tf.distribute.MultiWorkerMirroredStrategy):
     """A strategy in whose scope uint8 variables, such as masks, can be created.
 
@@ -278,9 +334,8 @@ def _tpu_strategy(tpu: str) -> tf.distribute.Strategy:
             tf.config.experimental_connect_to_cluster(resolver)
         tf.tpu.experimental.initialize_tpu_system(resolver)
     except (tf.errors.OpError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UsageError(
-            f"The TPU {tpu!r} cannot be used: {reason} "
+            f"The TPU {tpu!r} cannot be used: {reason(error)}. "
             "Set --tpu=NAME of a TPU in this project, or --tpu=local on a TPU "
             "machine with the package tensorflow-tpu."
         ) from error

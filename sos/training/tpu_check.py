@@ -132,7 +132,7 @@ def deviceless_strategy(replicas: int) -> tf.distribute.TPUStrategy:
 
 
 def check(function: Any) -> None:
-    """Raises an error that lists the violations in a function, if any.
+    """Raises an error that lists all violations in a function, if any.
 
     Args:
         function: A concrete function, as in `violations`.

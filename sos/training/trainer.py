@@ -25,13 +25,14 @@ from sos.errors import (
     UsageError,
 )
 from sos.surgery import strip
-from sos.training import strategies
+from sos.training import inputs, strategies
 from sos.training.checkpoints import (
     Checkpoints,
     canonical_path,
     diff,
     variable_specs,
 )
+from sos.training.optimizers import traced_config
 from sos.training.reporting import Summary
 from sos.training.signals import StopSource
 from sos.training.steps import CompiledMaskUpdate, Steps, Totals
@@ -393,7 +394,7 @@ class Trainer:
             step,
             self.model,
             self.optimizer,
-            notes={
+            metadata={
                 "seconds": self.seconds,
                 "examples_seen": step * self.task.batch_size,
                 **self._placement(),
@@ -579,7 +580,8 @@ class Trainer:
             begin = self._clock()
             end = min(batches, self._eval_loop_length.loop_end(done))
             try:
-                parts.append(self.steps.evaluate(iterator, end - done))
+                with inputs.usage_errors():
+                    parts.append(self.steps.evaluate(iterator, end - done))
             except tf.errors.FailedPreconditionError as error:
                 if _ENDED not in error.message:
                     raise
@@ -740,7 +742,8 @@ class Trainer:
 
     def _train_steps(self, iterator: Any, steps: int) -> Totals:
         try:
-            return self.steps.train(iterator, steps)
+            with inputs.usage_errors():
+                return self.steps.train(iterator, steps)
         except tf.errors.FailedPreconditionError as error:
             if _ENDED not in error.message:
                 raise
@@ -851,7 +854,7 @@ def _traced_properties(
     model: keras.Model, optimizer: keras.optimizers.Optimizer
 ) -> dict[str, Any]:
     """Returns what a traced step holds besides the values of variables."""
-    config = optimizer.get_config()
+    config = traced_config(optimizer)
     # Keras numbers them through all of a process.
     config.pop("name", None)
     if isinstance(config.get("learning_rate"), float):

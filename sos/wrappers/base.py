@@ -1,17 +1,23 @@
 """The base of all techniques: a layer that runs with effective weights."""
 
+import copy
 import inspect
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from sos import noise
+from sos import arguments, noise
 from sos.clock import Clock
+from sos.errors import UsageError
 from sos.wrappers import calling, selection
 from sos.wrappers.settings import Settings
 from sos.wrappers.sparse_weight import SparseWeight, SparseWeights
+
+#: Arguments of every technique that concern the layer it wraps.
+LAYER_ARGUMENTS = ("include", "paths", "name", "trainable")
 
 
 class SparseWrapper(keras.layers.Wrapper):
@@ -59,10 +65,11 @@ class SparseWrapper(keras.layers.Wrapper):
         # opens a scope of its own policy. The inputs pass untouched.
         unknown = set(kwargs) - {"trainable"}
         if unknown:
+            known = arguments.defaults(type(self), keras.layers.Wrapper)
             raise TypeError(
                 f"{type(self).__name__} has no argument "
                 f"{', '.join(map(repr, sorted(unknown)))}. "
-                f"Its arguments: {argument_names(type(self))}"
+                f"Its arguments: {sorted(known)}"
             )
         # Keras reads the signature of `call` when the layer is made.
         self.call = calling.call_like(self, layer)
@@ -86,6 +93,51 @@ class SparseWrapper(keras.layers.Wrapper):
         self.clock = Clock()
         self._sparse = SparseWeights()
         self.settings = Settings()
+
+    # Hyperparameters.
+
+    @classmethod
+    def hyperparameters(cls) -> dict[str, Any]:
+        """Returns the technique's hyperparameters with their defaults.
+
+        These are all arguments of the constructor, and of the constructors that
+        it passes `**kwargs` on to, whose defaults JSON can hold. A technique
+        overrides this only if an argument is something else.
+
+        Returns:
+            The defaults by name; `sos.REQUIRED` for arguments without one.
+        """
+        return {
+            name: copy.deepcopy(default)
+            for name, default in arguments.defaults(cls, SparseWrapper).items()
+            if name not in LAYER_ARGUMENTS
+            and (default is arguments.REQUIRED or arguments.is_json(default))
+        }
+
+    @classmethod
+    def resolve_hyperparameters(
+        cls,
+        hyperparameters: Mapping[str, Any],
+        inherited: Mapping[str, Any] = types.MappingProxyType({}),
+    ) -> dict[str, Any]:
+        """Turns hyperparameters into arguments of the constructor.
+
+        Families of techniques make objects of numbers and names here, such as
+        schedules.
+
+        Args:
+            hyperparameters: Hyperparameters and other arguments by name.
+            inherited: Further ones. Those in `hyperparameters` replace them,
+                and so does an object that stands for several numbers.
+
+        Returns:
+            Arguments of the constructor. Resolved again, they do not change.
+
+        Raises:
+            UsageError: If a value is invalid.
+            TypeError: If arguments exclude each other, or one is missing.
+        """
+        return {**inherited, **hyperparameters}
 
     # What a technique overrides.
 
@@ -442,25 +494,11 @@ class SparseWrapper(keras.layers.Wrapper):
         }
         try:
             return selection.choose(available, self.include)
-        except ValueError as error:
-            raise ValueError(
+        except UsageError as error:
+            raise UsageError(
                 f"{type(self).__name__} found nothing to make sparse in the "
                 f"layer {self.layer.name!r}: {error}"
             ) from error
-
-
-def argument_names(technique: type) -> list[str]:
-    """The names of the arguments of a technique, its bases' included."""
-    names: dict[str, None] = {}
-    for cls in technique.__mro__[: technique.__mro__.index(SparseWrapper) + 1]:
-        if "__init__" in vars(cls):
-            parameters = inspect.signature(cls.__init__).parameters.values()
-            names.update(
-                dict.fromkeys(
-                    p.name for p in parameters if p.kind == p.KEYWORD_ONLY
-                )
-            )
-    return sorted(names)
 
 
 def core(layer: keras.layers.Layer) -> keras.layers.Layer:

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 
 from sos import noise
+from sos.arguments import check_integer, check_number
 from sos.masks import keep_count, top_k_mask_host
 from sos.registry import register
 from sos.wrappers.masked import MaskedWrapper
@@ -27,7 +28,7 @@ class FixedMask(MaskedWrapper):
         **kwargs: As for `SparseWrapper`.
 
     Raises:
-        ValueError: If `sparsity` is out of range.
+        UsageError: If `sparsity` or `seed` is out of range.
     """
 
     def __init__(
@@ -39,7 +40,10 @@ class FixedMask(MaskedWrapper):
         **kwargs: Any,
     ) -> None:
         if sparsity is not None:
-            keep_count(0, sparsity)  # Raises if it is out of range.
+            sparsity = check_number(
+                "sparsity", sparsity, "[0, 1]", ", the fraction of zeros"
+            )
+        seed = check_integer("seed", seed, minimum=-(2**31))
         super().__init__(layer, **kwargs)
         self.sparsity = sparsity
         self.seed = seed

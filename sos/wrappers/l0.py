@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from sos import noise
+from sos.arguments import check_number
 from sos.registry import register
 from sos.wrappers import linear
 from sos.wrappers.penalized import PenalizedWrapper
@@ -90,13 +91,9 @@ class L0Regularization(PenalizedWrapper):
         initial_log_alpha: float = 2.197,
         **kwargs: Any,
     ) -> None:
-        if not math.isfinite(initial_log_alpha):
-            raise ValueError(
-                "`initial_log_alpha` must be finite. "
-                f"Received: initial_log_alpha={initial_log_alpha!r}"
-            )
+        initial_log_alpha = check_number("initial_log_alpha", initial_log_alpha)
         super().__init__(layer, penalty_weight=penalty_weight, **kwargs)
-        self.initial_log_alpha = float(initial_log_alpha)
+        self.initial_log_alpha = initial_log_alpha
 
     def build_weight(self, weight: SparseWeight) -> None:
         """Adds log alpha."""

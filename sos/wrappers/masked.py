@@ -1,13 +1,20 @@
 """Techniques that multiply weights by masks of zeros and ones."""
 
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from sos import arguments
 from sos.rankings import PerTensorRanking, Ranking
-from sos.schedules import PruningSchedule, Schedule, as_schedule
+from sos.schedules import (
+    PruningSchedule,
+    Schedule,
+    as_schedule,
+    make_schedule,
+)
 from sos.wrappers.base import SparseWrapper
 from sos.wrappers.sparse_weight import SparseWeight
 
@@ -70,6 +77,17 @@ def _check_mask(weight: SparseWeight, mask: Any) -> Any:
     return array.astype("uint8")
 
 
+# The hyperparameters of which a schedule is made.
+_NUMBERS = (
+    "sparsity",
+    "initial_sparsity",
+    "begin_step",
+    "end_step",
+    "frequency",
+    "power",
+)
+
+
 class PruningWrapper(MaskedWrapper):
     """Sets masks by scores, to a sparsity that follows a schedule.
 
@@ -77,16 +95,40 @@ class PruningWrapper(MaskedWrapper):
     of the schedule, between two training steps, and hands them to the ranking;
     the training step itself carries no sort and no condition.
 
+    The schedule is given as numbers or as an object. With an `end_step` the
+    sparsity grows from `initial_sparsity` at `begin_step` to `sparsity` (Zhu
+    and Gupta 2017): s(t) = s_final + (s_init - s_final) * (1 - p)^power, where
+    p = clip((t - begin) / (end - begin), 0, 1). Without one it is constant from
+    `begin_step` on.
+
     Args:
         layer: The layer to wrap.
+        sparsity: Fraction of zeros to end with, in [0, 1). With a `schedule`,
+            it replaces the schedule's own.
+        initial_sparsity: Fraction of zeros at `begin_step`, in [0, 1).
+        begin_step: Training step of the first mask update.
+        end_step: Training step of the last mask update; None for a constant
+            sparsity, whose masks are updated for the rest of training.
+        frequency: Training steps between two mask updates.
+        power: Exponent of the growth.
         schedule: A pruning schedule of tfmot (`sos.PolynomialDecay`,
             `sos.ConstantSparsity` or a subclass of `sos.PruningSchedule`), or a
-            `sos.Schedule`.
+            `sos.Schedule`, instead of the numbers.
         ranking: How scores become masks; by default each tensor for itself.
         **kwargs: As for `SparseWrapper`.
 
     Raises:
-        TypeError: If `schedule` or `ranking` is not one.
+        UsageError: If a number is out of range.
+        TypeError: If `schedule` or `ranking` is not one, or the numbers come
+            together with a `schedule`, or neither is there.
+
+    Example:
+    >>> import keras, sos
+    >>> layer = sos.MagnitudePruning(
+    ...     keras.layers.Dense(8), sparsity=0.9, end_step=1000
+    ... )
+    >>> layer.schedule.sparsity(500)
+    0.7875
     """
 
     needs_clock = True
@@ -106,11 +148,28 @@ class PruningWrapper(MaskedWrapper):
         self,
         layer: keras.layers.Layer,
         *,
-        schedule: PruningSchedule | Schedule,
+        sparsity: float | None = None,
+        initial_sparsity: float = 0.0,
+        begin_step: int = 0,
+        end_step: int | None = None,
+        frequency: int = 100,
+        power: float = 3.0,
+        schedule: PruningSchedule | Schedule | None = None,
         ranking: Ranking | None = None,
         **kwargs: Any,
     ) -> None:
-        schedule = as_schedule(schedule)
+        numbers = {
+            "sparsity": sparsity,
+            "initial_sparsity": initial_sparsity,
+            "begin_step": begin_step,
+            "end_step": end_step,
+            "frequency": frequency,
+            "power": power,
+        }
+        if schedule is not None:
+            # A subclass may pass on defaults of its own.
+            numbers = arguments.changed(numbers, self._number_defaults())
+        schedule = self._make_schedule(schedule, numbers)
         ranking = PerTensorRanking() if ranking is None else ranking
         if not isinstance(ranking, Ranking):
             raise TypeError(
@@ -120,6 +179,80 @@ class PruningWrapper(MaskedWrapper):
         super().__init__(layer, **kwargs)
         self._schedule = schedule
         self.ranking = ranking
+
+    @classmethod
+    def hyperparameters(cls) -> dict[str, Any]:
+        """Returns the numbers of the schedule, and the technique's own."""
+        found = super().hyperparameters()
+        for name in ("schedule", "ranking"):
+            found.pop(name, None)
+        # The default is None because a schedule can be given instead.
+        if found.get("sparsity", ...) is None:
+            found["sparsity"] = arguments.REQUIRED
+        return found
+
+    @classmethod
+    def resolve_hyperparameters(
+        cls,
+        hyperparameters: Mapping[str, Any],
+        inherited: Mapping[str, Any] = types.MappingProxyType({}),
+    ) -> dict[str, Any]:
+        """Turns the numbers of a schedule into a `Schedule`."""
+        if hyperparameters.get("schedule") is not None:
+            inherited = {
+                name: value
+                for name, value in inherited.items()
+                if name not in _NUMBERS
+            }
+        resolved = super().resolve_hyperparameters(hyperparameters, inherited)
+        numbers = {k: v for k, v in resolved.items() if k in _NUMBERS}
+        schedule = resolved.get("schedule")
+        # A technique may have a schedule of its own.
+        if "schedule" not in arguments.defaults(cls, SparseWrapper):
+            return resolved
+        if schedule is None and numbers.get("sparsity") is None:
+            return resolved
+        if schedule is None:
+            numbers = {**cls._number_defaults(), **numbers}
+        schedule = cls._make_schedule(schedule, numbers)
+        others = {k: v for k, v in resolved.items() if k not in _NUMBERS}
+        return {**others, "schedule": schedule}
+
+    @classmethod
+    def _number_defaults(cls) -> dict[str, Any]:
+        """Returns the defaults of the schedule's numbers."""
+        own = arguments.defaults(cls, SparseWrapper)
+        base = arguments.defaults(PruningWrapper, SparseWrapper)
+        return {name: own.get(name, base[name]) for name in _NUMBERS}
+
+    @classmethod
+    def _make_schedule(
+        cls,
+        schedule: PruningSchedule | Schedule | None,
+        numbers: dict[str, Any],
+    ) -> Schedule:
+        """Makes a schedule of numbers, or of a schedule and a sparsity."""
+        sparsity = numbers.get("sparsity")
+        if schedule is None:
+            if sparsity is None:
+                numbers = arguments.changed(numbers, cls._number_defaults())
+                raise TypeError(
+                    f"{cls.__name__} needs `sparsity`, the fraction of zeros "
+                    "to end with, such as `sparsity=0.9`, or a `schedule`. "
+                    f"Received: {arguments.received(numbers) or 'neither'}"
+                )
+            return make_schedule(**numbers)
+        schedule = as_schedule(schedule)
+        excess = {k: v for k, v in numbers.items() if k != "sparsity"}
+        if excess:
+            raise TypeError(
+                f"A `schedule` excludes {arguments.quoted(excess)}: give "
+                f"{cls.__name__} the schedule or its numbers. "
+                f"Received: {arguments.received(excess)}, schedule={schedule}"
+            )
+        return (
+            schedule if sparsity is None else schedule.with_sparsity(sparsity)
+        )
 
     @property
     def schedule(self) -> Schedule:

@@ -1,14 +1,20 @@
 """Techniques that learn what to remove, under a penalty in the loss."""
 
+import types
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from sos.ramps import Ramp, as_ramp
+from sos import arguments
+from sos.ramps import Ramp, make_ramp, takes_steps
 from sos.wrappers.base import SparseWrapper
 from sos.wrappers.settings import Setting
 from sos.wrappers.sparse_weight import SparseWeight
+
+# The hyperparameters of which, with its name, a ramp is made.
+_STEPS = ("begin_step", "end_step")
 
 
 class PenalizedWrapper(SparseWrapper):
@@ -24,15 +30,31 @@ class PenalizedWrapper(SparseWrapper):
         layer: The layer to wrap.
         penalty_weight: Factor of the penalty, at least 0. Gale et al. 2019 use
             a multiple of 1 / (number of training examples).
-        ramp: A `sos.Ramp` that raises the penalty with the step; by default the
-            penalty is constant.
+        ramp: How the penalty grows from `begin_step` to `end_step`: "constant"
+            (the full penalty from the first step on, without these two),
+            "linear", "cubic", "smoothed_cubic", or a `sos.Ramp`.
+        begin_step: The last training step without a penalty.
+        end_step: The first training step with the full penalty.
         seed: Seed of the noise, an integer. Streams differ by the weights'
             paths, so name layers that are to draw the same noise again.
         **kwargs: As for `SparseWrapper`.
 
     Raises:
-        ValueError: If a number is out of range.
+        UsageError: If a number is out of range, or the steps do not fit the
+            ramp.
         TypeError: If `ramp` is not a ramp.
+
+    Example:
+    >>> import keras, sos
+    >>> layer = sos.L0Regularization(
+    ...     keras.layers.Dense(8),
+    ...     penalty_weight=1e-5,
+    ...     ramp="linear",
+    ...     begin_step=100,
+    ...     end_step=1000,
+    ... )
+    >>> layer.ramp
+    LinearRamp(begin_step=100, end_step=1000)
     """
 
     penalty_weight = Setting("float32", minimum=0.0)
@@ -43,15 +65,56 @@ class PenalizedWrapper(SparseWrapper):
         layer: keras.layers.Layer,
         *,
         penalty_weight: float,
-        ramp: Ramp | None = None,
+        ramp: Ramp | str = "constant",
+        begin_step: int = 0,
+        end_step: int | None = None,
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        ramp = as_ramp(ramp)
+        ramp = self._make_ramp(
+            {"ramp": ramp, "begin_step": begin_step, "end_step": end_step}
+        )
         super().__init__(layer, **kwargs)
         self.penalty_weight = penalty_weight
         self.seed = seed
         self.ramp = ramp
+
+    @classmethod
+    def resolve_hyperparameters(
+        cls,
+        hyperparameters: Mapping[str, Any],
+        inherited: Mapping[str, Any] = types.MappingProxyType({}),
+    ) -> dict[str, Any]:
+        """Turns the name and the steps of a ramp into a `Ramp`."""
+        if "ramp" in hyperparameters and not takes_steps(
+            hyperparameters["ramp"]
+        ):
+            inherited = {
+                name: value
+                for name, value in inherited.items()
+                if name not in _STEPS
+            }
+        resolved = super().resolve_hyperparameters(hyperparameters, inherited)
+        names = ("ramp", *_STEPS)
+        values = {k: v for k, v in resolved.items() if k in names}
+        defaults = arguments.defaults(cls, SparseWrapper)
+        # Without a ramp, a technique may make its own of the steps.
+        if "ramp" not in values and not takes_steps(defaults.get("ramp")):
+            return resolved
+        defaults = {k: v for k, v in defaults.items() if k in names}
+        ramp = cls._make_ramp({**defaults, **values})
+        others = {k: v for k, v in resolved.items() if k not in names}
+        return {**others, "ramp": ramp}
+
+    @classmethod
+    def _make_ramp(cls, values: dict[str, Any]) -> Ramp:
+        """Makes a ramp of a name or a ramp, and steps."""
+        steps = {name: values[name] for name in _STEPS if name in values}
+        if not takes_steps(values["ramp"]):
+            # A subclass may have steps of its own by default.
+            defaults = arguments.defaults(cls, SparseWrapper)
+            steps = arguments.changed(steps, defaults)
+        return make_ramp(values["ramp"], **steps)
 
     def penalty(self, weight: SparseWeight) -> tf.Tensor:
         """The penalty of one weight before it is weighted, a float32 scalar.

@@ -23,10 +23,9 @@ class RandomPruning(PruningWrapper):
 
     Args:
         layer: The layer to wrap.
-        schedule: As for `PruningWrapper`.
         seed: Seed of the scores, an integer. They differ by the weights' paths,
             so name layers that are to draw the same scores again.
-        **kwargs: As for `PruningWrapper`.
+        **kwargs: As for `PruningWrapper`, `sparsity` among them.
     """
 
     seed = Setting("int32")

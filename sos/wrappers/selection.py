@@ -7,6 +7,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from sos.errors import UsageError
+
 
 def why_dense(variable: keras.Variable) -> str | None:
     """Why a weight is not made sparse by default, None if it is."""
@@ -27,7 +29,7 @@ def check_patterns(include: Any) -> list[str] | None:
         None or a list of regular expressions.
 
     Raises:
-        ValueError: If it is anything else.
+        UsageError: If it is anything else.
     """
     if include is None:
         return None
@@ -36,7 +38,7 @@ def check_patterns(include: Any) -> list[str] | None:
         try:
             re.compile(pattern)
         except (re.error, TypeError) as error:
-            raise ValueError(
+            raise UsageError(
                 "`include` must be a regular expression on weight paths or "
                 f"several of them ({error}). Received: include={include!r}"
             ) from error
@@ -57,7 +59,7 @@ def choose(
         The paths of the chosen weights by position.
 
     Raises:
-        ValueError: If nothing is chosen, or an expression matches nothing.
+        UsageError: If nothing is chosen, or an expression matches nothing.
     """
     available = {
         index: variable
@@ -129,7 +131,7 @@ def _fail(
     include: Sequence[str] | None,
 ) -> None:
     paths = [f"{v.path} {tuple(v.shape)}" for v in available.values()]
-    raise ValueError(
+    raise UsageError(
         f"none of its trainable weights that are not sparse already {what}. "
         f"These weights: {paths}. Received: include={include!r}"
     )

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 import keras
 import tensorflow as tf
 
+from sos.errors import UsageError
+
 
 class Setting:
     """A number of a technique that can change after the layer is built.
@@ -47,7 +49,7 @@ class Setting:
             The value as a Python number.
 
         Raises:
-            ValueError: If it is no number, not finite or out of range.
+            UsageError: If it is not a number, not finite or out of range.
         """
         number = int if self.dtype == "int32" else float
         try:
@@ -62,7 +64,7 @@ class Setting:
         if not valid:
             kind = "a 32-bit integer" if number is int else "a finite number"
             least = "" if self.minimum is None else f" >= {self.minimum}"
-            raise ValueError(
+            raise UsageError(
                 f"`{self.name}` must be {kind}{least}. "
                 f"Received: {self.name}={value!r}"
             )

@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from sos import noise
+from sos.arguments import check_number
 from sos.registry import register
 from sos.wrappers import linear
 from sos.wrappers.penalized import PenalizedWrapper
@@ -90,7 +91,7 @@ class VariationalDropout(PenalizedWrapper):
         **kwargs: As for `PenalizedWrapper`.
 
     Raises:
-        ValueError: If a number is out of range.
+        UsageError: If a number is out of range.
     """
 
     threshold = Setting("float32")
@@ -105,21 +106,18 @@ class VariationalDropout(PenalizedWrapper):
         clip_log_alpha: float | None = 8.0,
         **kwargs: Any,
     ) -> None:
-        if clip_log_alpha is not None and not (
-            isinstance(clip_log_alpha, int | float) and 0 < clip_log_alpha <= 80
-        ):
-            raise ValueError(
-                "`clip_log_alpha` must be a number in (0, 80], as exp(88) is "
-                "no float32, or None for no limit. "
-                f"Received: clip_log_alpha={clip_log_alpha!r}"
+        if clip_log_alpha is not None:
+            clip_log_alpha = check_number(
+                "clip_log_alpha",
+                clip_log_alpha,
+                "(0, 80]",
+                " (exp(88) is not a float32), or None for no limit",
             )
-        if not math.isfinite(initial_log_sigma2):
-            raise ValueError(
-                "`initial_log_sigma2` must be finite. "
-                f"Received: initial_log_sigma2={initial_log_sigma2!r}"
-            )
+        initial_log_sigma2 = check_number(
+            "initial_log_sigma2", initial_log_sigma2
+        )
         super().__init__(layer, penalty_weight=penalty_weight, **kwargs)
-        self.initial_log_sigma2 = float(initial_log_sigma2)
+        self.initial_log_sigma2 = initial_log_sigma2
         self.threshold = threshold
         self.clip_log_alpha = clip_log_alpha
 

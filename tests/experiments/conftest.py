@@ -1,54 +1,39 @@
-"""A study that takes seconds: few examples, few steps, the real network."""
+"""Finished runs of a toy task, trained once for all tests that read them."""
 
-import dataclasses
+import shutil
 
 import pytest
 
-from configs import fashion_mnist as config_file
-from models import convnet
-from sos.datasets import fashion_mnist
-from sos.experiments import runner
-from sos.experiments import runs as runs_lib
-
-TRAIN, TEST = 256, 100
+from sos.experiments import sweeps
+from sos.experiments.launchers import TrainerCache
+from sos.experiments.runs import run
+from tests.support import toy_experiment
 
 
 @pytest.fixture(scope="session")
-def data():
-    full = fashion_mnist.load()
-    return dataclasses.replace(
-        full,
-        x_train=full.x_train[:TRAIN],
-        y_train=full.y_train[:TRAIN],
-        x_test=full.x_test[:TEST],
-        y_test=full.y_test[:TEST],
+def toy_configs():
+    """Runs of every technique, of two seeds each."""
+    return sweeps.expand(
+        toy_experiment.CONFIG,
+        [
+            {"sparsity": sparsity, "seed": seed}
+            for sparsity in toy_experiment.TECHNIQUES.values()
+            for seed in (0, 1)
+        ],
     )
 
 
-@pytest.fixture
-def config():
-    """The shipped config, cut down to a few steps and runs."""
-    config = config_file.get_config().lock()
-    config.seeds = (0,)
-    config.steps = 6
-    config.batch_size = 32
-    for name in ("magnitude", "magnitude_dense_first", "random"):
-        config[name].sparsities = (0.5, 0.9)
-    for name in ("variational_dropout", "l0"):
-        config[name].penalties = (0.1, 1.0)
-    return config
+@pytest.fixture(scope="session")
+def finished(toy_configs, tmp_path_factory):
+    """The directory of these runs; read it only."""
+    workdir = tmp_path_factory.mktemp("finished")
+    trainers = TrainerCache()
+    for config in toy_configs:
+        run(config, workdir, make_trainer=trainers, quiet=True)
+    return workdir
 
 
 @pytest.fixture
-def expand():
-    """Makes the runs of a config."""
-
-    return lambda config: runs_lib.expand(config, train_examples=TRAIN)
-
-
-@pytest.fixture
-def make_runner(data):
-    """Makes a runner for the shape of a run."""
-    return lambda run, **options: runner.Runner(
-        run, data, convnet.build, **options
-    )
+def copy(finished, tmp_path):
+    """A copy of that directory, to be changed."""
+    return shutil.copytree(finished, tmp_path / "copy")

@@ -5,8 +5,13 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from sos.experiments import figures
-from sos.experiments.results import Outcome, WeightSparsity
+import sos
+from configs import fashion_mnist
+from sos.experiments import figures, sweeps
+from sos.experiments.config import plain, run_name
+from sos.experiments.results import FinishedRun
+from sos.experiments.runs import WeightSparsity
+from tests.support.results import make_result
 
 # Matplotlib warns of what it cannot draw.
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
@@ -14,37 +19,60 @@ pytestmark = pytest.mark.filterwarnings("error::UserWarning")
 LAYERS = {"conv1/kernel": 144, "hidden/kernel": 131_072, "logits/kernel": 1280}
 
 
-def _outcome(sparsity, accuracy, layers=(0.1, 0.95, 0.5)):
-    return Outcome(
-        achieved_sparsity=sparsity,
-        model_sparsity=sparsity,
-        test_accuracy=accuracy,
-        test_loss=0.4,
-        seconds=1.0,
-        peak_memory=800.0,
-        parameters_trained=150_000,
-        weights=tuple(
-            WeightSparsity(path=path, size=size, sparsity=layer)
-            for (path, size), layer in zip(LAYERS.items(), layers, strict=True)
-        ),
+def _weights(sparsities):
+    return tuple(
+        WeightSparsity(path=path, size=size, sparsity=sparsity)
+        for (path, size), sparsity in zip(
+            LAYERS.items(), sparsities, strict=True
+        )
     )
 
 
-@pytest.fixture
-def results(config, expand):
+def _colour(technique, variant=0):
+    """The colour of a technique, as hexadecimal text."""
+    place = list(sos.techniques()).index(technique)
+    rgb = figures._lighter(figures._COLOURS[place], variant)
+    return matplotlib.colors.to_hex(rgb)
+
+
+@pytest.fixture(scope="module")
+def results():
     """Two seeds; penalties of 0.1 and 1 lead to 60 and 94 % or so."""
-    config.seeds = (0, 1)
-    results = []
-    for run in expand(config):
-        sparsity = run.sparsity or 0.0
-        if run.penalty:
-            sparsity = (0.6 if run.penalty == 0.1 else 0.94) + 0.02 * run.seed
+    config = fashion_mnist.get_config()
+    grid = fashion_mnist.make_sweep(
+        config,
+        seeds=(0, 1),
+        sparsities=(0.5, 0.9),
+        variational_dropout=(0.1, 1.0),
+        l0=(0.1, 1.0),
+    )
+    runs = []
+    for expanded in sweeps.expand(config, grid):
+        seed, wanted = expanded.seed, expanded.sparsity
+        sparsity = wanted.get("sparsity", 0.0)
+        if "penalty_weight" in wanted:
+            small = wanted.penalty_weight < 0.5 / 6000
+            sparsity = (0.6 if small else 0.94) + 0.02 * seed
         layers = (sparsity, sparsity, sparsity)
-        if run.technique == "l0":
-            layers = (0.2 + 0.1 * run.seed, 1.0, 0.5)
-        accuracy = 0.88 - 0.1 * sparsity + 0.02 * run.seed
-        results.append((run, _outcome(sparsity, accuracy, layers)))
-    return results
+        if wanted.technique == "L0Regularization":
+            layers = (0.2 + 0.1 * seed, 1.0, 0.5)
+        runs.append(
+            FinishedRun(
+                name=run_name(expanded),
+                config=plain(expanded),
+                result=make_result(
+                    sparsity=sparsity if wanted.technique else None,
+                    accuracy=0.88 - 0.1 * sparsity + 0.02 * seed,
+                    weights=_weights(layers),
+                ),
+            )
+        )
+    return runs
+
+
+def _replaced(run, **changes):
+    result = dataclasses.replace(run.result, **changes)
+    return dataclasses.replace(run, result=result)
 
 
 @pytest.fixture
@@ -104,7 +132,8 @@ def test_every_technique_has_its_colour(tmp_path, results, draw_figure):
     path = tmp_path / "figure.png"
     draw_figure(path, results)
     colours = _colours(path)
-    for colour in figures._COLOURS[:5]:
+    for technique in {run.technique for run in results} - {None}:
+        colour = _colour(technique)
         rgb = tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
         assert rgb in colours
     assert [p.name for p in tmp_path.iterdir()] == ["figure.png"]
@@ -114,14 +143,14 @@ def test_curves_join_the_means_over_seeds(draw, results):
     curves = _curves(draw(figures.save_tradeoff, results))
     assert list(curves) == [
         "dense",
-        "magnitude",
+        "magnitude pruning",
         "magnitude, first layer dense",
-        "random",
+        "random pruning",
         "variational dropout",
         "L0",
     ]
     # The axes hold densities and errors.
-    x, y = curves["magnitude"].get_data()
+    x, y = curves["magnitude pruning"].get_data()
     np.testing.assert_allclose(x, [0.5, 0.1])
     np.testing.assert_allclose(y, [0.16, 0.20])
     x, y = curves["L0"].get_data()
@@ -133,10 +162,10 @@ def test_curves_join_the_means_over_seeds(draw, results):
 def test_bars_reach_from_the_lowest_to_the_highest_seed(draw, results):
     figure = draw(figures.save_tradeoff, results)
     # Magnitude pruning has bars of accuracy only: its sparsity does not vary.
-    bars = _bars(figure, figures._COLOURS[0])
+    bars = _bars(figure, _colour("MagnitudePruning"))
     np.testing.assert_allclose(bars[..., 0], [(0.5, 0.5), (0.1, 0.1)])
     np.testing.assert_allclose(bars[..., 1], [(0.15, 0.17), (0.19, 0.21)])
-    bars = _bars(figure, figures._COLOURS[4])
+    bars = _bars(figure, _colour("L0Regularization"))
     assert len(bars) == 4
     np.testing.assert_allclose(bars[:2, :, 0], [(0.38, 0.4), (0.04, 0.06)])
     np.testing.assert_allclose(bars[2:, :, 1], [(0.162, 0.18), (0.196, 0.214)])
@@ -147,12 +176,12 @@ def test_bars_reach_from_the_lowest_to_the_highest_seed(draw, results):
 
 
 def test_one_seed_has_neither_bars_nor_a_band(draw, results):
-    one = [(run, outcome) for run, outcome in results if run.seed == 0]
+    one = [run for run in results if run.config["seed"] == 0]
     figure = draw(figures.save_tradeoff, one)
     (axes,) = figure.axes
     assert len(axes.patches) == 0
-    for colour in figures._COLOURS[:5]:
-        assert len(_bars(figure, colour)) == 0
+    for technique in sos.techniques():
+        assert len(_bars(figure, _colour(technique))) == 0
     assert axes.get_legend().get_title().get_text() == ""
 
 
@@ -185,8 +214,8 @@ def test_layers_are_drawn_in_the_order_of_the_network(draw, results):
     densities = {
         label: curve.get_ydata().tolist() for label, curve in curves.items()
     }
-    assert densities["magnitude (90.0%)"] == pytest.approx(3 * [0.1])
-    # Of the settings at 61 and 95 % it is the nearer one.
+    assert densities["magnitude pruning (90.0%)"] == pytest.approx(3 * [0.1])
+    # Of the points at 61 and 95 % it is the nearer one.
     assert densities["variational dropout (95.0%)"] == pytest.approx(3 * [0.05])
     # Nothing is left of the second layer.
     expected = [0.75, figures._LEAST_DENSITY, 0.5]
@@ -194,29 +223,27 @@ def test_layers_are_drawn_in_the_order_of_the_network(draw, results):
     assert axes.get_yticklabels()[-1].get_text() == "≥ 99.9%"
 
 
-def test_the_setting_follows_the_sparsity(draw, results):
+def test_the_point_follows_the_sparsity(draw, results):
     labels = _curves(draw(figures.save_layerwise, results, 0.55))
-    assert "magnitude (50.0%)" in labels
+    assert "magnitude pruning (50.0%)" in labels
     assert "L0 (61.0%)" in labels
 
 
 def test_bars_of_layers_reach_over_the_seeds(draw, results):
     figure = draw(figures.save_layerwise, results, 0.9)
     # Of the first layer alone: the others are alike in both.
-    bars = _bars(figure, figures._COLOURS[4])
+    bars = _bars(figure, _colour("L0Regularization"))
     np.testing.assert_allclose(bars[..., 1], [(0.7, 0.8)])
 
 
 def test_long_networks_have_legible_names(draw, results):
-    long = []
-    for run, outcome in results:
-        weights = tuple(
-            WeightSparsity(
-                path=f"stage{i}_block1_conv1/kernel", size=9216, sparsity=0.9
-            )
-            for i in range(22)
+    weights = tuple(
+        WeightSparsity(
+            path=f"stage{i}_block1_conv1/kernel", size=9216, sparsity=0.9
         )
-        long.append((run, dataclasses.replace(outcome, weights=weights)))
+        for i in range(22)
+    )
+    long = [_replaced(run, weights=weights) for run in results]
     figure = draw(figures.save_layerwise, long, 0.9)
     figure.canvas.draw()
     (axes,) = figure.axes
@@ -244,36 +271,49 @@ def test_both_figures_use_the_same_colours(draw, results):
 @pytest.mark.parametrize("sparsity", [0.0, 1.0])
 def test_extreme_sparsities_can_be_drawn(draw, results, sparsity):
     same = [
-        (run, _outcome(sparsity, accuracy, 3 * (sparsity,)))
-        for run, _ in results
+        _replaced(
+            run,
+            sparsity=sparsity,
+            metrics={"accuracy": accuracy},
+            weights=_weights(3 * (sparsity,)),
+        )
+        for run in results
         for accuracy in (0.0, 1.0)
     ]
     draw(figures.save_tradeoff, same)
     draw(figures.save_layerwise, same, 0.9)
 
 
-@pytest.mark.parametrize("kept", [[], ["dense"], ["l0"]])
+@pytest.mark.parametrize("kept", [[], [None], ["L0Regularization"]])
 def test_few_techniques_can_be_drawn(draw, results, kept):
-    few = [pair for pair in results if pair[0].technique in kept]
+    few = [run for run in results if run.technique in kept]
     draw(figures.save_tradeoff, few)
     draw(figures.save_layerwise, few, 0.9)
 
 
 def test_results_without_layers_can_be_drawn(draw, results):
-    bare = [(r, dataclasses.replace(o, weights=())) for r, o in results]
+    bare = [_replaced(run, weights=()) for run in results]
     draw(figures.save_layerwise, bare, 0.9)
 
 
-def test_more_techniques_than_colours_can_be_drawn(draw, results):
+def test_colours_of_some_techniques_are_those_of_all(draw, results):
+    everything = _curves(draw(figures.save_tradeoff, results))
+    some = [run for run in results if run.technique == "L0Regularization"]
+    (curve,) = _curves(draw(figures.save_tradeoff, some)).values()
+    assert curve.get_color() == everything["L0"].get_color()
+    assert curve.get_marker() == everything["L0"].get_marker()
+
+
+def test_variants_of_one_technique_differ(draw, results):
     many = [
-        (
-            dataclasses.replace(run, technique=f"technique {i}", title=""),
-            outcome,
-        )
-        for i in range(15)
-        for run, outcome in results
-        if run.wrapper is not None
+        dataclasses.replace(run, config={**run.config, "label": f"{label} {i}"})
+        for i in range(3)
+        for run in results
+        if (label := run.label) != "dense" and "first" not in label
     ]
     curves = _curves(draw(figures.save_tradeoff, many))
-    styles = {(c.get_color(), c.get_marker()) for c in curves.values()}
-    assert len(styles) == len(curves) == 15
+    styles = {
+        (c.get_color(), c.get_marker(), c.get_linestyle())
+        for c in curves.values()
+    }
+    assert len(styles) == len(curves) == 12

@@ -1,26 +1,13 @@
-import dataclasses
 import io
 
 import pytest
 from rich.console import Console
 
 from sos.experiments import progress
-from sos.experiments.results import Outcome, Results
-
-
-def _outcome(**changes):
-    return Outcome(
-        **{
-            "achieved_sparsity": 0.9,
-            "model_sparsity": 0.89,
-            "test_accuracy": 0.85,
-            "test_loss": 0.4,
-            "seconds": 12.0,
-            "peak_memory": 812.5,
-            "parameters_trained": 155_786,
-            **changes,
-        }
-    )
+from sos.experiments.config import plain, run_name
+from sos.experiments.results import FinishedRun
+from sos.training.reporting import Summary
+from tests.support.results import make_result
 
 
 def _text(table, width=80):
@@ -29,91 +16,124 @@ def _text(table, width=80):
     return console.file.getvalue()
 
 
-@pytest.fixture
-def runs(config, expand):
-    config.techniques = "dense,magnitude_dense_first,l0"
-    config.seeds = (0, 1)
-    return expand(config)
+def _finished(config, **changes):
+    return FinishedRun(
+        name=run_name(config),
+        config=plain(config),
+        result=make_result(**changes),
+    )
 
 
-def test_the_summary_has_a_row_for_each_setting(tmp_path, runs):
-    results = Results(tmp_path, runs)
-    for run in runs:
-        results.add(
-            run,
-            _outcome(
-                achieved_sparsity=0.9 + 0.002 * run.seed,
-                test_accuracy=0.8 + 0.03 * run.seed,
-                seconds=10.0 + run.seed,
-            ),
+def _summary(step, **changes):
+    return Summary(
+        **{
+            "step": step,
+            "total_steps": 12,
+            "metrics": {"loss": 1.0},
+            "seconds": 1.0,
+            **changes,
+        }
+    )
+
+
+def test_summary_table_has_the_mean_over_seeds(toy_configs):
+    runs = [
+        _finished(
+            config,
+            sparsity=0.9 + 0.002 * config.seed,
+            accuracy=0.8 + 0.03 * config.seed,
+            seconds=10.0 + config.seed,
         )
-    text = _text(progress.summary(results))
+        for config in toy_configs
+    ]
+    text = _text(progress.summary_table(runs))
     rows = [line for line in text.splitlines() if "81.50%" in line]
     assert len(rows) == 5
-    assert "magnitude, first layer dense" in rows[1]
-    # The technique is named once.
-    assert "magnitude" not in rows[2]
     for row in rows:
         assert row.rstrip().endswith("90.10% ± 0.10  81.50% ± 1.50  10.5 s")
+    assert "sparsity 0.8" in rows[1]
+    assert "penalty_weight 0.01" in rows[3]
     assert "mean of 2 seeds ± half their range" in text
 
 
-def test_the_summary_of_one_seed_is_plain(tmp_path, config, expand):
-    config.techniques = "dense,l0"
-    runs = expand(config)
-    results = Results(tmp_path, runs)
-    for run in runs[:2]:
-        results.add(run, _outcome())
-    text = _text(progress.summary(results))
+def test_summary_table_of_one_seed_is_plain(toy_configs):
+    runs = [_finished(config) for config in toy_configs[::2]]
+    text = _text(progress.summary_table(runs))
     assert "±" not in text
     assert "seeds" not in text
-    assert text.count("85.00%") == 2
-    assert "0.1/N" in text
+    assert text.count("85.00%") == 5
 
 
-def test_a_setting_whose_seeds_are_not_all_finished(tmp_path, runs):
-    results = Results(tmp_path, runs)
-    for run in runs[:3]:
-        results.add(run, _outcome())
-    text = _text(progress.summary(results))
+def test_summary_table_some_seeds_missing(toy_configs):
+    runs = [_finished(config) for config in toy_configs[:3]]
+    text = _text(progress.summary_table(runs))
     assert "mean of 1 to 2 seeds" in text
-    assert text.count("85.00%") == 2
     assert text.count("±") == 1 + 2
 
 
-def test_the_pace_is_measured_where_many_steps_are_told_at_once(
-    tmp_path, runs, monkeypatch
-):
-    now = 1000.0
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
-    run = dataclasses.replace(runs[2], steps=1000)
-    results = Results(tmp_path, [run])
-    recorder = progress.Progress(Console(file=io.StringIO()))
-    with recorder.study(results):
-        recorder.begin(run)
-        guess = recorder.seconds_left()
-        now += 60.0  # Restores a checkpoint, traces and compiles.
-        recorder.step(500, 1.0)
-        assert recorder.seconds_left() == pytest.approx(guess / 2)
-        now += 10.0
-        recorder.step(600, 1.0)
-        # 400 steps of a tenth of a second.
-        assert recorder.seconds_left() == pytest.approx(40.0)
+def test_summary_table_task_without_accuracy(toy_configs):
+    runs = [_finished(toy_configs[0], metrics={"bleu": 27.0}, sparsity=None)]
+    assert "dense" in _text(progress.summary_table(runs))
 
 
-def test_every_run_is_told_by_title_and_setting(tmp_path, runs):
-    results = Results(tmp_path, runs)
+@pytest.fixture
+def sweep(toy_configs):
+    """Progress of these runs on no terminal, and what it writes."""
     console = Console(file=io.StringIO(), width=120)
-    recorder = progress.Progress(console)
-    with recorder.study(results):
-        for run in runs[2:4]:
-            recorder.begin(run)
-            results.add(run, _outcome())
-            recorder.finish(run, _outcome())
-    lines = console.file.getvalue().splitlines()
-    assert "magnitude, first layer dense 50%  " in lines[0]
-    assert "magnitude, first layer dense 50% seed 1" in lines[1]
-    for line in lines:
-        assert "85.00%" in line
-        assert "90.00%" in line
-        assert line.endswith("left")
+    shown = progress.SweepProgress(console)
+    for config in toy_configs:
+        shown.add(config)
+    return shown, console.file
+
+
+def test_sweep_progress_has_a_line_for_each_run(sweep, toy_configs):
+    shown, output = sweep
+    with shown:
+        for config in toy_configs[:2]:
+            shown.begin(run_name(config))
+            shown.finish(run_name(config), make_result(sparsity=None))
+        name = run_name(toy_configs[2])
+        shown.finish(name, make_result())
+    lines = output.getvalue().splitlines()
+    assert len(lines) == 3
+    assert " 1/10  dense, seed 0" in lines[0]
+    assert " 2/10  dense, seed 1" in lines[1]
+    assert "magnitude pruning 0.8, seed 0" in lines[2]
+    assert "accuracy 85.00%  sparsity 90.00%" in lines[2]
+
+
+def test_sweep_progress_names_what_was_finished_before(toy_configs):
+    console = Console(file=io.StringIO(), width=120)
+    shown = progress.SweepProgress(console)
+    for config in toy_configs:
+        shown.add(config, make_result())
+    with shown:
+        pass
+    assert "10 of 10 runs were finished before" in console.file.getvalue()
+
+
+def test_sweep_progress_time_left_is_that_of_the_steps_left(sweep, toy_configs):
+    now = 1000.0
+    shown, _ = sweep
+    shown.clock = lambda: now
+    name = run_name(toy_configs[0])
+    with shown:
+        assert shown.seconds_left() is None
+        shown.begin(name, step=4)
+        now += 5.0
+        shown.update(name, _summary(6))
+        assert shown.seconds_left() == pytest.approx(5.0 / 2 * (120 - 6))
+        now += 5.0
+        shown.finish(name, make_result())
+        assert shown.seconds_left() == pytest.approx(10.0 / 8 * 108)
+
+
+def test_sweep_progress_failures_are_shown(sweep, toy_configs):
+    shown, output = sweep
+    with shown:
+        shown.fail(run_name(toy_configs[0]), "no [red]room")
+        shown.wait(run_name(toy_configs[1]))
+        shown.wait(run_name(toy_configs[2]))
+    text = output.getvalue()
+    assert "dense, seed 0 failed: no [red]room" in text
+    assert text.count("Another process") == 1

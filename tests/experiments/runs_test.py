@@ -1,236 +1,249 @@
-import dataclasses
 import json
+import pathlib
+import shutil
+import signal
 
+import keras
 import pytest
 
-import sos
-from configs import fashion_mnist, fashion_mnist_full
-from sos.experiments.runs import Run
-from sos.experiments.runs import expand as expand_config
+from sos.errors import (
+    DirectoryInUseError,
+    NonFiniteLossError,
+    Stopped,
+    StorageError,
+    UsageError,
+)
+from sos.experiments import config as config_lib
+from sos.experiments.launchers import TrainerCache
+from sos.experiments.runs import read_result, run, run_directory
+from sos.files import only_process
+from tests.experiments.config_test import add_default
+from tests.support import processes, toy_experiment
+
+STEPS = 12
 
 
-def test_expands_in_a_stable_order(config, expand):
-    config.seeds = (1, 0)
-    runs = expand(config)
-    assert len(runs) == 2 * (1 + 5 * 2)
-    assert runs == expand(config)
-    described = [(r.technique, r.sparsity, r.penalty, r.seed) for r in runs]
-    assert described[:4] == [
-        ("dense", None, None, 0),
-        ("dense", None, None, 1),
-        ("magnitude", 0.5, None, 0),
-        ("magnitude", 0.5, None, 1),
+class StopAt:
+    """Asks to stop once a step is reached."""
+
+    def __init__(self, step):
+        self.step = step
+        self.requested = None
+
+    def __call__(self, summary):
+        if summary.step >= self.step:
+            self.requested = signal.SIGTERM
+
+
+def refuse(config):
+    raise AssertionError("Nothing was to be trained.")
+
+
+def directory_of(technique, workdir, **overrides):
+    config = config_lib.resolve(toy_experiment.config(technique, **overrides))
+    return pathlib.Path(run_directory(config, workdir))
+
+
+def train(technique, workdir, *, stop_at=None, trainers=None, **options):
+    overrides = options.pop("overrides", {})
+    stop = StopAt(stop_at) if stop_at else None
+    return run(
+        toy_experiment.config(technique, **overrides),
+        workdir,
+        make_trainer=trainers or TrainerCache(),
+        stop=stop,
+        on_summary=[stop] if stop else [],
+        quiet=True,
+        **options,
+    )
+
+
+def values(directory):
+    return processes.checkpoint_values(directory, STEPS)
+
+
+@pytest.fixture
+def one(finished, tmp_path):
+    """A copy of one finished run, and its work directory."""
+    name = directory_of("magnitude", finished).name
+    shutil.copytree(finished / name, tmp_path / "runs" / name)
+    return tmp_path / "runs" / name
+
+
+def test_run_leaves_config_checkpoints_log_and_result(one):
+    assert {path.name for path in one.iterdir()} >= {
+        "config.json",
+        "checkpoints",
+        "train.jsonl",
+        "result.json",
+    }
+    stored = json.loads((one / "config.json").read_text())
+    assert stored == config_lib.plain(
+        config_lib.resolve(toy_experiment.config("magnitude"))
+    )
+    result = read_result(str(one))
+    assert result.step == STEPS
+    assert set(result.metrics) == {"accuracy", "loss"}
+    # Of 6 x 16 and 16 x 3 weights, each of which keeps a fifth.
+    assert result.sparsity == pytest.approx(1 - (19 + 10) / 144)
+    assert [(w.path, w.size) for w in result.weights] == [
+        ("a/kernel", 96),
+        ("b/kernel", 48),
     ]
-    assert described[-1] == ("l0", None, 1.0, 1)
+    assert result.parameters == 96 + 16 + 48 + 3
+    (last,) = [
+        record for record in processes.records(one) if record["kind"] == "eval"
+    ]
+    assert last["metrics"] == result.metrics
+
+
+def test_run_dense_network_has_no_sparsity(finished):
+    result = read_result(str(directory_of("dense", finished)))
+    assert result.sparsity is None
+    assert result.model_sparsity == 0
+
+
+def test_run_finished_run_is_not_repeated(one):
+    result = run(
+        toy_experiment.config("magnitude"), one.parent, make_trainer=refuse
+    )
+    assert result == read_result(str(one))
+
+
+def test_run_without_result_reads_the_evaluation_that_was_done(one):
+    expected = read_result(str(one))
+    before = (one / "train.jsonl").read_bytes()
+    (one / "result.json").unlink()
+    result = train("magnitude", one.parent)
+    assert result.metrics == expected.metrics
+    assert result.weights == expected.weights
+    assert (one / "train.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("technique", list(toy_experiment.TECHNIQUES))
+def test_run_stopped_run_resumes_to_the_same_bits(
+    technique, finished, tmp_path
+):
+    with pytest.raises(Stopped):
+        train(technique, tmp_path, stop_at=5)
+    directory = directory_of(technique, tmp_path)
+    assert read_result(str(directory)) is None
+    train(technique, tmp_path)
+    expected = values(directory_of(technique, finished))
+    assert processes.differences(values(directory), expected) == []
+
+
+def test_run_new_entry_with_default_resumes_to_the_same_bits(
+    finished, tmp_path, monkeypatch
+):
+    with pytest.raises(Stopped):
+        train("magnitude", tmp_path, stop_at=5)
+    add_default(monkeypatch, "model.depth", 1)
+    train("magnitude", tmp_path)
+    (directory,) = tmp_path.iterdir()
+    expected = values(directory_of("magnitude", finished))
+    assert processes.differences(values(directory), expected) == []
+    # The stored config has the entry from now on.
+    stored = json.loads((directory / "config.json").read_text())
+    assert stored["model"]["depth"] == 1
+
+
+def test_run_changed_default_is_refused_with_the_difference(one, monkeypatch):
+    before = {p: p.read_bytes() for p in one.rglob("*") if p.is_file()}
+    add_default(monkeypatch, "model.units", 32)
+    with pytest.raises(UsageError, match=r"model\.units: 16 saved, 32 now"):
+        run(toy_experiment.config("magnitude"), one.parent, make_trainer=refuse)
+    assert {p: p.read_bytes() for p in one.rglob("*") if p.is_file()} == before
+
+
+def test_run_new_label_replaces_the_stored_one(one):
+    overrides = {"label": "another name"}
+    train("magnitude", one.parent, overrides=overrides)
+    stored = json.loads((one / "config.json").read_text())
+    assert stored["label"] == "another name"
 
 
 @pytest.mark.parametrize(
-    ("config_file", "train_examples", "count"),
-    [(fashion_mnist, 6_000, 52), (fashion_mnist_full, 60_000, 108)],
+    ("keep", "steps"),
+    [("all", [0, 4, 8, 12]), ("trunk", [0, 12]), ("none", [])],
 )
-def test_the_shipped_configs_make_their_studies(
-    config_file, train_examples, count
-):
-    config = config_file.get_config().lock()
-    runs = expand_config(config, train_examples=train_examples)
-    # As their descriptions have it.
-    assert len(runs) == len({run.name for run in runs}) == count
-    assert f"trains {count} networks" in config_file.__doc__
-    settings = {}
-    for run in runs:
-        settings.setdefault(run.technique, set()).add(
-            (run.sparsity, run.penalty)
-        )
-    assert len(settings.pop("dense")) == 1
-    assert len(settings) == 5
-    assert min(len(found) for found in settings.values()) >= 5
-    assert settings["magnitude"] == settings["magnitude_dense_first"]
-
-
-def test_fractions_become_steps(config, expand):
-    config.steps = 1000
-    config.techniques = "magnitude"
-    config.magnitude.update(begin=0.1, end=0.6, frequency=0.02)
-    run = expand(config)[0]
-    assert (run.begin_step, run.end_step, run.frequency) == (100, 600, 20)
-    schedule = run.technique_settings()["schedule"]
-    assert schedule.final_sparsity == 0.5
-
-
-def test_penalties_are_multiples_of_one_over_n(config, expand):
-    config.techniques = "l0"
-    run = expand(config)[0]
-    assert run.technique_settings()["penalty_weight"] == 0.1 / 256
-
-
-def test_the_technique_gets_all_settings_of_the_run(config, expand):
-    config.steps = 1000
-    config.seeds = (3,)
-    config.techniques = "magnitude,random,variational_dropout,l0"
-    for name in config.techniques.split(","):
-        config[name].update(begin=0.1, end=0.6)
-    for name in ("magnitude", "random"):
-        config[name].frequency = 0.02
-    settings = {
-        run.technique: run.technique_settings()
-        for run in expand(config)
-        if run.wrapper and (run.sparsity == 0.9 or run.penalty == 1.0)
-    }
-    schedule = sos.Schedule(sos.PolynomialDecay(0.0, 0.9, 100, 600, 3, 20))
-    for name in ("magnitude", "random"):
-        assert sos.Schedule(settings[name]["schedule"]) == schedule
-    for name in ("variational_dropout", "l0"):
-        assert settings[name]["ramp"] == sos.LinearRamp(100, 600)
-        assert settings[name]["penalty_weight"] == 1.0 / 256
-    # Magnitude pruning draws nothing.
-    seeds = {name: s.get("seed") for name, s in settings.items()}
-    assert seeds.pop("magnitude") is None
-    assert set(seeds.values()) == {3}
-
-
-def test_only_sparsity_penalty_and_seed_share_a_shape(config, expand):
-    config.seeds = (0, 1)
-    runs = expand(config)
-    shapes = {run.shape for run in runs}
-    assert len(shapes) == 6
-    assert {s.technique for s in shapes} == set(config.techniques.split(","))
-    other = dataclasses.replace(runs[0], steps=7)
-    assert other.shape not in shapes
-
-
-def test_names_are_readable_and_distinct(config, expand):
-    runs = expand(config)
-    assert len({run.name for run in runs}) == len(runs)
-    assert runs[2].name.startswith("magnitude_sparsity-0.9_seed-0_")
-    changed = dataclasses.replace(runs[2], steps=7)
-    assert changed.name != runs[2].name
-
-
-def test_the_name_does_not_change_between_releases():
-    run = Run(
-        technique="magnitude",
-        sparsity=0.9,
-        seed=0,
-        model="convnet",
-        dataset="fashion_mnist",
-        train_examples=6000,
-        steps=700,
-        batch_size=128,
-        learning_rate=5e-3,
-    )
-    assert run.name == "magnitude_sparsity-0.9_seed-0_72011f83"
-
-
-def test_a_title_is_for_people_and_decides_nothing(config, expand):
-    config.techniques = "magnitude_dense_first,variational_dropout,l0"
-    runs = expand(config)
-    assert list(dict.fromkeys(run.title for run in runs)) == [
-        "magnitude, first layer dense",
-        "variational dropout",
-        "L0",
-    ]
-    config.magnitude_dense_first.title = "another"
-    renamed = expand(config)
-    assert renamed[0].title == "another"
-    assert renamed == runs
-    assert [run.name for run in renamed] == [run.name for run in runs]
-    assert hash(renamed[0]) == hash(runs[0])
-    assert "title" not in runs[0].identity()
-    assert {**runs[0].identity(), "title": "another"} == dataclasses.asdict(
-        renamed[0]
+def test_run_keep_decides_which_checkpoints_stay(keep, steps, tmp_path):
+    overrides = {"keep": keep}
+    train("dense", tmp_path, overrides=overrides, save_checkpoints_steps=4)
+    directory = directory_of("dense", tmp_path)
+    assert processes.checkpoint_steps(directory) == steps
+    # It is the same run.
+    run(
+        toy_experiment.config("dense", keep="all"),
+        tmp_path,
+        make_trainer=refuse,
     )
 
 
-def test_each_technique_keeps_its_own_weights_dense(config, expand):
-    kept = {run.technique: run.keep_dense for run in expand(config)}
-    assert kept.pop("magnitude_dense_first") == "^conv1/"
-    assert set(kept.values()) == {""}
-    # The two have nothing else to tell them apart, and share no step.
-    one, other = (
-        run
-        for run in expand(config)
-        if run.technique.startswith("magnitude") and run.sparsity == 0.9
-    )
-    assert one.shape != other.shape
-    same = dataclasses.replace(
-        other, technique=one.technique, keep_dense="", title=""
-    )
-    assert same == one
+def test_run_in_use_raises(tmp_path):
+    directory = directory_of("dense", tmp_path)
+    directory.mkdir(parents=True)
+    with (
+        only_process(directory, "run"),
+        pytest.raises(DirectoryInUseError, match=directory.name),
+    ):
+        train("dense", tmp_path)
 
 
-def test_the_config_names_the_network_and_the_data(config, expand):
-    config.model = "residual"
-    config.dataset = "elsewhere"
-    config.weight_decay = 1e-4
-    run = expand(config)[0]
-    assert (run.model, run.dataset) == ("residual", "elsewhere")
-    assert run.weight_decay == 1e-4
+@pytest.mark.parametrize("name", ["config.json", "result.json"])
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"step": 1}', b"\xff"])
+def test_run_damaged_file_raises(one, name, content):
+    if (name, content) == ("config.json", b'{"step": 1}'):
+        pytest.skip("It is a config, though another one.")
+    (one / name).write_bytes(content)
+    with pytest.raises(StorageError, match=f"{name} is damaged"):
+        run(toy_experiment.config("magnitude"), one.parent, make_trainer=refuse)
 
 
-def test_a_run_survives_json(config, expand):
-    for run in expand(config):
-        copy = Run(**json.loads(json.dumps(dataclasses.asdict(run))))
-        assert copy == run
-        assert copy.name == run.name
+def test_run_workdir_that_is_a_file_raises(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file"):
+        train("dense", tmp_path / "file")
 
 
-WRONG = [
-    ("steps", 0, "config.steps"),
-    ("batch_size", 0, "config.batch_size"),
-    ("batch_size", 257, "256"),
-    ("learning_rate", 0.0, "above 0"),
-    ("learning_rate", float("nan"), "config.learning_rate"),
-    ("seeds", (), "config.seeds"),
-    ("seeds", (-1,), "config.seeds"),
-    ("seeds", (0, 0), "different"),
-    ("seeds", (0.5,), "integers"),
-    ("techniques", "magnitude,magnitud", "dense,l0,magnitude,magnitude_dense_"),
-    ("techniques", "", "names"),
-    ("techniques", "dense,dense", "once"),
-    ("techniques", "steps", "'steps'"),
-    ("magnitude.sparsities", (1.5,), "config.magnitude.sparsities"),
-    ("magnitude.sparsities", (1.0,), r"\[0, 1\)"),
-    ("magnitude.sparsities", (-0.5,), "config.magnitude.sparsities"),
-    ("magnitude.sparsities", (), "config.magnitude.sparsities"),
-    ("magnitude.sparsities", ("0.5x",), "0.5x"),
-    ("magnitude.frequency", 0.0, "config.magnitude.frequency"),
-    ("magnitude.begin", 0.9, "config.magnitude.begin"),
-    ("random.end", 1.5, "at most 1"),
-    ("random.wrapper", "Nothing", "config.random.wrapper"),
-    ("l0.penalties", (-1.0,), "not negative"),
-    ("l0.penalties", (float("inf"),), "config.l0.penalties"),
-    ("l0.begin", 0.95, "config.l0.begin"),
-    ("l0.learning_rate_multiplier", 0.0, "learning_rate_multiplier"),
-    ("weight_decay", -1e-4, "config.weight_decay"),
-    ("model", "", "config.model"),
-    ("layerwise_sparsity", 1.5, "config.layerwise_sparsity"),
-    ("random.keep_dense", "conv(", "config.random.keep_dense"),
-]
+def test_run_empty_workdir_raises():
+    with pytest.raises(UsageError, match="workdir"):
+        train("dense", "")
 
 
-@pytest.mark.parametrize(("name", "value", "text"), WRONG)
-def test_wrong_values_are_refused(config, expand, name, value, text):
-    if name == "techniques" and value == "":
-        text = "techniques"
-    config.update_from_flattened_dict({name: value})
-    with pytest.raises(ValueError, match=text) as error:
-        expand(config)
-    assert "\n" not in str(error.value)
+def test_run_loss_not_finite_raises_and_leaves_no_result(tmp_path):
+    overrides = {"task": "tests.support.toy_experiment:Failing"}
+    with pytest.raises(NonFiniteLossError, match="step 1"):
+        train("dense", tmp_path, overrides=overrides)
+    directory = directory_of("dense", tmp_path, **overrides)
+    assert not (directory / "result.json").exists()
 
 
-def test_wrong_arguments_of_a_technique_are_refused(config, expand):
-    with config.unlocked():
-        config.l0.arguments.initial_alpha = 1.0
-    with pytest.raises(ValueError, match="config.l0.*initial_alpha"):
-        expand(config)
+def test_run_task_without_evaluation_data_has_a_result(tmp_path):
+    overrides = {"task": "tests.support.toy_experiment:Untrained"}
+    result = train("dense", tmp_path, overrides=overrides, mode="train")
+    assert (result.step, result.metrics) == (STEPS, {})
 
 
-def test_a_technique_from_elsewhere_joins_the_study(config, expand):
-    @sos.register
-    class SmallestPruning(sos.MagnitudePruning):
-        def scores(self, weight):
-            return -super().scores(weight)
+def test_run_train_and_eval_modes_give_the_result_together(finished, tmp_path):
+    assert train("magnitude", tmp_path, mode="train") is None
+    directory = directory_of("magnitude", tmp_path)
+    assert not (directory / "result.json").exists()
+    result = train("magnitude", tmp_path, mode="eval")
+    expected = read_result(str(directory_of("magnitude", finished)))
+    assert result.metrics == expected.metrics
+    assert result.sparsity == expected.sparsity
+    assert read_result(str(directory)) == result
 
-    config.magnitude.wrapper = "SmallestPruning"
-    config.techniques = "magnitude"
-    assert expand(config)[0].wrapper == "SmallestPruning"
+
+def test_run_dtype_policy_is_that_of_the_config(tmp_path):
+    before = keras.config.dtype_policy().name
+    trainers = TrainerCache()
+    overrides = {"dtype_policy": "mixed_bfloat16"}
+    train("dense", tmp_path, overrides=overrides, trainers=trainers)
+    assert keras.config.dtype_policy().name == before
+    directory = directory_of("dense", tmp_path, **overrides)
+    kinds = {str(value.dtype) for value in values(directory).values()}
+    assert "bfloat16" not in kinds
+    dense = directory_of("dense", tmp_path)
+    assert directory != dense

@@ -1,6 +1,6 @@
-"""The training binary's command line; what it does is in tests/training."""
+"""The command line of `models.train`; what it does is tested elsewhere."""
 
-import sys
+import json
 
 import keras
 import numpy as np
@@ -9,23 +9,13 @@ import tensorflow as tf
 from absl import flags
 from absl.testing import flagsaver
 
-from models import config_flag, train
+from models import train
 from tests.support import processes
 
-# Of ml_collections.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:the load_module.*:DeprecationWarning"
+CONFIG = (
+    "--config=configs/fashion_mnist.py:magnitude,sparsity=0.9,train_steps=4"
 )
-
-CONFIG = "--config=configs/fashion_mnist.py"
-RUN = "--run=magnitude_sparsity-0.9_seed-0"
-QUICK = (
-    "--config.techniques=magnitude",
-    "--config.steps=4",
-    "--config.batch_size=16",
-    "--mode=train",
-    "--strategy=one_device",
-)
+QUICK = ("--config.batch_size=16", "--strategy=one_device")
 
 
 @pytest.fixture(autouse=True)
@@ -39,26 +29,30 @@ def root(monkeypatch):
 
 
 @pytest.fixture
-def main(tmp_path, capfd, monkeypatch):
+def main(tmp_path, capfd):
     """Calls the program in this process; it returns code, output, errors."""
 
     def call(*arguments, workdir=tmp_path / "work"):
-        argv = ["train", CONFIG, f"--workdir={workdir}", *arguments]
-        # Where ml_collections looks for what replaces values of the config.
-        monkeypatch.setattr(sys, "argv", argv)
+        if not any(a.startswith("--config=") for a in arguments):
+            arguments = (CONFIG, *arguments)
+        argv = ["train", f"--workdir={workdir}", *arguments]
         with flagsaver.flagsaver(), pytest.raises(SystemExit) as end:
             flags.FLAGS.unparse_flags()
-            train.main(config_flag.parse_flags(argv))
+            train.main(train._CONFIG.parse_flags(argv))
         out, err = capfd.readouterr()
         code = end.value.code
         if isinstance(code, str):
             # As the interpreter does when it ends.
             code, err = 1, f"{err}{code}\n"
-        return code, out, err
+        return code or 0, out, err
 
     yield call
-    # As it was before the program, which defines no values of its own.
     flags.FLAGS.unparse_flags()
+
+
+def only_run(workdir):
+    (directory,) = workdir.iterdir()
+    return directory
 
 
 # Mistakes.
@@ -67,25 +61,29 @@ def main(tmp_path, capfd, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--config.stepz=3"], ["stepz", "Valid names", "steps"]),
-        ([RUN, "--config.model=vgg"], ["`config.model`", "convnet", "vgg"]),
-        (["--config.dataset=mnist"], ["`config.dataset`", "fashion_mnist"]),
-        (["--config.l0.penalties=-1,"], ["config.l0.penalties", "-1"]),
+        (["--config.stepz=3"], ["stepz", "Valid entries", "train_steps"]),
+        (["--config.model.name=vgg"], ["config.model.name", "convnet", "vgg"]),
+        (["--config.data.name=mnist"], ["config.data.name", "fashion_mnist"]),
+        (["--config.sparsity.sparsity=1.5"], ["config.sparsity", "1.5"]),
+        (["--config.train_steps=1"], ["end_step=2", "train_steps=1"]),
         (["--mode=trian"], ["mode", "trian", "train_and_eval"]),
         (["--strategy=pods"], ["strategy", "pods", "multi_worker"]),
         (["--steps_per_loop=0"], ["steps_per_loop", "0"]),
         (["--profile_steps=1"], ["profile_steps", "such as 100,110"]),
-        ([RUN, "--profile_steps=9,5"], ["`profile_steps`", "9,5"]),
+        (["--profile_steps=9,5"], ["`profile_steps`", "9,5"]),
         (["something"], ["only flags", "something"]),
-        ([RUN, "--synchronized_batch_norm"], ["convnet", "batch norm"]),
-        ([RUN, *QUICK, "--tpu=mine"], ["`tpu`", "one_device"]),
         (
-            [RUN, *QUICK, "--gradient_accumulation_steps=3"],
-            ["micro", "batch_size=16"],
+            ["--config.model.synchronized_batch_norm"],
+            ["convnet", "synchronise"],
+        ),
+        ([*QUICK, "--tpu=mine"], ["`tpu`", "one_device"]),
+        (
+            [*QUICK, "--config.gradient_accumulation_steps=3"],
+            ["gradient_accumulation_steps=3", "batch_size=16"],
         ),
     ],
 )
-def test_mistakes_are_told_in_one_line(main, tmp_path, arguments, parts):
+def test_train_mistake_is_one_line(main, tmp_path, arguments, parts):
     code, out, err = main(*arguments)
     assert code == 1
     lines = [x for x in f"{out}{err}".splitlines() if x.startswith("FATAL")]
@@ -93,55 +91,46 @@ def test_mistakes_are_told_in_one_line(main, tmp_path, arguments, parts):
     assert "Traceback" not in err
     for part in parts:
         assert part in lines[0]
-    assert not (tmp_path / "work" / "checkpoints").exists()
+    assert not list((tmp_path / "work").rglob("checkpoints"))
 
 
-def test_the_run_must_be_one(main):
-    code, _, err = main("--config.techniques=magnitude")
-    assert code == 1
-    assert "not of 10. Received: --run=. Runs of the config:" in err
-    assert err.count("\n  magnitude_sparsity-") == 10
-    code, _, err = main("--config.techniques=magnitude", "--run=l0")
-    assert code == 1
-    # What there is.
-    assert "not of 0. Received: --run=l0." in err
-    assert err.count("\n  magnitude_sparsity-") == 10
-    code, _, err = main("--run=magnitude_sparsity-0.9_")
-    assert code == 1
-    # What it could be.
-    assert "not of 2." in err
-    assert err.count("\n  magnitude_sparsity-0.9_seed-") == 2
+def test_train_bug_has_its_traceback(main, monkeypatch):
+    def broken(*arguments, **options):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(train, "make_task", broken)
+    with flagsaver.flagsaver(), pytest.raises(ZeroDivisionError):
+        main(*QUICK)
 
 
 # What is done.
 
 
-def test_trains_evaluates_and_exports(main, tmp_path):
+def test_train_modes_train_evaluate_and_export(main, tmp_path):
     workdir = tmp_path / "work"
-    code, out, err = main(RUN, *QUICK)
-    assert (code, err) == (0, "")
+    code, out, err = main(*QUICK, "--mode=train")
+    directory = only_run(workdir)
+    assert (code, err) == (0, f"{directory}\n")
     assert "step 4/4  loss" in out
-    assert processes.checkpoint_steps(workdir) == [4]
-    (last,) = [r for r in processes.records(workdir) if r["step"] == 4]
+    assert processes.checkpoint_steps(directory) == [0, 4]
+    last = processes.records(directory)[-1]
     assert last["sparsity"] == pytest.approx(0.9, abs=1e-4)
-    assert set(last["metrics"]) == {"loss", "accuracy"}
+    assert not (directory / "result.json").exists()
 
-    code, out, _ = main(RUN, *QUICK, "--mode=eval")
-    assert code == 0
-    (record,) = processes.records(workdir, "eval")
-    assert record["step"] == 4
-    assert record["sparsity"] == last["sparsity"]
+    assert main(*QUICK, "--mode=eval")[0] == 0
+    first, record = processes.records(directory, "eval")
+    assert (first["step"], record["step"]) == (0, 4)
+    result = json.loads((directory / "result.json").read_text())
+    assert result["metrics"] == record["metrics"]
+    assert result["sparsity"] == record["sparsity"]
 
-    code, out, _ = main(RUN, *QUICK, "--mode=export")
-    assert code == 0
-    served = tf.saved_model.load(str(workdir / "export" / "4"))
+    assert main(*QUICK, "--mode=export")[0] == 0
+    served = tf.saved_model.load(str(directory / "export" / "4"))
     assert served(tf.zeros((3, 28, 28, 1))).shape == (3, 10)
 
 
-def test_flags_reach_the_settings(main, tmp_path):
-    workdir = tmp_path / "work"
+def test_train_flags_reach_the_options(main, tmp_path):
     code, _, _ = main(
-        RUN,
         *QUICK,
         "--mode=train_and_eval",
         "--steps_per_eval=2",
@@ -150,10 +139,12 @@ def test_flags_reach_the_settings(main, tmp_path):
         "--keep_checkpoint_every_n_steps=2",
         "--profile_steps=1,2",
         "--steps_per_loop=1",
+        "--config.keep=trunk",
     )
     assert code == 0
-    assert processes.checkpoint_steps(workdir) == [2, 4]
-    records = processes.records(workdir)
+    directory = only_run(tmp_path / "work")
+    assert processes.checkpoint_steps(directory) == [0, 4]
+    records = processes.records(directory)
     assert [(r["kind"], r["step"]) for r in records] == [
         ("train", 1),
         ("train", 2),
@@ -162,26 +153,29 @@ def test_flags_reach_the_settings(main, tmp_path):
         ("train", 4),
         ("eval", 4),
     ]
-    assert list((workdir / "profile").rglob("*.xplane.pb"))
+    assert list((directory / "profile").rglob("*.xplane.pb"))
 
 
-def test_how_it_is_computed_changes_little(main, tmp_path):
+def test_train_execution_changes_neither_run_nor_much_of_its_values(
+    main, tmp_path
+):
     values = {}
     for name, arguments in {
         "one": [],
         "replicas": ["--strategy=mirrored"],
-        "parts": ["--gradient_accumulation_steps=2"],
+        "xla": ["--jit_compile"],
     }.items():
         workdir = tmp_path / name
-        code, _, err = main(RUN, *QUICK, *arguments, workdir=workdir)
+        code, _, err = main(*QUICK, *arguments, workdir=workdir)
         assert code == 0, err
-        values[name] = processes.checkpoint_values(workdir, 4)
-    for name in ("replicas", "parts"):
-        found = values[name]
-        assert found.keys() == values["one"].keys()
+        values[name] = processes.checkpoint_values(only_run(workdir), 4)
+    names = [only_run(tmp_path / name).name for name in values]
+    assert len(set(names)) == 1
+    for name in ("replicas", "xla"):
+        assert values[name].keys() == values["one"].keys()
         for key, value in values["one"].items():
             np.testing.assert_allclose(
-                found[key].astype(np.float64),
+                values[name][key].astype(np.float64),
                 value.astype(np.float64),
                 rtol=1e-3,
                 atol=1e-4,
@@ -189,54 +183,29 @@ def test_how_it_is_computed_changes_little(main, tmp_path):
             )
 
 
-def test_micro_batches_are_part_of_the_configuration(main):
-    assert main(RUN, *QUICK)[0] == 0
-    code, _, err = main(RUN, *QUICK, "--gradient_accumulation_steps=2")
-    assert code == 1
-    assert "gradient_accumulation_steps: 1 there, 2 now" in err
+def test_train_techniques_never_meet_in_one_directory(main, tmp_path):
+    workdir = tmp_path / "work"
+    for technique in ("magnitude", "dense"):
+        code, _, _ = main(
+            f"--config=configs/fashion_mnist.py:{technique},train_steps=2",
+            *QUICK,
+        )
+        assert code == 0
+    names = sorted(path.name for path in workdir.iterdir())
+    assert len(names) == 2
+    assert names[0].startswith("dense_seed-0_")
+    assert names[1].startswith("magnitude_pruning_sparsity-0.9_seed-0_")
 
 
-def test_bfloat16_is_for_computing_only(main, tmp_path):
-    code, _, _ = main(RUN, *QUICK, "--bfloat16")
-    assert code == 0
-    values = processes.checkpoint_values(tmp_path / "work", 4)
-    kinds = {str(value.dtype) for value in values.values()}
-    assert "float32" in kinds
-    assert "bfloat16" not in kinds
-
-
-def test_the_residual_network(main, tmp_path):
-    code, _, err = main(
-        "--run=magnitude_sparsity-0.9_seed-0",
-        *QUICK,
-        "--config.model=residual",
-        "--config.steps=2",
-        "--strategy=mirrored",
-        "--synchronized_batch_norm",
-    )
-    assert code == 0, err
-    # The flag decides what is computed.
-    code, _, err = main(
-        "--run=magnitude_sparsity-0.9_seed-0",
-        *QUICK,
-        "--config.model=residual",
-        "--config.steps=2",
-        "--strategy=mirrored",
-    )
-    assert code == 1
-    assert "synchronized_batch_norm: True there, False now" in err
-
-
-def test_the_program_itself(tmp_path):
-    # In a process of its own nothing but the records is written.
+def test_train_itself_writes_nothing_but_its_progress(tmp_path):
     output = processes.succeed(
         "models.train",
         CONFIG,
-        RUN,
         *QUICK,
         f"--workdir={tmp_path}/work",
         log=tmp_path / "output.txt",
     )
-    lines = output.splitlines()
+    directory, *lines = output.splitlines()
+    assert directory == str(only_run(tmp_path / "work"))
     assert lines
-    assert all(line.startswith("step ") for line in lines), output
+    assert all(line.startswith(("step ", "eval ")) for line in lines), output

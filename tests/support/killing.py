@@ -19,7 +19,8 @@ class Job:
         name: For people.
         module: As for `python -m`.
         arguments: Those that say what is trained.
-        folder: Where in the work directory it writes.
+        folder: Where in the work directory it writes; empty for the only run
+            that is there.
     """
 
     name: str
@@ -44,7 +45,11 @@ class Job:
         )
 
     def directory(self, workdir):
-        return pathlib.Path(workdir, self.folder)
+        """Where the program writes: there may be nothing yet."""
+        if self.folder:
+            return pathlib.Path(workdir, self.folder)
+        runs = [path.parent for path in workdir.glob("*/config.json")]
+        return runs[0] if runs else pathlib.Path(workdir, "no run yet")
 
     def values(self, workdir):
         """The variables of the last step's checkpoint."""
@@ -54,11 +59,11 @@ class Job:
 def jobs():
     """A job for every technique, and one without."""
     studied = {
-        "dense": "dense_seed-0",
-        "magnitude": "magnitude_sparsity-0.9_seed-0",
-        "random": "random_sparsity-0.9_seed-0",
-        "variational_dropout": "variational_dropout_penalty-0.6_seed-0",
-        "l0": "l0_penalty-3_seed-0",
+        "dense": "",
+        "magnitude": ",sparsity=0.9",
+        "random": ",sparsity=0.9",
+        "variational_dropout": ",penalty_weight=1e-4",
+        "l0": ",penalty_weight=5e-4",
     }
     return [
         *(
@@ -66,13 +71,11 @@ def jobs():
                 name,
                 "models.train",
                 (
-                    "--config=configs/fashion_mnist.py",
-                    f"--run={run}",
-                    f"--config.techniques={name}",
-                    f"--config.steps={STEPS}",
+                    f"--config=configs/fashion_mnist.py:{name}{values},"
+                    f"train_steps={STEPS}",
                 ),
             )
-            for name, run in studied.items()
+            for name, values in studied.items()
         ),
         Job(
             "fixed_mask",
@@ -130,7 +133,6 @@ def killed(
     Returns:
         The values at the end.
     """
-    directory = job.directory(workdir)
     waiting = list(moments)
     while waiting:
         with job.start(workdir) as program:
@@ -142,15 +144,16 @@ def killed(
                 begun = _wait_for_steps(program, steps)
                 seconds = generator.uniform(0, 0.05)
                 if begun and waiting[0] == "saving":
-                    begun = _wait_for_save(program, directory)
+                    begun = _wait_for_save(program, job, workdir)
                     seconds = generator.uniform(0, 0.01)
             time.sleep(seconds)
             if not program.running:
                 # It was too late.
                 assert program.wait() == 0, program.output
-                _take_back(directory)
+                _take_back(job.directory(workdir))
                 continue
             program.kill()
+        directory = job.directory(workdir)
         saved = processes.checkpoint_steps(directory)
         on_kill(
             Kill(
@@ -161,6 +164,7 @@ def killed(
         )
     with job.start(workdir) as program:
         assert program.wait() == 0, program.output
+    directory = job.directory(workdir)
     # Of an earlier save nothing may be left.
     assert not _unfinished(directory)
     steps = [record["step"] for record in processes.records(directory)]
@@ -187,10 +191,10 @@ def _wait_for_steps(program, steps):
     return False
 
 
-def _wait_for_save(program, directory):
+def _wait_for_save(program, job, workdir):
     """Waits until a checkpoint is being written."""
     while program.running:
-        if _unfinished(directory):
+        if _unfinished(job.directory(workdir)):
             return True
         time.sleep(0.0005)
     return False
@@ -202,5 +206,6 @@ def _unfinished(directory):
 
 def _take_back(directory):
     """Removes the checkpoints but one, so that there is more to train."""
+    (directory / "result.json").unlink(missing_ok=True)
     for step in processes.checkpoint_steps(directory)[1:]:
         shutil.rmtree(processes.checkpoint_path(directory, step))

@@ -10,6 +10,7 @@ the same, bit for bit. Takes about twenty minutes on two cores.
 
 import argparse
 import collections
+import os
 import pathlib
 import sys
 import tempfile
@@ -19,10 +20,16 @@ import numpy as np
 import rich.console
 import rich.progress
 
-from models.quiet import quiet
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-with quiet():
+from sos import startup
+
+with startup.quiet():
+    import tensorflow as tf
+
     from tests.support import killing, processes
+
+    tf.config.list_physical_devices()
 
 # How the kills are shared out. Most of the time goes into starting, and most
 # of what could go wrong into saving.

@@ -7,7 +7,7 @@ import tensorflow as tf
 import sos
 from sos.training import inputs
 from sos.training.task import Task
-from tests.support import toys
+from tests.support import techniques
 
 EXAMPLES = 48
 EVAL_EXAMPLES = 20
@@ -80,7 +80,7 @@ class ToyTask(Task):
         return sos.sparsify(
             model,
             sos.techniques()[self.technique],
-            **{**toys.settings(self.technique), **self.overrides},
+            **techniques.arguments(self.technique, **self.overrides),
         )
 
     def build_optimizer(self, model):
@@ -96,7 +96,7 @@ class ToyTask(Task):
         )
 
     def eval_dataset(self, context):
-        return inputs.evaluation_batches(
+        return inputs.array_eval_batches(
             self._arrays(slice(EXAMPLES, None)),
             batch_size=self.batch_size,
             context=context,

@@ -1,4 +1,4 @@
-"""A training binary for the tests: `models.train` with toy tasks.
+"""A training program for the tests, with toy tasks.
 
     python -m tests.support.toy_train --techniques=dense,MagnitudePruning \
         --workdir=...
@@ -10,34 +10,70 @@ the final values of all variables beside them.
 import dataclasses
 import os
 import pathlib
-import sys
 import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import numpy as np
-import tensorflow as tf
-from absl import app, flags, logging
-
 import sos
-from sos.training import flags as training_flags
-from sos.training import main
-from sos.training.trainer import Trainer
-from tests.support import toy_task
+
+with sos.startup.quiet():
+    import keras
+    import numpy as np
+    import tensorflow as tf
+    from absl import app, flags, logging
+
+    from sos.training import flags as training_flags
+    from sos.training.main import end_process, run
+    from tests.support import techniques, toy_task
+
+    tf.config.list_physical_devices()
 
 SCHEDULE = sos.PolynomialDecay(0.0, 0.8, 3, 15, frequency=3)
 
 _TECHNIQUES = flags.DEFINE_list("techniques", "dense", "With commas between.")
 _TRAIN_STEPS = flags.DEFINE_integer("train_steps", 20, "Of each training.")
 _DUMP = flags.DEFINE_string("dump", "values", "File name of the values.")
+_UNITS = flags.DEFINE_integer("units", 16, "Width of the hidden layer.")
+_LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.02, "At step 0.")
+_GRADIENT_ACCUMULATION_STEPS = flags.DEFINE_integer(
+    "gradient_accumulation_steps", 1, "Parts of a batch."
+)
 _STEP_SECONDS = flags.DEFINE_float(
     "step_seconds", 0.0, "How long it takes to get a batch."
 )
-flags.FLAGS.set_default("verbosity", logging.WARNING)
 
 
-class SlowTask(toy_task.ToyTask):
-    """A toy task that takes its time, for signals to hit it."""
+class ProgramTask(toy_task.ToyTask):
+    """A toy task with the size, the speed and the rate of the flags."""
+
+    def configuration(self):
+        # A toy task without flags has the same configuration as the defaults.
+        changed = {
+            flag.name: flag.value
+            for flag in (_UNITS, _LEARNING_RATE)
+            if flag.value != flag.default
+        }
+        return {**super().configuration(), **changed}
+
+    def build_model(self):
+        keras.utils.set_random_seed(self.seed)
+        model = keras.Sequential(
+            [
+                keras.Input((6,)),
+                keras.layers.Dense(_UNITS.value, "relu", name="a"),
+                keras.layers.Dense(3, name="b"),
+            ],
+            name="toy",
+        )
+        if self.technique is None:
+            return model
+        arguments = techniques.arguments(self.technique, **self.overrides)
+        return sos.sparsify(model, self.technique, **arguments)
+
+    def build_optimizer(self, model):
+        return keras.optimizers.Adam(
+            keras.optimizers.schedules.CosineDecay(_LEARNING_RATE.value, 100)
+        )
 
     def train_dataset(self, context, step):
         batches = super().train_dataset(context, step)
@@ -64,29 +100,29 @@ def _after(seconds, batch):
 
 
 def main(argv):
-    settings = training_flags.settings(_TRAIN_STEPS.value)
-    trainer = None
+    # TensorFlow logs every save; absl sets the level of the flag's default.
+    logging.set_verbosity(logging.WARNING)
+    options = training_flags.options(_TRAIN_STEPS.value)
+    strategy = trainer = None
     for technique in _TECHNIQUES.value:
 
         def make_trainer(technique=technique):
-            nonlocal trainer
-            if trainer is None:
-                trainer = training_flags.make_trainer(
-                    lambda: make_task(technique, SlowTask)
-                )
-            else:
-                # A process can join the others but once.
-                trainer = Trainer(
-                    make_task(technique, SlowTask), strategy=trainer.strategy
-                )
+            nonlocal strategy, trainer
+            # A process can join the other workers only once.
+            strategy = strategy or training_flags.make_strategy()
+            trainer = training_flags.make_trainer(
+                lambda: make_task(technique, ProgramTask),
+                strategy=strategy,
+                gradient_accumulation_steps=_GRADIENT_ACCUMULATION_STEPS.value,
+            )
             return trainer
 
-        workdir = pathlib.Path(settings.workdir, technique)
-        code = main.run(
-            dataclasses.replace(settings, workdir=str(workdir)), make_trainer
+        workdir = pathlib.Path(options.workdir, technique)
+        code = run(
+            dataclasses.replace(options, workdir=str(workdir)), make_trainer
         )
         if code:
-            sys.exit(code)
+            end_process(code)
         np.savez(workdir / f"{_DUMP.value}.npz", **toy_task.values(trainer))
 
 

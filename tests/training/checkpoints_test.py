@@ -6,6 +6,8 @@ import random
 import resource
 import shutil
 
+import hypothesis
+import hypothesis.strategies as st
 import keras
 import numpy as np
 import pytest
@@ -14,14 +16,16 @@ from absl import logging
 
 import sos
 from sos import report_command
+from sos.errors import CheckpointError, UsageError
 from sos.training import checkpoints as checkpoints_module
 from sos.training.checkpoints import (
-    CheckpointError,
     Checkpoints,
-    check_writable,
+    canonical_path,
+    diff,
     remove_unfinished,
+    variable_specs,
 )
-from tests.support import toys
+from tests.support import processes, techniques
 
 CONFIGURATION = {"rate": 0.5, "seed": 1, "data": {"name": "toy", "size": 9}}
 
@@ -47,7 +51,7 @@ class Trained:
                 name="toy",
             ),
             technique,
-            **toys.settings(technique),
+            **techniques.arguments(technique),
         )
         self.optimizer = keras.optimizers.Adam(0.01)
         self.optimizer.build(self.model.trainable_variables)
@@ -83,10 +87,12 @@ class Trained:
             variable.assign(value)
         return found == expected
 
-    def save(self, checkpoints, *steps, **notes):
+    def save(self, checkpoints, *steps, **metadata):
         for step in steps:
             self.move_to(step)
-            checkpoints.save(step, self.model, self.optimizer, notes=notes)
+            checkpoints.save(
+                step, self.model, self.optimizer, metadata=metadata
+            )
 
     def restore(self, checkpoints):
         self.move_to(987)
@@ -130,7 +136,7 @@ def names(folder):
 # What is saved comes back.
 
 
-@pytest.mark.parametrize("technique", toys.technique_names())
+@pytest.mark.parametrize("technique", techniques.NAMES)
 def test_everything_comes_back_bit_for_bit(make, technique):
     Trained(technique).save(make(), 12, seconds=2.5)
     # Keras numbers what is made later differently.
@@ -179,7 +185,7 @@ def test_the_metadata_says_what_it_is(make, trained):
     path = pathlib.Path(make().path(3), "metadata.json")
     metadata = json.loads(path.read_text())
     assert metadata["step"] == 3
-    assert metadata["notes"] == {"seconds": 1.5}
+    assert metadata["metadata"] == {"seconds": 1.5}
     assert metadata["configuration"] == CONFIGURATION
     assert metadata["versions"] == {
         "tensorflow": tf.__version__,
@@ -195,7 +201,7 @@ def test_the_report_command_reads_it(make, trained, capsys):
     trained.save(make(), 3)
     report_command.main([os.path.join(make().path(3), "variables")])
     printed = capsys.readouterr().out
-    for path, mask in toys.sparse_state(trained.model).items():
+    for path, mask in techniques.sparse_state(trained.model).items():
         # It knows the layers by their places alone.
         layer = {"a": "model/1/", "b": "model/4/"}[path.split("/")[-2]]
         (line,) = [line for line in printed.splitlines() if layer in line]
@@ -204,7 +210,7 @@ def test_the_report_command_reads_it(make, trained, capsys):
 
 
 def test_replicas_and_one_device_read_each_others(make):
-    with toys.two_replicas().scope():
+    with techniques.two_replicas().scope():
         two = Trained()
     two.save(make(), 4)
     one = Trained()
@@ -239,6 +245,8 @@ def test_the_names_of_steps_sort_by_number(make, trained, folder):
         ({"keep": 1, "keep_every": 3}, [3, 6, 7]),
         ({"keep": 2, "keep_every": 1}, [1, 2, 3, 4, 5, 6, 7]),
         ({"keep": 2, "keep_every": 100}, [6, 7]),
+        ({"keep": 1, "keep_steps": (1, 4, 9)}, [1, 4, 7]),
+        ({"keep": 1, "keep_every": 3, "keep_steps": [2]}, [2, 3, 6, 7]),
     ],
     ids=str,
 )
@@ -265,9 +273,56 @@ def test_what_cannot_be_removed_stays_and_nothing_fails(
     assert make().steps() == [1, 2, 3]
 
 
+def test_the_initial_checkpoint_is_kept(make, trained):
+    trained.save(make(keep=1, keep_steps=(0,)), 0, 1, 2)
+    assert make().steps() == [0, 2]
+    make().restore_step(0, trained.model, trained.optimizer)
+    assert trained.is_at(0)
+
+
+def test_remove_kept_step_removes_it(make, trained, folder):
+    checkpoints = make(keep_steps=(1, 2))
+    trained.save(checkpoints, 1, 2, 3)
+    checkpoints.remove(2)
+    assert names(folder) == ["step-00000001", "step-00000003"]
+    # Again, and without any directory.
+    checkpoints.remove(2)
+    Checkpoints(folder / "absent", configuration={}).remove(2)
+    assert checkpoints.steps() == [1, 3]
+
+
+def test_remove_interrupted_leaves_no_damaged_checkpoint(
+    make, trained, monkeypatch
+):
+    trained.save(make(), 1, 2)
+
+    def fail(path):
+        raise tf.errors.PermissionDeniedError(None, None, "no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tf.io.gfile, "rmtree", fail)
+        with pytest.raises(CheckpointError, match="step-00000002.*removed: no"):
+            make().remove(2)
+    assert trained.restore(make())["step"] == 1
+    remove_unfinished(make().directory)
+    assert names(pathlib.Path(make().directory)) == ["step-00000001"]
+
+
+@pytest.mark.parametrize("units", [8, 4_000])
+def test_nbytes_estimates_the_size_on_disk(make, units):
+    trained = Trained(units=units)
+    trained.save(make(), 3)
+    files = pathlib.Path(make().path(3)).iterdir()
+    size = sum(file.stat().st_size for file in files)
+    estimate = Checkpoints.nbytes(trained.model, trained.optimizer)
+    # A small model's index and metadata are larger than its values.
+    tolerance = 0.5 if units == 8 else 0.05
+    assert estimate == pytest.approx(size, rel=tolerance)
+
+
 @pytest.mark.parametrize("name", ["keep", "keep_every"])
 def test_keeping_less_than_one_is_refused(make, name):
-    with pytest.raises(ValueError, match=f"`{name}`.*Received: {name}=0"):
+    with pytest.raises(UsageError, match=f"`{name}`.*Received: {name}=0"):
         make(**{name: 0})
 
 
@@ -364,7 +419,7 @@ def test_a_copy_under_the_name_of_another_step_is_damaged(
     shutil.copytree(make().path(5), make().path(7))
     change(step=7)(pathlib.Path(make().path(7)))
     assert trained.restore(make())["step"] == 5
-    assert "it holds step 5" in warnings[0]
+    assert "its variables are of step 5" in warnings[0]
 
 
 def test_all_damaged_is_an_error(make, trained, warnings):
@@ -433,16 +488,21 @@ def test_what_cannot_be_read_now_is_not_damaged(
     assert not trained.is_at(5)
 
 
-def test_the_loss_of_another_worker_is_not_one_of_the_directory(
-    make, trained, folder, monkeypatch
+@pytest.mark.parametrize(
+    ("workers", "error"),
+    [(1, CheckpointError), (2, tf.errors.UnavailableError)],
+)
+def test_save_tells_a_lost_worker_from_a_failing_disk(
+    make, trained, folder, monkeypatch, workers, error
 ):
     trained.save(make(), 5)
 
     def fail(*arguments, **kwargs):
-        raise tf.errors.UnavailableError(None, None, "worker 1 is gone")
+        raise tf.errors.UnavailableError(None, None, "no answer")
 
+    monkeypatch.setenv("TF_CONFIG", processes.cluster(workers)[0])
     monkeypatch.setattr(tf.train.Checkpoint, "write", fail)
-    with pytest.raises(tf.errors.UnavailableError):
+    with pytest.raises(error, match="no answer"):
         trained.save(make(), 10)
     assert names(folder) == ["step-00000005"]
 
@@ -492,16 +552,16 @@ def test_damaged_ones_do_not_take_the_place_of_those_that_are_kept(
 @pytest.mark.parametrize(
     ("now", "line"),
     [
-        ({"rate": 0.25}, "rate: 0.5 there, 0.25 now"),
-        ({"rate": None}, "rate: 0.5 there, None now"),
-        ({"seed": "1"}, "seed: 1 there, '1' now"),
-        ({"new": [1]}, "new: absent there, [1] now"),
-        ({"data": {"name": "toy"}}, "data.size: 9 there, absent now"),
+        ({"rate": 0.25}, "rate: 0.5 saved, 0.25 now"),
+        ({"rate": None}, "rate: 0.5 saved, None now"),
+        ({"seed": "1"}, "seed: 1 saved, '1' now"),
+        ({"new": [1]}, "new: not saved, [1] now"),
+        ({"data": {"name": "toy"}}, "data.size: 9 saved, absent now"),
         (
             {"data": {"name": "all", "size": 9}},
-            "data.name: 'toy' there, 'all' now",
+            "data.name: 'toy' saved, 'all' now",
         ),
-        ({"data": 3}, "data: {'name': 'toy', 'size': 9} there, 3 now"),
+        ({"data": 3}, "data: {'name': 'toy', 'size': 9} saved, 3 now"),
     ],
     ids=str,
 )
@@ -517,7 +577,7 @@ def test_another_configuration_is_refused(make, trained, now, line):
 
 def test_a_key_that_is_gone_is_a_difference(make, trained):
     trained.save(make({**CONFIGURATION, "old": True}), 5)
-    with pytest.raises(CheckpointError, match="old: True there, absent now"):
+    with pytest.raises(CheckpointError, match="old: True saved, absent now"):
         trained.restore(make())
 
 
@@ -527,7 +587,7 @@ def test_all_differences_are_listed_up_to_a_number(make, trained):
         trained.restore(make({f"{i:02d}": -1 for i in range(25)}))
     lines = str(error.value).splitlines()[1:]
     assert len(lines) == 21
-    assert lines[7] == "  07: 7 there, -1 now"
+    assert lines[7] == "  07: 7 saved, -1 now"
     assert lines[-1] == "  and 5 more"
 
 
@@ -536,14 +596,14 @@ def test_other_variables_are_differences(make, trained):
     with pytest.raises(CheckpointError) as error:
         Trained(units=9).restore(make())
     lines = [line.strip() for line in str(error.value).splitlines()[1:]]
-    assert "toy/a/kernel: 'float32 6x8' there, 'float32 6x9' now" in lines
-    assert "toy/a/kernel_mask: 'uint8 6x8' there, 'uint8 6x9' now" in lines
+    assert "toy/a/kernel: 'float32 6x8' saved, 'float32 6x9' now" in lines
+    assert "toy/a/kernel_mask: 'uint8 6x8' saved, 'uint8 6x9' now" in lines
     assert all("seed" not in line for line in lines)
     with pytest.raises(CheckpointError) as error:
         Trained("L0Regularization").restore(make())
     text = str(error.value)
-    assert "toy/a/kernel_mask: 'uint8 6x8' there, absent now" in text
-    assert "toy/a/kernel_log_alpha: absent there, 'float32 6x8' now" in text
+    assert "toy/a/kernel_mask: 'uint8 6x8' saved, absent now" in text
+    assert "toy/a/kernel_log_alpha: not saved, 'float32 6x8' now" in text
 
 
 def test_names_that_keras_counts_up_are_no_difference(make):
@@ -578,8 +638,8 @@ def test_another_optimizer_is_a_difference(make, trained):
     with pytest.raises(CheckpointError) as error:
         other.restore(make())
     text = str(error.value)
-    assert "optimizer/learning_rate: 'float32 scalar' there, absent" in text
-    assert "a_kernel_velocity_hat: absent there, 'float32 6x8' now" in text
+    assert "optimizer/learning_rate: 'float32 scalar' saved, absent" in text
+    assert "a_kernel_velocity_hat: not saved, 'float32 6x8' now" in text
 
 
 def test_the_newest_is_refused_even_if_an_older_one_fits(make, trained):
@@ -631,7 +691,7 @@ def test_a_full_disk_leaves_what_was_there(make, folder, trained):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "of step 10 could not be written" in str(error.value)
-    assert "That of step 5 is the last one that is there" in str(error.value)
+    assert "The newest one is of step 5." in str(error.value)
     assert names(folder) == ["step-00000005"]
     assert trained.restore(make())["step"] == 5
     # With room again it goes on.
@@ -656,7 +716,7 @@ def test_a_failure_at_any_point_leaves_what_was_there(
         "rename": tf.io.gfile,
     }[where]
     monkeypatch.setattr(owner, where, full)
-    with pytest.raises(CheckpointError, match="no space left.*step 5.*Make"):
+    with pytest.raises(CheckpointError, match="no space left.*step 5.*Free"):
         trained.save(make(keep=1), 10)
     assert names(folder) == ["step-00000005"]
     assert trained.restore(make())["step"] == 5
@@ -676,22 +736,84 @@ def test_workers_that_are_not_the_chief_leave_nothing(make, trained, folder):
     assert names(folder) == ["step-00000005"]
 
 
-def test_a_directory_is_checked_before_anything_is_computed(tmp_path):
-    check_writable(tmp_path / "a" / "b")
-    assert list((tmp_path / "a" / "b").iterdir()) == []
-    check_writable(tmp_path / "a" / "b")
-    (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file", tmp_path / "file" / "work"):
-        with pytest.raises(CheckpointError, match="cannot be written to"):
-            check_writable(path)
-    assert (tmp_path / "file").read_text() == ""
+# Variable specs and differences.
 
 
-def test_a_directory_that_may_only_be_read(tmp_path, monkeypatch):
-    class Refused(tf.io.gfile.GFile):
-        def write(self, content):
-            raise tf.errors.PermissionDeniedError(None, None, "Read-only")
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("dense/kernel", "dense/kernel"),
+        ("sequential_1/dense_12/kernel", "sequential/dense/kernel"),
+        ("sequential_1_dense_2_kernel_momentum", "sequential_dense_kernel_mom"),
+        ("seed_generator_3/seed_generator_state", "seed_generator/seed_gen"),
+        ("stage1_block2/conv1/kernel", "stage1_block2/conv1/kernel"),
+        ("a/gate_1", "a/gate"),
+    ],
+)
+def test_the_numbers_that_keras_counts_are_left_out(path, expected):
+    assert canonical_path(path).startswith(expected)
+    assert canonical_path(canonical_path(path)) == canonical_path(path)
 
-    monkeypatch.setattr(tf.io.gfile, "GFile", Refused)
-    with pytest.raises(CheckpointError, match=f"{tmp_path}.*: Read-only. Choo"):
-        check_writable(tmp_path)
+
+def network(units=2):
+    model = keras.Sequential(
+        [
+            keras.Input((3,)),
+            keras.layers.Dense(units),
+            keras.layers.Dropout(0.5),
+            keras.layers.Dense(2),
+        ]
+    )
+    optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
+    optimizer.build(model.trainable_variables)
+    return model, optimizer
+
+
+def test_a_second_model_of_one_kind_has_the_same_description():
+    first, second = variable_specs(*network()), variable_specs(*network())
+    assert first == second
+    assert first["sequential/dense/kernel"] == "float32 3x2"
+    assert first["sequential/dense/kernel (2)"] == "float32 2x2"
+    assert first["optimizer/iteration"].endswith("scalar")
+    assert sum("momentum" in name for name in first) == 4
+    assert any("seed_generator" in name for name in first)
+    # Each variable has its line.
+    model, optimizer = network()
+    assert len(first) == len(model.variables) + len(optimizer.variables)
+
+
+def test_other_shapes_are_told():
+    lines = list(diff(variable_specs(*network()), variable_specs(*network(5))))
+    assert (
+        "sequential/dense/kernel: 'float32 3x2' saved, 'float32 3x5' now"
+        in lines
+    )
+    # Kernels and the first bias, each with its momentum.
+    assert len(lines) == 6
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2) | st.text(max_size=2),
+    lambda inner: st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+    max_leaves=5,
+)
+CONFIGURATIONS = st.dictionaries(st.sampled_from("abc"), VALUES, max_size=3)
+
+
+@hypothesis.given(CONFIGURATIONS, CONFIGURATIONS)
+def test_there_are_differences_where_configurations_differ(saved, now):
+    lines = list(diff(saved, now))
+    assert bool(lines) == (saved != now)
+    assert len(lines) == len(list(diff(now, saved)))
+    assert list(diff(saved, saved)) == []
+
+
+def test_differences_are_named_by_their_place():
+    saved = {"rate": 0.1, "data": {"name": "toy", "size": 9}, "old": None}
+    now = {"rate": 0.2, "data": {"name": "toy", "size": 8}, "new": [1]}
+    assert list(diff(saved, now)) == [
+        "data.size: 9 saved, 8 now",
+        "new: not saved, [1] now",
+        "old: None saved, absent now",
+        "rate: 0.1 saved, 0.2 now",
+    ]

@@ -1,4 +1,6 @@
+import functools
 import math
+import pathlib
 
 import hypothesis
 import hypothesis.strategies as st
@@ -6,11 +8,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from sos.errors import StorageError, UsageError
 from sos.training import inputs
+from sos.training.inputs import Shard
 
 
 def context(hosts=1, host=0, replicas=1):
-    """The context of one host, where each has so many replicas."""
+    """Returns the context of a host with `replicas` replicas."""
     return tf.distribute.InputContext(
         num_input_pipelines=hosts,
         input_pipeline_id=host,
@@ -23,7 +27,7 @@ def take(dataset, count):
 
 
 def global_batches(make, steps, hosts=1, replicas=1):
-    """The batches of all replicas of all hosts, put together step by step.
+    """Returns the batches of all replicas of all hosts, joined step by step.
 
     Args:
         make: Makes the data set of a context.
@@ -48,14 +52,17 @@ def global_batches(make, steps, hosts=1, replicas=1):
     ]
 
 
+# Arrays.
+
+
 def ids(examples):
-    """Arrays whose values tell the examples."""
+    """Returns arrays whose values identify the examples."""
     numbers = np.arange(examples)
     return {"id": numbers, "image": np.stack([numbers, -numbers], axis=1)}
 
 
 def array_ids(examples, *, step=0, count, batch_size, seed=3, **sharing):
-    """The examples that so many steps see."""
+    """Returns the examples of `count` steps."""
     batches = global_batches(
         lambda where: inputs.array_batches(
             ids(examples),
@@ -74,32 +81,11 @@ def array_ids(examples, *, step=0, count, batch_size, seed=3, **sharing):
     return [batch["id"].tolist() for batch in batches]
 
 
-# What both kinds of input promise, with the first epochs of one host and one
-# replica as the reference.
-
 SHARINGS = st.tuples(
     st.integers(1, 3),  # hosts
     st.integers(1, 3),  # replicas of each
     st.integers(1, 2),  # examples of each replica
 )
-
-
-def in_some_order(epoch, examples):
-    """An order that only this test knows, a permutation for each epoch."""
-    return (tf.range(examples, dtype=tf.int64) * 7 + epoch * 5) % examples
-
-
-def number_records(examples, decode, *, step, batch_size, where):
-    return inputs.record_batches(
-        lambda epoch: tf.data.Dataset.from_tensor_slices(
-            in_some_order(epoch, examples)
-        ),
-        decode,
-        records_per_epoch=examples,
-        batch_size=batch_size,
-        step=step,
-        context=where,
-    )
 
 
 @hypothesis.settings(max_examples=8)
@@ -122,39 +108,6 @@ def test_array_batches_depend_on_the_step_alone(sharing, more, step, seed):
         hosts=hosts,
         replicas=replicas,
     )
-
-
-@hypothesis.settings(max_examples=8)
-@hypothesis.given(SHARINGS, st.integers(0, 5), st.integers(0, 12))
-def test_record_batches_depend_on_the_step_alone(sharing, more, step):
-    hosts, replicas, each = sharing
-    batch_size = hosts * replicas * each
-    # Such that multiplying by 7 is a permutation.
-    examples = batch_size + more + ((batch_size + more) % 7 == 0)
-    found = global_batches(
-        lambda where: number_records(
-            examples,
-            lambda record, number: {"record": record, "number": number},
-            step=step,
-            batch_size=batch_size,
-            where=where,
-        ),
-        3,
-        hosts=hosts,
-        replicas=replicas,
-    )
-    per_epoch = examples // batch_size
-    for i, batch in enumerate(found, start=step):
-        epoch, place = divmod(i, per_epoch)
-        order = [(7 * n + 5 * epoch) % examples for n in range(examples)]
-        expected = order[place * batch_size : (place + 1) * batch_size]
-        assert batch["record"].tolist() == expected
-        first = i * batch_size
-        assert batch["number"].tolist() == [*range(first, first + batch_size)]
-        assert batch["number"].dtype == np.int64
-
-
-# Arrays.
 
 
 @pytest.mark.parametrize(("examples", "batch_size"), [(12, 4), (13, 4), (5, 5)])
@@ -223,142 +176,15 @@ def test_dtypes_and_static_shapes_are_kept():
     assert hosts.element_spec == dataset.element_spec
 
 
-# Records.
-
-
-class Decoder:
-    """Notes the records that it is called with."""
-
-    def __init__(self):
-        self.seen = []
-
-    def __call__(self, record, number):
-        def note(value):
-            self.seen.append(int(value))
-            return value
-
-        value = tf.numpy_function(note, [record], tf.int64)
-        return tf.ensure_shape(value, ())
-
-
-@pytest.mark.parametrize(("hosts", "host"), [(1, 0), (2, 1)])
-def test_what_was_seen_before_is_not_decoded(hosts, host):
-    batch_size, per_epoch, step = 4, 5, 8
-    decoder = Decoder()
-    # The record tells its place in the training.
-    dataset = inputs.record_batches(
-        lambda epoch: tf.data.Dataset.range(20).map(lambda i: epoch * 100 + i),
-        decoder,
-        records_per_epoch=22,
-        batch_size=batch_size,
-        step=step,
-        context=context(hosts, host),
-    )
-    batch = next(dataset.as_numpy_iterator()).tolist()
-    assert batch == [112, 113, 114, 115][host * 2 :][: batch_size // hosts]
-    # More than the batch, as it reads ahead, but of this host alone.
-    assert set(batch) <= set(decoder.seen)
-    for seen in decoder.seen:
-        epoch, place = divmod(seen, 100)
-        assert epoch * per_epoch * batch_size + place >= step * batch_size
-        assert hosts == 1 or place % batch_size >= 2
-
-
-def record_batches(records, decode, hosts):
-    """The second and third batch of four records in epochs of eight."""
-    return global_batches(
-        lambda where: inputs.record_batches(
-            records,
-            decode,
-            records_per_epoch=8,
-            batch_size=4,
-            step=1,
-            context=where,
-        ),
-        2,
-        hosts=hosts,
-        replicas=2,
-    )
-
-
-@pytest.mark.parametrize("hosts", [1, 2])
-def test_records_may_be_structures(hosts):
-    def records(epoch):
-        numbers = tf.data.Dataset.range(8)
-        return numbers.map(lambda i: (tf.as_string(i), {"label": i + epoch}))
-
-    def decode(record, number):
-        text, rest = record
-        return {
-            "x": tf.strings.to_number(text),
-            "y": rest["label"],
-            "n": number,
-        }
-
-    (_, second) = record_batches(records, decode, hosts)
-    assert second["x"].tolist() == [0, 1, 2, 3]
-    assert second["y"].tolist() == [1, 2, 3, 4]
-    assert second["n"].tolist() == [8, 9, 10, 11]
-
-
-def test_records_may_differ_in_shape():
-    def records(epoch):
-        numbers = tf.data.Dataset.range(8)
-        return numbers.map(lambda i: tf.fill([i + 1], i))
-
-    for hosts in (1, 2):
-        (first, _) = record_batches(
-            records, lambda record, number: {"x": record[0]}, hosts
-        )
-        assert first["x"].tolist() == [4, 5, 6, 7]
-
-
-def test_augmentation_by_number_is_the_same_after_a_restart():
-    def augment(record, number):
-        seed = tf.stack([tf.constant(9, tf.int64), number])
-        return tf.random.stateless_uniform((2,), seed)
-
-    def batches(step, count, replicas=1):
-        return global_batches(
-            lambda where: number_records(
-                8, augment, step=step, batch_size=4, where=where
-            ),
-            count,
-            replicas=replicas,
-        )
-
-    whole = batches(0, 5)
-    np.testing.assert_array_equal(whole[3:], batches(3, 2, replicas=2))
-    assert len(np.unique(np.concatenate(whole), axis=0)) == 20
-
-
-def test_an_epoch_with_more_records_than_told_is_cut():
-    # Otherwise a restart would count its steps differently.
-    dataset = inputs.record_batches(
-        lambda epoch: tf.data.Dataset.range(9),
-        lambda record, number: record,
-        records_per_epoch=4,
-        batch_size=2,
-        step=0,
-        context=context(),
-    )
-    found = np.concatenate(take(dataset, 4)).tolist()
-    assert found == [0, 1, 2, 3, 0, 1, 2, 3]
-
-
-# Evaluation.
-
-
 @hypothesis.settings(max_examples=8)
 @hypothesis.given(SHARINGS, st.integers(1, 25))
-def test_evaluation_sees_every_example_once(sharing, examples):
+def test_array_eval_batches_hold_every_example_once(sharing, examples):
     hosts, replicas, each = sharing
     batch_size = hosts * replicas * each
-    batches = inputs.evaluation_batch_count(examples, batch_size)
-    assert batches == math.ceil(examples / batch_size)
+    batches = math.ceil(examples / batch_size)
 
     def make(where):
-        dataset = inputs.evaluation_batches(
+        dataset = inputs.array_eval_batches(
             ids(examples), batch_size=batch_size, context=where
         )
         assert dataset.element_spec == {
@@ -366,7 +192,7 @@ def test_evaluation_sees_every_example_once(sharing, examples):
             "image": tf.TensorSpec((each, 2), tf.int64),
             "weight": tf.TensorSpec((each,), tf.float32),
         }
-        # As many for each replica, and no more.
+        assert dataset.cardinality() == batches * replicas
         assert len(list(dataset)) == batches * replicas
         return dataset
 
@@ -379,25 +205,577 @@ def test_evaluation_sees_every_example_once(sharing, examples):
     assert (numbers < examples).all()
 
 
-def test_evaluation_has_the_name_weight_for_itself():
+def test_array_eval_batches_named_weight_raise():
     arrays = {"x": np.zeros(3), "weight": np.ones(3)}
-    with pytest.raises(ValueError, match="'weight'"):
-        inputs.evaluation_batches(arrays, batch_size=2, context=context())
+    with pytest.raises(UsageError, match="'weight'"):
+        inputs.array_eval_batches(arrays, batch_size=2, context=context())
 
 
-# What is refused.
+ARRAY_MAKERS = {
+    "array_batches": functools.partial(inputs.array_batches, seed=0, step=0),
+    "array_eval_batches": inputs.array_eval_batches,
+}
+
+
+@pytest.mark.parametrize("name", ["array_batches", "array_eval_batches"])
+@pytest.mark.parametrize(
+    "lengths", [{}, {"x": 0}, {"x": 3, "y": 4}, {"x": 0, "y": 2}], ids=str
+)
+def test_arrays_of_other_lengths_raise(name, lengths):
+    arrays = {key: np.zeros(size) for key, size in lengths.items()}
+    with pytest.raises(UsageError) as error:
+        ARRAY_MAKERS[name](arrays, batch_size=1, context=context())
+    assert f"Received: {lengths}" in str(error.value)
+
+
+# Records. Each holds the number of its file and its position in it.
+
+
+@pytest.fixture(scope="module")
+def make_shards(tmp_path_factory):
+    """A function that writes files with these numbers of records."""
+
+    @functools.cache
+    def make(counts):
+        return write_shards(tmp_path_factory.mktemp("records"), counts)
+
+    return make
+
+
+def write_shards(folder, counts):
+    shards = []
+    for number, count in enumerate(counts):
+        path = str(folder / f"{number:03d}-of-{len(counts):03d}")
+        with tf.io.TFRecordWriter(path) as writer:
+            for position in range(count):
+                writer.write(np.array([number, position], np.int64).tobytes())
+        shards.append(Shard(path, count))
+    return shards
+
+
+def decode_id(record):
+    return tf.ensure_shape(tf.io.decode_raw(record, tf.int64), (2,))
+
+
+def decode_train(record, seed):
+    return {"id": decode_id(record), "seed": seed}
+
+
+def decode_eval(record):
+    return {"id": decode_id(record)}
+
+
+def record_batches(shards, decode=decode_train, *, where=None, **kwargs):
+    defaults = {"seed": 3, "step": 0, "shuffle_buffer": 5, "cycle_length": 2}
+    return inputs.record_batches(
+        shards, decode, context=where or context(), **{**defaults, **kwargs}
+    )
+
+
+def all_ids(shards):
+    return {
+        (number, position)
+        for number, shard in enumerate(shards)
+        for position in range(shard.examples)
+    }
+
+
+def ids_of(batches):
+    """Returns (file, position) of the examples of batches, in their order."""
+    return [tuple(row) for batch in batches for row in batch["id"].tolist()]
+
+
+def seeds_of(batches):
+    """Returns the seeds of examples, by file and position."""
+    return {
+        tuple(row): tuple(seed)
+        for batch in batches
+        for row, seed in zip(
+            batch["id"].tolist(), batch["seed"].tolist(), strict=True
+        )
+    }
+
+
+class Notes:
+    """Notes what passes through it when a data set is iterated."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, tensor):
+        def note(value):
+            self.seen.append(value)
+            return value
+
+        noted = tf.numpy_function(note, [tensor], tensor.dtype)
+        return tf.ensure_shape(noted, tensor.shape)
+
+    def read(self, path):
+        return tf.data.TFRecordDataset(self(path))
+
+    @property
+    def files(self):
+        """The names of the files that were opened."""
+        return {pathlib.Path(path.decode()).name for path in self.seen}
+
+
+COUNTS = (5, 0, 3, 7, 4)
+
+
+@pytest.mark.parametrize("kind", ["train", "eval"])
+def test_record_batches_two_hosts_open_files_of_their_own(make_shards, kind):
+    shards = make_shards(COUNTS)
+    opened, found = [], []
+    for host in range(2):
+        notes = Notes()
+        if kind == "train":
+            dataset = record_batches(
+                shards, batch_size=2, where=context(2, host), read=notes.read
+            ).take(sum(COUNTS))
+        else:
+            dataset = inputs.record_eval_batches(
+                shards,
+                decode_eval,
+                batch_size=2,
+                context=context(2, host),
+                read=notes.read,
+            )
+        found.append(set(ids_of(dataset.as_numpy_iterator())))
+        opened.append(notes.files)
+    assert not opened[0] & opened[1]
+    assert opened[0] | opened[1] == {
+        pathlib.Path(shard.path).name for shard in shards
+    }
+    assert not found[0] & found[1]
+    if kind == "eval":
+        assert found[0] | found[1] == all_ids(shards)
+
+
+@pytest.mark.parametrize("kind", ["train", "eval"])
+def test_record_batches_without_files_of_other_hosts_work(tmp_path, kind):
+    # Files of equal size are dealt out in turns.
+    shards = write_shards(tmp_path, (4, 4, 4, 4))
+    for shard in shards[0::2]:
+        pathlib.Path(shard.path).unlink()
+    where = context(2, 1)
+    if kind == "train":
+        dataset = record_batches(shards, batch_size=4, where=where).take(4)
+    else:
+        dataset = inputs.record_eval_batches(
+            shards, decode_eval, batch_size=4, context=where
+        )
+    found = ids_of(dataset.as_numpy_iterator())
+    assert sorted(found) == [(1, i) for i in range(4)] + [
+        (3, i) for i in range(4)
+    ]
+
+
+def test_record_batches_fewer_files_than_hosts_share_records(make_shards):
+    # An empty file counts as none: no host could live on it.
+    shards = make_shards((7, 0, 5))
+    hosts, found, decoded = 3, [], []
+    for host in range(hosts):
+        notes = Notes()
+
+        def decode(record, seed, notes=notes):
+            return {"id": notes(decode_id(record))}
+
+        dataset = record_batches(
+            shards, decode, batch_size=3, where=context(hosts, host)
+        )
+        # One epoch.
+        found.append(ids_of(take(dataset, 4)))
+        decoded.append({tuple(row) for row in np.array(notes.seen).tolist()})
+        # It reads ahead, but never decodes what others take.
+        assert decoded[host] == set(found[host])
+    assert sorted(sum(found, [])) == sorted(all_ids(shards))
+    assert len({len(each) for each in found}) == 1
+
+
+@hypothesis.settings(max_examples=6)
+@hypothesis.given(
+    st.lists(st.integers(0, 7), min_size=1, max_size=6),
+    SHARINGS,
+    st.integers(0, 20),
+    st.integers(-(2**62), 2**62),
+)
+def test_record_batches_resumed_equal_uninterrupted_ones(
+    make_shards, counts, sharing, step, seed
+):
+    hosts, replicas, each = sharing
+    batch_size = hosts * replicas * each
+
+    def batches(step, steps):
+        return global_batches(
+            lambda where: record_batches(
+                make_shards(tuple(counts)),
+                batch_size=batch_size,
+                step=step,
+                seed=seed,
+                where=where,
+            ),
+            steps,
+            hosts,
+            replicas,
+        )
+
+    try:
+        whole = batches(0, step + 2)
+    except UsageError as error:
+        assert "at least one batch" in str(error)
+        hypothesis.reject()
+    resumed = batches(step, 2)
+    for before, after in zip(whole[step:], resumed, strict=True):
+        np.testing.assert_array_equal(before["id"], after["id"])
+        np.testing.assert_array_equal(before["seed"], after["seed"])
+
+
+@pytest.mark.parametrize(("hosts", "host"), [(1, 0), (2, 1)])
+def test_record_batches_resumed_at_every_step_are_the_same(
+    make_shards, hosts, host
+):
+    shards, steps = make_shards(COUNTS), 15  # Of four or more epochs.
+
+    def batches(step):
+        return take(
+            record_batches(
+                shards, batch_size=4, step=step, where=context(hosts, host)
+            ),
+            steps - step,
+        )
+
+    whole = batches(0)
+    for step in range(1, steps):
+        for before, after in zip(whole[step:], batches(step), strict=True):
+            np.testing.assert_array_equal(before["id"], after["id"])
+            np.testing.assert_array_equal(before["seed"], after["seed"])
+
+
+@pytest.mark.parametrize("counts", [COUNTS, (19,), (1,) * 19])
+@pytest.mark.parametrize("shuffle_buffer", [1, 100])
+def test_record_batches_every_epoch_has_another_order(
+    make_shards, counts, shuffle_buffer
+):
+    shards, epochs, per_epoch = make_shards(counts), 30, 4
+    dataset = record_batches(
+        shards, batch_size=4, shuffle_buffer=shuffle_buffer
+    )
+    batches = take(dataset, epochs * per_epoch)
+    orders = [
+        ids_of(batches[i : i + per_epoch])
+        for i in range(0, len(batches), per_epoch)
+    ]
+    for order in orders:
+        assert len(set(order)) == len(order) == 16
+        assert set(order) <= all_ids(shards)
+    # Records that do not fill a batch are others in each epoch.
+    assert set().union(*orders) == all_ids(shards)
+    if (counts, shuffle_buffer) != ((19,), 1):
+        assert len({tuple(order) for order in orders}) > epochs / 2
+
+
+def test_record_batches_another_seed_is_another_order(make_shards):
+    shards = make_shards((30, 30))
+    orders = [
+        tuple(ids_of(take(record_batches(shards, batch_size=60, seed=seed), 1)))
+        for seed in (0, 1, 2**40, -1)
+    ]
+    assert len(set(orders)) == 4
+
+
+def test_record_batches_global_seed_has_no_influence(make_shards):
+    found = []
+    for seed in (1, 2):
+        tf.random.set_seed(seed)
+        dataset = record_batches(make_shards(COUNTS), batch_size=4)
+        found.append([batch["id"].tolist() for batch in take(dataset, 6)])
+    assert found[0] == found[1]
+    tf.random.set_seed(3)
+    after = tf.random.uniform(())
+    tf.random.set_seed(3)
+    record_batches(make_shards(COUNTS), batch_size=4)
+    # Nor does making them set the global seed.
+    assert tf.random.uniform(()) == after
+
+
+def test_record_batches_other_hosts_give_the_same_augmentation(make_shards):
+    shards = make_shards((4, 4, 4))
+    found = []
+    for hosts in (1, 2, 3, 4):
+        # Epochs in which every host takes all of its records.
+        per_epoch = {1: 12, 2: 4, 3: 4, 4: 3}[hosts]
+        epochs = [{}, {}]
+        for host in range(hosts):
+            dataset = record_batches(
+                shards, batch_size=hosts, where=context(hosts, host)
+            )
+            batches = take(dataset, 2 * per_epoch)
+            for i, seeds in enumerate(epochs):
+                part = batches[i * per_epoch : (i + 1) * per_epoch]
+                seeds.update(seeds_of(part))
+        found.append(epochs)
+    reference = found[0]
+    assert len({*reference[0].values(), *reference[1].values()}) == 24
+    for epochs in found[1:]:
+        for seeds, expected in zip(epochs, reference, strict=True):
+            assert seeds.items() <= expected.items()
+    # With two hosts, one has twice the records and leaves some out.
+    assert [len(epochs[0]) for epochs in found] == [12, 8, 12, 12]
+
+
+@pytest.mark.parametrize(("hosts", "host"), [(1, 0), (2, 1)])
+def test_record_batches_skipped_records_are_not_decoded(
+    make_shards, hosts, host
+):
+    shards = make_shards((8, 8))
+    whole = take(
+        record_batches(shards, batch_size=4, where=context(hosts, host)), 8
+    )
+    notes = Notes()
+    dataset = record_batches(
+        shards,
+        lambda record, seed: {"id": decode_id(record), "seed": notes(seed)},
+        batch_size=4,
+        step=6,
+        where=context(hosts, host),
+    )
+    assert ids_of(take(dataset, 1)) == ids_of(whole[6:7])
+    decoded = {tuple(seed) for seed in np.array(notes.seen).tolist()}
+    assert decoded >= set(seeds_of(whole[6:7]).values())
+    for batch in whole[:6]:
+        assert not decoded & set(seeds_of([batch]).values())
+
+
+def test_record_batches_far_ahead_are_there_at_once(make_shards):
+    shards = make_shards((3, 3))
+    dataset = record_batches(shards, batch_size=3, step=20_000_000)
+    assert set(ids_of(take(dataset, 2))) == all_ids(shards)
+
+
+def test_record_batches_have_static_shapes(make_shards):
+    dataset = record_batches(
+        make_shards(COUNTS), batch_size=12, where=context(2, 0, replicas=3)
+    )
+    assert dataset.element_spec == {
+        "id": tf.TensorSpec((2, 2), tf.int64),
+        "seed": tf.TensorSpec((2, 2), tf.int32),
+    }
+
+
+def read_structures(path):
+    """Records with a tensor whose shape depends on the record."""
+    return tf.data.TFRecordDataset(path).map(
+        lambda record: (
+            record,
+            {"row": tf.fill([decode_id(record)[1] + 1], decode_id(record)[0])},
+        )
+    )
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_record_batches_records_may_be_structures(make_shards, hosts):
+    shards = make_shards((4, 4, 4))
+
+    def decode(record, seed=None):
+        text, rest = record
+        row = rest["row"]
+        return {"id": decode_id(text), "size": tf.size(row), "file": row[0]}
+
+    for dataset in (
+        record_batches(
+            shards,
+            decode,
+            batch_size=4,
+            where=context(hosts, 0),
+            read=read_structures,
+        ).take(3),
+        inputs.record_eval_batches(
+            shards,
+            decode,
+            batch_size=4,
+            context=context(hosts, 0),
+            read=read_structures,
+        ),
+    ):
+        for batch in dataset.as_numpy_iterator():
+            np.testing.assert_array_equal(batch["id"][:, 0], batch["file"])
+            np.testing.assert_array_equal(batch["id"][:, 1] + 1, batch["size"])
+
+
+def test_record_batches_compressed_files_are_read(tmp_path):
+    path = str(tmp_path / "records")
+    with tf.io.TFRecordWriter(path, "GZIP") as writer:
+        for position in range(5):
+            writer.write(np.array([0, position], np.int64).tobytes())
+    read = functools.partial(tf.data.TFRecordDataset, compression_type="GZIP")
+    shards = inputs.list_shards([path], read=read)
+    assert shards == [Shard(path, 5)]
+    dataset = record_batches(shards, batch_size=5, read=read)
+    assert set(ids_of(take(dataset, 1))) == all_ids(shards)
+
+
+@hypothesis.settings(max_examples=8)
+@hypothesis.given(
+    st.lists(st.integers(0, 7), min_size=1, max_size=6).filter(any), SHARINGS
+)
+@hypothesis.example([1], (3, 2, 2))
+@hypothesis.example([0, 1, 0], (2, 1, 1))
+@hypothesis.example([4, 4], (2, 2, 1))
+@hypothesis.example([2, 3], (1, 1, 25))
+def test_record_eval_batches_hold_every_record_once(
+    make_shards, counts, sharing
+):
+    hosts, replicas, each = sharing
+    shards = make_shards(tuple(counts))
+    found, sizes, lengths = [], [], set()
+    for host in range(hosts):
+        dataset = inputs.record_eval_batches(
+            shards,
+            decode_eval,
+            batch_size=hosts * replicas * each,
+            context=context(hosts, host, replicas),
+            cycle_length=2,
+        )
+        assert dataset.element_spec == {
+            "id": tf.TensorSpec((each, 2), tf.int64),
+            "weight": tf.TensorSpec((each,), tf.float32),
+        }
+        batches = list(dataset.as_numpy_iterator())
+        assert dataset.cardinality() == len(batches)
+        lengths.add(len(batches))
+        weights = np.concatenate([batch["weight"] for batch in batches])
+        size = int(weights.sum())
+        assert (weights == (np.arange(weights.size) < size)).all()
+        # Padding repeats records, so that it computes nothing odd.
+        assert set(ids_of(batches)) <= all_ids(shards)
+        found += ids_of(batches)[:size]
+        sizes.append(size)
+    assert sorted(found) == sorted(all_ids(shards))
+    # All hosts have as many batches, no more than the largest part needs.
+    assert lengths == {math.ceil(max(sizes) / (replicas * each)) * replicas}
+    assert max(sizes) - min(sizes) <= max(counts)
+
+
+def test_record_batches_under_a_strategy_reach_every_replica(make_shards):
+    strategy = tf.distribute.MirroredStrategy(
+        [device.name for device in tf.config.list_logical_devices("CPU")],
+        cross_device_ops=tf.distribute.ReductionToOneDevice(),
+    )
+    shards = make_shards(COUNTS)
+    batches = strategy.distribute_datasets_from_function(
+        lambda where: inputs.record_eval_batches(
+            shards, decode_eval, batch_size=4, context=where
+        )
+    )
+    found = []
+    for batch in batches:
+        ids, weights = (
+            np.concatenate(
+                [x.numpy() for x in strategy.experimental_local_results(value)]
+            )
+            for value in (batch["id"], batch["weight"])
+        )
+        found += [tuple(row) for row in ids[weights == 1].tolist()]
+    assert sorted(found) == sorted(all_ids(shards))
+
+
+# Files.
+
+
+def test_list_shards_pattern_counts_records(make_shards):
+    shards = make_shards(COUNTS)
+    pattern = str(pathlib.Path(shards[0].path).parent / "*-of-*")
+    assert inputs.list_shards(pattern) == shards
+    assert inputs.list_shards(pathlib.Path(pattern), counts=COUNTS) == shards
+
+
+def test_list_shards_paths_keep_their_order(make_shards):
+    shards = make_shards(COUNTS)[::-1]
+    paths = [pathlib.Path(shard.path) for shard in shards]
+    assert inputs.list_shards(paths) == shards
+    # Nothing is read if the counts are known.
+    assert inputs.list_shards(paths, counts=[9] * 5, read=None) == [
+        Shard(shard.path, 9) for shard in shards
+    ]
+
+
+def test_list_shards_unusable_files_raise(tmp_path):
+    first, second = (shard.path for shard in write_shards(tmp_path, (2, 3)))
+    missing = str(tmp_path / "missing")
+    for files, counts, message in (
+        (str(tmp_path / "x*"), None, "at least one file.*x.*matches none"),
+        ([], None, "at least one file"),
+        ([first, missing], None, f"2 files.*1 are missing, {missing} first"),
+        ([str(tmp_path / "no" / "file")], None, "must exist"),
+        ([f"{first}/file"], None, "must exist"),
+        ([first, second, first], None, f"must differ.*{first} more than once"),
+        ([first, second], [2], "1 numbers for 2 files"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            inputs.list_shards(files, counts=counts)
+    content = bytearray(pathlib.Path(second).read_bytes())
+    content[-1] ^= 1
+    pathlib.Path(second).write_bytes(content)
+    with pytest.raises(
+        StorageError, match=f"{second}.*Cause: corrupted record"
+    ):
+        inputs.list_shards([first, second])
+
+
+@pytest.mark.parametrize("kind", ["train", "eval"])
+@pytest.mark.parametrize(("wrong", "actual"), [(6, "4"), (2, "more than 2")])
+# With a batch that ends where the wrong number does, too.
+@pytest.mark.parametrize("batch_size", [1, 2, 6])
+def test_record_batches_wrong_count_raises(
+    make_shards, kind, wrong, actual, batch_size
+):
+    right, shard = make_shards((4, 4))
+    shards = [right, Shard(shard.path, wrong)]
+    if kind == "train":
+        # Two epochs.
+        dataset = record_batches(shards, batch_size=batch_size).take(
+            2 * (4 + wrong) // batch_size
+        )
+    else:
+        dataset = inputs.record_eval_batches(
+            shards, decode_eval, batch_size=batch_size, context=context()
+        )
+        # No more than an evaluation takes.
+        dataset = dataset.take(dataset.cardinality())
+    with pytest.raises(tf.errors.InvalidArgumentError) as error:
+        list(dataset)
+    error = inputs.usage_error(error.value)
+    assert isinstance(error, UsageError)
+    assert str(error) == (
+        "A shard must have the number of records that are in its file. Correct "
+        "the number, or restore the file. Received: "
+        f"{shards[1]}, whose file has {actual} records"
+    )
+
+
+def test_usage_error_other_errors_are_none():
+    with pytest.raises(tf.errors.InvalidArgumentError) as error:
+        tf.debugging.assert_equal(1, 2)
+    assert inputs.usage_error(error.value) is None
+
+
+def test_record_batches_uneven_files_warn(make_shards, caplog):
+    with caplog.at_level("WARNING", logger="absl"):
+        record_batches(make_shards((4, 4)), batch_size=2, where=context(2))
+        assert not caplog.records
+        record_batches(make_shards((4, 4, 4)), batch_size=2, where=context(2))
+    assert "leaves out 33 % of the records" in caplog.text
+
+
+# Errors.
 
 MAKERS = {
-    "array_batches": lambda arrays, **kwargs: inputs.array_batches(
-        arrays, seed=0, step=0, **kwargs
+    **ARRAY_MAKERS,
+    "record_batches": lambda arrays, *, context, **kwargs: record_batches(
+        [Shard("none", len(arrays["id"]))], where=context, **kwargs
     ),
-    "evaluation_batches": inputs.evaluation_batches,
-    "record_batches": lambda arrays, **kwargs: inputs.record_batches(
-        lambda epoch: tf.data.Dataset.range(10),
-        lambda record, number: record,
-        records_per_epoch=10,
-        step=0,
-        **kwargs,
+    "record_eval_batches": lambda arrays, **kwargs: inputs.record_eval_batches(
+        [Shard("none", len(arrays["id"]))], decode_eval, **kwargs
     ),
 }
 
@@ -407,31 +785,78 @@ MAKERS = {
     ("batch_size", "sharing"),
     [(0, {}), (-2, {}), (3, {"replicas": 2}), (6, {"hosts": 2, "replicas": 2})],
 )
-def test_batches_that_replicas_cannot_share_are_refused(
-    name, batch_size, sharing
-):
+def test_batches_uneven_for_replicas_raise(name, batch_size, sharing):
     replicas = math.prod(sharing.values())
     with pytest.raises(
-        ValueError,
+        UsageError,
         match=f"positive multiple.*batch_size={batch_size} for {replicas} ",
     ):
         MAKERS[name](ids(10), batch_size=batch_size, context=context(**sharing))
 
 
-@pytest.mark.parametrize("name", ["array_batches", "record_batches"])
-def test_epochs_that_fill_no_batch_are_refused(name):
+def test_array_batches_epoch_without_a_batch_raises():
     with pytest.raises(
-        ValueError, match="at least one batch.*10 examples, batch_size=11"
+        UsageError, match="at least one batch.*10 examples, batch_size=11"
     ):
-        MAKERS[name](ids(10), batch_size=11, context=context())
+        MAKERS["array_batches"](ids(10), batch_size=11, context=context())
 
 
-@pytest.mark.parametrize("name", ["array_batches", "evaluation_batches"])
-@pytest.mark.parametrize(
-    "lengths", [{}, {"x": 0}, {"x": 3, "y": 4}, {"x": 0, "y": 2}], ids=str
-)
-def test_arrays_of_other_lengths_are_refused(name, lengths):
-    arrays = {key: np.zeros(size) for key, size in lengths.items()}
-    with pytest.raises(ValueError) as error:
-        MAKERS[name](arrays, batch_size=1, context=context())
-    assert f"Received: {lengths}" in str(error.value)
+def test_record_batches_epoch_without_a_batch_raises(make_shards):
+    with pytest.raises(
+        UsageError, match="at least one batch.*8 examples, batch_size=9, 1 host"
+    ):
+        record_batches(make_shards((4, 4)), batch_size=9)
+    with pytest.raises(
+        UsageError, match="batch_size=4, 2 hosts of which one reads 1 examples"
+    ):
+        record_batches(make_shards((7, 1)), batch_size=4, where=context(2))
+
+
+def test_record_batches_unusable_arguments_raise(make_shards):
+    shards = make_shards((4, 4))
+    missing = Shard(shards[0].path + "x", 4)
+    for arguments, message in (
+        ({"shards": []}, "no shards"),
+        ({"shards": [shards[0], shards[0]]}, "more than once"),
+        ({"shards": [Shard(shards[0].path, -1)]}, "at least 0.*examples=-1"),
+        ({"shards": [shards[0], missing]}, f"1 are missing, {missing.path}"),
+        ({"shuffle_buffer": 0}, "Received: shuffle_buffer=0"),
+        ({"cycle_length": 0}, "Received: cycle_length=0"),
+        (
+            {"decode": lambda record, seed: tf.io.decode_raw(record, tf.int64)},
+            "static shape.*ensure_shape.*None",
+        ),
+        (
+            {
+                "read": lambda path: tf.data.TFRecordDataset(path).map(
+                    lambda record: tf.strings.split([record])
+                )
+            },
+            "dense tensors.*Ragged",
+        ),
+    ):
+        with pytest.raises(UsageError, match=message):
+            record_batches(**{"shards": shards, "batch_size": 2, **arguments})
+
+
+def test_record_eval_batches_unusable_arguments_raise(make_shards):
+    shards = make_shards((4, 4))
+    for arguments, message in (
+        ({"shards": make_shards((0, 0))}, "at least one record.*2 files"),
+        ({"shards": [Shard(shards[0].path + "x", 4)]}, "1 are missing"),
+        ({"decode": decode_id}, "must return a dictionary"),
+        ({"decode": lambda record: {"weight": 1.0}}, "named 'weight'"),
+        (
+            {"decode": lambda x: {"x": tf.io.decode_raw(x, tf.int64)}},
+            "static shape",
+        ),
+    ):
+        arguments = {
+            "shards": shards,
+            "decode": decode_eval,
+            "batch_size": 2,
+            "context": context(),
+            **arguments,
+        }
+        with pytest.raises(UsageError, match=message):
+            inputs.record_eval_batches(**arguments)

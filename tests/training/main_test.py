@@ -2,21 +2,22 @@ import json
 import re
 import shutil
 import signal
-import time
+import unittest.mock
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from sos.training.modes import Settings, run
 
 import sos
+from sos import errors
 from sos.files import only_process
-from sos.training import follower, modes, pace
-from sos.training.reporting import Summary
+from sos.training import main
+from sos.training.checkpoints import Checkpoints
+from sos.training.main import Options, end_process, exit_code_of, run
 from sos.training.strategies import make_strategy
 from sos.training.trainer import Trainer
-from tests.support import processes, toy_task, toys
+from tests.support import processes, techniques, toy_task
 from tests.support.toy_task import ToyTask
 
 STEPS = 20
@@ -24,37 +25,47 @@ SCHEDULE = sos.PolynomialDecay(0.0, 0.8, 3, 15, frequency=3)
 
 
 class Program:
-    """A training binary with a work directory, run in this process."""
+    """A training program with a work directory, run in this process."""
 
-    def __init__(self, workdir, capfd):
+    def __init__(self, workdir, capfd=None):
         self.workdir = workdir
-        self._capfd = capfd
+        self.capfd = capfd
+        self.task = ToyTask("MagnitudePruning", schedule=SCHEDULE)
         self.trainer = None
         self.steps_per_loop = 4
 
     def make_trainer(self):
-        strategy = make_strategy("one_device")
-        with strategy.scope():
-            task = ToyTask("MagnitudePruning", schedule=SCHEDULE)
         self.trainer = Trainer(
-            task, strategy=strategy, steps_per_loop=self.steps_per_loop
+            self.task,
+            strategy=make_strategy("one_device"),
+            steps_per_loop=self.steps_per_loop,
         )
         return self.trainer
 
-    def __call__(self, mode, **settings):
-        """Runs a mode and returns the exit code."""
-        self.settings = Settings(
+    def options(self, mode, **options):
+        return Options(
             mode=mode,
             workdir=str(self.workdir),
             **{
                 "train_steps": STEPS,
                 "save_checkpoints_steps": 5,
                 "steps_per_eval": 10,
-                **settings,
+                **options,
             },
         )
-        code = run(self.settings, self.make_trainer)
-        self.out, self.err = self._capfd.readouterr()
+
+    def __call__(self, mode, stop_at=None, arrive=None, **options):
+        """Runs a mode and returns the exit code."""
+        options = self.options(mode, **options)
+        if stop_at is None and arrive is None:
+            code = run(options, self.make_trainer)
+        else:
+            call = main.evaluate_continuously if mode == "eval" else main.train
+            trainer = self.make_trainer()
+            stop = Stop(trainer, stop_at, arrive)
+            code = exit_code_of(lambda: call(trainer, options, stop=stop))
+        if self.capfd:
+            self.out, self.err = self.capfd.readouterr()
         return code
 
     @property
@@ -62,11 +73,11 @@ class Program:
         return processes.checkpoint_steps(self.workdir)
 
     def steps(self, log, kind):
-        """The steps of the records of a kind in a log."""
+        """The steps of the summaries of a kind in a log."""
         return [
-            record["step"]
-            for record in processes.records(self.workdir, log)
-            if record["kind"] == kind
+            summary["step"]
+            for summary in processes.records(self.workdir, log)
+            if summary["kind"] == kind
         ]
 
     @property
@@ -77,46 +88,15 @@ class Program:
         return line
 
 
-@pytest.fixture
-def program(tmp_path, capfd):
-    return Program(tmp_path / "work", capfd)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A work directory with all checkpoints of a training."""
-
-    class NothingToRead:
-        def readouterr(self):
-            return "", ""
-
-    program = Program(tmp_path_factory.mktemp("trained"), NothingToRead())
-    assert program("train") == 0
-    return program
-
-
-@pytest.fixture
-def copy(trained, program):
-    """The program, with a copy of that work directory."""
-    shutil.copytree(trained.workdir, program.workdir)
-    return program
-
-
 class Stop:
-    """Stands for `StopRequest`: asks to stop at a step of the trainer."""
+    """A `StopRequest` that asks to stop at a step of a trainer."""
 
-    def __init__(self, program, step=None, arrive=None):
-        self._program, self._step, self._arrive = program, step, arrive
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
+    def __init__(self, trainer, step=None, arrive=None):
+        self._trainer, self._step, self._arrive = trainer, step, arrive
 
     @property
     def requested(self):
-        if self._step is None or self._program.trainer.step < self._step:
+        if self._step is None or self._trainer.step < self._step:
             return None
         return signal.SIGTERM
 
@@ -126,38 +106,68 @@ class Stop:
 
 
 @pytest.fixture
-def stopping(monkeypatch):
-    """Lets a program run with a `Stop`."""
-
-    def run_with(program, mode, settings=None, **stop):
-        with monkeypatch.context() as patch:
-            patch.setattr(modes, "StopRequest", lambda: Stop(program, **stop))
-            return program(mode, **(settings or {}))
-
-    return run_with
+def program(tmp_path, capfd):
+    return Program(tmp_path / "work", capfd)
 
 
-# Settings.
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A program with all checkpoints of a training."""
+    program = Program(tmp_path_factory.mktemp("trained"))
+    assert program("train") == 0
+    return program
+
+
+@pytest.fixture
+def copy(trained, program):
+    """A program with a copy of that work directory."""
+    shutil.copytree(trained.workdir, program.workdir)
+    return program
+
+
+def assert_same_values(first, second):
+    """Compares the variables of the last step bit for bit."""
+    values = [
+        processes.checkpoint_values(program.workdir, STEPS)
+        for program in (first, second)
+    ]
+    assert processes.differences(*values) == []
+
+
+# Options.
+
+
+def test_options_default_to_train_and_eval():
+    options = Options(workdir="somewhere", train_steps=STEPS)
+    assert options.mode == "train_and_eval"
+    assert options.steps_per_eval is None
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"mode": "trian"}, "train, eval, train_and_eval, export.*'trian'"),
-        ({"workdir": ""}, "`workdir` must name a directory"),
+        ({"workdir": ""}, "`workdir` must be a directory"),
         ({"train_steps": 0}, "`train_steps` must be an integer of at least 1"),
         ({"save_checkpoints_steps": 0}, "`save_checkpoints_steps`"),
         ({"steps_per_eval": -1}, "`steps_per_eval`.*=-1"),
-        ({"profile_steps": (5, 5)}, "`profile_steps`.*Received: 5,5"),
-        ({"profile_steps": (0, 5)}, "`profile_steps`.*Received: 0,5"),
-        ({"profile_steps": (5, 21)}, "`profile_steps`.*Received: 5,21"),
+        ({"eval_timeout": -1.0}, "`eval_timeout` must not be negative.*-1.0"),
+        (
+            {"keep_checkpoint_every_n_steps": 1500},
+            "multiple of.* 1500 and 1000",
+        ),
+        ({"keep_checkpoint_steps": (0, 21)}, r"from 0 to.*=20.*=\[0, 21\]"),
+        ({"keep_checkpoint_steps": (-1,)}, r"from 0 to.*=20.*=\[-1\]"),
+        ({"profile_steps": (5, 5)}, "`profile_steps`.*Received:.*=5,5"),
+        ({"profile_steps": (0, 5)}, "`profile_steps`.*Received:.*=0,5"),
+        ({"profile_steps": (5, 21)}, "`profile_steps`.*Received:.*=5,21"),
     ],
 )
-def test_wrong_settings_are_refused(wrong, message):
+def test_options_invalid_raises(wrong, message):
     right = {"mode": "train", "workdir": "somewhere", "train_steps": STEPS}
-    Settings(**right)
-    with pytest.raises(ValueError, match=message):
-        Settings(**{**right, **wrong})
+    Options(**right)
+    with pytest.raises(errors.UsageError, match=message):
+        Options(**{**right, **wrong})
 
 
 # Training.
@@ -169,7 +179,7 @@ def test_training_leaves_checkpoints_and_logs(trained):
     assert steps == [1, 2, 4, 5, 8, 10, 12, 15, 16, 20]
     assert list((trained.workdir / "train").glob("events.out.tfevents.*"))
     assert not (trained.workdir / "eval.jsonl").exists()
-    # The schedule's end.
+    # The end of the schedule.
     last = processes.records(trained.workdir)[-1]
     assert last["sparsity"] == pytest.approx(0.8, abs=0.01)
 
@@ -194,19 +204,54 @@ def test_the_newest_checkpoints_are_kept_and_every_kth(program):
     assert program.saved == [8, 16, 18, 20]
 
 
-def test_a_stopped_training_goes_on(program, trained, stopping):
-    assert stopping(program, "train", step=12) == 75
+def test_train_keeps_the_steps_asked_for(program, trained):
+    options = {"keep_checkpoint_max": 1, "keep_checkpoint_steps": (0, 7)}
+    assert program("train", stop_at=2, **options) == 75
+    assert program.saved == [0, 2]
+    assert program("train", **options) == 0
+    assert program.saved == [0, 7, 20]
+    assert_same_values(program, trained)
+    # Step 0 holds the initial weights.
+    initial = processes.checkpoint_values(program.workdir, 0)
+    (step,) = [v for name, v in initial.items() if "iteration" in name.lower()]
+    assert step == 0
+    fresh = toy_task.values(program.make_trainer())
+    kernels = [v for v in initial.values() if v.ndim == 2 and v.any()]
+    for value in fresh.values():
+        if value.ndim == 2 and value.any():
+            assert any(np.array_equal(value, kernel) for kernel in kernels)
+
+
+def test_train_from_a_checkpoint_saves_no_step_0(copy):
+    assert copy("train", keep_checkpoint_steps=(0,)) == 0
+    assert copy.saved == [5, 10, 15, 20]
+
+
+def test_train_initializes_unless_a_checkpoint_was_restored(copy, tmp_path):
+    calls = []
+    copy.task.initialize = lambda model: calls.append(model)
+    assert copy("train") == 0
+    assert calls == []
+    other = Program(tmp_path / "other")
+    other.task = copy.task
+    assert other("train", train_steps=1) == 0
+    assert calls == [other.trainer.model]
+
+
+def test_train_quiet_prints_nothing(copy):
+    shutil.rmtree(processes.checkpoint_path(copy.workdir, STEPS))
+    assert copy("train_and_eval", quiet=True) == 0
+    assert (copy.out, copy.err) == ("", "")
+    assert copy.steps("train", "train")[-1] == STEPS
+
+
+def test_a_stopped_training_goes_on(program, trained):
+    assert program("train", stop_at=12) == 75
     assert "Stopped by SIGTERM at step 12, saved. Run the same" in program.err
     assert program.saved == [5, 10, 12]
     assert program("train") == 0
-    assert "Going on from the checkpoint of step 12." in program.err
-    assert (
-        processes.differences(
-            processes.checkpoint_values(program.workdir, STEPS),
-            processes.checkpoint_values(trained.workdir, STEPS),
-        )
-        == []
-    )
+    assert "Continuing from the checkpoint of step 12." in program.err
+    assert_same_values(program, trained)
 
 
 def test_the_log_of_a_killed_training_holds_every_step_once(copy):
@@ -244,26 +289,27 @@ def test_train_and_eval(program, trained):
     assert program.steps("train", "eval") == [8, 16, 20]
     assert "eval  step 20/20" in program.out
     # Evaluations change nothing of the training.
-    assert (
-        processes.differences(
-            processes.checkpoint_values(program.workdir, STEPS),
-            processes.checkpoint_values(trained.workdir, STEPS),
-        )
-        == []
-    )
+    assert_same_values(program, trained)
 
 
-def test_a_stop_within_an_evaluation_loses_nothing(program, stopping):
+def test_train_and_eval_without_steps_per_eval_evaluates_the_last_step(copy):
+    shutil.rmtree(processes.checkpoint_path(copy.workdir, STEPS))
+    assert copy("train_and_eval", steps_per_eval=None) == 0
+    assert copy.steps("train", "eval") == [STEPS]
+
+
+def test_a_stop_within_an_evaluation_loses_nothing(copy):
     # At the end, where training itself does not stop any more.
-    program.steps_per_loop = 2
-    assert stopping(program, "train_and_eval", step=STEPS) == 75
-    assert "at step 20, after 2 of 3 batches of its evaluation" in program.err
-    assert program.saved[-1] == STEPS
-    assert program.steps("train", "eval") == [10]
+    shutil.rmtree(processes.checkpoint_path(copy.workdir, STEPS))
+    copy.steps_per_loop = 2
+    assert copy("train_and_eval", stop_at=STEPS) == 75
+    assert "at step 20, after 1 of 3 batches of its evaluation" in copy.err
+    assert copy.saved[-1] == STEPS
+    assert copy.steps("train", "eval") == []
     # It is made up for, and may be stopped again.
-    assert stopping(program, "train_and_eval", step=STEPS) == 75
-    assert program("train_and_eval") == 0
-    assert program.steps("train", "eval") == [10, 20]
+    assert copy("train_and_eval", stop_at=STEPS) == 75
+    assert copy("train_and_eval") == 0
+    assert copy.steps("train", "eval") == [20]
 
 
 @pytest.mark.parametrize(
@@ -282,24 +328,43 @@ def test_an_evaluation_that_was_missed_is_made_up_for(copy, until, missed):
     assert copy.steps("train", "eval") == expected
 
 
+def test_train_returns_the_evaluation_of_the_last_step(copy):
+    options = copy.options("train_and_eval", quiet=True)
+    calls = []
+    first = main.train(copy.make_trainer(), options, on_summary=[calls.append])
+    assert (first.kind, first.step) == ("eval", STEPS)
+    assert calls == [first]
+    # After a restart it is read, and not computed again.
+    again = main.train(copy.make_trainer(), options, on_summary=[calls.append])
+    assert again == first
+    assert calls == [first]
+    assert main.train(copy.trainer, copy.options("train")) is None
+
+
 def test_eval_evaluates_every_checkpoint_once(copy):
     assert copy("eval") == 0
     assert copy.steps("eval", "eval") == [5, 10, 15, 20]
+    assert "evaluated already" not in copy.err
     before = (copy.workdir / "eval.jsonl").read_bytes()
     # Again, as after a restart.
     assert copy("eval") == 0
+    assert "The checkpoint of the last step is evaluated already." in copy.err
     assert (copy.workdir / "eval.jsonl").read_bytes() == before
     # What a restarted evaluator has not seen yet.
     lines = before.splitlines(keepends=True)
     (copy.workdir / "eval.jsonl").write_bytes(b"".join(lines[:2]))
-    assert copy("eval") == 0
+    options = copy.options("eval", quiet=True)
+    summary = main.evaluate_continuously(copy.trainer, options)
     assert copy.steps("eval", "eval") == [5, 10, 15, 20]
     assert list((copy.workdir / "eval").glob("events.out.tfevents.*"))
+    # What is returned is the last step's, evaluated now or before.
+    assert (summary.kind, summary.step) == ("eval", STEPS)
+    assert main.evaluate_continuously(copy.trainer, options) == summary
 
 
 def test_eval_and_train_and_eval_find_the_same(copy, program, tmp_path):
     assert copy("eval") == 0
-    other = Program(tmp_path / "other", copy._capfd)
+    other = Program(tmp_path / "other")
     assert other("train_and_eval", steps_per_eval=5) == 0
     followed, found = (
         [
@@ -312,7 +377,7 @@ def test_eval_and_train_and_eval_find_the_same(copy, program, tmp_path):
     assert followed == found
 
 
-def test_eval_follows_a_training(program, trained, stopping):
+def test_eval_follows_a_training(program, trained):
     source = trained.workdir / "checkpoints"
     target = program.workdir / "checkpoints"
     arrivals = [[], [5], [10, 15], [], [20]]
@@ -322,71 +387,26 @@ def test_eval_follows_a_training(program, trained, stopping):
             name = f"step-{step:08d}"
             shutil.copytree(source / name, target / name)
 
-    code = stopping(program, "eval", {"eval_timeout": 60}, arrive=arrive)
-    assert code == 0
+    assert program("eval", arrive=arrive, eval_timeout=60) == 0
     assert arrivals == []
     assert program.steps("eval", "eval") == [5, 10, 15, 20]
     assert program.err.count("Waiting for checkpoints in") == 1
 
 
-@pytest.mark.parametrize("poll", [0.02, 5.0])
-def test_eval_gives_up(program, monkeypatch, poll):
-    monkeypatch.setattr(follower, "_POLL_SECONDS", poll)
-    begin = time.monotonic()
+def test_eval_gives_up(program):
     assert program("eval", eval_timeout=0.1) == 1
-    assert time.monotonic() - begin >= 0.1
     assert "Waiting for checkpoints" in program.err
-    assert "No new checkpoint in" in program.error
+    assert "No new checkpoint appeared in" in program.error
     assert "for 0.1 seconds" in program.error
-    assert "Is the training running?" in program.error
 
 
-def test_eval_stops_within_an_evaluation(copy, stopping):
+def test_eval_stops_within_an_evaluation(copy):
     copy.steps_per_loop = 2
-    assert stopping(copy, "eval", step=10) == 75
+    assert copy("eval", stop_at=10) == 75
     assert "at step 10, after 2 of 3 batches of its evaluation." in copy.err
     assert copy.steps("eval", "eval") == [5]
     assert copy("eval") == 0
     assert copy.steps("eval", "eval") == [5, 10, 15, 20]
-
-
-def test_eval_stops_between_two_checkpoints(copy, stopping, monkeypatch):
-    # Too quick to be stopped within.
-    monkeypatch.setattr(
-        Trainer,
-        "evaluate",
-        lambda self, total_steps, stop: Summary(
-            step=self.step,
-            total_steps=total_steps,
-            kind="eval",
-            metrics={"loss": 1.0},
-            seconds=0.1,
-        ),
-    )
-    assert stopping(copy, "eval", step=10) == 75
-    assert "Stopped by SIGTERM at step 10, evaluated." in copy.err
-    assert copy.steps("eval", "eval") == [5, 10]
-    assert copy("eval") == 0
-    assert copy.steps("eval", "eval") == [5, 10, 15, 20]
-
-
-def warnings_of(caplog, text):
-    """How many warnings hold a text."""
-    return sum(
-        record.levelname == "WARNING" and text in record.getMessage()
-        for record in caplog.records
-    )
-
-
-def test_eval_passes_over_what_was_removed(copy, monkeypatch, caplog):
-    # Between the look at the directory and the evaluation.
-    there = modes.Checkpoints.steps
-    monkeypatch.setattr(
-        modes.Checkpoints, "steps", lambda self: sorted([*there(self), 7])
-    )
-    assert copy("eval") == 0
-    assert copy.steps("eval", "eval") == [5, 10, 15, 20]
-    assert warnings_of(caplog, "step 7 ") == 1
 
 
 def test_eval_passes_over_what_is_damaged(copy, caplog):
@@ -394,74 +414,47 @@ def test_eval_passes_over_what_is_damaged(copy, caplog):
     (path / "variables.index").unlink()
     assert copy("eval") == 0
     assert copy.steps("eval", "eval") == [5, 15, 20]
-    assert warnings_of(caplog, "step 10 ") == 1
+    warnings = [
+        record.getMessage()
+        for record in caplog.records
+        if record.levelname == "WARNING"
+    ]
+    assert sum("step 10 is damaged" in warning for warning in warnings) == 1
 
 
-@pytest.fixture
-def other_task(monkeypatch):
-    monkeypatch.setattr(
-        ToyTask,
-        "configuration",
-        lambda self: {"batch_size": self.batch_size, "other": True},
-    )
+class OtherTask(ToyTask):
+    """The same network with another configuration."""
+
+    def configuration(self):
+        return {**super().configuration(), "other": True}
 
 
-@pytest.mark.parametrize("mode", modes.MODES)
-def test_another_configuration_is_refused(copy, mode, other_task):
+@pytest.mark.parametrize("mode", main.MODES)
+def test_another_configuration_is_refused(copy, mode):
+    copy.task = OtherTask("MagnitudePruning", schedule=SCHEDULE)
     assert copy(mode) == 1
     assert "is of another configuration" in copy.error
-    assert "other: absent there, True now" in copy.err
+    assert "other: not saved, True now" in copy.err
 
 
-def test_eval_refuses_another_configuration_of_what_is_evaluated(
-    copy, monkeypatch
-):
+def test_eval_refuses_another_configuration_of_what_is_evaluated(copy):
     assert copy("eval") == 0
-    monkeypatch.setattr(
-        ToyTask, "configuration", lambda self: {"batch_size": 1}
-    )
+    copy.task = OtherTask("MagnitudePruning", schedule=SCHEDULE)
     assert copy("eval") == 1
     assert "is of another configuration" in copy.error
-    # Of what is damaged nobody knows.
+    # A damaged one says nothing about its configuration.
     path = processes.checkpoint_path(copy.workdir, STEPS)
     (path / "metadata.json").unlink()
     assert copy("eval") == 0
-
-
-def test_a_request_after_the_last_evaluation_comes_too_late(
-    copy, stopping, monkeypatch
-):
-    # So that evaluations are done in one loop.
-    monkeypatch.setattr(
-        pace.LoopLength, "loop_end", lambda self, step: step + 100
-    )
-    assert stopping(copy, "eval", step=STEPS) == 0
-    assert copy.steps("eval", "eval") == [5, 10, 15, 20]
 
 
 def test_a_checkpoint_that_cannot_be_read_now_is_told(copy, monkeypatch):
     def fail(self, step):
         raise tf.errors.PermissionDeniedError(None, None, "not now")
 
-    monkeypatch.setattr(modes.Checkpoints, "_read_metadata", fail)
+    monkeypatch.setattr(Checkpoints, "_read_metadata", fail)
     assert copy("eval") == 1
     assert "cannot be read now: not now. Run the same" in copy.error
-
-
-def test_two_evaluations_in_one_work_directory(copy):
-    with only_process(copy.workdir, "eval"):
-        assert copy("eval") == 1
-        assert "Another process (eval) is at work in" in copy.error
-        assert copy("train") == 0
-
-
-def test_what_is_done_is_said(copy):
-    assert copy("train") == 0
-    assert "Training is done: there is a checkpoint of step 20." in copy.err
-    assert copy("eval") == 0
-    assert "evaluated already" not in copy.err
-    assert copy("eval") == 0
-    assert "The checkpoint of the last step is evaluated already." in copy.err
 
 
 # Export.
@@ -472,7 +465,7 @@ def test_export(copy):
     path = copy.workdir / "export" / "20"
     assert copy.out == f"Wrote {path}\n"
     served = tf.saved_model.load(str(path))
-    points = copy.trainer.task.points
+    points = copy.task.points
     np.testing.assert_allclose(
         served(tf.constant(points)),
         copy.trainer.model(points, training=False),
@@ -489,7 +482,7 @@ def test_export(copy):
     ]
     masks = [
         value
-        for name, value in toys.sparse_state(copy.trainer.model).items()
+        for name, value in techniques.sparse_state(copy.trainer.model).items()
         if name.endswith(":mask")
     ]
     assert len(kernels) == len(masks) == 2
@@ -498,12 +491,18 @@ def test_export(copy):
         np.testing.assert_array_equal(kernel != 0, mask == 1)
         assert (mask == 0).mean() == pytest.approx(0.8, abs=0.02)
     # Again, over what is there.
-    assert copy("export") == 0
+    assert main.export(copy.trainer, copy.options("export")) == str(path)
 
 
 def test_there_is_nothing_to_export(program):
     assert program("export") == 1
     assert "There is no checkpoint to export in" in program.error
+
+
+def test_export_that_cannot_be_written_is_a_storage_error(copy):
+    (copy.workdir / "export").write_text("in the way")
+    assert copy("export") == 1
+    assert f"{copy.workdir / 'export' / '20'}: " in copy.error
 
 
 # Profiles.
@@ -514,28 +513,16 @@ def profiles(program):
 
 
 def test_a_profile_is_taken_of_the_steps_asked_for(program, trained):
-    assert program("train", profile_steps=(6, 9)) == 0
-    assert len(profiles(program)) == 1
-    steps = program.steps("train", "train")
-    assert {6, 9} <= set(steps)
-    assert (
-        processes.differences(
-            processes.checkpoint_values(program.workdir, STEPS),
-            processes.checkpoint_values(trained.workdir, STEPS),
-        )
-        == []
-    )
-
-
-def test_a_training_that_stops_within_the_window(program, stopping):
     window = {"profile_steps": (6, 14)}
-    assert stopping(program, "train", window, step=8) == 75
+    assert program("train", stop_at=8, **window) == 75
     assert len(profiles(program)) == 1
     # What is left of the window.
     assert program("train", **window) == 0
     assert len(profiles(program)) == 2
     names = [path.name for path in (program.workdir / "profile").iterdir()]
     assert sorted(names) == ["step-00000006", "step-00000008"]
+    assert {6, 14} <= set(program.steps("train", "train"))
+    assert_same_values(program, trained)
     # And nothing when it is over.
     assert program("train", **window) == 0
     assert len(profiles(program)) == 2
@@ -544,34 +531,30 @@ def test_a_training_that_stops_within_the_window(program, stopping):
 # What goes wrong.
 
 
-def test_two_trainings_in_one_work_directory(copy):
+def test_two_processes_in_one_work_directory(copy):
     with only_process(copy.workdir):
         assert copy("train") == 1
-        assert "Another process (train) is at work in" in copy.error
+        assert "Another process (train) is working in" in copy.error
         # These may look on.
         assert copy("eval") == 0
         assert copy("export") == 0
-    assert copy("train") == 0
+    with only_process(copy.workdir, "eval"):
+        assert copy("eval") == 1
+        assert "Another process (eval) is working in" in copy.error
+        assert copy("train") == 0
 
 
 @pytest.mark.parametrize("mode", ["eval", "train_and_eval"])
 def test_a_task_without_evaluation_data(program, mode, monkeypatch):
-    make_trainer = program.make_trainer
-
-    def without():
-        trainer = make_trainer()
-        trainer.task.eval_batches = 0
-        return trainer
-
-    monkeypatch.setattr(program, "make_trainer", without)
+    monkeypatch.setattr(ToyTask, "has_evaluation", False)
     assert program(mode) == 1
     assert f"The mode {mode} needs evaluation data" in program.error
+    assert "ToyTask has none" in program.error
     # Before anything is computed.
     assert program.trainer.step == 0
-    assert program("train") == 0
 
 
-@pytest.mark.parametrize("mode", modes.MODES)
+@pytest.mark.parametrize("mode", main.MODES)
 def test_a_work_directory_that_cannot_be_made(program, mode):
     program.workdir.write_text("in the way")
     assert program(mode) == 1
@@ -597,119 +580,22 @@ def test_mistakes_found_by_keras_keep_their_traceback(program, monkeypatch):
         program("train")
 
 
-def test_a_log_that_cannot_be_written(program):
-    class Failing:
-        def __init__(self, *args, **kwargs):
-            pass
-
-        def __call__(self, record):
-            raise tf.errors.ResourceExhaustedError(None, None, "it is full")
-
-        def close(self):
-            pass
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(modes, "TensorBoard", Failing)
-        assert program("train") == 1
-    assert "The record of step 1 could not be written to" in program.error
-    assert "it is full. Make room" in program.error
-    assert program("train") == 0
-    assert program.steps("train", "train")[0] == 1
-
-
-def test_what_tensorflow_fails_with_is_not_hidden(program, monkeypatch):
-    def fail():
-        raise tf.errors.InvalidArgumentError(None, None, "wrong shape")
-
-    monkeypatch.setattr(program, "make_trainer", fail)
-    with pytest.raises(tf.errors.InvalidArgumentError, match="wrong shape"):
-        program("train")
-
-
-class Exited(BaseException):
-    """Stands for the end of the process."""
-
-
-@pytest.fixture
-def in_a_job(monkeypatch):
-    """As if other processes took part."""
-
-    def exit_process(code):
-        raise Exited(code)
-
-    monkeypatch.setattr(modes, "several_processes", lambda strategy: True)
-    monkeypatch.setattr(modes.os, "_exit", exit_process)
-
-
-@pytest.mark.parametrize("mode", ["eval", "export"])
-def test_modes_for_one_process(copy, mode, in_a_job, capfd):
-    with pytest.raises(Exited, match="1"):
-        copy(mode)
-    assert f"The mode {mode} is for one process" in capfd.readouterr().err
-
-
-LOST = (
-    "Graph execution error:\n\nDetected at node x defined at (most recent call "
-    "last):\nCollective ops is aborted by: Socket closed\nAdditional GRPC error"
-)
-
-
-def test_a_lost_worker_is_told_in_a_line(program, in_a_job, monkeypatch, capfd):
-    def fail(trainer, *args, **kwargs):
-        raise tf.errors.UnavailableError(None, None, LOST)
-
-    monkeypatch.setattr(Trainer, "train", fail)
-    with pytest.raises(Exited, match="1"):
-        program("train")
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line == (
-        "FATAL A worker of this job is gone, or cannot be reached: Socket "
-        "closed. Start all workers again to continue from the last checkpoint."
-    )
-
-
-def test_mistakes_are_not_taken_for_a_lost_worker(
-    program, in_a_job, monkeypatch, capfd
-):
-    def fail(trainer, *args, **kwargs):
-        raise tf.errors.FailedPreconditionError(None, None, "no such table")
-
-    monkeypatch.setattr(Trainer, "train", fail)
-    with pytest.raises(Exited, match="1"):
-        program("train")
-    err = capfd.readouterr().err
-    assert "no such table" in err
-    assert "gone" not in err
-
-
-def test_other_errors_of_a_worker_are_shown(
-    program, in_a_job, monkeypatch, capfd
-):
-    def fail(trainer, *args, **kwargs):
-        raise tf.errors.InvalidArgumentError(None, None, "wrong shape")
-
-    monkeypatch.setattr(Trainer, "train", fail)
-    with pytest.raises(Exited, match="1"):
-        program("train")
-    err = capfd.readouterr().err
-    assert "wrong shape" in err
-    assert "Traceback" in err
-    assert "gone" not in err
-
-
-def test_ctrl_c_before_training(program, in_a_job, monkeypatch, capfd):
-    def interrupt():
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(program, "make_trainer", interrupt)
-    with pytest.raises(Exited, match="130"):
-        program("train")
-    assert "before training began" in capfd.readouterr().err
+@pytest.mark.parametrize("name", ["train", "train.jsonl"])
+def test_a_log_that_cannot_be_written(copy, name):
+    shutil.rmtree(processes.checkpoint_path(copy.workdir, STEPS))
+    path = copy.workdir / name
+    shutil.move(path, copy.workdir / "away")
+    path.write_text("in the way") if name == "train" else path.mkdir()
+    assert copy("train") == 1
+    assert f"{copy.workdir}" in copy.error
+    assert re.search("could not be (written|opened)", copy.error)
+    assert "Free disk space" in copy.error
+    assert copy.saved == [5, 10, 15]
 
 
 def test_a_loss_that_is_not_finite(program, monkeypatch):
     monkeypatch.setattr(
-        toy_task.ToyTask,
+        ToyTask,
         "build_optimizer",
         lambda self, model: keras.optimizers.SGD(1e30),
     )
@@ -718,3 +604,132 @@ def test_a_loss_that_is_not_finite(program, monkeypatch):
     for step in program.saved:
         values = processes.checkpoint_values(program.workdir, step)
         assert all(np.isfinite(value).all() for value in values.values())
+
+
+@pytest.mark.parametrize("mode", ["eval", "export"])
+def test_modes_for_one_process(mode, program):
+    trainer = unittest.mock.Mock(
+        strategy=unittest.mock.Mock(tf.distribute.MultiWorkerMirroredStrategy)
+    )
+    call = {"eval": main.evaluate_continuously, "export": main.export}[mode]
+    with pytest.raises(
+        errors.UsageError, match=f"The mode {mode} runs in one process"
+    ):
+        call(trainer, program.options(mode))
+
+
+# Exit codes.
+
+
+def raising(error):
+    def call():
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (errors.StorageError("it is full"), 1, "FATAL it is full"),
+        (errors.TaskError("no loss"), 1, "FATAL no loss"),
+        (
+            errors.Stopped(signal.SIGTERM, 3, "saved"),
+            75,
+            "Stopped by SIGTERM at step 3, saved. Run the same command again "
+            "to continue.",
+        ),
+        (
+            errors.Stopped(signal.SIGINT, 3, "saved"),
+            130,
+            "Stopped by SIGINT at step 3, saved. Run the same command again to "
+            "continue.",
+        ),
+        (KeyboardInterrupt(), 130, "Stopped by SIGINT."),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("several_workers", [False, True])
+def test_exit_code_of_reported_errors_prints_one_line(
+    error, code, line, several_workers, capfd
+):
+    call = raising(error)
+    assert exit_code_of(call, several_workers=several_workers) == code
+    assert capfd.readouterr() == ("", f"{line}\n")
+
+
+@pytest.mark.parametrize(
+    ("value", "code"), [(None, 0), (0, 0), (75, 75), ("text", 0)]
+)
+def test_exit_code_of_success_is_zero_or_the_code_returned(value, code, capfd):
+    assert exit_code_of(lambda: value) == code
+    assert capfd.readouterr() == ("", "")
+
+
+# What TensorFlow raises for a lost worker, and for other reasons too.
+LOST = tf.errors.UnavailableError(
+    None,
+    None,
+    "Graph execution error:\n\nDetected at node x (most recent call last):\n"
+    "Collective ops is aborted by: Socket closed\nAdditional GRPC error",
+)
+BUGS = [
+    ValueError("a bug"),
+    OSError("no file of this package"),
+    tf.errors.InvalidArgumentError(None, None, "wrong shape"),
+    tf.errors.FailedPreconditionError(None, None, "no such table"),
+]
+
+
+@pytest.mark.parametrize("error", [*BUGS, LOST], ids=repr)
+def test_exit_code_of_a_bug_raises(error):
+    with pytest.raises(type(error)) as raised:
+        exit_code_of(raising(error))
+    assert raised.value is error
+
+
+@pytest.mark.parametrize("error", BUGS, ids=repr)
+def test_exit_code_of_a_bug_of_several_workers_prints_the_traceback(
+    error, capfd
+):
+    assert exit_code_of(raising(error), several_workers=True) == 1
+    err = capfd.readouterr().err
+    assert err.startswith("Traceback")
+    assert str(error) in err
+    assert "worker" not in err
+
+
+def test_exit_code_of_a_lost_worker_prints_one_line(capfd):
+    assert exit_code_of(raising(LOST), several_workers=True) == 1
+    assert capfd.readouterr().err == (
+        "FATAL A worker of this job ended or cannot be reached: Socket closed. "
+        "Start all workers again to continue from the last checkpoint.\n"
+    )
+
+
+def test_run_of_several_workers_tells_of_a_lost_one(
+    program, monkeypatch, capfd
+):
+    monkeypatch.setenv("TF_CONFIG", processes.cluster(2)[0])
+    monkeypatch.setattr(program, "make_trainer", raising(LOST))
+    assert program("train") == 1
+    assert "A worker of this job ended" in program.error
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("code", [0, 1, 75, 130])
+def test_end_process_of_several_workers_ends_at_once_after_errors(
+    code, workers, monkeypatch
+):
+    ends = []
+
+    def end_at_once(code):
+        ends.append(code)
+        raise SystemExit(code)
+
+    monkeypatch.setenv("TF_CONFIG", processes.cluster(workers)[0])
+    monkeypatch.setattr(main.os, "_exit", end_at_once)
+    with pytest.raises(SystemExit) as end:
+        end_process(code)
+    assert end.value.code == code
+    assert ends == ([code] if workers == 2 and code in (1, 130) else [])

@@ -8,12 +8,12 @@ import pytest
 
 from sos.training import main, strategies
 from sos.training.trainer import Trainer
-from tests.support import processes, toy_task, toy_train, toys
+from tests.support import processes, techniques, toy_task, toy_train
 from tests.support.processes import Program
 
 pytestmark = pytest.mark.slow
 
-TECHNIQUES = ["dense", *toys.technique_names()]
+TECHNIQUES = ["dense", *techniques.NAMES]
 STEPS = 20
 # How soon a worker has to notice that another is gone. TensorFlow notices a
 # closed connection at once, and silence after ten seconds.
@@ -93,7 +93,7 @@ def test_all_workers_hold_the_same_bits(job, task):
 @pytest.mark.parametrize("task", TECHNIQUES)
 def test_workers_compute_what_the_replicas_of_one_process_do(job, task):
     found = final_values(job, task, 0)
-    expected = toy_task.values(train(task, toys.two_replicas()))
+    expected = toy_task.values(train(task, techniques.two_replicas()))
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         if value.dtype.kind == "f":
@@ -192,7 +192,7 @@ def test_a_lost_worker_ends_the_job_which_can_go_on(
     print(f"noticed after {time.monotonic() - begin:.1f} s")
     errors = [x for x in other.output.splitlines() if x.startswith("FATAL")]
     assert len(errors) == 1
-    assert "A worker of this job is gone" in errors[0]
+    assert "A worker of this job ended" in errors[0]
     assert "Start all workers again" in errors[0]
     assert "Traceback" not in other.output
     workers[victim].kill()
@@ -215,12 +215,12 @@ def test_a_full_disk_of_the_chief_ends_the_job_which_can_go_on(
     chief, other = start(
         workdir, *SLOW, tasks=[TASK], chief={"file_size": 6000}
     )
-    assert chief.wait(PROMPT) == 1
+    assert chief.wait() == 1
     begin = time.monotonic()
     assert other.wait(PROMPT) == 1
     print(f"noticed after {time.monotonic() - begin:.1f} s")
     assert "The checkpoint of step 4 could not be written" in chief.output
-    assert "A worker of this job is gone" in other.output
+    assert "A worker of this job ended" in other.output
     for worker in (chief, other):
         assert worker.output.count("FATAL") == 1
         assert "Traceback" not in worker.output
@@ -233,14 +233,21 @@ def test_a_full_disk_of_the_chief_ends_the_job_which_can_go_on(
     )
 
 
-def test_a_signal_to_one_worker_stops_all_at_one_step(tmp_path, uninterrupted):
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)]
+)
+def test_a_signal_to_one_worker_stops_all_at_one_step(
+    tmp_path, uninterrupted, signum, code
+):
     workdir = tmp_path / "job"
     workers = start_and_train(workdir, until=8)
-    workers[1].stop(signal.SIGTERM)
-    assert [worker.wait(60) for worker in workers] == [75, 75]
+    workers[1].stop(signum)
+    assert [worker.wait(60) for worker in workers] == [code, code]
     saved = processes.checkpoint_steps(workdir / TASK)[-1]
     for worker in workers:
-        assert f"Stopped by SIGTERM at step {saved}, saved." in worker.output
+        assert (
+            f"Stopped by {signum.name} at step {saved}, saved." in worker.output
+        )
     finish(start(workdir, *SLOW, tasks=[TASK]))
     values = final_values(workdir, TASK, 0)
     assert processes.differences(values, uninterrupted) == []
@@ -265,10 +272,10 @@ def test_a_worker_that_waits_for_the_others_says_so_and_can_be_interrupted(
 def test_workers_that_see_different_checkpoints(tmp_path):
     # Each has a directory of its own in place of one that they share, and one
     # of them has trained before.
-    settings = main.Options(
+    options = main.Options(
         mode="train", workdir=str(tmp_path / "first" / "dense"), train_steps=4
     )
-    assert 0 == main.run(settings, lambda: make_trainer("dense"))
+    main.train(make_trainer("dense"), options)
     workers = [
         Program(
             "tests.support.toy_train",

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import math
@@ -7,22 +8,26 @@ import pytest
 import rich.console
 import tensorflow as tf
 
+from sos.errors import StorageError
 from sos.training.reporting import (
     Console,
     JsonLines,
+    ProgressBar,
     Summary,
     TensorBoard,
     describe,
+    format_duration,
+    read_summaries,
 )
-from tests.support import toys
+from tests.support import techniques
 
 
-def record(step=200, **fields):
+def make_summary(step=200, **fields):
     fields = {"metrics": {"loss": 2.5}, "seconds": 4.0, **fields}
     return Summary(step=step, total_steps=32_000, **fields)
 
 
-FULL = record(
+FULL = make_summary(
     12_000,
     metrics={"accuracy": 0.5125, "loss": 2.30258509},
     learning_rate=0.1,
@@ -33,7 +38,7 @@ FULL = record(
     examples_per_second=1234.5,
     seconds_left=3725.2,
 )
-EVAL = record(
+EVAL = make_summary(
     12_000, kind="eval", metrics={"accuracy": 0.5}, sparsity=0.4567, seconds=75
 )
 
@@ -49,10 +54,10 @@ def test_a_line_has_everything_with_the_loss_in_front():
 
 
 def test_what_is_not_known_is_left_out():
-    assert describe(record()) == "step 200/32,000  loss 2.5"
-    assert "penalty" not in describe(record(penalty=0.0))
-    assert "sparsity 0.00%" in describe(record(sparsity=0.0))
-    assert "loss nan" in describe(record(metrics={"loss": math.nan}))
+    assert describe(make_summary()) == "step 200/32,000  loss 2.5"
+    assert "penalty" not in describe(make_summary(penalty=0.0))
+    assert "sparsity 0.00%" in describe(make_summary(sparsity=0.0))
+    assert "loss nan" in describe(make_summary(metrics={"loss": math.nan}))
 
 
 def test_evaluations_are_named_so():
@@ -71,37 +76,43 @@ def test_evaluations_are_named_so():
     ],
 )
 def test_times_are_rounded_to_seconds(seconds, text):
-    assert describe(record(seconds_left=seconds)).endswith(f"  {text} left")
+    assert format_duration(seconds) == text
+    assert describe(make_summary(seconds_left=seconds)).endswith(
+        f"  {text} left"
+    )
 
 
-def test_without_a_terminal_there_is_one_plain_line_a_record(capsys):
+def test_without_a_terminal_there_is_one_plain_line_a_summary(capsys):
     console = Console()
-    long = record(metrics={f"metric_{i}": 0.5 for i in range(20)})
-    for given in (FULL, EVAL, long):
-        console(given)
+    long = make_summary(metrics={f"metric_{i}": 0.5 for i in range(20)})
+    for summary in (FULL, EVAL, long):
+        console(summary)
         # Each is there at once, and whole however long it is.
-        assert capsys.readouterr().out == describe(given) + "\n"
+        assert capsys.readouterr().out == describe(summary) + "\n"
     console.close()
     assert capsys.readouterr().out == ""
 
 
 def test_names_of_metrics_are_no_markup(capsys):
-    given = record(metrics={"[red]top[5]": 1.0})
-    Console()(given)
-    assert capsys.readouterr().out == describe(given) + "\n"
+    summary = make_summary(metrics={"[red]top[5]": 1.0})
+    Console()(summary)
+    assert capsys.readouterr().out == describe(summary) + "\n"
 
 
-def test_on_a_terminal_a_bar_stands_below_the_lines():
-    file = io.StringIO()
-    console = Console(
-        rich.console.Console(
-            file=file,
-            force_terminal=True,
-            force_interactive=True,
-            width=100,
-            _environ={"TERM": "xterm"},
-        )
+def terminal():
+    """A terminal of 100 columns whose output can be read."""
+    return rich.console.Console(
+        file=io.StringIO(),
+        force_terminal=True,
+        force_interactive=True,
+        width=100,
+        _environ={"TERM": "xterm"},
     )
+
+
+def test_on_a_terminal_a_bar_is_below_the_lines():
+    console = Console(terminal())
+    file = console.console.file
     console(FULL)
     shown = file.getvalue()
     line, bar = describe(FULL), "12,000 of 32,000 steps"
@@ -112,16 +123,115 @@ def test_on_a_terminal_a_bar_stands_below_the_lines():
     hide, show = "\x1b[?25l", "\x1b[?25h"
     assert shown.rindex(show) > shown.rindex(hide)
     console(EVAL)
-    console(record(24_000, seconds_left=60.0))
+    console(make_summary(24_000, seconds_left=60.0))
     shown = file.getvalue()
     assert describe(EVAL) in shown
     assert "24,000 of 32,000 steps" in shown and "75%" in shown
     console.close()
     console.close()
     length = len(file.getvalue())
-    console(record(32_000))
-    assert describe(record(32_000)) in file.getvalue()[length:]
+    console(make_summary(32_000))
+    assert describe(make_summary(32_000)) in file.getvalue()[length:]
     console.close()
+
+
+# Progress bars.
+
+
+def test_progress_bar_on_a_terminal_shows_its_state():
+    with ProgressBar(terminal()) as bar:
+        file = bar.console.file
+        bar.update(1, 4, "1 of 4 runs [red]", seconds_left=75.0)
+        assert "1 of 4 runs [red]" in file.getvalue()
+        assert " 25% 1:15 left" in file.getvalue()
+        bar.console.print("a line")
+        bar.update(2.5, 5, "half")
+        shown = file.getvalue()
+        assert shown.index("a line") < shown.index("half")
+        assert "50%" in shown
+        assert shown.count(" left") == shown.count("1:15 left")
+
+
+def test_progress_bar_closed_is_gone_and_can_be_drawn_again():
+    bar = ProgressBar(terminal())
+    # Before any update, and twice.
+    bar.close()
+    bar.update(1, 4, "first")
+    bar.close()
+    bar.close()
+    file = bar.console.file
+    # Its line was erased.
+    assert file.getvalue().endswith("\x1b[2K")
+    bar.update(2, 4, "second")
+    assert file.getvalue().rindex("second") > file.getvalue().rindex("first")
+    bar.close()
+
+
+def test_progress_bar_without_a_terminal_shows_nothing(capsys):
+    with ProgressBar() as bar:
+        bar.update(1, 4, "1 of 4 runs", seconds_left=75.0)
+    assert capsys.readouterr().out == ""
+
+
+# Summaries.
+
+
+def test_summary_without_optional_figures_has_none_and_shares_none():
+    first, second = (
+        Summary(step=1, total_steps=2, seconds=1.0) for _ in range(2)
+    )
+    assert (first.kind, first.sparsity, first.penalty) == ("train", None, None)
+    assert first.metrics == first.weight_sparsity == first.weight_penalty == {}
+    assert first.weight_sparsity is not second.weight_sparsity
+
+
+def test_summary_cannot_be_changed():
+    summary = make_summary()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        summary.step = 2
+
+
+@pytest.mark.parametrize(
+    "summary",
+    [FULL, EVAL, Summary(step=1, total_steps=2, seconds=1.0)],
+    ids=["full", "eval", "empty"],
+)
+def test_summary_from_json_is_what_to_json_wrote(summary):
+    text = summary.to_json()
+    assert "\n" not in text
+    assert Summary.from_json(text) == summary
+    assert Summary.from_json(text.encode()) == summary
+
+
+def test_summary_from_json_of_null_is_nan():
+    text = make_summary(
+        metrics={"loss": math.inf, "accuracy": 0.5}, penalty=math.nan
+    ).to_json()
+    summary = Summary.from_json(text)
+    assert math.isnan(summary.metrics["loss"])
+    assert summary.metrics["accuracy"] == 0.5
+    assert math.isnan(summary.penalty)
+    assert summary.sparsity is None
+
+
+def test_summary_from_json_ignores_unknown_keys():
+    values = {**json.loads(FULL.to_json()), "of_a_later_version": [1]}
+    assert Summary.from_json(json.dumps(values)) == FULL
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[1]",
+        "{}",
+        '{"step": 1}',
+        '{"step": "1", "total_steps": 2, "seconds": 1}',
+    ],
+)
+def test_summary_from_json_of_something_else_raises(text):
+    with pytest.raises(ValueError, match="fields of a summary. Received: "):
+        Summary.from_json(text)
 
 
 # JsonLines.
@@ -137,14 +247,14 @@ def read(path):
     ]
 
 
-def write(path, *records, **settings):
-    lines = JsonLines(path, **settings)
-    for given in records:
-        lines(given)
+def write(path, *summaries, **arguments):
+    lines = JsonLines(path, **arguments)
+    for summary in summaries:
+        lines(summary)
     lines.close()
 
 
-def test_records_are_objects_with_their_fields(tmp_path):
+def test_lines_are_objects_with_their_fields(tmp_path):
     path = tmp_path / "new" / "log.jsonl"
     lines = JsonLines(path)
     lines(FULL)
@@ -186,7 +296,7 @@ def test_what_is_not_finite_is_null(tmp_path):
         "d": np.float32(0.5),
         "e": np.int64(3),
     }
-    write(path, record(metrics=values, penalty=math.inf))
+    write(path, make_summary(metrics=values, penalty=math.inf))
     (line,) = read(path)
     assert line["metrics"] == {
         "a": None,
@@ -200,8 +310,13 @@ def test_what_is_not_finite_is_null(tmp_path):
 
 def test_resuming_drops_the_lines_of_later_steps(tmp_path):
     path = tmp_path / "log.jsonl"
-    write(path, *map(record, (100, 200)), record(200, kind="eval"), record(300))
-    write(path, record(250), resume_step=200)
+    write(
+        path,
+        *map(make_summary, (100, 200)),
+        make_summary(200, kind="eval"),
+        make_summary(300),
+    )
+    write(path, make_summary(250), resume_step=200)
     assert [line["step"] for line in read(path)] == [100, 200, 200, 250]
     write(path, resume_step=0)
     assert read(path) == []
@@ -210,29 +325,29 @@ def test_resuming_drops_the_lines_of_later_steps(tmp_path):
 
 def test_without_a_step_all_lines_are_kept(tmp_path):
     path = tmp_path / "log.jsonl"
-    write(path, record(100), record(200))
-    write(path, record(100))
+    write(path, make_summary(100), make_summary(200))
+    write(path, make_summary(100))
     assert [line["step"] for line in read(path)] == [100, 200, 100]
 
 
 def test_a_line_that_was_cut_off_anywhere_is_dropped(tmp_path):
     path = tmp_path / "log.jsonl"
-    write(path, record(100), FULL)
+    write(path, make_summary(100), FULL)
     whole = path.read_bytes()
     first, second = whole.splitlines(keepends=True)
     for length in (1, 2, 9, len(second) // 2, len(second) - 2):
         path.write_bytes(first + second[:length])
-        write(path, record(300), resume_step=20_000)
+        write(path, make_summary(300), resume_step=20_000)
         assert [line["step"] for line in read(path)] == [100, 300]
     # Only the end of the line is missing.
     path.write_bytes(whole[:-1])
-    write(path, record(300))
+    write(path, make_summary(300))
     assert [line["step"] for line in read(path)] == [100, 12_000, 300]
 
 
 def test_a_file_with_nothing_to_drop_is_not_written_again(tmp_path):
     path = tmp_path / "log.jsonl"
-    write(path, record(100))
+    write(path, make_summary(100))
     before = path.stat()
     write(path, resume_step=100)
     assert path.stat().st_ino == before.st_ino
@@ -245,21 +360,43 @@ def test_a_file_with_nothing_to_drop_is_not_written_again(tmp_path):
 def test_a_file_of_another_kind_is_left_alone(tmp_path, text):
     path = tmp_path / "log.jsonl"
     path.write_text(text)
-    with pytest.raises(ValueError, match="Line [12] of .*log.jsonl is not a"):
-        JsonLines(path, resume_step=0)
+    for call in (
+        lambda: JsonLines(path, resume_step=0),
+        lambda: read_summaries(path),
+    ):
+        with pytest.raises(
+            StorageError, match="Line [12] of .*log.jsonl is not a summary"
+        ):
+            call()
     assert path.read_text() == text
+
+
+def test_read_summaries_returns_what_was_written(tmp_path):
+    path = tmp_path / "log.jsonl"
+    assert read_summaries(path) == []
+    write(path, FULL, EVAL)
+    assert read_summaries(path) == [FULL, EVAL]
+
+
+def test_read_summaries_while_a_line_is_written_ignores_it(tmp_path):
+    path = tmp_path / "log.jsonl"
+    write(path, FULL, EVAL)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    assert read_summaries(path) == [FULL]
+    # Unlike `JsonLines`, reading leaves the file alone.
+    assert path.read_bytes() == whole[:-20]
 
 
 def test_other_file_systems_go_through_tensorflow():
     path = "ram://reporting/log.jsonl"
     write(path)
     assert tf.io.gfile.exists(path)
-    write(path, record(100), record(200))
+    write(path, make_summary(100), make_summary(200))
     with tf.io.gfile.GFile(path, "a") as file:
         file.write('{"step": 3')
-    write(path, record(150), resume_step=100)
-    with tf.io.gfile.GFile(path) as file:
-        assert [json.loads(x)["step"] for x in file] == [100, 150]
+    write(path, make_summary(150), resume_step=100)
+    assert [summary.step for summary in read_summaries(path)] == [100, 150]
 
 
 # TensorBoard.
@@ -267,12 +404,12 @@ def test_other_file_systems_go_through_tensorflow():
 
 def test_tensorboard_shows_training_and_evaluation_as_two_runs(tmp_path):
     board = TensorBoard(tmp_path)
-    board(record(100))
+    board(make_summary(100))
     board(FULL)
     board(EVAL)
     # A process that is killed now has written them.
     f = np.float32
-    assert toys.scalars(tmp_path / "train") == {
+    assert techniques.scalars(tmp_path / "train") == {
         "loss": [(100, 2.5), (12_000, f(2.30258509))],
         "accuracy": [(12_000, f(0.5125))],
         "learning_rate": [(12_000, f(0.1))],
@@ -283,7 +420,7 @@ def test_tensorboard_shows_training_and_evaluation_as_two_runs(tmp_path):
         "sparsity/b/kernel": [(12_000, 0.25)],
         "penalty/a/kernel": [(12_000, 12.5)],
     }
-    assert toys.scalars(tmp_path / "eval") == {
+    assert techniques.scalars(tmp_path / "eval") == {
         "accuracy": [(12_000, 0.5)],
         "sparsity": [(12_000, f(0.4567))],
     }
@@ -295,17 +432,17 @@ def test_tensorboard_shows_training_and_evaluation_as_two_runs(tmp_path):
 def test_resuming_hides_the_later_steps(tmp_path):
     board = TensorBoard(tmp_path)
     for step in (100, 200, 300, 400):
-        board(record(step, metrics={"loss": step}))
+        board(make_summary(step, metrics={"loss": step}))
     # As if killed: not closed.
     resumed = TensorBoard(tmp_path, resume_step=200)
-    resumed(record(250, metrics={"loss": 1.0}))
+    resumed(make_summary(250, metrics={"loss": 1.0}))
     resumed.close()
     expected = [(100, 100.0), (200, 200.0), (250, 1.0)]
-    assert toys.scalars(tmp_path / "train") == {"loss": expected}
+    assert techniques.scalars(tmp_path / "train") == {"loss": expected}
     board.close()
     # Without a step nothing is hidden.
     other = TensorBoard(tmp_path)
-    other(record(300, metrics={"loss": 2.0}))
+    other(make_summary(300, metrics={"loss": 2.0}))
     other.close()
     expected.append((300, 2.0))
-    assert toys.scalars(tmp_path / "train") == {"loss": expected}
+    assert techniques.scalars(tmp_path / "train") == {"loss": expected}

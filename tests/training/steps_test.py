@@ -11,7 +11,7 @@ from sos.errors import TaskError, UsageError
 from sos.training.steps import CompiledMaskUpdate, Steps, Totals
 from sos.wrappers.base import find_wrappers
 from sos.wrappers.masked import update_masks
-from tests.support import toys
+from tests.support import techniques
 from tests.support.toy_task import OrderedTask
 
 BATCH = 8
@@ -26,8 +26,8 @@ WEIGHTED = WEIGHTED.reshape(-1).astype(np.float32)
 
 def examples(steps=6, inputs=6, outputs=2):
     return {
-        "x": toys.normal(steps * BATCH, inputs, seed=1),
-        "y": toys.normal(steps * BATCH, outputs, seed=2),
+        "x": techniques.normal(steps * BATCH, inputs, seed=1),
+        "y": techniques.normal(steps * BATCH, outputs, seed=2),
     }
 
 
@@ -43,7 +43,7 @@ def dense():
 
 
 def pruned():
-    return toys.mlp(
+    return techniques.mlp(
         "MagnitudePruning",
         schedule=sos.ConstantSparsity(0.5, begin_step=2, frequency=2),
     )
@@ -54,11 +54,11 @@ def shifted(penalty_weight=0.25):
     return keras.Sequential(
         [
             keras.Input((6,)),
-            toys.Shift(
+            techniques.Shift(
                 layers.Dense(8, activation="tanh", name="a"),
                 penalty_weight=penalty_weight,
             ),
-            toys.Shift(
+            techniques.Shift(
                 layers.Dense(2, name="b"), penalty_weight=penalty_weight
             ),
         ],
@@ -103,7 +103,7 @@ class Run:
         #: Of the last call of `train`.
         self.totals = None
         self.strategy = (
-            toys.two_replicas()
+            techniques.two_replicas()
             if replicas == 2
             else tf.distribute.OneDeviceStrategy("CPU:0")
         )
@@ -413,7 +413,7 @@ def test_penalties_are_counted_once(replicas, gradient_accumulation_steps):
     for step in range(1, 4):
         run.train(1)
         for wrapper in run.model.layers:
-            assert toys.shift_of(wrapper) == -0.5 * 0.25 * step
+            assert techniques.shift_of(wrapper) == -0.5 * 0.25 * step
 
 
 @pytest.mark.parametrize(
@@ -461,7 +461,7 @@ def noisy(name, **settings):
         )
         return keras.Sequential([keras.Input((6,)), layer], name="toy")
 
-    x = np.tile(toys.normal(1, 6, seed=4), (6 * BATCH, 1))
+    x = np.tile(techniques.normal(1, 6, seed=4), (6 * BATCH, 1))
     given = OrderedTask(
         one_layer,
         # Weights stand still.
@@ -605,7 +605,7 @@ def test_clipping_leaves_out_what_has_no_gradient():
         ),
         (
             lambda: SGD(gradient_accumulation_steps=2),
-            "`gradient_accumulation_steps`.*Received: .*_steps=2",
+            "Received: gradient_accumulation_steps=2",
         ),
         (
             lambda: keras.optimizers.LossScaleOptimizer(SGD()),
@@ -876,7 +876,9 @@ def test_a_penalty_that_is_not_finite_is_named(replicas):
         return keras.Sequential(
             [
                 keras.Input((6,)),
-                toys.Shift(layers.Dense(2), penalty_weight=1, ramp=Growing()),
+                techniques.Shift(
+                    layers.Dense(2), penalty_weight=1, ramp=Growing()
+                ),
             ]
         )
 
@@ -925,12 +927,12 @@ def test_weights_that_are_not_finite_are_seen():
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
-@pytest.mark.parametrize("name", toys.technique_names())
+@pytest.mark.parametrize("name", techniques.NAMES)
 def test_the_summary_is_the_reports(name, replicas):
-    run = Run(task(lambda: toys.mlp(name)), replicas=replicas).train(2)
+    run = Run(task(lambda: techniques.mlp(name)), replicas=replicas).train(2)
     for variable in run.model.variables:
         if "log_" in variable.path:
-            variable.assign_add(toys.normal(*variable.shape, scale=20.0))
+            variable.assign_add(techniques.normal(*variable.shape, scale=20.0))
     zeros, penalties = run.steps.summary()
     expected = {
         row["weight"]: row["size"] - row["nonzeros"]
@@ -946,7 +948,7 @@ def test_the_summary_is_the_reports(name, replicas):
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("name", ["L0Regularization", "VariationalDropout"])
 def test_penalties_are_summarized_in_training(name, replicas):
-    run = Run(task(lambda: toys.mlp(name)), replicas=replicas)
+    run = Run(task(lambda: techniques.mlp(name)), replicas=replicas)
 
     def total():
         return sum(run.steps.summary()[1].values())
@@ -974,9 +976,9 @@ def test_techniques_may_be_mixed():
         return keras.Sequential(
             [
                 keras.Input((6,)),
-                toys.wrap("FixedMask", layers.Dense(8, name="a")),
-                toys.wrap("L0Regularization", layers.Dense(4, name="b")),
-                toys.wrap("MagnitudePruning", layers.Dense(2, name="c")),
+                techniques.wrap("FixedMask", layers.Dense(8, name="a")),
+                techniques.wrap("L0Regularization", layers.Dense(4, name="b")),
+                techniques.wrap("MagnitudePruning", layers.Dense(2, name="c")),
             ],
             name="toy",
         )
@@ -1043,7 +1045,7 @@ def gathering():
                 layers.Dense(8, activation="tanh", name="a"), schedule=schedule
             ),
             layers.BatchNormalization(name="norm"),
-            toys.Shift(layers.Dense(2, name="b"), penalty_weight=0.25),
+            techniques.Shift(layers.Dense(2, name="b"), penalty_weight=0.25),
         ],
         name="toy",
     )
@@ -1181,13 +1183,13 @@ class Together(sos.Ranking):
 
 PRUNING = [
     name
-    for name in toys.technique_names()
+    for name in techniques.NAMES
     if issubclass(sos.techniques()[name], sos.PruningWrapper)
 ]
 
 
 def strategies():
-    return {"default": contextlib.nullcontext, "two": toys.two_replicas}
+    return {"default": contextlib.nullcontext, "two": techniques.two_replicas}
 
 
 @pytest.fixture(params=strategies())
@@ -1206,9 +1208,9 @@ def masks(model):
 
 @pytest.mark.parametrize("name", PRUNING)
 def test_masks_are_those_of_the_host(name, scope):
-    expected = toys.mlp(name)
+    expected = techniques.mlp(name)
     with scope():
-        model = toys.mlp(name)
+        model = techniques.mlp(name)
         compiled = CompiledMaskUpdate()
         for sparsity in (0.0, 0.3, 0.5, 0.9):
             compiled(dict.fromkeys(find_wrappers(model), sparsity))
@@ -1222,9 +1224,9 @@ def test_masks_are_those_of_the_host(name, scope):
 
 
 def test_other_rankings_see_the_sparsity(scope):
-    ranking = toys.Recorder()
+    ranking = techniques.Recorder()
     with scope():
-        model = toys.mlp("MagnitudePruning", ranking=ranking)
+        model = techniques.mlp("MagnitudePruning", ranking=ranking)
         compiled = CompiledMaskUpdate()
         for sparsity in (0.25, 0.5, 0.25):
             compiled(dict.fromkeys(find_wrappers(model), sparsity))
@@ -1237,7 +1239,7 @@ def test_other_rankings_see_the_sparsity(scope):
 
 def test_nan_scores_raise_and_change_nothing(scope):
     with scope():
-        model = toys.mlp("MagnitudePruning")
+        model = techniques.mlp("MagnitudePruning")
         compiled = CompiledMaskUpdate()
         compiled(dict.fromkeys(find_wrappers(model), 0.5))
         before = masks(model)
@@ -1341,7 +1343,7 @@ def test_in_training_the_bits_are_those_of_the_host(name, scope):
 @pytest.mark.parametrize("name", ["RandomPruning", "MagnitudePruning"])
 def test_what_is_not_due_stays(name, scope):
     with scope():
-        model = toys.mlp(name)
+        model = techniques.mlp(name)
         first, second = find_wrappers(model)
         compiled = CompiledMaskUpdate()
         compiled({first: 0.5})

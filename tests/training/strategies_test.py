@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from sos.errors import UsageError
+from sos.errors import UsageError, WorkerLostError
 from sos.training import strategies, tpu_check
 from sos.training.strategies import gather, is_chief, make_strategy
-from tests.support import toys
+from tests.support import techniques
 
 TWO_WORKERS = {"worker": ["localhost:2222", "localhost:2223"]}
 
@@ -209,7 +209,7 @@ def test_input_pipelines_are_the_hosts():
         extended = types.SimpleNamespace(worker_devices=["GPU:0", "GPU:1"])
 
     assert strategies.input_pipelines(Workers(TWO_WORKERS, "worker", 0)) == 3
-    assert strategies.input_pipelines(toys.two_replicas()) == 1
+    assert strategies.input_pipelines(techniques.two_replicas()) == 1
     assert strategies.input_pipelines(tf.distribute.get_strategy()) == 1
     tpu = tpu_check.deviceless_strategy(2)
     assert strategies.input_pipelines(tpu) == 1
@@ -224,7 +224,7 @@ def test_a_process_by_itself_is_the_chief(name, tf_config):
 
 
 @pytest.mark.parametrize(
-    "make", [toys.two_replicas, tf.distribute.get_strategy]
+    "make", [techniques.two_replicas, tf.distribute.get_strategy]
 )
 def test_a_process_by_itself_hears_what_it_says(make):
     # Whatever the number of its replicas; exact in float64.
@@ -233,3 +233,63 @@ def test_a_process_by_itself_hears_what_it_says(make):
     assert found.dtype == np.float64
     assert found.shape == (1, 3)
     assert found.tobytes() == np.array([values]).tobytes()
+
+
+# Lost workers.
+
+
+@pytest.mark.parametrize(
+    ("config", "several"),
+    [
+        ("", False),
+        ("no JSON", False),
+        ({"cluster": {"worker": ["localhost:2222"]}}, False),
+        ({"cluster": TWO_WORKERS}, True),
+    ],
+)
+def test_several_workers_is_read_from_the_environment(
+    tf_config, config, several
+):
+    tf_config(config)
+    assert strategies.several_workers() is several
+
+
+ABORTED = "Collective ops is aborted by: Socket closed\nAdditional GRPC error"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        tf.errors.UnavailableError(None, None, ABORTED),
+        tf.errors.FailedPreconditionError(None, None, ABORTED),
+        tf.errors.DeadlineExceededError(None, None, "Socket closed"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_lost_worker_errors_become_one_class(error):
+    with (
+        pytest.raises(
+            WorkerLostError, match="reached: Socket closed. Start all workers"
+        ) as raised,
+        strategies.lost_worker_errors(),
+    ):
+        raise error
+    assert raised.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        tf.errors.FailedPreconditionError(None, None, "no such table"),
+        tf.errors.InvalidArgumentError(None, None, "wrong shape"),
+        ValueError("a bug"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_lost_worker_errors_leaves_others_unchanged(error):
+    with (
+        pytest.raises(type(error)) as raised,
+        strategies.lost_worker_errors(),
+    ):
+        raise error
+    assert raised.value is error

@@ -9,7 +9,7 @@ from sos.training import task as task_lib
 from sos.training.strategies import make_strategy
 from sos.training.task import Task
 from sos.training.trainer import Trainer
-from tests.support import toys
+from tests.support import techniques
 from tests.support.toy_task import ToyTask
 
 
@@ -25,7 +25,9 @@ def trainer_of(replicas=1, **methods):
     """A trainer of a toy task with some other methods."""
     task = type("Mine", (ToyTask,), methods)()
     strategy = (
-        toys.two_replicas() if replicas == 2 else make_strategy("one_device")
+        techniques.two_replicas()
+        if replicas == 2
+        else make_strategy("one_device")
     )
     return Trainer(task, strategy=strategy)
 

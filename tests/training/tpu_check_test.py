@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from sos.errors import UsageError
 from sos.training import tpu_check
-from tests.support import toys
+from tests.support import techniques
 
 IMAGES = tf.TensorSpec((4, 8, 8, 3))
 
@@ -60,7 +60,7 @@ def test_the_process_is_left_as_it_was():
     assert tf.config.get_soft_device_placement() == before
     assert not tf.distribute.has_strategy()
     # Another strategy works on.
-    mirrored = toys.two_replicas()
+    mirrored = techniques.two_replicas()
 
     @tf.function
     def both():
@@ -304,7 +304,7 @@ def test_a_function_without_a_cluster_is_refused():
 
 
 def test_a_cluster_of_another_strategy_is_refused():
-    mirrored = toys.two_replicas()
+    mirrored = techniques.two_replicas()
 
     @tf.function
     def outer():

@@ -18,7 +18,7 @@ from sos.training import inputs, tpu_check
 from sos.training.steps import CompiledMaskUpdate
 from sos.training.task import Task
 from sos.training.trainer import Trainer
-from tests.support import toys
+from tests.support import techniques
 
 EXAMPLES = 32
 
@@ -85,7 +85,7 @@ class Captions(Task):
         return sos.sparsify(
             model,
             self.technique,
-            **{**toys.settings(self.technique), **self.overrides},
+            **techniques.arguments(self.technique, **self.overrides),
         )
 
     def build_optimizer(self, model):
@@ -105,7 +105,7 @@ class Captions(Task):
         )
 
     def eval_dataset(self, context):
-        return inputs.evaluation_batches(
+        return inputs.array_eval_batches(
             self.arrays, batch_size=self.batch_size, context=context
         )
 
@@ -197,7 +197,7 @@ def assert_accepted(functions):
 @pytest.mark.parametrize(
     ("replicas", "dtype"), [(2, "float32"), (8, "mixed_bfloat16")]
 )
-@pytest.mark.parametrize("technique", [None, *toys.technique_names()])
+@pytest.mark.parametrize("technique", [None, *techniques.NAMES])
 def test_a_tpu_accepts_every_step(technique, replicas, dtype, policy):
     policy(dtype)
     trainer = make_trainer(Captions(technique, replicas), replicas)
@@ -217,7 +217,7 @@ def test_a_tpu_accepts_what_users_write(policy):
     task = Captions(
         "TpuSaliency",
         2,
-        schedule=toys.SCHEDULE,
+        schedule=techniques.SCHEDULE,
         ranking=SortedTogether(),
     )
     functions = traces(make_trainer(task, 2))

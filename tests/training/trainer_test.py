@@ -13,13 +13,12 @@ from sos.errors import (
     CheckpointError,
     NonFiniteLossError,
     Stopped,
-    TaskError,
     UsageError,
 )
 from sos.training.checkpoints import Checkpoints
 from sos.training.task import Task
-from sos.training.trainer import Action, LoopLength, Trainer
-from tests.support import toy_task, toys
+from sos.training.trainer import Action, Trainer
+from tests.support import techniques, toy_task
 from tests.support.toy_task import OrderedTask, ToyTask
 
 
@@ -33,7 +32,7 @@ class TrainerSaliency(sos.PruningWrapper):
         return tf.abs(weight.value * weight.state["gradient"].value)
 
 
-TECHNIQUES = [*toys.technique_names(), "TrainerSaliency"]
+TECHNIQUES = [*techniques.NAMES, "TrainerSaliency"]
 
 
 def one_device():
@@ -56,7 +55,7 @@ def make_trainer(technique=None, *, replicas=1, task=None, **arguments):
     }
     return Trainer(
         task or ToyTask(technique, **arguments),
-        strategy=one_device() if replicas == 1 else toys.two_replicas(),
+        strategy=one_device() if replicas == 1 else techniques.two_replicas(),
         **own,
     )
 
@@ -163,7 +162,7 @@ def pruned(schedule, **arguments):
     trainer = make_trainer(
         "MagnitudePruning",
         schedule=schedule,
-        ranking=toys.Recorder(),
+        ranking=techniques.Recorder(),
         **arguments,
     )
     return trainer, trainer.steps.sparse_weights[0][0].ranking.log
@@ -173,11 +172,11 @@ def pruned(schedule, **arguments):
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        (toys.Staircase(2, 9, 3), [2, 5, 8, 9]),
+        (techniques.Staircase(2, 9, 3), [2, 5, 8, 9]),
         # Before the first step, and a schedule that ends with training.
-        (toys.Staircase(0, 12, 5), [0, 5, 10, 12]),
-        (toys.Staircase(1, 20, 1), list(range(1, 13))),
-        (toys.Staircase(13, 20, 1), []),
+        (techniques.Staircase(0, 12, 5), [0, 5, 10, 12]),
+        (techniques.Staircase(1, 20, 1), list(range(1, 13))),
+        (techniques.Staircase(13, 20, 1), []),
     ],
     ids=["odd_end", "ends_with_training", "every_step", "later"],
 )
@@ -186,7 +185,7 @@ def test_masks_are_updated_at_the_steps_of_the_schedule(
 ):
     trainer, log = pruned(schedule, steps_per_loop=steps_per_loop)
     trainer.train(12)
-    assert toys.recorded(log) == expected
+    assert techniques.recorded(log) == expected
     assert trainer.step == 12
 
 
@@ -218,11 +217,11 @@ def test_the_updates_are_those_of_a_driver():
             driver.step()
     expected = {
         name: mask
-        for name, mask in toys.sparse_state(model).items()
+        for name, mask in techniques.sparse_state(model).items()
         if name.endswith(":mask")
     }
     assert len(expected) == 2
-    for name, mask in toys.sparse_state(trainer.model).items():
+    for name, mask in techniques.sparse_state(trainer.model).items():
         np.testing.assert_array_equal(mask, expected[name])
     for found, wanted in zip(
         trainer.model.trainable_variables, variables, strict=True
@@ -434,7 +433,7 @@ def test_stopped_training_goes_on_to_the_same_bits(
     same_bits(toy_task.values(second), toy_task.values(first))
     masks = [
         value
-        for name, value in toys.sparse_state(second.model).items()
+        for name, value in techniques.sparse_state(second.model).items()
         if name.endswith(":mask")
     ]
     if technique and second.task.overrides.get("schedule"):
@@ -456,7 +455,7 @@ def other(technique, **own):
     task = ToyTask(
         technique, batch_norm=True, dropout=0.3, **{**overrides, **own}
     )
-    if cls and "seed" in sos.wrappers.base.argument_names(cls):
+    if cls and "seed" in sos.hyperparameters(cls):
         # Of the technique.
         task.overrides["seed"] = 7
     return task
@@ -622,7 +621,7 @@ def test_micro_batches_are_resumed_too(tmp_path):
     # And they are part of what a checkpoint is of.
     other = toy("VariationalDropout")
     with pytest.raises(
-        CheckpointError, match="gradient_accumulation_steps: 2 there, 1 now"
+        CheckpointError, match="gradient_accumulation_steps: 2 saved, 1 now"
     ):
         other.restore(make_checkpoints(other, tmp_path))
 
@@ -696,8 +695,8 @@ def test_workers_stop_together():
 def spoiled(at, *, of="y", replicas=1, technique=None, **arguments):
     """A trainer whose loss is not finite at a step, for its last example."""
     batch_size, steps = 4, 12
-    x = toys.normal(batch_size * steps, 6, seed=1)
-    y = toys.normal(batch_size * steps, 2, seed=2)
+    x = techniques.normal(batch_size * steps, 6, seed=1)
+    y = techniques.normal(batch_size * steps, 2, seed=2)
     if at is not None:
         {"x": x, "y": y}[of][(at + 1) * batch_size - 1] = np.nan
     settings = {}
@@ -706,7 +705,7 @@ def spoiled(at, *, of="y", replicas=1, technique=None, **arguments):
 
     def model():
         if technique:
-            return toys.mlp(technique, **settings)
+            return techniques.mlp(technique, **settings)
         return keras.Sequential(
             [keras.Input((6,)), keras.layers.Dense(2, name="a")]
         )
@@ -748,7 +747,7 @@ def test_a_loss_that_is_not_finite_names_its_step_and_saves_nothing(
 
 
 def test_a_loss_without_any_weight_is_told(caplog):
-    x, y = toys.normal(24, 6, seed=1), toys.normal(24, 2, seed=2)
+    x, y = techniques.normal(24, 6, seed=1), techniques.normal(24, 2, seed=2)
     weight = np.r_[np.ones(8), np.zeros(8), np.ones(8)].astype(np.float32)
     task = OrderedTask(
         lambda: keras.Sequential([keras.Input((6,)), keras.layers.Dense(2)]),
@@ -978,7 +977,7 @@ def test_evaluators_run_on_the_chief_only():
         is_chief = False
 
     task = ScoredTask("MagnitudePruning")
-    trainer = Worker(task, strategy=toys.two_replicas())
+    trainer = Worker(task, strategy=techniques.two_replicas())
     assert set(trainer.evaluate().metrics) == {"accuracy", "loss"}
     assert task.models == []
 
@@ -1194,7 +1193,7 @@ def test_a_checkpoint_of_another_task_is_refused(tmp_path):
     trainer = make_trainer("MagnitudePruning")
     trainer.save(make_checkpoints(trainer, tmp_path))
     other = make_trainer("MagnitudePruning", seed=1)
-    with pytest.raises(CheckpointError, match="seed: 0 there, 1 now"):
+    with pytest.raises(CheckpointError, match="seed: 0 saved, 1 now"):
         other.restore(make_checkpoints(other, tmp_path))
 
 

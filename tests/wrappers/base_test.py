@@ -8,9 +8,9 @@ import tensorflow as tf
 import sos
 from sos.wrappers.base import find_wrappers
 from sos.wrappers.masked import update_masks
-from tests.support import toys
+from tests.support import techniques
 
-TECHNIQUES = toys.technique_names()
+TECHNIQUES = techniques.NAMES
 PENALIZED = [
     name
     for name in TECHNIQUES
@@ -43,7 +43,9 @@ def disturb(model):
         for i, weight in enumerate(wrapper.sparse_weights):
             for variable in weight.state.values():
                 if variable.trainable:
-                    noise = toys.normal(*variable.shape, seed=i, scale=0.1)
+                    noise = techniques.normal(
+                        *variable.shape, seed=i, scale=0.1
+                    )
                     variable.assign_add(noise)
 
 
@@ -51,7 +53,7 @@ def convs(name, count):
     layers = [keras.Input((6, 6, 4))]
     for i in range(1, count + 1):
         conv = keras.layers.Conv2D(4 + 7 * i, 3, padding="same", use_bias=False)
-        layers.append(toys.wrap(name, conv))
+        layers.append(techniques.wrap(name, conv))
     return keras.Sequential(layers)
 
 
@@ -65,7 +67,7 @@ def test_stacked_convolutions_add_one_variable_each(name, count):
     shapes = [(3, 3, 4 + 7 * i, 11 + 7 * i) for i in range(count)]
     plain = [tuple(w.layer.kernel.shape) for w in model.layers]
     assert plain == shapes
-    added = toys.sparse_state(model)
+    added = techniques.sparse_state(model)
     assert [a.shape for a in added.values()] == shapes
     # Each weight is counted once, and beside it there are scalars only.
     sizes = [v.shape.num_elements() for v in model.variables if v.shape.rank]
@@ -78,7 +80,7 @@ def test_stacked_convolutions_add_one_variable_each(name, count):
 def test_penalty_grows_with_its_weight(name):
     model = convs(name, 5)
     for wrapper in model.layers:
-        toys.bind(wrapper)
+        techniques.bind(wrapper)
     totals = []
     for value in (1.0, 5.0):
         sos.set_all(model, penalty_weight=value)
@@ -90,7 +92,7 @@ def test_penalty_grows_with_its_weight(name):
 
 @penalized_techniques
 def test_penalty_is_zero_while_nothing_drives(name):
-    model = toys.mlp(name)
+    model = techniques.mlp(name)
     assert [float(loss) for loss in model.losses] == [0.0, 0.0]
 
 
@@ -101,8 +103,8 @@ def test_the_penalties_of_weights_are_those_in_the_loss(name):
     model = keras.Sequential(
         [
             keras.Input((3, 4)),
-            toys.wrap(name, layer, ramp=ramp, penalty_weight=0.5),
-            toys.wrap(name, keras.layers.Dense(2), penalty_weight=0.25),
+            techniques.wrap(name, layer, ramp=ramp, penalty_weight=0.5),
+            techniques.wrap(name, keras.layers.Dense(2), penalty_weight=0.25),
         ]
     )
     disturb(model)
@@ -133,16 +135,16 @@ def test_the_penalties_of_weights_are_those_in_the_loss(name):
 @penalized_techniques
 def test_penalty_of_a_shared_layer_is_counted_once(name):
     inputs = keras.Input((4,))
-    layer = toys.wrap(name, keras.layers.Dense(4))
+    layer = techniques.wrap(name, keras.layers.Dense(4))
     model = keras.Model(inputs, layer(layer(layer(inputs))))
-    toys.bind(layer)
-    model(toys.normal(2, 4), training=True)
+    techniques.bind(layer)
+    model(techniques.normal(2, 4), training=True)
     assert len(model.losses) == 1
 
 
 @all_techniques
 def test_scalar_inputs_of_wrong_rank_are_refused_by_the_layer(name):
-    wrapper = toys.wrap(name, keras.layers.Conv2D(8, 3))
+    wrapper = techniques.wrap(name, keras.layers.Conv2D(8, 3))
     with pytest.raises(ValueError, match="ndim"):
         wrapper(np.ones((1, 2, 3), np.float32))
 
@@ -153,12 +155,12 @@ def test_scalar_inputs_of_wrong_rank_are_refused_by_the_layer(name):
 @all_techniques
 def test_training_repeats_within_a_step_only_and_evaluation_always(name):
     layer = keras.layers.Dense(5)
-    wrapper = toys.wrap(name, layer)
+    wrapper = techniques.wrap(name, layer)
     wrapper.build((None, 4))
-    x = toys.normal(3, 4)
+    x = techniques.normal(3, 4)
     evaluated = wrapper(x).numpy()
     np.testing.assert_array_equal(evaluated, wrapper(x))
-    optimizer = toys.bind(wrapper)
+    optimizer = techniques.bind(wrapper)
     first = wrapper(x, training=True).numpy()
     np.testing.assert_array_equal(first, wrapper(x, training=True))
     optimizer.iterations.assign(1)
@@ -168,9 +170,9 @@ def test_training_repeats_within_a_step_only_and_evaluation_always(name):
 
 @all_techniques
 def test_training_without_a_driver_raises_where_one_is_needed(name):
-    wrapper = toys.wrap(name, keras.layers.Dense(5, name="here"))
+    wrapper = techniques.wrap(name, keras.layers.Dense(5, name="here"))
     wrapper.build((None, 4))
-    x = toys.normal(3, 4)
+    x = techniques.normal(3, 4)
     wrapper(x)
     wrapper(x, training=False)
     if not wrapper.needs_clock:
@@ -190,7 +192,7 @@ def as_json(config):
 
 @all_techniques
 def test_configuration_survives_json(name):
-    wrapper = toys.wrap(name, keras.layers.Dense(5), include="kernel")
+    wrapper = techniques.wrap(name, keras.layers.Dense(5), include="kernel")
     wrapper.build((None, 4))
     config = as_json(wrapper.get_config())
     copy = type(wrapper).from_config(dict(config))
@@ -212,12 +214,12 @@ CHANGED = {
 
 @all_techniques
 def test_file_keeps_every_bit_and_setting(name, tmp_path):
-    model = toys.mlp(name)
+    model = techniques.mlp(name)
     disturb(model)
     for setting, value in CHANGED.items():
         if hasattr(type(model.layers[0]), setting):
             sos.set_all(model, **{setting: value})
-    x, _ = toys.batch()
+    x, _ = techniques.batch()
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert len(loaded.variables) == len(model.variables)
@@ -234,9 +236,9 @@ def test_file_keeps_every_bit_and_setting(name, tmp_path):
 
 @all_techniques
 def test_weights_file_restores_into_another_model(name, tmp_path):
-    model, other = toys.mlp(name), toys.mlp(name, seed=1)
+    model, other = techniques.mlp(name), techniques.mlp(name, seed=1)
     disturb(model)
-    x, _ = toys.batch()
+    x, _ = techniques.batch()
     assert (model(x).numpy() != other(x).numpy()).any()
     model.save_weights(tmp_path / "model.weights.h5")
     other.load_weights(tmp_path / "model.weights.h5")
@@ -247,9 +249,9 @@ def test_weights_file_restores_into_another_model(name, tmp_path):
 
 @all_techniques
 def test_loaded_model_trains_on_as_the_saved_one(name, tmp_path):
-    model = toys.mlp(name)
+    model = techniques.mlp(name)
     model.compile(keras.optimizers.Adam(0.01), "mse")
-    x, y = toys.batch()
+    x, y = techniques.batch()
     fit = {"batch_size": 4, "epochs": 2, "verbose": 0, "shuffle": False}
     model.fit(x, y, callbacks=[sos.SparsityCallback()], **fit)
     model.save(tmp_path / "model.keras")
@@ -267,15 +269,15 @@ def test_loaded_model_trains_on_as_the_saved_one(name, tmp_path):
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_mixed_precision_leaves_the_techniques_variables_alone(name, policy):
     layer = keras.layers.Dense(5, dtype=policy)
-    model = keras.Sequential([keras.Input((4,)), toys.wrap(name, layer)])
+    model = keras.Sequential([keras.Input((4,)), techniques.wrap(name, layer)])
     (wrapper,) = model.layers
-    toys.bind(wrapper)
+    techniques.bind(wrapper)
     prune(model)
     mask = isinstance(wrapper, sos.MaskedWrapper)
     for variable in wrapper.sparse_weights[0].state.values():
         assert variable.dtype == ("uint8" if mask else "float32")
     for training in (False, True):
-        outputs = model(toys.normal(3, 4), training=training)
+        outputs = model(techniques.normal(3, 4), training=training)
         assert outputs.dtype == policy[6:]
         for weight, value in wrapper.evaluation_weights().items():
             assert value.dtype == weight.variable.dtype == "float32"
@@ -287,13 +289,15 @@ def test_mixed_precision_trains(name):
     model = keras.Sequential(
         [
             keras.Input((6,)),
-            toys.wrap(name, keras.layers.Dense(8, dtype="mixed_float16")),
-            toys.wrap(name, keras.layers.Dense(2, dtype="mixed_bfloat16")),
+            techniques.wrap(name, keras.layers.Dense(8, dtype="mixed_float16")),
+            techniques.wrap(
+                name, keras.layers.Dense(2, dtype="mixed_bfloat16")
+            ),
         ]
     )
     model.compile(keras.optimizers.Adam(0.01), "mse")
     before = [v.numpy() for v in model.trainable_variables]
-    x, y = toys.batch()
+    x, y = techniques.batch()
     model.fit(x, y, verbose=0, callbacks=[sos.SparsityCallback()])
     for old, new in zip(before, model.trainable_variables, strict=True):
         assert np.isfinite(new.numpy()).all()
@@ -304,19 +308,19 @@ def test_mixed_precision_trains(name):
 def test_compiled_by_xla_it_gives_the_same(name):
     results = []
     for jit_compile in (False, True):
-        model = toys.mlp(name)
+        model = techniques.mlp(name)
         prune(model)
         optimizer = keras.optimizers.SGD(0.1)
         optimizer.build(model.trainable_variables)
-        step = toys.train_step(model, optimizer, jit_compile=jit_compile)
+        step = techniques.train_step(model, optimizer, jit_compile=jit_compile)
         with sos.Driver(model, optimizer) as driver:
             losses = []
             for i in range(4):
-                losses.append(step(*toys.batch(seed=i)))
+                losses.append(step(*techniques.batch(seed=i)))
                 driver.step()
         evaluate = tf.function(model, jit_compile=jit_compile)
         results.append(
-            [*losses, evaluate(toys.batch()[0])]
+            [*losses, evaluate(techniques.batch()[0])]
             + [v.numpy() for v in model.variables]
         )
     for plain, compiled in zip(*results, strict=True):
@@ -335,7 +339,7 @@ class Stack(keras.layers.Layer):
         units = {"first": 8, "second": 6, "last": 2}
         for name, size in units.items():
             layer = keras.layers.Dense(size, activation="tanh", name=name)
-            setattr(self, name, toys.wrap(technique, layer))
+            setattr(self, name, techniques.wrap(technique, layer))
 
     def build(self, shape):
         self.first.build(shape)
@@ -363,10 +367,10 @@ def gradients(technique, how, compiled):
         model = Stack(technique, how)
     model.build((None, 6))
     for i, variable in enumerate(model.trainable_variables):
-        noise = toys.normal(*variable.shape, seed=i, scale=0.3)
+        noise = techniques.normal(*variable.shape, seed=i, scale=0.3)
         variable.assign_add(noise)
     prune(model)
-    x, y = toys.batch()
+    x, y = techniques.batch()
 
     def compute():
         with tf.GradientTape() as tape:
@@ -399,11 +403,11 @@ def test_rematerialisation_changes_no_gradient(name, how, compiled):
 
 def test_only_layers_of_this_keras_are_wrapped():
     with pytest.raises(TypeError, match="wraps Keras 3 layers.*Received"):
-        toys.wrap("FixedMask", lambda x: x)
+        techniques.wrap("FixedMask", lambda x: x)
 
 
 def test_include_chooses_weights():
-    wrapper = toys.wrap(
+    wrapper = techniques.wrap(
         "MagnitudePruning", keras.layers.LSTM(3), include="recurrent"
     )
     wrapper.build((None, 4, 2))
@@ -414,13 +418,13 @@ def test_include_chooses_weights():
         ("(", "regular"),
     ):
         with pytest.raises(ValueError, match=message):
-            toys.wrap(
+            techniques.wrap(
                 "MagnitudePruning", keras.layers.LSTM(3), include=include
             ).build((None, 4, 2))
 
 
 def test_layer_without_matrices_is_refused():
-    wrapper = toys.wrap("FixedMask", keras.layers.BatchNormalization())
+    wrapper = techniques.wrap("FixedMask", keras.layers.BatchNormalization())
     with pytest.raises(ValueError, match="nothing to make sparse.*rank 2"):
         wrapper.build((None, 3))
 
@@ -431,7 +435,9 @@ def test_scales_and_biases_of_rank_2_stay_dense():
     x = keras.layers.GRU(6, return_sequences=True, name="gru")(x)
     x = keras.layers.MultiHeadAttention(2, 3, name="attention")(x, inputs)
     model = keras.Model(inputs, x)
-    sparse = sos.sparsify(model, "MagnitudePruning", schedule=toys.SCHEDULE)
+    sparse = sos.sparsify(
+        model, "MagnitudePruning", schedule=techniques.SCHEDULE
+    )
     dense = {"bias": "bias", "gamma": "norm", "beta": "norm"}
     vectors = 0
     for row in sos.sparsity_report(sparse).rows:
@@ -443,18 +449,18 @@ def test_scales_and_biases_of_rank_2_stay_dense():
     # Two of the norm, one of the GRU, three of the attention's four.
     assert vectors == 6
     # The same where layers are wrapped by hand.
-    gru = toys.wrap("MagnitudePruning", keras.layers.GRU(3))
+    gru = techniques.wrap("MagnitudePruning", keras.layers.GRU(3))
     gru.build((None, 4, 2))
     names = [weight.variable.name for weight in gru.sparse_weights]
     assert names == ["kernel", "recurrent_kernel"]
     norm = keras.layers.LayerNormalization(axis=[1, 2])
     with pytest.raises(ValueError, match="nothing to make sparse"):
-        toys.wrap("MagnitudePruning", norm).build((None, 3, 4))
+        techniques.wrap("MagnitudePruning", norm).build((None, 3, 4))
 
 
 @all_techniques
 def test_quantizing_is_refused(name):
-    wrapper = toys.wrap(name, keras.layers.Dense(3))
+    wrapper = techniques.wrap(name, keras.layers.Dense(3))
     wrapper.build((None, 4))
     before = wrapper.layer.kernel.numpy()
     with pytest.raises(NotImplementedError, match="strip.*then quantize"):
@@ -470,10 +476,10 @@ def test_weight_decay_and_activity_losses_are_kept(name):
         kernel_regularizer=keras.regularizers.L2(0.1),
         activity_regularizer=keras.regularizers.L1(0.01),
     )
-    wrapper = toys.wrap(name, layer)
+    wrapper = techniques.wrap(name, layer)
     wrapper.build((None, 4))
-    toys.bind(wrapper)
-    outputs = wrapper(toys.normal(3, 4), training=True).numpy()
+    techniques.bind(wrapper)
+    outputs = wrapper(techniques.normal(3, 4), training=True).numpy()
     losses = sorted(float(loss) for loss in wrapper.losses)
     raw = np.float64(layer.kernel)
     decay, activity = 0.1 * (raw**2).sum(), 0.01 * np.abs(outputs).sum() / 3
@@ -491,26 +497,26 @@ def test_batch_statistics_move_inside_a_wrapped_model(name):
             keras.layers.BatchNormalization(momentum=0.5),
         ]
     )
-    wrapper = toys.wrap(name, inner)
+    wrapper = techniques.wrap(name, inner)
     wrapper.build((None, 4))
-    toys.bind(wrapper)
+    techniques.bind(wrapper)
     norm = inner.layers[1]
-    wrapper(toys.normal(8, 4) + 3, training=True)
+    wrapper(techniques.normal(8, 4) + 3, training=True)
     before = norm.moving_mean.numpy()
     assert (before != 0).any()  # a mask may leave a column empty
-    wrapper(toys.normal(8, 4))
+    wrapper(techniques.normal(8, 4))
     np.testing.assert_array_equal(norm.moving_mean, before)
 
 
 @all_techniques
 def test_dense_weights_are_never_changed_by_a_call(name):
-    model = toys.mlp(name)
+    model = techniques.mlp(name)
     prune(model)
     before = [v.numpy() for v in model.variables]
     for wrapper in model.layers:
-        toys.bind(wrapper)
-    model(toys.batch()[0], training=True)
-    model(toys.batch()[0])
+        techniques.bind(wrapper)
+    model(techniques.batch()[0], training=True)
+    model(techniques.batch()[0])
     for old, new in zip(before, model.variables, strict=True):
         np.testing.assert_array_equal(old, new.numpy())
 
@@ -535,11 +541,11 @@ class Recomputing(keras.layers.Layer):
 )
 @all_techniques
 def test_rematerialisation_inside_a_wrapped_layer(name):
-    wrapper = toys.wrap(name, Recomputing())
+    wrapper = techniques.wrap(name, Recomputing())
     wrapper.build((None, 4))
-    toys.bind(wrapper)
+    techniques.bind(wrapper)
     with tf.GradientTape() as tape:
-        loss = tf.reduce_sum(wrapper(toys.normal(2, 4), training=True))
+        loss = tf.reduce_sum(wrapper(techniques.normal(2, 4), training=True))
     kernel = wrapper.layer.dense.kernel.value
     assert tape.gradient(loss, kernel) is not None
 
@@ -573,7 +579,7 @@ class Returning(sos.Ranking):
 def test_wrong_masks_of_a_ranking_change_no_mask(result):
     rankings = {"first": None, "last": Returning(result)}
     wrappers = [
-        toys.wrap(
+        techniques.wrap(
             "MagnitudePruning",
             keras.layers.Dense(3, name=name),
             ranking=ranking,
@@ -585,7 +591,7 @@ def test_wrong_masks_of_a_ranking_change_no_mask(result):
     with pytest.raises(ValueError, match="last/kernel.*hold zeros and ones"):
         update_masks(dict.fromkeys(wrappers, 0.5))
     for wrapper in wrappers:
-        assert toys.state(wrapper, "mask").numpy().all()
+        assert techniques.state(wrapper, "mask").numpy().all()
 
 
 class ByColumn(sos.PruningWrapper):
@@ -596,11 +602,11 @@ class ByColumn(sos.PruningWrapper):
 
 
 def test_scores_of_a_wrong_shape_are_refused():
-    wrapper = ByColumn(keras.layers.Dense(3), schedule=toys.SCHEDULE)
+    wrapper = ByColumn(keras.layers.Dense(3), schedule=techniques.SCHEDULE)
     wrapper.build((None, 4))
     with pytest.raises(ValueError, match=r"ByColumn.*\(4, 3\).*d: \(3,\)"):
         update_masks({wrapper: 0.5})
-    assert toys.state(wrapper, "mask").numpy().all()
+    assert techniques.state(wrapper, "mask").numpy().all()
 
 
 class ByGradient(sos.PruningWrapper):
@@ -614,12 +620,12 @@ class ByGradient(sos.PruningWrapper):
 
 def test_gradient_sums_over_calls_and_steps_until_an_update():
     layer = keras.layers.Dense(3, use_bias=False)
-    wrapper = ByGradient(layer, schedule=toys.SCHEDULE)
+    wrapper = ByGradient(layer, schedule=techniques.SCHEDULE)
     wrapper.build((None, 4))
-    toys.bind(wrapper)
-    gradient = toys.state(wrapper, "gradient")
-    inputs = toys.normal(2, 5, 4)
-    upstream = toys.normal(2, 5, 3, seed=1)
+    techniques.bind(wrapper)
+    gradient = techniques.state(wrapper, "gradient")
+    inputs = techniques.normal(2, 5, 4)
+    upstream = techniques.normal(2, 5, 3, seed=1)
 
     def step():
         """The layer is shared by two uses."""
@@ -637,7 +643,7 @@ def test_gradient_sums_over_calls_and_steps_until_an_update():
         np.testing.assert_allclose(gradient, count * once, rtol=1e-4, atol=1e-5)
     update_masks({wrapper: 0.5})
     assert not gradient.numpy().any()
-    kept = toys.state(wrapper, "mask").numpy() == 1
+    kept = techniques.state(wrapper, "mask").numpy() == 1
     assert np.abs(once)[kept].min() > np.abs(once)[~kept].max()
     # That of a masked weight is seen too, so that it may come back.
     step()
@@ -661,10 +667,12 @@ def test_a_mask_is_set_and_the_gradients_begin_anew(
 ):
     technique = CumulativeByGradient if cumulative else ByGradient
     strategy = (
-        toys.two_replicas() if replicas == 2 else tf.distribute.get_strategy()
+        techniques.two_replicas()
+        if replicas == 2
+        else tf.distribute.get_strategy()
     )
     with strategy.scope():
-        wrapper = technique(keras.layers.Dense(2), schedule=toys.SCHEDULE)
+        wrapper = technique(keras.layers.Dense(2), schedule=techniques.SCHEDULE)
         wrapper.build((None, 2))
         (weight,) = wrapper.sparse_weights
         weight.state["gradient"].assign(tf.ones((2, 2)))
@@ -690,7 +698,7 @@ def test_a_mask_is_set_and_the_gradients_begin_anew(
 
 def test_a_mask_is_set_for_one_weight_alone():
     layer = keras.layers.Bidirectional(keras.layers.SimpleRNN(2))
-    wrapper = toys.wrap("MagnitudePruning", layer)
+    wrapper = techniques.wrap("MagnitudePruning", layer)
     wrapper.build((None, 3, 4))
     chosen = wrapper.sparse_weights[2]
     wrapper.assign_mask(chosen, np.zeros(chosen.variable.shape, np.uint8))

@@ -5,15 +5,15 @@ import scipy.stats
 import tensorflow as tf
 
 import sos
-from tests.support import toys
+from tests.support import techniques
 
 
 def sparse_dense(units=6, inputs=8, seed=0):
     """A dense layer with zeros in about half of its weights."""
     layer = keras.layers.Dense(units)
     layer.build((None, inputs))
-    kernel = toys.normal(inputs, units, seed=seed)
-    layer.kernel.assign(kernel * (toys.normal(inputs, units, seed=9) > 0))
+    kernel = techniques.normal(inputs, units, seed=seed)
+    layer.kernel.assign(kernel * (techniques.normal(inputs, units, seed=9) > 0))
     return layer
 
 
@@ -25,18 +25,18 @@ def test_zeros_stay_zero_in_training_without_a_driver():
     wrapper = sos.FixedMask(layer)
     model = keras.Sequential([keras.Input((6,)), wrapper])
     model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")
-    model.fit(*toys.batch(32), epochs=3, verbose=0)
+    model.fit(*techniques.batch(32), epochs=3, verbose=0)
     after = layer.kernel.numpy()
     assert (after[zeros] == 0).all()
     assert (after[~zeros] != before[~zeros]).all()
-    np.testing.assert_array_equal(toys.state(wrapper, "mask"), ~zeros)
+    np.testing.assert_array_equal(techniques.state(wrapper, "mask"), ~zeros)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.901, 1.0])
 def test_random_mask_is_exact(sparsity):
     wrapper = sos.FixedMask(keras.layers.Dense(11), sparsity=sparsity)
     wrapper.build((None, 13))
-    mask = toys.state(wrapper, "mask").numpy()
+    mask = techniques.state(wrapper, "mask").numpy()
     assert mask.dtype == np.uint8
     assert mask.sum() == round(143 * (1 - sparsity))
     assert wrapper.target_sparsity() == sparsity
@@ -49,7 +49,7 @@ def random_mask(seed, name="dense"):
     layer = keras.layers.Dense(10, name=name)
     wrapper = sos.FixedMask(layer, sparsity=0.7, seed=seed)
     wrapper.build((None, 20))
-    return toys.state(wrapper, "mask").numpy()
+    return techniques.state(wrapper, "mask").numpy()
 
 
 def test_random_masks_are_uniform_and_depend_on_seed_and_weight():
@@ -77,7 +77,7 @@ def built():
 def test_set_masks_sets_them_in_order():
     wrapper = built()
     masks = [
-        (toys.normal(*w.variable.shape, seed=i) > 0)
+        (techniques.normal(*w.variable.shape, seed=i) > 0)
         for i, w in enumerate(wrapper.sparse_weights)
     ]
     wrapper.set_masks(masks)
@@ -115,5 +115,5 @@ def test_sparsify_takes_the_zeros_of_the_model():
     model = keras.Sequential([keras.Input((8,)), layer])
     sparse = sos.sparsify(model, sos.FixedMask)
     (wrapper,) = sparse.layers
-    mask = toys.state(wrapper, "mask").numpy()
+    mask = techniques.state(wrapper, "mask").numpy()
     np.testing.assert_array_equal(mask, layer.kernel.numpy() != 0)

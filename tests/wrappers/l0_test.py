@@ -10,7 +10,7 @@ import tensorflow as tf
 
 import sos
 from sos.wrappers import l0
-from tests.support import toys
+from tests.support import techniques
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 LOG_ALPHAS = [-4.0, -1.5, 0.0, 0.8, 2.197, 4.0]
@@ -47,11 +47,13 @@ def wrap(layer, shape, *, seed=0, log_alpha=None, **settings):
     wrapper = sos.L0Regularization(layer, **{"penalty_weight": 1.0, **settings})
     wrapper.build(shape)
     for i, variable in enumerate(layer.weights):
-        variable.assign(toys.normal(*variable.shape, seed=seed + i))
+        variable.assign(techniques.normal(*variable.shape, seed=seed + i))
     for weight in wrapper.sparse_weights:
         value = log_alpha
         if value is None:
-            value = toys.normal(*weight.variable.shape, seed=seed + 7, scale=4)
+            value = techniques.normal(
+                *weight.variable.shape, seed=seed + 7, scale=4
+            )
         variable = weight.state["log_alpha"]
         variable.assign(np.broadcast_to(value, variable.shape))
     return wrapper
@@ -112,25 +114,29 @@ def test_mean_gate_is_zero_and_one_exactly_outside_the_limits():
 
 
 def test_initial_log_alpha():
-    wrapper = toys.wrap("L0Regularization", keras.layers.Dense(300, name="a"))
+    wrapper = techniques.wrap(
+        "L0Regularization", keras.layers.Dense(300, name="a")
+    )
     wrapper.build((None, 300))
-    values = toys.state(wrapper, "log_alpha").numpy().ravel()
+    values = techniques.state(wrapper, "log_alpha").numpy().ravel()
     assert abs(values.mean() - 2.197) < 5 * 0.01 / np.sqrt(values.size)
     assert values.std() == pytest.approx(0.01, rel=0.02)
     assert scipy.stats.kstest((values - 2.197) / 0.01, "norm").pvalue > 1e-3
-    other = toys.wrap(
+    other = techniques.wrap(
         "L0Regularization", keras.layers.Dense(300, name="a"), seed=1
     )
     other.build((None, 300))
-    assert (toys.state(other, "log_alpha").numpy().ravel() != values).any()
+    assert (
+        techniques.state(other, "log_alpha").numpy().ravel() != values
+    ).any()
 
 
 def test_initial_log_alpha_can_be_chosen():
-    wrapper = toys.wrap(
+    wrapper = techniques.wrap(
         "L0Regularization", keras.layers.Dense(9), initial_log_alpha=-4.0
     )
     wrapper.build((None, 9))
-    assert abs(toys.state(wrapper, "log_alpha").numpy() + 4).max() < 0.06
+    assert abs(techniques.state(wrapper, "log_alpha").numpy() + 4).max() < 0.06
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
@@ -152,7 +158,7 @@ def test_gates_are_one_sample_per_step_for_the_whole_batch():
     wrapper = wrap(
         keras.layers.Dense(40, use_bias=False), (None, 30), log_alpha=0.0
     )
-    optimizer = toys.bind(wrapper)
+    optimizer = techniques.bind(wrapper)
     gates = gates_of(wrapper, 30)
     # Each example sees its own row; all of them together see the whole kernel.
     x = np.ones((3, 30), np.float32)
@@ -167,8 +173,8 @@ def test_gates_are_one_sample_per_step_for_the_whole_batch():
 
 def test_a_label_does_not_change_weight_gates():
     wrapper = wrap(keras.layers.Dense(4), (None, 3), log_alpha=0.0)
-    toys.bind(wrapper)
-    x = toys.normal(2, 3)
+    techniques.bind(wrapper)
+    x = techniques.normal(2, 3)
     first = wrapper(x, training=True).numpy()
     with sos.call_label("again"):
         np.testing.assert_array_equal(first, wrapper(x, training=True))
@@ -178,7 +184,7 @@ def test_gates_over_many_steps_are_independent():
     wrapper = wrap(
         keras.layers.Dense(6, use_bias=False), (None, 5), log_alpha=0.0
     )
-    optimizer = toys.bind(wrapper)
+    optimizer = techniques.bind(wrapper)
     wrapper.layer.kernel.assign(tf.ones((5, 6)))
 
     @tf.function
@@ -200,7 +206,7 @@ def test_embedding_draws_for_each_occurrence():
     layer = keras.layers.Embedding(3, 4)
     log_alpha = np.array([[-1.0], [0.0], [1.0]])
     wrapper = wrap(layer, (None, None), log_alpha=log_alpha)
-    optimizer = toys.bind(wrapper)
+    optimizer = techniques.bind(wrapper)
     ids = np.tile([[2, 0, 2]], (5_000, 1))
     outputs = wrapper(ids, training=True).numpy()
     gates = outputs / layer.embeddings.numpy()[ids]
@@ -229,7 +235,7 @@ PLAIN = {
 def inputs_for(name, shape):
     if name == "embedding":
         return np.arange(6)[None]
-    return toys.normal(2, *shape, seed=3)
+    return techniques.normal(2, *shape, seed=3)
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -237,7 +243,7 @@ def inputs_for(name, shape):
 def test_with_open_gates_it_is_the_plain_layer(name, training):
     layer, shape = PLAIN[name]()
     wrapper = wrap(layer, (None, *shape), log_alpha=1e5)
-    toys.bind(wrapper)
+    techniques.bind(wrapper)
     x = inputs_for(name, shape)
     found = wrapper(x, training=training)
     np.testing.assert_allclose(found, layer(x), rtol=1e-6, atol=1e-6)
@@ -262,7 +268,7 @@ def test_recurrent_layer_keeps_one_sample_for_all_time_steps():
     layer = keras.layers.SimpleRNN(5, return_sequences=True)
     wrapper = wrap(layer, (None, 7, 2), include="/kernel", log_alpha=0.0)
     layer.cell.recurrent_kernel.assign(tf.zeros((5, 5)))
-    optimizer = toys.bind(wrapper)
+    optimizer = techniques.bind(wrapper)
     x = np.full((3, 7, 2), 0.1, np.float32)
     first = wrapper(x, training=True).numpy()
     np.testing.assert_allclose(first, first[:1, :1] + 0 * first, rtol=1e-5)
@@ -276,9 +282,9 @@ def test_recurrent_layer_keeps_one_sample_for_all_time_steps():
 def test_gradients_of_the_output():
     layer = keras.layers.Dense(6, use_bias=False)
     wrapper = wrap(layer, (None, 5))
-    toys.bind(wrapper)
+    techniques.bind(wrapper)
     theta = np.float64(layer.kernel)
-    log_alpha = np.float64(toys.state(wrapper, "log_alpha"))
+    log_alpha = np.float64(techniques.state(wrapper, "log_alpha"))
     z = np.float64(wrapper(tf.eye(5), training=True)) / theta
     inside = (z > 0) & (z < 1)
     assert 3 < inside.sum() < 27
@@ -287,10 +293,13 @@ def test_gradients_of_the_output():
     u = scipy.special.expit(BETA * scipy.special.logit(s) - log_alpha)
     h = 1e-5
     slope = (gate_of(u, log_alpha + h) - gate_of(u, log_alpha - h)) / (2 * h)
-    upstream = toys.normal(5, 6, seed=9)
+    upstream = techniques.normal(5, 6, seed=9)
     with tf.GradientTape() as tape:
         loss = tf.reduce_sum(wrapper(tf.eye(5), training=True) * upstream)
-    variables = [layer.kernel.value, toys.state(wrapper, "log_alpha").value]
+    variables = [
+        layer.kernel.value,
+        techniques.state(wrapper, "log_alpha").value,
+    ]
     by_theta, by_log_alpha = tape.gradient(loss, variables)
     np.testing.assert_allclose(by_theta, upstream * z, rtol=1e-4, atol=1e-6)
     expected = upstream * theta * slope * inside
@@ -299,8 +308,8 @@ def test_gradients_of_the_output():
 
 def test_penalty_and_its_gradient():
     wrapper = wrap(keras.layers.Dense(6), (None, 5), penalty_weight=0.3)
-    toys.bind(wrapper)
-    variable = toys.state(wrapper, "log_alpha")
+    techniques.bind(wrapper)
+    variable = techniques.state(wrapper, "log_alpha")
 
     def numpy_penalty(log_alpha):
         return 0.3 * (1 - probability_below(0.0, log_alpha))
@@ -324,7 +333,7 @@ def test_penalty_and_its_gradient():
 def test_penalty_of_many_normals():
     wrapper = wrap(keras.layers.Dense(128), (None, 256))
     log_alpha = np.random.default_rng(10).normal(size=(256, 128))
-    toys.state(wrapper, "log_alpha").assign(log_alpha)
+    techniques.state(wrapper, "log_alpha").assign(log_alpha)
     penalty = wrapper.penalty(wrapper.sparse_weights[0])
     assert penalty.shape == ()
     expected = scipy.special.expit(log_alpha - BETA * np.log(0.1 / 1.1)).sum()
@@ -335,7 +344,7 @@ def test_penalty_of_many_normals():
 def test_mixed_precision_keeps_gates_and_penalty_in_float32(policy):
     layer = keras.layers.Dense(64, use_bias=False, dtype=policy)
     wrapper = wrap(layer, (None, 64))
-    toys.bind(wrapper)
+    techniques.bind(wrapper)
     layer.kernel.assign(tf.ones((64, 64)))
     (weight,) = wrapper.sparse_weights
     assert weight.state["log_alpha"].dtype == "float32"

@@ -5,11 +5,11 @@ import tensorflow as tf
 
 import sos
 from sos.wrappers.masked import update_masks
-from tests.support import toys
+from tests.support import techniques
 
 
 def wrap(layer, shape, sparsity=0.5):
-    wrapper = sos.MagnitudePruning(layer, schedule=toys.SCHEDULE)
+    wrapper = sos.MagnitudePruning(layer, schedule=techniques.SCHEDULE)
     wrapper.build(shape)
     if sparsity:
         update_masks({wrapper: sparsity})
@@ -35,8 +35,8 @@ LAYERS = {
 def test_forward_is_the_plain_layer_with_the_largest_weights(name, training):
     layer, shape = LAYERS[name]()
     wrapper = wrap(layer, (None, *shape), 0.4)
-    toys.bind(wrapper)
-    x = toys.normal(2, *shape)
+    techniques.bind(wrapper)
+    x = techniques.normal(2, *shape)
     if name == "embedding":
         x = np.arange(6)[None]
     found = wrapper(x, training=training).numpy()
@@ -54,7 +54,7 @@ def test_exactly_k_weights_are_kept(sparsity):
     wrapper = wrap(keras.layers.Dense(11), (None, 13), None)
     wrapper.layer.kernel.assign(tf.ones((13, 11)))  # ties
     update_masks({wrapper: sparsity})
-    mask = toys.state(wrapper, "mask").numpy()
+    mask = techniques.state(wrapper, "mask").numpy()
     assert mask.dtype == np.uint8
     assert mask.sum() == round(143 * (1 - sparsity))
 
@@ -62,12 +62,12 @@ def test_exactly_k_weights_are_kept(sparsity):
 def test_masked_weights_get_exactly_zero_gradient_and_others_the_plain_one():
     layer = keras.layers.Dense(5, activation="tanh")
     wrapper = wrap(layer, (None, 6))
-    toys.bind(wrapper)
-    x, upstream = toys.normal(7, 6), toys.normal(7, 5, seed=1)
+    techniques.bind(wrapper)
+    x, upstream = techniques.normal(7, 6), techniques.normal(7, 5, seed=1)
     with tf.GradientTape() as tape:
         loss = tf.reduce_sum(wrapper(x, training=True) * upstream)
     found = tape.gradient(loss, layer.kernel.value).numpy()
-    mask = toys.state(wrapper, "mask").numpy()
+    mask = techniques.state(wrapper, "mask").numpy()
     layer.kernel.assign(layer.kernel * mask)
     with tf.GradientTape() as tape:
         loss = tf.reduce_sum(layer(x) * upstream)
@@ -82,12 +82,12 @@ def test_raw_weights_are_ranked_and_pruned_ones_come_back():
     wrapper = wrap(layer, (None, 1), None)
     layer.kernel.assign([[0.1, -4.0, 3.0, 0.2]])
     update_masks({wrapper: 0.5})
-    assert toys.state(wrapper, "mask").numpy().tolist() == [[0, 1, 1, 0]]
+    assert techniques.state(wrapper, "mask").numpy().tolist() == [[0, 1, 1, 0]]
     # The raw weight is left alone, and its rank counts.
     np.testing.assert_allclose(layer.kernel, [[0.1, -4.0, 3.0, 0.2]])
     layer.kernel.assign([[-3.5, -4.0, 3.0, 0.2]])
     update_masks({wrapper: 0.5})
-    assert toys.state(wrapper, "mask").numpy().tolist() == [[1, 1, 0, 0]]
+    assert techniques.state(wrapper, "mask").numpy().tolist() == [[1, 1, 0, 0]]
     outputs = wrapper(np.ones((1, 1), np.float32))
     np.testing.assert_allclose(outputs, [[-3.5, -4.0, 0, 0]])
 
@@ -98,11 +98,11 @@ def test_pruned_weights_keep_their_value_and_feel_decay_and_momentum():
         4, use_bias=False, kernel_regularizer=regularizer
     )
     wrapper = wrap(layer, (None, 3))
-    toys.bind(wrapper)
+    techniques.bind(wrapper)
     raw = layer.kernel.numpy()
-    mask = toys.state(wrapper, "mask").numpy()
+    mask = techniques.state(wrapper, "mask").numpy()
     with tf.GradientTape() as tape:
-        wrapper(toys.normal(2, 3), training=True)
+        wrapper(techniques.normal(2, 3), training=True)
         (decay,) = wrapper.losses
     expected = 0.1 * (raw.astype(np.float64) ** 2).sum()
     assert float(decay) == pytest.approx(expected, rel=1e-6)
@@ -117,13 +117,16 @@ def test_tensors_are_ranked_each_for_itself():
         4, kernel_initializer=lambda s, dtype: 1e-3 * tf.ones(s, dtype)
     )
     wrappers = [
-        sos.MagnitudePruning(layer, schedule=toys.SCHEDULE)
+        sos.MagnitudePruning(layer, schedule=techniques.SCHEDULE)
         for layer in (large, small)
     ]
     for wrapper in wrappers:
         wrapper.build((None, 4))
     update_masks({wrapper: 0.75 for wrapper in wrappers})
-    assert [toys.state(w, "mask").numpy().sum() for w in wrappers] == [4, 4]
+    assert [techniques.state(w, "mask").numpy().sum() for w in wrappers] == [
+        4,
+        4,
+    ]
 
 
 def test_nan_weights_are_refused_by_name_and_no_mask_changes():
@@ -132,7 +135,7 @@ def test_nan_weights_are_refused_by_name_and_no_mask_changes():
     bad.layer.kernel.assign(tf.fill((3, 4), np.nan))
     with pytest.raises(ValueError, match="bad/kernel.*NaN"):
         update_masks({good: 0.5, bad: 0.5})
-    assert toys.state(good, "mask").numpy().all()
+    assert techniques.state(good, "mask").numpy().all()
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
@@ -142,7 +145,7 @@ def test_mixed_precision_ranks_the_stored_float32(policy):
     # Equal in 16 bits, where the first would win the tie.
     layer.kernel.assign([[1.0, 1.0 + 2**-20, 1.0 + 2**-19, 0.5]])
     update_masks({wrapper: 0.5})
-    assert toys.state(wrapper, "mask").numpy().tolist() == [[0, 1, 1, 0]]
+    assert techniques.state(wrapper, "mask").numpy().tolist() == [[0, 1, 1, 0]]
     assert wrapper(np.ones((1, 1), np.float32)).dtype == policy[6:]
 
 
@@ -151,9 +154,11 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(TypeError, match="Received: schedule=0.9"):
         sos.MagnitudePruning(dense, schedule=0.9)
     with pytest.raises(TypeError, match="Received: ranking='global'"):
-        sos.MagnitudePruning(dense, schedule=toys.SCHEDULE, ranking="global")
-    with pytest.raises(TypeError, match="no argument 'sparsity'"):
-        sos.MagnitudePruning(dense, schedule=toys.SCHEDULE, sparsity=0.5)
+        sos.MagnitudePruning(
+            dense, schedule=techniques.SCHEDULE, ranking="global"
+        )
+    with pytest.raises(TypeError, match="no argument 'sparsty'.*'sparsity'"):
+        sos.MagnitudePruning(dense, sparsty=0.5, sparsity=0.5)
 
 
 def test_schedule_can_be_replaced_and_names_the_target():

@@ -8,18 +8,18 @@ import tensorflow as tf
 
 import sos
 from sos.wrappers.masked import update_masks
-from tests.support import toys
+from tests.support import techniques
 
 
 def wrap(size=(20, 10), seed=0, name="dense"):
     layer = keras.layers.Dense(size[1], name=name)
-    wrapper = sos.RandomPruning(layer, schedule=toys.SCHEDULE, seed=seed)
+    wrapper = sos.RandomPruning(layer, schedule=techniques.SCHEDULE, seed=seed)
     wrapper.build((None, size[0]))
     return wrapper
 
 
 def mask_of(wrapper):
-    return toys.state(wrapper, "mask").numpy()
+    return techniques.state(wrapper, "mask").numpy()
 
 
 def prune(wrapper, sparsity):
@@ -115,7 +115,7 @@ def test_the_seed_is_saved(tmp_path):
 
 
 def test_replicas_have_the_same_scores():
-    strategy = toys.two_replicas()
+    strategy = techniques.two_replicas()
     with strategy.scope():
         wrapper = wrap(seed=4)
 
@@ -165,7 +165,7 @@ def test_what_an_update_drops_is_uniform_among_what_is_left():
 def test_pruned_weights_stay_out_of_the_outputs_and_get_no_gradient():
     wrapper = wrap()
     mask = prune(wrapper, 0.6)
-    toys.bind(wrapper)
+    techniques.bind(wrapper)
     kernel = wrapper.layer.kernel
     with tf.GradientTape() as tape:
         outputs = wrapper(tf.eye(20), training=True)

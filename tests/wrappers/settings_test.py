@@ -4,12 +4,14 @@ import pytest
 import tensorflow as tf
 
 import sos
-from tests.support import toys
+from tests.support import techniques
 
 
 def penalized(**settings):
-    wrapper = toys.wrap("L0Regularization", keras.layers.Dense(3), **settings)
-    toys.bind(wrapper)
+    wrapper = techniques.wrap(
+        "L0Regularization", keras.layers.Dense(3), **settings
+    )
+    techniques.bind(wrapper)
     return wrapper
 
 
@@ -98,9 +100,9 @@ def test_set_all_changes_those_that_have_the_setting():
     model = keras.Sequential(
         [
             keras.Input((4,)),
-            toys.wrap("L0Regularization", keras.layers.Dense(4)),
-            toys.wrap("VariationalDropout", keras.layers.Dense(4)),
-            toys.wrap("MagnitudePruning", keras.layers.Dense(4)),
+            techniques.wrap("L0Regularization", keras.layers.Dense(4)),
+            techniques.wrap("VariationalDropout", keras.layers.Dense(4)),
+            techniques.wrap("MagnitudePruning", keras.layers.Dense(4)),
         ]
     )
     l0, dropout, magnitude = model.layers
@@ -113,17 +115,17 @@ def test_set_all_changes_those_that_have_the_setting():
 
 
 def test_set_all_names_the_settings_there_are_and_changes_all_or_nothing():
-    model = toys.mlp("VariationalDropout", penalty_weight=0.5)
+    model = techniques.mlp("VariationalDropout", penalty_weight=0.5)
     valid = r"\['penalty_weight', 'seed', 'threshold'\]"
     with pytest.raises(ValueError, match=f"'treshold'. Valid names: {valid}"):
         sos.set_all(model, penalty_weight=1.0, treshold=1.0)
     with pytest.raises(ValueError, match="'schedule'"):
-        sos.set_all(model, penalty_weight=1.0, schedule=toys.SCHEDULE)
+        sos.set_all(model, penalty_weight=1.0, schedule=techniques.SCHEDULE)
     with pytest.raises(ValueError, match="Received: seed=0.5"):
         sos.set_all(model, penalty_weight=1.0, threshold=1.0, seed=0.5)
     for wrapper in model.layers:
         assert (wrapper.penalty_weight, wrapper.threshold) == (0.5, 3.0)
-    model = toys.mlp("RandomPruning")
+    model = techniques.mlp("RandomPruning")
     with pytest.raises(TypeError, match="Received: schedule=0.9"):
         sos.set_all(model, seed=1, schedule=0.9)
     assert [wrapper.seed for wrapper in model.layers] == [0, 0]

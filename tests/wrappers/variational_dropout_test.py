@@ -9,7 +9,7 @@ import tensorflow as tf
 
 import sos
 from sos.wrappers import variational_dropout as vd
-from tests.support import toys
+from tests.support import techniques
 
 EULER = 0.5772156649015329
 
@@ -78,7 +78,7 @@ def wrap(layer, shape, *, seed=0, log_sigma2=None, **settings):
     wrapper = sos.VariationalDropout(layer, **settings)
     wrapper.build(shape)
     for i, variable in enumerate(layer.weights):
-        variable.assign(toys.normal(*variable.shape, seed=seed + i))
+        variable.assign(techniques.normal(*variable.shape, seed=seed + i))
     for weight in wrapper.sparse_weights:
         value = log_sigma2
         if value is None:
@@ -179,12 +179,12 @@ def monte_carlo(layer, kernel, theta, variance, x, count):
 def test_output_has_the_moments_of_sampled_weights(name):
     layer, shape = LINEAR[name]()
     wrapper = wrap(layer, (None, *shape))
-    toys.bind(wrapper)
+    techniques.bind(wrapper)
     (weight,) = wrapper.sparse_weights
     theta = np.float64(weight.value)
     log_sigma2 = np.float64(weight.state["log_sigma2"])
     variance = np.exp(log_sigma2)
-    x = toys.normal(1, *shape, seed=3)
+    x = techniques.normal(1, *shape, seed=3)
 
     # The variance of a sum is linear in sigma^2, with the squares of the
     # plain layer's derivatives as coefficients.
@@ -228,7 +228,7 @@ def test_noise_is_standard_normal_and_independent_everywhere():
     wrapper = centred(
         keras.layers.Conv2D(3, 1, use_bias=False), (None, 3, 3, 1)
     )
-    optimizer = toys.bind(wrapper)
+    optimizer = techniques.bind(wrapper)
     x = np.ones((8, 3, 3, 1), np.float32)
     steps = []
     for step in range(400):
@@ -246,7 +246,7 @@ def test_noise_is_standard_normal_and_independent_everywhere():
 
 def test_noise_is_the_same_within_a_step_and_another_in_the_next():
     wrapper = centred(keras.layers.Dense(50), (None, 1))
-    optimizer = toys.bind(wrapper)
+    optimizer = techniques.bind(wrapper)
     x = np.ones((4, 1), np.float32)
     first = standard_noise(wrapper, x)
     np.testing.assert_array_equal(first, standard_noise(wrapper, x))
@@ -260,11 +260,13 @@ def test_noise_is_the_same_within_a_step_and_another_in_the_next():
 def test_embedding_draws_for_each_occurrence():
     layer = keras.layers.Embedding(5, 3)
     wrapper = wrap(layer, (None, None))
-    toys.bind(wrapper)
+    techniques.bind(wrapper)
     ids = np.tile([[2, 0, 2, 4]], (8_000, 1))
     outputs = wrapper(ids, training=True).numpy()
     theta = np.float64(layer.embeddings)
-    variance = np.exp(np.float64(toys.state(wrapper, "log_sigma2"))) + 1e-8
+    variance = (
+        np.exp(np.float64(techniques.state(wrapper, "log_sigma2"))) + 1e-8
+    )
     deviation = np.sqrt(variance)
     noise = (outputs - theta[ids]) / deviation[ids]
     assert scipy.stats.kstest(noise.ravel(), "norm").pvalue > 1e-3
@@ -284,7 +286,7 @@ def test_embedding_clips_the_rows():
     layer = keras.layers.Embedding(2, 1)
     wrapper = wrap(layer, (None, None), log_sigma2=20.0, clip_log_alpha=2.0)
     layer.embeddings.assign([[0.5], [-2.0]])
-    toys.bind(wrapper)
+    techniques.bind(wrapper)
     outputs = wrapper(np.tile([[0, 1]], (8_000, 1)), training=True).numpy()
     expected = np.exp(2.0) * np.array([0.25, 4.0])
     np.testing.assert_allclose(outputs.var(0)[:, 0], expected, rtol=0.1)
@@ -303,7 +305,7 @@ PLAIN = {
 def inputs_for(name, shape):
     if name == "embedding":
         return np.arange(6)[None]
-    return toys.normal(2, *shape, seed=3)
+    return techniques.normal(2, *shape, seed=3)
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -311,7 +313,7 @@ def test_without_variance_it_is_the_plain_layer(name):
     layer, shape = PLAIN[name]()
     shape = (None, *shape)
     wrapper = wrap(layer, shape, log_sigma2=-1e7, clip_log_alpha=None)
-    toys.bind(wrapper)
+    techniques.bind(wrapper)
     x = inputs_for(name, shape[1:])
     # Epsilon keeps a deviation of 1e-4 on every output, and on every weight
     # of a layer that is sampled in weight space, whose outputs add some up.
@@ -324,8 +326,8 @@ def test_without_variance_it_is_the_plain_layer(name):
 
 def test_epsilon_is_added_once_to_the_outputs_variance():
     wrapper = centred(keras.layers.Dense(2_000), (None, 4))
-    toys.state(wrapper, "log_sigma2").assign(tf.fill((4, 2_000), -1e7))
-    toys.bind(wrapper)
+    techniques.state(wrapper, "log_sigma2").assign(tf.fill((4, 2_000), -1e7))
+    techniques.bind(wrapper)
     noise = standard_noise(wrapper, np.ones((4, 4), np.float32), 1e-4)
     assert scipy.stats.kstest(noise.ravel(), "norm").pvalue > 1e-3
 
@@ -333,8 +335,8 @@ def test_epsilon_is_added_once_to_the_outputs_variance():
 def test_activation_comes_after_the_noise():
     layer = keras.layers.Dense(200, activation="relu")
     wrapper = wrap(layer, (None, 3))
-    toys.bind(wrapper)
-    x = toys.normal(40, 3)
+    techniques.bind(wrapper)
+    x = techniques.normal(40, 3)
     outputs = wrapper(x, training=True).numpy()
     layer.activation = None
     linear = wrapper(x, training=True).numpy()
@@ -345,7 +347,7 @@ def test_activation_comes_after_the_noise():
 def test_bias_is_not_sampled():
     layer = keras.layers.Dense(4)
     wrapper = wrap(layer, (None, 3), log_sigma2=2.0)
-    toys.bind(wrapper)
+    techniques.bind(wrapper)
     outputs = wrapper(np.zeros((6, 3), np.float32), training=True)
     np.testing.assert_allclose(outputs, [layer.bias.numpy()] * 6, atol=6e-4)
 
@@ -359,7 +361,7 @@ def test_recurrent_layer_keeps_one_sample_for_all_time_steps():
     # With the state held fixed: no recurrence, and a forget gate of zero.
     layer.cell.recurrent_kernel.assign(tf.zeros((5, 20)))
     layer.cell.bias.assign([0.0] * 5 + [-1e9] * 5 + [0.0] * 10)
-    optimizer = toys.bind(wrapper)
+    optimizer = techniques.bind(wrapper)
     x = np.full((3, 7, 2), 0.1, np.float32)
     first = wrapper(x, training=True).numpy()
     np.testing.assert_allclose(first, first[:1, :1] + 0 * first, rtol=1e-5)
@@ -371,7 +373,7 @@ def test_recurrent_layer_keeps_one_sample_for_all_time_steps():
 def test_sampled_weights_have_the_right_moments():
     layer = keras.layers.SimpleRNN(4, activation=None, use_bias=False)
     wrapper = wrap(layer, (None, 1, 3), log_sigma2=None)
-    optimizer = toys.bind(wrapper)
+    optimizer = techniques.bind(wrapper)
     kernel, recurrent = wrapper.sparse_weights
     # One time step of one-hot inputs shows the kernel.
     x = np.eye(3, dtype=np.float32)[:, None]
@@ -394,7 +396,7 @@ def test_sampled_weights_have_the_right_moments():
 def test_epsilon_is_added_once_to_the_weights_variance():
     layer = keras.layers.SimpleRNN(60, use_bias=False)
     wrapper = wrap(layer, (None, 1, 60), log_sigma2=-1e7, clip_log_alpha=None)
-    toys.bind(wrapper)
+    techniques.bind(wrapper)
     for weight in wrapper.sparse_weights:
         weight.variable.assign(tf.zeros((60, 60)))
         noise = np.float64(wrapper.training_weight(weight)) / 1e-4
@@ -407,7 +409,7 @@ def test_weights_of_one_layer_have_noise_of_their_own():
     wrapper = wrap(layer, (None, 2, 30), log_sigma2=0.0, clip_log_alpha=None)
     layer.cell.kernel.assign(tf.zeros((30, 30)))
     layer.cell.recurrent_kernel.assign(tf.zeros((30, 30)))
-    toys.bind(wrapper)
+    techniques.bind(wrapper)
     kernel, recurrent = [
         np.ravel(wrapper.training_weight(w)) for w in wrapper.sparse_weights
     ]
@@ -424,7 +426,7 @@ def test_variance_is_clipped_by_log_alpha(log_sigma2, log_alpha):
     layer = keras.layers.Dense(5_000, use_bias=False)
     wrapper = wrap(layer, (None, 1), log_sigma2=log_sigma2)
     layer.kernel.assign(tf.fill((1, 5_000), -0.5))
-    toys.bind(wrapper)
+    techniques.bind(wrapper)
     noise = wrapper(np.ones((1, 1), np.float32), training=True).numpy() + 0.5
     expected = np.exp(log_alpha) * 0.25
     assert noise.var() == pytest.approx(expected, rel=6 * np.sqrt(2 / 5_000))
@@ -454,12 +456,12 @@ def in_and_out_of_range(wrapper):
 
 
 def dense_case():
-    x = toys.normal(6, 4, seed=3)
+    x = techniques.normal(6, 4, seed=3)
     return keras.layers.Dense(3), x, x
 
 
 def conv_case():
-    x = toys.normal(2, 4, 4, 2, seed=3)
+    x = techniques.normal(2, 4, 4, 2, seed=3)
     patches = tf.image.extract_patches(
         x, [1, 3, 3, 1], [1, 2, 2, 1], [1, 1, 1, 1], "SAME"
     )
@@ -479,7 +481,7 @@ def test_gradients_of_the_output_are_finite_differences(case, clip):
     layer, inputs, x = case()
     x = np.float64(x)
     wrapper = wrap(layer, inputs.shape, clip_log_alpha=clip)
-    toys.bind(wrapper)
+    techniques.bind(wrapper)
     matrices = in_and_out_of_range(wrapper)
     theta, log_sigma2, outside = [m.reshape(-1, 3) for m in matrices]
     bias = np.float64(getattr(layer, "bias", 0.0))
@@ -494,7 +496,7 @@ def test_gradients_of_the_output_are_finite_differences(case, clip):
         return np.sqrt(x**2 @ variance + 1e-8)
 
     noise = (outputs - x @ theta - bias) / std(theta, log_sigma2)
-    upstream = toys.normal(len(x), 3, seed=9)
+    upstream = techniques.normal(len(x), 3, seed=9)
 
     def loss(theta, log_sigma2):
         sample = x @ theta + bias + std(theta, log_sigma2) * noise
@@ -518,8 +520,8 @@ def test_gradients_of_the_output_are_finite_differences(case, clip):
 @pytest.mark.parametrize("log_sigma2", [60.0, 100.0, -200.0])
 def test_gradients_are_finite_far_outside_of_the_limits(log_sigma2):
     wrapper = wrap(keras.layers.Dense(3), (None, 4), log_sigma2=log_sigma2)
-    toys.bind(wrapper)
-    x = toys.normal(6, 4)
+    techniques.bind(wrapper)
+    x = techniques.normal(6, 4)
     theta, log_sigma2 = gradients(
         wrapper, lambda: tf.reduce_sum(wrapper(x, training=True))
     )
@@ -535,7 +537,7 @@ def test_penalty_and_its_gradients(clip):
         clip_log_alpha=clip,
         penalty_weight=0.7,
     )
-    toys.bind(wrapper)
+    techniques.bind(wrapper)
     theta, log_sigma2, outside = in_and_out_of_range(wrapper)
     (penalty,) = wrapper.losses
     expected = 0.7 * numpy_kl(theta, log_sigma2, clip)
@@ -579,7 +581,7 @@ def test_evaluation_removes_by_log_alpha_unclipped():
     layer.kernel.assign([[1.0, -2.0, 0.5, 0.0]])
     log_square = np.log(np.array([1.0, 4.0, 0.25, 0.0]) + 1e-8)
     log_alpha = np.array([2.99, 3.01, 9.0, -5.0])
-    toys.state(wrapper, "log_sigma2").assign([log_alpha + log_square])
+    techniques.state(wrapper, "log_sigma2").assign([log_alpha + log_square])
     one = np.ones((1, 1), np.float32)
     # Clipped to 2, none would reach the threshold.
     assert wrapper(one).numpy().tolist() == [[1.0, 0.0, 0.0, 0.0]]
@@ -641,7 +643,7 @@ def test_evaluation_is_deterministic_and_sets_the_plain_layers_zeros(name):
 def test_threshold_changes_without_a_new_trace():
     wrapper = wrap(keras.layers.Dense(3), (None, 4))
     evaluate = tf.function(lambda x: wrapper(x, training=False))
-    x = toys.normal(2, 4)
+    x = techniques.normal(2, 4)
     dense = evaluate(x).numpy()
     wrapper.threshold = -100.0
     bias = wrapper.layer.bias.numpy()
@@ -658,9 +660,9 @@ def test_threshold_changes_without_a_new_trace():
 def test_mixed_precision_keeps_parameters_and_penalty_in_float32(policy):
     layer = keras.layers.Dense(3, dtype=policy)
     wrapper = wrap(layer, (None, 4))
-    toys.bind(wrapper)
-    assert toys.state(wrapper, "log_sigma2").dtype == "float32"
-    assert wrapper(toys.normal(2, 4), training=True).dtype == policy[6:]
+    techniques.bind(wrapper)
+    assert techniques.state(wrapper, "log_sigma2").dtype == "float32"
+    assert wrapper(techniques.normal(2, 4), training=True).dtype == policy[6:]
     theta, log_sigma2, _ = in_and_out_of_range(wrapper)
     (penalty,) = wrapper.losses
     assert penalty.dtype == tf.float32
@@ -674,8 +676,8 @@ def test_mixed_precision_has_the_right_variance(policy, size):
     layer = keras.layers.Dense(2_000, use_bias=False, dtype=policy)
     wrapper = wrap(layer, (None, 8), log_sigma2=-8.0, clip_log_alpha=None)
     layer.kernel.assign(tf.zeros((8, 2_000)))
-    toys.bind(wrapper)
-    x = toys.normal(3, 8, scale=size)
+    techniques.bind(wrapper)
+    x = techniques.normal(3, 8, scale=size)
     outputs = np.float64(tf.cast(wrapper(x, training=True), tf.float32))
     expected = np.exp(-8.0) * (x**2).sum(1) + 1e-8
     found = (outputs**2).mean(1)
@@ -687,8 +689,8 @@ def test_float16_stands_small_variances_and_large_inputs(small):
     layer = keras.layers.Dense(64, dtype="mixed_float16")
     wrapper = wrap(layer, (None, 32), log_sigma2=-15.0, seed=1)
     layer.kernel.assign(layer.kernel * 1e-3)
-    toys.bind(wrapper)
-    x = toys.normal(16, 32)
+    techniques.bind(wrapper)
+    x = techniques.normal(16, 32)
     x *= 2e4 / np.abs(x).max()
     x[3] = small  # a quiet example; 0 as after a ReLU
 

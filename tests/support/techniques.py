@@ -1,4 +1,8 @@
-"""Small models, settings for every technique, and how to look at them."""
+"""Small models, arguments for every technique, and how to look at them.
+
+The tests walk the registry: a technique of the package is tested without being
+named, if `HYPERPARAMETERS` holds what it needs.
+"""
 
 import keras
 import numpy as np
@@ -6,33 +10,40 @@ import tensorflow as tf
 from tensorboard.backend.event_processing import event_accumulator
 
 import sos
+from sos.wrappers.base import find_wrappers
 
 SCHEDULE = sos.ConstantSparsity(0.5, begin_step=1, frequency=1)
 
+# With these, techniques prune from the first step on.
+HYPERPARAMETERS = {"sparsity": 0.5, "frequency": 1, "penalty_weight": 1e-3}
 
-def technique_names():
-    """The package's own techniques; other tests register more."""
-    return [
-        name
-        for name, technique in sos.techniques().items()
-        if technique.__module__.startswith("sos.")
-    ]
-
-
-def settings(name):
-    """The arguments that a technique cannot do without."""
-    technique = sos.techniques()[name]
-    if issubclass(technique, sos.PruningWrapper):
-        return {"schedule": SCHEDULE}
-    if issubclass(technique, sos.PenalizedWrapper):
-        return {"penalty_weight": 1e-3}
-    if technique is sos.FixedMask:
-        return {"sparsity": 0.5}
-    return {}
+# The package's own techniques; other tests register more.
+TECHNIQUES = [
+    technique
+    for technique in sos.techniques().values()
+    if technique.__module__.startswith("sos.")
+]
+NAMES = [technique.__name__ for technique in TECHNIQUES]
 
 
-def wrap(name, layer, **overrides):
-    return sos.techniques()[name](layer, **{**settings(name), **overrides})
+def arguments(technique, **overrides):
+    """Arguments of a technique, for its constructor or `sos.sparsify`.
+
+    Args:
+        technique: The class or its name; None for a dense model.
+        **overrides: Arguments that differ from `HYPERPARAMETERS`.
+    """
+    selected = sos.select_hyperparameters(technique, HYPERPARAMETERS)
+    if technique is None:
+        return selected
+    technique = sos.techniques().get(technique, technique)
+    return technique.resolve_hyperparameters(overrides, selected)
+
+
+def wrap(technique, layer, **overrides):
+    """A layer under a technique, which is a class or its name."""
+    technique = sos.techniques().get(technique, technique)
+    return technique(layer, **arguments(technique, **overrides))
 
 
 def bind(layer, step=0):
@@ -54,18 +65,18 @@ def state(wrapper, name):
     return weight.state[name]
 
 
-def mlp(name, *, seed=0, **overrides):
+def mlp(technique, *, seed=0, **overrides):
     """Two sparse dense layers, 6 inputs and 2 outputs."""
     keras.utils.set_random_seed(seed)
     return keras.Sequential(
         [
             keras.Input((6,)),
             wrap(
-                name,
+                technique,
                 keras.layers.Dense(8, activation="tanh", name="a"),
                 **overrides,
             ),
-            wrap(name, keras.layers.Dense(2, name="b"), **overrides),
+            wrap(technique, keras.layers.Dense(2, name="b"), **overrides),
         ],
         # Random numbers depend on the paths of weights.
         name="toy",
@@ -80,10 +91,46 @@ def sparse_state(model):
     """The variables of a model's techniques, as arrays by weight path."""
     return {
         f"{weight.path}:{name}": keras.ops.convert_to_numpy(variable)
-        for wrapper in sos.wrappers.base.find_wrappers(model)
+        for wrapper in find_wrappers(model)
         for weight in wrapper.sparse_weights
         for name, variable in weight.state.items()
     }
+
+
+def values(layer):
+    """All values of a layer or model, copied."""
+    return [keras.ops.convert_to_numpy(v).copy() for v in layer.variables]
+
+
+def make_zeros(model, seed=0):
+    """Gives all techniques zeros in evaluation, as training would."""
+    generator = np.random.default_rng(seed)
+    for wrapper in find_wrappers(model):
+        if isinstance(wrapper, sos.MaskedWrapper):
+            wrapper.set_masks(
+                [
+                    generator.random(weight.variable.shape) < 0.5
+                    for weight in wrapper.sparse_weights
+                ]
+            )
+            continue
+        for weight in wrapper.sparse_weights:
+            for variable in weight.state.values():
+                variable.assign(generator.normal(-2, 3, variable.shape))
+
+
+def assign_evaluation_weights(wrapper, plain):
+    """Sets a plain layer to what a wrapper, also a nested one, evaluates."""
+    layer = wrapper
+    while isinstance(layer, sos.SparseWrapper):
+        layer = layer.layer
+    position = {id(v): i for i, v in enumerate(layer.variables)}
+    for old, new in zip(layer.variables, plain.variables, strict=True):
+        new.assign(old)
+    while isinstance(wrapper, sos.SparseWrapper):
+        for weight, value in wrapper.evaluation_weights().items():
+            plain.variables[position[id(weight.variable)]].assign(value)
+        wrapper = wrapper.layer
 
 
 def two_replicas():
@@ -110,6 +157,35 @@ def train_step(model, optimizer, loss_fn=None, jit_compile=False):
         return loss
 
     return step
+
+
+def train(model, inputs, *, steps=1, optimizer=None, call=None):
+    """Trains with a custom loop and returns the losses.
+
+    The loss pulls all outputs of a model or layer to one.
+    """
+    optimizer = optimizer or keras.optimizers.SGD(0.01)
+    optimizer.build(model.trainable_variables)
+    call = call or (lambda training: model(inputs, training=training))
+
+    @tf.function
+    def train_step():
+        with tf.GradientTape() as tape:
+            outputs = keras.tree.flatten(call(True))
+            loss = tf.add_n(
+                [tf.reduce_mean(tf.square(y - 1.0)) for y in outputs]
+            )
+            loss += sum(model.losses)
+        variables = model.trainable_variables
+        optimizer.apply(tape.gradient(loss, variables), variables)
+        return loss
+
+    losses = []
+    with sos.Driver(model, optimizer) as driver:
+        for _ in range(steps):
+            losses.append(float(train_step()))
+            driver.step()
+    return losses
 
 
 class Recorder(sos.PerTensorRanking):

@@ -1,0 +1,431 @@
+"""Configs of runs: one schema, and what identifies a run.
+
+A config is an `ml_collections.ConfigDict` with the entries of `base_config`.
+Files in `configs/` make them:
+
+```python
+def get_config(arg=""):   # --config=configs/FILE.py:arg
+    ...                   # a config of one run
+def sweep(config):        # the runs of a study
+    ...                   # overrides of that config, one mapping per run
+```
+
+A run is identified by the entries that differ from the defaults of its task
+and its technique. So a new entry with a default changes the name of no run.
+"""
+
+import ast
+import hashlib
+import importlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+import sos
+from sos.errors import UsageError
+from sos.training.checkpoints import diff
+from sos.training.task import Task
+
+#: What stays of a finished run's checkpoints: all, step 0 and the last step
+#: (where branches start), or none.
+KEEP = ("all", "trunk", "none")
+#: Entries that do not identify a run, as they change nothing it computes.
+NOT_IDENTIFYING = ("keep", "label")
+# Entries whose names depend on a choice, such as that of an optimizer: whoever
+# reads them checks the names.
+_OPEN = ("data", "learning_rate", "model", "optimizer", "sparsity")
+_DTYPE_POLICIES = ("float32", "mixed_bfloat16")
+
+
+def base_config() -> ml_collections.ConfigDict:
+    """Returns the entries that every run's config has, with their defaults.
+
+    A task adds its own entries and changes defaults: see
+    `ExperimentTask.default_config`.
+
+    Returns:
+        A config with these entries:
+
+        - `task`: the task's class, as `"package.module:Class"`.
+        - `model`, `data`, `optimizer`, `learning_rate`: mappings whose entries
+          the task reads.
+        - `batch_size`: examples in one optimizer step, over all replicas.
+        - `train_steps`: number of optimizer steps.
+        - `seed`: seed of initial weights, order of the data and noise.
+        - `sparsity`: the arguments of `sos.sparsify`: `technique` (None for a
+          dense model), `rules` as pairs of a regular expression and a rule, and
+          the technique's hyperparameters (`sos.hyperparameters`). Its seed is
+          that of the run unless one is given.
+        - `dtype_policy`: `"float32"` or `"mixed_bfloat16"`.
+        - `gradient_accumulation_steps`: parts, computed one after the other,
+          of each replica's batch.
+        - `parent`: directory of the finished run that this one starts from.
+        - `label`: name in tables and figures; empty for one that is made of
+          the technique.
+        - `keep`: see `KEEP`.
+    """
+    return ml_collections.ConfigDict(
+        {
+            "task": "",
+            "model": {},
+            "data": {},
+            "optimizer": {},
+            "learning_rate": {},
+            "batch_size": 0,
+            "train_steps": 0,
+            "seed": 0,
+            "sparsity": {
+                "technique": config_dict.placeholder(str),
+                "rules": (),
+            },
+            "dtype_policy": "float32",
+            "gradient_accumulation_steps": 1,
+            "parent": config_dict.placeholder(str),
+            "label": "",
+            "keep": "trunk",
+        }
+    )
+
+
+def load_task(path: str) -> type[Task]:
+    """Imports the class of a task.
+
+    Args:
+        path: Such as `"models.fashion_mnist:FashionMnist"`.
+
+    Returns:
+        The class, derived from `sos.experiments.task.ExperimentTask`.
+
+    Raises:
+        UsageError: If there is no such class.
+    """
+    module_name, _, class_name = str(path).partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except (ModuleNotFoundError, ValueError) as error:
+        missing = getattr(error, "name", None) or module_name
+        if not f"{module_name}.".startswith(f"{missing}."):
+            # A module that the task's own module needs.
+            raise
+        raise UsageError(
+            "`config.task` must name a class, as 'package.module:Class', in a "
+            f"module that can be imported. Received: {path!r}"
+        ) from error
+    task = getattr(module, class_name, None)
+    # Not by the class itself, which builds upon this module.
+    if not (
+        isinstance(task, type)
+        and issubclass(task, Task)
+        and hasattr(task, "default_config")
+    ):
+        raise UsageError(
+            "`config.task` must name a subclass of ExperimentTask. "
+            f"Received: {path!r}"
+        )
+    return task
+
+
+def resolve(config: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """Completes and checks the config of a run.
+
+    Args:
+        config: A config or a part of one: entries that are missing take the
+            defaults of the task and of the technique.
+
+    Returns:
+        The whole config, locked. The argument stays as it is.
+
+    Raises:
+        UsageError: If an entry is unknown or has an invalid value.
+    """
+    given = plain(config)
+    defaults = _defaults(given)
+    unknown = sorted(set(given) - set(defaults))
+    if unknown:
+        raise UsageError(
+            f"A config has no entry {', '.join(map(repr, unknown))}. Valid "
+            f"entries: {', '.join(sorted(defaults))}"
+        )
+    resolved = _merge(defaults, given)
+    _check(resolved)
+    return ml_collections.ConfigDict(resolved, convert_dict=True).lock()
+
+
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the entries that identify a run.
+
+    Args:
+        config: A resolved config.
+
+    Returns:
+        The task and, by dotted name, every entry that differs from its
+        default; JSON values.
+    """
+    values = plain(config)
+    defaults = flatten(_defaults(values))
+    return {
+        name: value
+        for name, value in sorted(flatten(values).items())
+        if name.partition(".")[0] not in NOT_IDENTIFYING
+        and (
+            name == "task"
+            or name not in defaults
+            or not _equal(value, defaults[name])
+        )
+    }
+
+
+def run_name(config: Mapping[str, Any]) -> str:
+    """Returns the name of a run's directory, different for different runs.
+
+    Args:
+        config: A resolved config.
+
+    Returns:
+        The technique, what it cannot do without, the seed, and a hash of
+        `identity`, such as `magnitude_pruning_sparsity-0.9_seed-0_1a2b3c4d`.
+    """
+    text = json.dumps(identity(config), sort_keys=True)
+    digest = hashlib.blake2s(text.encode(), digest_size=4).hexdigest()
+    sparsity = plain(config["sparsity"])
+    technique = sparsity["technique"]
+    parts = [_snake_case(technique) if technique else "dense"]
+    for name in required_hyperparameters(technique):
+        parts.append(f"{name}-{_short(sparsity[name])}")
+    parts.append(f"seed-{config['seed']}")
+    return "_".join([*parts, digest])
+
+
+def label(config: Mapping[str, Any]) -> str:
+    """Returns a run's name in tables and figures, without seed and sparsity."""
+    if config["label"]:
+        return config["label"]
+    technique = config["sparsity"]["technique"]
+    return _snake_case(technique).replace("_", " ") if technique else "dense"
+
+
+def required_hyperparameters(technique: str | None) -> list[str]:
+    """Returns the names of the hyperparameters that have no default."""
+    return [
+        name
+        for name, default in sos.hyperparameters(technique).items()
+        if default is sos.REQUIRED
+    ]
+
+
+def config_diff(
+    stored: Mapping[str, Any], config: Mapping[str, Any]
+) -> list[str]:
+    """Compares the config that a run was started with to a resolved one.
+
+    An entry that the stored config lacks is no difference: it was computed
+    with what is the default now.
+
+    Args:
+        stored: The stored config.
+        config: A resolved config.
+
+    Returns:
+        A line for each difference.
+    """
+    new = flatten(plain(config))
+    old = flatten(plain(stored))
+    defaults = flatten(_defaults(plain(config)))
+    for name, default in defaults.items():
+        old.setdefault(name, default)
+    for name in {*old, *new}:
+        if name.partition(".")[0] in NOT_IDENTIFYING:
+            old.pop(name, None)
+            new.pop(name, None)
+    return list(diff(old, new))
+
+
+def parse_argument(
+    argument: str, default: str = ""
+) -> tuple[str, dict[str, Any]]:
+    """Parses what follows the colon in `--config=FILE:ARGUMENT`.
+
+    ```python
+    parse_argument("magnitude,sparsity=0.9")  # ("magnitude", {"sparsity": 0.9})
+    ```
+
+    Args:
+        argument: A name and pairs `name=value`, with commas between. Values are
+            Python literals, or texts.
+        default: The name if there is none.
+
+    Returns:
+        The name and the values.
+
+    Raises:
+        UsageError: If it has another form.
+    """
+    name, values = default, {}
+    for index, part in enumerate(filter(None, argument.split(","))):
+        key, equals, value = part.partition("=")
+        if not equals and index == 0:
+            name = key
+        elif equals and key.isidentifier() and key not in values:
+            values[key] = _literal(value)
+        else:
+            raise UsageError(
+                "The argument of a config file must be a name and different "
+                "pairs name=value, with commas between, such as "
+                f"magnitude,sparsity=0.9. Received: {argument!r}"
+            )
+    return name, values
+
+
+def plain(value: Any) -> Any:
+    """Returns a value as JSON has it: configs as dictionaries, no tuples."""
+    if isinstance(value, ml_collections.ConfigDict):
+        value = value.to_dict()
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise UsageError(
+        "The values of a config must be numbers, texts, booleans, None, lists "
+        f"and mappings. Received: {value!r} of type {type(value).__name__}"
+    )
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested mappings as one, by dotted name."""
+    return dict(_flatten(values, prefix))
+
+
+def _flatten(
+    values: Mapping[str, Any], prefix: str
+) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of a config's task and technique; required ones are None."""
+    defaults = plain(load_task(values.get("task", "")).default_config())
+    defaults["task"] = values["task"]
+    technique = values.get("sparsity", {}).get(
+        "technique", defaults["sparsity"]["technique"]
+    )
+    try:
+        hyperparameters = sos.hyperparameters(technique)
+    except ValueError as error:
+        raise UsageError(f"`config.sparsity.technique`: {error}") from error
+    defaults["sparsity"] = {
+        **{
+            name: None if default is sos.REQUIRED else default
+            for name, default in hyperparameters.items()
+        },
+        **defaults["sparsity"],
+    }
+    if "seed" in hyperparameters:
+        defaults["sparsity"]["seed"] = None
+    return defaults
+
+
+def _merge(
+    defaults: Mapping[str, Any], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The values over the defaults, with numbers of the defaults' types."""
+    merged = dict(defaults)
+    for name, value in values.items():
+        default = defaults.get(name)
+        if isinstance(default, Mapping) and isinstance(value, Mapping):
+            merged[name] = _merge(default, value)
+        elif type(default) is float and type(value) is int:
+            merged[name] = float(value)
+        else:
+            merged[name] = value
+    return merged
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    """Raises `UsageError` if an entry of a whole config is invalid."""
+    for name in ("batch_size", "train_steps", "gradient_accumulation_steps"):
+        _check_integer(name, config[name], 1)
+    _check_integer("seed", config["seed"], 0)
+    for name, valid in (("keep", KEEP), ("dtype_policy", _DTYPE_POLICIES)):
+        if config[name] not in valid:
+            raise UsageError(
+                f"`config.{name}` must be one of {', '.join(valid)}. "
+                f"Received: {config[name]!r}"
+            )
+    for name in _OPEN:
+        if not isinstance(config[name], Mapping):
+            raise UsageError(
+                f"`config.{name}` must be a mapping. Received: {config[name]!r}"
+            )
+    _check_sparsity(config["sparsity"], config["train_steps"])
+
+
+def _check_integer(name: str, value: Any, minimum: int) -> None:
+    if type(value) is not int or not minimum <= value < 2**31:
+        raise UsageError(
+            f"`config.{name}` must be an integer of at least {minimum}. "
+            f"Received: {value!r}"
+        )
+
+
+def _check_sparsity(sparsity: Mapping[str, Any], train_steps: int) -> None:
+    technique = sparsity["technique"]
+    valid = {"technique", "rules", *sos.hyperparameters(technique)}
+    unknown = sorted(set(sparsity) - valid)
+    if unknown:
+        raise UsageError(
+            f"`config.sparsity` has no entry {', '.join(map(repr, unknown))} "
+            f"with the technique {technique!r}. Valid entries: "
+            f"{', '.join(sorted(valid))}"
+        )
+    missing = [
+        name
+        for name in required_hyperparameters(technique)
+        if sparsity[name] is None
+    ]
+    if missing:
+        raise UsageError(
+            f"The technique {technique!r} needs "
+            + " and ".join(f"`config.sparsity.{name}`" for name in missing)
+            + "."
+        )
+    end = sparsity.get("end_step")
+    if end is not None and end > train_steps:
+        raise UsageError(
+            "`config.sparsity.end_step` must not be after the last step, as "
+            "what the technique is to reach would never be reached. Received: "
+            f"end_step={end}, train_steps={train_steps}"
+        )
+
+
+def _equal(first: Any, second: Any) -> bool:
+    """Whether two JSON values are equal and of one type, as JSON tells them."""
+    if isinstance(first, float) and isinstance(second, float):
+        return first == second or (math.isnan(first) and math.isnan(second))
+    return type(first) is type(second) and first == second
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+
+
+def _short(value: Any) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return re.sub(r"[^\w.+-]", "-", text)

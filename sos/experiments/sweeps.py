@@ -1,0 +1,233 @@
+"""Sweeps: many runs of one config, with values that differ."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import ml_collections
+
+from sos.errors import ReportedError, UsageError
+from sos.experiments import config as config_lib
+from sos.experiments.launchers import Launcher, LocalLauncher
+from sos.experiments.progress import SweepProgress
+from sos.experiments.runs import Result, read_result, run_directory
+from sos.experiments.task import make_task
+from sos.training.checkpoints import Checkpoints
+from sos.training.signals import StopSource
+
+
+class FailedRunsError(ReportedError):
+    """Runs of a sweep failed, when all others were finished.
+
+    Attributes:
+        failures: By the name of the run, what went wrong.
+    """
+
+    def __init__(self, failures: Mapping[str, str]) -> None:
+        self.failures = dict(failures)
+        super().__init__(
+            f"{len(failures)} of the runs failed:"
+            + "".join(f"\n  {name}: {text}" for name, text in failures.items())
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DiskUse:
+    """Estimate of the disk space that a sweep takes.
+
+    Attributes:
+        finished: Bytes of the checkpoints that stay.
+        training: Further bytes while runs are trained, at most.
+    """
+
+    finished: int
+    training: int
+
+
+def expand(
+    config: Mapping[str, Any], overrides: Iterable[Mapping[str, Any]]
+) -> list[ml_collections.ConfigDict]:
+    """Makes the configs of a sweep.
+
+    Args:
+        config: The config that all runs have in common.
+        overrides: For each run, the values that replace those of the config, as
+            nested mappings. A `sparsity` with a `technique` replaces the whole
+            entry, as techniques have different hyperparameters.
+
+    Returns:
+        The resolved configs, in order.
+
+    Raises:
+        UsageError: If a config is invalid, two runs are the same, or there is
+            no run.
+    """
+    configs = {}
+    for values in overrides:
+        merged = _override(config_lib.plain(config), config_lib.plain(values))
+        resolved = config_lib.resolve(merged)
+        name = config_lib.run_name(resolved)
+        if name in configs:
+            raise UsageError(
+                "The runs of a sweep must differ. Received twice: "
+                f"{dict(values)}"
+            )
+        configs[name] = resolved
+    if not configs:
+        raise UsageError("A sweep must have at least one run. Received: none")
+    return list(configs.values())
+
+
+def select(
+    configs: Sequence[ml_collections.ConfigDict], pattern: str
+) -> list[ml_collections.ConfigDict]:
+    """Returns the runs whose names match a regular expression.
+
+    Args:
+        configs: Resolved configs.
+        pattern: Searched for in `run_name(config)`.
+
+    Raises:
+        UsageError: If the expression is invalid or matches nothing.
+    """
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise UsageError(
+            "Runs are selected by a regular expression on their names "
+            f"({error}). Received: {pattern!r}"
+        ) from error
+    names = [config_lib.run_name(config) for config in configs]
+    selected = [
+        config
+        for name, config in zip(names, configs, strict=True)
+        if expression.search(name)
+    ]
+    if not selected:
+        raise UsageError(
+            f"The expression {pattern!r} matches no run of the sweep: "
+            + ", ".join(names)
+        )
+    return selected
+
+
+def estimate_disk_use(
+    configs: Sequence[ml_collections.ConfigDict],
+    workdir: Path,
+    *,
+    workers: int,
+    keep_checkpoint_max: int = 5,
+    save_checkpoints_steps: int = 1000,
+) -> DiskUse:
+    """Estimates the disk space of the runs that are not finished.
+
+    It builds the model and the optimizer of every kind of run, so that a
+    network that cannot be made sparse as a config asks for is known before
+    anything is trained.
+
+    Args:
+        configs: Resolved configs.
+        workdir: Directory of the runs.
+        workers: Number of runs that are trained at a time.
+        keep_checkpoint_max: As in `sos.training.main.Options`.
+        save_checkpoints_steps: As in `sos.training.main.Options`.
+
+    Returns:
+        The estimate.
+
+    Raises:
+        UsageError: If a config does not fit the network.
+    """
+    sizes: dict[str, int] = {}
+    finished, largest = 0, 0
+    for config in configs:
+        if read_result(run_directory(config, workdir)) is not None:
+            continue
+        task = make_task(config)
+        signature = task.compile_signature()
+        if signature not in sizes:
+            model = task.build_model()
+            optimizer = task.build_optimizer(model)
+            if not optimizer.built:
+                optimizer.build(model.trainable_variables)
+            sizes[signature] = Checkpoints.nbytes(model, optimizer)
+            del model, optimizer
+            keras.backend.clear_session(free_memory=False)
+        size = sizes[signature]
+        saved = 1 + -(-config.train_steps // save_checkpoints_steps)
+        stays = {"all": saved, "trunk": 2, "none": 0}[config.keep]
+        finished += stays * size
+        # One more is written before the oldest is removed.
+        most = min(saved, keep_checkpoint_max + 2)
+        largest = max(largest, max(0, most - stays) * size)
+    return DiskUse(finished=finished, training=largest * workers)
+
+
+def run_sweep(
+    configs: Sequence[ml_collections.ConfigDict],
+    workdir: Path,
+    *,
+    launcher: Launcher | None = None,
+    progress: SweepProgress | None = None,
+    stop: StopSource | None = None,
+    **options: Any,
+) -> list[Result]:
+    """Trains all runs of a sweep that are not finished.
+
+    Several processes may work on one sweep: each run is trained by one of them.
+
+    Args:
+        configs: Resolved configs, as `expand` makes them.
+        workdir: Directory of the runs.
+        launcher: Starts the runs; by default on this machine.
+        progress: Shows what is going on; by default nothing does.
+        stop: Stops the sweep; runs in progress are saved.
+        **options: As for `sos.experiments.run`.
+
+    Returns:
+        The results, in the order of the configs.
+
+    Raises:
+        FailedRunsError: If runs failed, when all others are finished.
+        StorageError: If a file cannot be read or written.
+        Stopped: If `stop` asked for it; the same call continues.
+    """
+    launcher = launcher or LocalLauncher()
+    progress = progress or SweepProgress(quiet=True)
+    pending = []
+    for config in configs:
+        result = read_result(run_directory(config, workdir))
+        if result is None:
+            pending.append(config)
+        progress.add(config, result)
+    with progress:
+        failures = launcher.launch(
+            pending, workdir, progress=progress, stop=stop, **options
+        )
+    if failures:
+        raise FailedRunsError(failures)
+    return [read_result(run_directory(config, workdir)) for config in configs]
+
+
+def _override(
+    config: dict[str, Any], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    merged = _update(config, values)
+    sparsity = values.get("sparsity")
+    if isinstance(sparsity, Mapping) and "technique" in sparsity:
+        merged["sparsity"] = dict(sparsity)
+    return merged
+
+
+def _update(
+    config: dict[str, Any], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    merged = dict(config)
+    for name, value in values.items():
+        old = config.get(name)
+        both = isinstance(value, Mapping) and isinstance(old, dict)
+        merged[name] = _update(old, value) if both else value
+    return merged

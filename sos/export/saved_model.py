@@ -1,0 +1,103 @@
+"""The format of TensorFlow Serving: a SavedModel, complete or absent."""
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import tensorflow as tf
+
+from sos.errors import StorageError
+from sos.export.serving import concrete_signatures
+from sos.files import atomic_directory
+
+
+def write(module: tf.Module, path: str) -> None:
+    """Writes a module and its signatures as a SavedModel.
+
+    Args:
+        module: The module, with an attribute `signatures`.
+        path: The directory to write. A SavedModel there is replaced.
+
+    Raises:
+        UsageError: If `signatures` is invalid.
+        StorageError: If `path` holds anything other than a SavedModel, or
+            cannot be written.
+    """
+    # Traced here, so that any error of TensorFlow's below is one of the disk.
+    signatures = concrete_signatures(module)
+    put = _upload if "://" in path else atomic_directory
+    try:
+        _check_path(path)
+        with _without_signatures(module), put(path) as temporary:
+            tf.saved_model.save(
+                module, os.fspath(temporary), signatures=signatures
+            )
+    except StorageError:
+        raise
+    except (OSError, tf.errors.OpError) as error:
+        raise StorageError(
+            f"The model cannot be exported to {path}: {_reason(error)}. "
+            "Choose a directory that has room and is writable."
+        ) from error
+
+
+@contextmanager
+def _without_signatures(module: tf.Module) -> Iterator[None]:
+    """Removes the attribute `signatures`, a name that SavedModels reserve."""
+    removed = vars(module).get("signatures")
+    if removed is None:
+        # A property, which TensorFlow does not see.
+        yield
+        return
+    del module.signatures
+    try:
+        yield
+    finally:
+        module.signatures = removed
+
+
+def _check_path(path: str) -> None:
+    gfile = tf.io.gfile
+    if not gfile.exists(path) or tf.saved_model.contains_saved_model(path):
+        return
+    if gfile.isdir(path) and not gfile.listdir(path):
+        return
+    raise StorageError(
+        "An export replaces nothing but a SavedModel, and there is something "
+        f"else. Move it away or choose another path. Received: path={path!r}"
+    )
+
+
+@contextmanager
+def _upload(path: str) -> Iterator[str]:
+    """Yields a local directory that is copied to `path` on success.
+
+    An object store has no directories to rename. `saved_model.pb`, which makes
+    a directory a SavedModel, is removed first and written last.
+    """
+    gfile = tf.io.gfile
+    with tempfile.TemporaryDirectory() as temporary:
+        yield temporary
+        if gfile.exists(path):
+            if tf.saved_model.contains_saved_model(path):
+                gfile.remove(f"{path}/saved_model.pb")
+            gfile.rmtree(path)
+        files = [file for file in Path(temporary).rglob("*") if file.is_file()]
+        for file in sorted(files, key=lambda x: x.name == "saved_model.pb"):
+            new = f"{path}/{file.relative_to(temporary).as_posix()}"
+            gfile.makedirs(os.path.dirname(new))
+            gfile.copy(str(file), new)
+
+
+def _reason(error: OSError | tf.errors.OpError) -> str:
+    """Returns one line, without TensorFlow's names of operations and files."""
+    if isinstance(error, OSError):
+        text = error.strerror or str(error)
+    else:
+        text = re.sub(r"\{\{.*?\}\} *| *\[Op:\w+\]", "", error.message)
+        text = re.sub(r"^\S+; ", "", text)
+    lines = text.strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,0 +1,443 @@
+"""Learning-rate schedules, made from the entries of a config.
+
+```
+config = {"schedule": "cosine", "base": 1e-3, "warmup_steps": 500}
+learning_rate = make_learning_rate(config, train_steps=10_000)
+optimizer = make_optimizer({"name": "adamw"}, learning_rate=learning_rate)
+```
+
+A schedule is a function of t, the number of completed optimizer steps
+(`optimizer.iterations`): the first step is made with the rate at t = 0. With B
+the base rate, W the warm-up and T the training length in steps, the schedules
+are:
+
+- "constant": B * min(1, t / W).
+- "cosine": B * t / W for t < W, then
+  B * (alpha + (1 - alpha) * (1 + cos(pi * (t - W) / (T - W))) / 2)
+  (Loshchilov and Hutter 2016, arXiv 1608.03983).
+- "piecewise": B * t / W for t < W, then B, then B * factors[i] from
+  boundaries[i] on.
+- "rsqrt": B * min(1, t / W) / sqrt(max(t, W) * hidden_size)
+  (Vaswani et al. 2017, arXiv 1706.03762).
+
+`defaults` lists the entries of each. A rate is a float32 scalar; its constants
+become part of a compiled step.
+"""
+
+import fractions
+import math
+import numbers
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from sos.errors import UsageError
+
+# A default of None marks an entry that a config must set, except
+# `base_batch_size` and `reference_steps`.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "constant": {
+        "base": None,
+        "base_batch_size": None,
+        "warmup_steps": 0,
+    },
+    "cosine": {
+        "base": None,
+        "base_batch_size": None,
+        "warmup_steps": 0,
+        "alpha": 0.0,
+    },
+    "piecewise": {
+        "base": None,
+        "base_batch_size": None,
+        "warmup_steps": 0,
+        "boundaries": (),
+        "factors": (),
+        "reference_steps": None,
+    },
+    "rsqrt": {
+        "base": None,
+        "base_batch_size": None,
+        "warmup_steps": 8000,
+        "hidden_size": None,
+    },
+}
+
+
+def names() -> tuple[str, ...]:
+    """Returns the names of all schedules."""
+    return tuple(_DEFAULTS)
+
+
+def defaults(schedule: str) -> dict[str, Any]:
+    """Returns the config entries of a schedule with their default values.
+
+    The entries are:
+
+    - `base`: the base learning rate, greater than 0. Must be set.
+    - `base_batch_size`: the batch size that `base` is meant for. The rate is
+      then base * batch_size / base_batch_size (the linear scaling rule of Goyal
+      et al. 2017, arXiv 1706.02677). None: `base` fits any batch size.
+    - `warmup_steps`: the number of steps over which the rate grows linearly
+      from 0; at least 0 (for "rsqrt" greater than 0), not necessarily an
+      integer.
+    - `alpha` ("cosine"): the last rate as a fraction of the base, in [0, 1].
+    - `boundaries` and `factors` ("piecewise"): increasing steps, not
+      necessarily integers, and for each the factor of the *base* rate from
+      there on.
+    - `reference_steps` ("piecewise"): the training length that `warmup_steps`
+      and `boundaries` are meant for. They are multiplied by
+      train_steps / reference_steps. None: they are not scaled.
+    - `hidden_size` ("rsqrt"): the width d of the model; 1 leaves the factor
+      d^-1/2 out. Must be set.
+
+    Args:
+        schedule: The name of a schedule.
+
+    Raises:
+        UsageError: If there is no such schedule.
+    """
+    if not isinstance(schedule, str) or schedule not in _DEFAULTS:
+        raise UsageError(
+            f"`schedule` must be one of {_quoted(names())}. "
+            f"Received: schedule={schedule!r}"
+        )
+    return dict(_DEFAULTS[schedule])
+
+
+def make_learning_rate(
+    config: Mapping[str, Any],
+    *,
+    train_steps: int,
+    batch_size: int | None = None,
+) -> keras.optimizers.schedules.LearningRateSchedule:
+    """Makes the learning-rate schedule that a config describes.
+
+    The authors' recipes for ResNet-50 on ImageNet (drops after 30, 60 and 80
+    epochs of 1,281,167 images) and for the Transformer:
+
+    ```
+    epoch = 1_281_167 / 1024
+    resnet = make_learning_rate(
+        {
+            "schedule": "piecewise",
+            "base": 0.1,
+            "base_batch_size": 256,
+            "warmup_steps": 5 * epoch,
+            "boundaries": [30 * epoch, 60 * epoch, 80 * epoch],
+            "factors": [0.1, 0.01, 0.001],
+            "reference_steps": 128_000,
+        },
+        train_steps=256_000,  # Twice as long: all drops at twice the step.
+        batch_size=1024,
+    )
+    transformer = make_learning_rate(
+        {"schedule": "rsqrt", "base": 2.0, "hidden_size": 512},
+        train_steps=500_000,
+    )
+    ```
+
+    Args:
+        config: `schedule`, the name of a schedule, and its entries; see
+            `defaults`. Entries that are left out take their default.
+        train_steps: The number of steps of the whole training.
+        batch_size: The number of examples per optimizer step, over all
+            replicas. Used only if `base_batch_size` is set.
+
+    Returns:
+        A schedule that Keras can serialize.
+
+    Raises:
+        UsageError: If an entry or its value is invalid, or one is missing.
+    """
+    entries = _entries(config)
+    name = entries.pop("schedule", None)
+    valid = defaults(name)
+    unknown = sorted(set(entries) - set(valid))
+    if unknown:
+        raise UsageError(
+            f"The learning rate schedule {name!r} has the entries "
+            f"{_quoted(valid)}. Received: {_quoted(unknown)}"
+        )
+    entries = {**valid, **entries}
+    train_steps = _positive_integer("train_steps", train_steps)
+    base = _number("base", entries.pop("base"), above=0.0)
+    base_batch_size = entries.pop("base_batch_size")
+    if base_batch_size is not None:
+        if batch_size is None:
+            raise UsageError(
+                "`base_batch_size` scales the base learning rate with the "
+                "batch size: pass `batch_size`, or leave `base_batch_size` "
+                f"out. Received: base_batch_size={base_batch_size!r}, "
+                "batch_size=None"
+            )
+        base_batch_size = _positive_integer("base_batch_size", base_batch_size)
+        base = base * _positive_integer("batch_size", batch_size)
+        base = base / base_batch_size
+    return _MAKERS[name](base, train_steps, **entries)
+
+
+@keras.saving.register_keras_serializable(package="sos")
+class WarmupPiecewise(keras.optimizers.schedules.LearningRateSchedule):
+    """Linear warm-up to a base rate, then factors of it at boundaries.
+
+    The rate is base * t / warmup_steps for t < warmup_steps. From there on it
+    is the base, and for t >= boundaries[i] base * factors[i].
+
+    ```
+    rate = WarmupPiecewise(0.4, 5, boundaries=[30, 60], factors=[0.1, 0.01])
+    [float(rate(t)) for t in (0, 5, 30, 60)]  # 0.0, 0.4, 0.04, 0.004
+    ```
+
+    Args:
+        base: The base learning rate.
+        warmup_steps: The length of the warm-up in steps, not necessarily an
+            integer; 0 for none.
+        boundaries: Integer steps in increasing order.
+        factors: As many factors of the base rate.
+    """
+
+    def __init__(
+        self,
+        base: float,
+        warmup_steps: float = 0,
+        boundaries: Sequence[int] = (),
+        factors: Sequence[float] = (),
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.warmup_steps = warmup_steps
+        self.boundaries = list(boundaries)
+        self.factors = list(factors)
+
+    def __call__(self, step: Any) -> Any:
+        """Returns the rate after `step` completed steps."""
+        step = ops.convert_to_tensor(step)
+        rate = _float32(self.base)
+        # Steps are compared as integers, which are exact at any size.
+        for boundary, factor in zip(self.boundaries, self.factors, strict=True):
+            rate = ops.where(
+                step >= boundary, _float32(self.base * factor), rate
+            )
+        if not self.warmup_steps:
+            return rate
+        done = ops.cast(step, "float32") / _float32(self.warmup_steps)
+        return ops.where(
+            step < math.ceil(self.warmup_steps),
+            _float32(self.base) * done,
+            rate,
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments."""
+        return {
+            "base": self.base,
+            "warmup_steps": self.warmup_steps,
+            "boundaries": self.boundaries,
+            "factors": self.factors,
+        }
+
+
+@keras.saving.register_keras_serializable(package="sos")
+class InverseSquareRoot(keras.optimizers.schedules.LearningRateSchedule):
+    """Linear warm-up to a peak, then a decay with 1 / sqrt(t).
+
+    The rate is peak * t / W for t <= W = warmup_steps, then
+    peak * sqrt(W / t). This is base * min(1, t / W) * max(t, W)^-1/2 * d^-1/2
+    with peak = base * (W * d)^-1/2.
+
+    t is the number of completed steps, as in the authors' tensor2tensor
+    schedule "constant*linear_warmup*rsqrt_decay*rsqrt_hidden_size". Vaswani et
+    al. (2017) count the steps from 1.
+
+    ```
+    rate = InverseSquareRoot(2.0 / (8000 * 512) ** 0.5, warmup_steps=8000)
+    float(rate(8000))  # 9.88e-4
+    ```
+
+    Args:
+        peak: The rate at the end of the warm-up.
+        warmup_steps: The length of the warm-up in steps, greater than 0.
+    """
+
+    def __init__(self, peak: float, warmup_steps: float) -> None:
+        super().__init__()
+        self.peak = peak
+        self.warmup_steps = warmup_steps
+
+    def __call__(self, step: Any) -> Any:
+        """Returns the rate after `step` completed steps."""
+        step = ops.cast(step, "float32")
+        warmup = _float32(self.warmup_steps)
+        return _float32(self.peak) * ops.minimum(
+            step / warmup, ops.sqrt(warmup / ops.maximum(step, warmup))
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments."""
+        return {"peak": self.peak, "warmup_steps": self.warmup_steps}
+
+
+def _constant(
+    base: float, train_steps: int, *, warmup_steps: Any
+) -> WarmupPiecewise:
+    del train_steps
+    return WarmupPiecewise(base, _number("warmup_steps", warmup_steps, 0.0))
+
+
+def _cosine(
+    base: float, train_steps: int, *, warmup_steps: Any, alpha: Any
+) -> keras.optimizers.schedules.CosineDecay:
+    warmup_steps = _number("warmup_steps", warmup_steps, 0.0)
+    alpha = _number("alpha", alpha, 0.0)
+    if alpha > 1.0:
+        raise UsageError(
+            f"`alpha` must be a number from 0 to 1. Received: alpha={alpha!r}"
+        )
+    if warmup_steps >= train_steps:
+        raise UsageError(
+            "`warmup_steps` must be less than `train_steps`, as the cosine "
+            f"needs steps to decay over. Received: warmup_steps={warmup_steps}"
+            f", train_steps={train_steps}"
+        )
+    if not warmup_steps:
+        return keras.optimizers.schedules.CosineDecay(
+            base, train_steps, alpha=alpha
+        )
+    return keras.optimizers.schedules.CosineDecay(
+        0.0,
+        train_steps - warmup_steps,
+        alpha=alpha,
+        warmup_target=base,
+        warmup_steps=warmup_steps,
+    )
+
+
+def _piecewise(
+    base: float,
+    train_steps: int,
+    *,
+    warmup_steps: Any,
+    boundaries: Any,
+    factors: Any,
+    reference_steps: Any,
+) -> WarmupPiecewise:
+    warmup_steps = _number("warmup_steps", warmup_steps, 0.0)
+    boundaries = _numbers("boundaries", boundaries)
+    factors = _numbers("factors", factors)
+    if len(boundaries) != len(factors):
+        raise UsageError(
+            "`factors` must have one number for each of `boundaries`. "
+            f"Received: boundaries={boundaries}, factors={factors}"
+        )
+    starts = [0.0, *boundaries]
+    if any(a >= b for a, b in zip(starts, boundaries, strict=False)):
+        raise UsageError(
+            "`boundaries` must be steps after 0 in increasing order. "
+            f"Received: boundaries={boundaries}"
+        )
+    if boundaries and warmup_steps > boundaries[0]:
+        raise UsageError(
+            "`warmup_steps` must not exceed the first of `boundaries`. "
+            f"Received: warmup_steps={warmup_steps}, boundaries={boundaries}"
+        )
+    scale = fractions.Fraction(1)
+    if reference_steps is not None:
+        reference_steps = _number("reference_steps", reference_steps, above=0.0)
+        scale = train_steps / fractions.Fraction(reference_steps)
+    return WarmupPiecewise(
+        base,
+        float(fractions.Fraction(warmup_steps) * scale),
+        # A factor holds from the first whole step that is not before its
+        # boundary. Fractions are exact: no rounding error adds a step.
+        [math.ceil(fractions.Fraction(b) * scale) for b in boundaries],
+        factors,
+    )
+
+
+def _rsqrt(
+    base: float, train_steps: int, *, warmup_steps: Any, hidden_size: Any
+) -> InverseSquareRoot:
+    del train_steps
+    warmup_steps = _number("warmup_steps", warmup_steps, above=0.0)
+    hidden_size = _positive_integer("hidden_size", hidden_size)
+    return InverseSquareRoot(
+        base / math.sqrt(warmup_steps * hidden_size), warmup_steps
+    )
+
+
+_MAKERS: dict[str, Callable[..., Any]] = {
+    "constant": _constant,
+    "cosine": _cosine,
+    "piecewise": _piecewise,
+    "rsqrt": _rsqrt,
+}
+
+
+def _entries(config: Any) -> dict[str, Any]:
+    try:
+        # A ConfigDict is not a `Mapping`.
+        return dict(config)
+    except (TypeError, ValueError):
+        raise UsageError(
+            "A learning rate is described by entries such as "
+            "{'schedule': 'constant', 'base': 0.1}. "
+            f"Received: {config!r} of type {type(config).__name__}"
+        ) from None
+
+
+def _float32(value: float) -> Any:
+    return ops.convert_to_tensor(value, dtype="float32")
+
+
+def _number(
+    entry: str,
+    value: Any,
+    at_least: float | None = None,
+    *,
+    above: float | None = None,
+) -> float:
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if (
+        not real
+        or not math.isfinite(value)
+        or (at_least is not None and value < at_least)
+        or (above is not None and value <= above)
+    ):
+        limit = (
+            f"of at least {at_least:g}"
+            if above is None
+            else f"greater than {above:g}"
+        )
+        raise UsageError(
+            f"`{entry}` must be a number {limit}. Received: {entry}={value!r}"
+        )
+    return float(value)
+
+
+def _numbers(entry: str, values: Any) -> list[float]:
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise UsageError(
+            f"`{entry}` must be a list of numbers. Received: {entry}={values!r}"
+        )
+    return [_number(entry, value, 0.0) for value in values]
+
+
+def _positive_integer(entry: str, value: Any) -> int:
+    try:
+        integer = operator.index(value)
+    except TypeError:
+        integer = 0
+    if integer < 1 or isinstance(value, bool):
+        raise UsageError(
+            f"`{entry}` must be an integer of at least 1. "
+            f"Received: {entry}={value!r}"
+        )
+    return integer
+
+
+def _quoted(words: Any) -> str:
+    return ", ".join(repr(word) for word in words)

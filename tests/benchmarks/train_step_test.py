@@ -1,0 +1,41 @@
+import re
+import sys
+
+import pytest
+
+from benchmarks import train_step
+from tests.support import benchmarks
+
+
+def test_train_step_prints_one_report_of_the_techniques():
+    report = benchmarks.run(
+        "train_step",
+        "--model=convnet",
+        "--techniques=VariationalDropout",
+        "--repeats=1",
+        "--batch=2",
+    )
+    assert list(report["results"]) == ["dense", "VariationalDropout"]
+    for figures in report["results"].values():
+        assert figures["median_ms"] > 0
+        assert figures["peak_gib"] > 0
+    assert report["results"]["dense"]["times_dense"] == 1
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("--techniques=dense,Magnitude", "MagnitudePruning.*Received: 'dense'"),
+        ("--repeats=0", "--repeats must be at least 1. Received: 0"),
+        ("--size=8", "--size must be at least 16. Received: 8"),
+        ("--model=vgg", "convnet"),
+    ],
+)
+def test_train_step_with_a_wrong_flag_names_it(
+    argument, message, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", ["train_step", argument])
+    with pytest.raises(SystemExit) as error:
+        train_step.main()
+    assert error.value.code == 2
+    assert re.search(message, capsys.readouterr().err)

@@ -1,0 +1,257 @@
+import importlib
+import json
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+
+import sos
+from sos.errors import UsageError
+from sos.experiments import config as config_lib
+from tests.support import toy_experiment
+from tests.support.toy_experiment import ToyExperiment
+
+FILES = ("fashion_mnist", "fashion_mnist_full")
+
+
+def resolved(technique="dense", **overrides):
+    return config_lib.resolve(toy_experiment.config(technique, **overrides))
+
+
+def add_default(monkeypatch, name, value):
+    """Adds an entry to the task's schema, or changes a default."""
+    default_config = ToyExperiment.default_config.__func__
+
+    def changed(cls):
+        config = default_config(cls)
+        section, _, entry = name.rpartition(".")
+        (config[section] if section else config)[entry] = value
+        return config
+
+    monkeypatch.setattr(ToyExperiment, "default_config", classmethod(changed))
+
+
+# Resolving.
+
+
+def test_resolve_partial_config_takes_defaults_of_task_and_technique():
+    config = resolved("magnitude", seed=3)
+    assert (config.seed, config.batch_size, config.model.units) == (3, 8, 16)
+    assert config.sparsity.begin_step == 0
+    assert config.sparsity.frequency == 2
+    assert set(config.sparsity) == {
+        "technique",
+        "rules",
+        *sos.hyperparameters("MagnitudePruning"),
+    }
+    with pytest.raises(AttributeError):
+        config.learning = 1
+
+
+def test_resolve_resolved_config_changes_nothing():
+    for technique in toy_experiment.TECHNIQUES:
+        config = resolved(technique)
+        stored = json.loads(json.dumps(config_lib.plain(config)))
+        again = config_lib.resolve(stored)
+        assert config_lib.plain(again) == stored
+        assert config_lib.run_name(again) == config_lib.run_name(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ({"train_step": 3}, ["'train_step'", "train_steps"]),
+        ({"batch_size": 0}, ["config.batch_size", "Received: 0"]),
+        ({"train_steps": 2.5}, ["config.train_steps", "2.5"]),
+        ({"seed": -1}, ["config.seed", "-1"]),
+        ({"seed": True}, ["config.seed", "True"]),
+        ({"keep": "some"}, ["config.keep", "trunk", "some"]),
+        ({"dtype_policy": "half"}, ["config.dtype_policy", "half"]),
+        ({"model": 3}, ["config.model", "3"]),
+        ({"model": {"units": object()}}, ["object"]),
+        ({"task": "nowhere:Task"}, ["config.task", "nowhere:Task"]),
+        ({"task": "json:JSONEncoder"}, ["config.task", "ExperimentTask"]),
+        ({"task": ""}, ["config.task", "''"]),
+        ({"sparsity": {"technique": "Magic"}}, ["Magic", "MagnitudePruning"]),
+        (
+            {"sparsity": {"technique": "MagnitudePruning"}},
+            ["config.sparsity.sparsity"],
+        ),
+        (
+            {"sparsity": {"technique": "MagnitudePruning", "penalty": 1.0}},
+            ["'penalty'", "sparsity"],
+        ),
+        ({"sparsity": {"technique": None, "sparsity": 0.5}}, ["'sparsity'"]),
+        (
+            {
+                "sparsity": {
+                    "technique": "MagnitudePruning",
+                    "sparsity": 0.5,
+                    "end_step": 13,
+                }
+            },
+            ["end_step=13", "train_steps=12"],
+        ),
+    ],
+)
+def test_resolve_invalid_entry_raises(overrides, parts):
+    with pytest.raises(UsageError) as error:
+        resolved(**overrides)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_load_task_module_with_missing_import_shows_the_cause(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "broken_task.py").write_text("import not_installed_anywhere\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
+        config_lib.load_task("broken_task:Task")
+
+
+# Identity.
+
+
+def test_identity_holds_only_what_differs_from_defaults():
+    assert config_lib.identity(resolved()) == toy_experiment.CONFIG
+    assert config_lib.identity(resolved("l0", seed=2)) == {
+        **toy_experiment.CONFIG,
+        "seed": 2,
+        "sparsity.technique": "L0Regularization",
+        "sparsity.penalty_weight": 0.01,
+    }
+    # A default that is written out is a default.
+    assert config_lib.identity(resolved(model={"units": 16})) == (
+        toy_experiment.CONFIG
+    )
+
+
+def test_run_name_differs_whenever_the_identity_does():
+    configs = [
+        *(resolved(technique) for technique in toy_experiment.TECHNIQUES),
+        resolved(seed=1),
+        resolved(train_steps=13),
+        resolved(model={"units": 8}),
+        resolved(optimizer={"rate": 0.02, "momentum": None}),
+        resolved(sparsity={"technique": None, "rules": [["a", None]]}),
+        resolved(gradient_accumulation_steps=2),
+        resolved(dtype_policy="mixed_bfloat16"),
+        resolved(parent="runs/other"),
+        resolved(task="tests.support.toy_experiment:Failing"),
+    ]
+    names = [config_lib.run_name(config) for config in configs]
+    assert len(set(names)) == len(names)
+    assert names[0].startswith("dense_seed-0_")
+    assert names[1].startswith("magnitude_pruning_sparsity-0.8_seed-0_")
+
+
+def test_run_name_ignores_label_and_keep():
+    name = config_lib.run_name(resolved())
+    assert config_lib.run_name(resolved(label="x", keep="none")) == name
+
+
+def test_run_name_new_entry_with_default_stays(monkeypatch):
+    name = config_lib.run_name(resolved("magnitude"))
+    add_default(monkeypatch, "model.depth", 2)
+    config = resolved("magnitude")
+    assert config.model.depth == 2
+    assert config_lib.run_name(config) == name
+    other = resolved("magnitude", model={"depth": 3})
+    assert config_lib.run_name(other) != name
+
+
+@hypothesis.given(
+    st.dictionaries(
+        st.sampled_from(["seed", "train_steps", "batch_size"]),
+        st.integers(1, 1000),
+    )
+)
+def test_run_name_does_not_depend_on_order(values):
+    forward = resolved(**values)
+    backward = resolved(**dict(reversed(values.items())))
+    assert config_lib.run_name(forward) == config_lib.run_name(backward)
+
+
+# Differences.
+
+
+def test_config_diff_missing_entry_is_no_difference(monkeypatch):
+    stored = config_lib.plain(resolved("magnitude"))
+    add_default(monkeypatch, "model.depth", 2)
+    assert config_lib.config_diff(stored, resolved("magnitude")) == []
+
+
+def test_config_diff_changed_default_is_a_difference(monkeypatch):
+    stored = config_lib.plain(resolved("magnitude"))
+    add_default(monkeypatch, "model.units", 32)
+    config = resolved("magnitude")
+    # The name is the same: only the stored config shows it.
+    (line,) = config_lib.config_diff(stored, config)
+    assert "model.units" in line
+    assert "16" in line and "32" in line
+
+
+def test_config_diff_label_is_no_difference():
+    stored = config_lib.plain(resolved(label="old"))
+    assert config_lib.config_diff(stored, resolved(label="new")) == []
+
+
+# Arguments of config files.
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("", ("none", {})),
+        ("l0", ("l0", {})),
+        ("l0,seed=2", ("l0", {"seed": 2})),
+        ("seed=2,rate=1e-3", ("none", {"seed": 2, "rate": 1e-3})),
+        ("l0,ramp=cubic", ("l0", {"ramp": "cubic"})),
+    ],
+)
+def test_parse_argument_returns_name_and_values(argument, expected):
+    assert config_lib.parse_argument(argument, default="none") == expected
+
+
+@pytest.mark.parametrize("argument", ["a,b", "a,b=1,b=2", "a,=1", "a,b c=1"])
+def test_parse_argument_invalid_raises(argument):
+    with pytest.raises(UsageError, match="name=value"):
+        config_lib.parse_argument(argument)
+
+
+# The files in configs/.
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_config_file_every_argument_has_a_run_of_its_own(file):
+    module = importlib.import_module(f"configs.{file}")
+    techniques = importlib.import_module("configs.fashion_mnist").TECHNIQUES
+    names = [
+        config_lib.run_name(config_lib.resolve(module.get_config(argument)))
+        for name in techniques
+        for argument in (name, f"{name},seed=1")
+    ]
+    assert len(set(names)) == len(names)
+
+
+def test_config_file_argument_and_sweep_give_the_same_run():
+    from configs import fashion_mnist
+
+    one = fashion_mnist.get_config("magnitude,sparsity=0.95,seed=1")
+    base = fashion_mnist.get_config()
+    from sos.experiments import sweeps
+
+    names = {
+        config_lib.run_name(config)
+        for config in sweeps.expand(base, fashion_mnist.sweep(base))
+    }
+    assert len(names) == 52
+    assert config_lib.run_name(config_lib.resolve(one)) in names
+
+
+def test_config_file_unknown_technique_raises():
+    from configs import fashion_mnist
+
+    with pytest.raises(UsageError, match="magnitude_dense_first"):
+        fashion_mnist.get_config("magic")

@@ -1,0 +1,138 @@
+import dataclasses
+import os
+import pathlib
+import signal
+import threading
+
+import pytest
+
+from sos.errors import Stopped
+from sos.experiments import sweeps
+from sos.experiments.launchers import LocalLauncher, TrainerCache
+from sos.experiments.progress import SweepProgress
+from sos.experiments.runs import read_result, run, run_directory
+from sos.files import only_process
+from sos.training.trainer import Trainer
+from tests.support import processes, toy_experiment
+
+
+def values(config, workdir):
+    return processes.checkpoint_values(
+        run_directory(config, workdir), config.train_steps
+    )
+
+
+def launch(configs, workdir, *, workers=2, stop=None):
+    progress = SweepProgress(quiet=True)
+    for config in configs:
+        progress.add(config)
+    with progress:
+        return LocalLauncher(workers).launch(
+            configs, workdir, progress=progress, stop=stop
+        )
+
+
+# Sharing compiled steps.
+
+
+def test_trainer_cache_shares_what_compiles_to_the_same(toy_configs):
+    trainers = TrainerCache()
+    made = [trainers(config) for config in toy_configs]
+    assert len({id(trainer) for trainer in made}) == len(
+        toy_experiment.TECHNIQUES
+    )
+    # Two seeds each.
+    assert made[0] is made[1]
+
+
+@pytest.mark.parametrize("technique", list(toy_experiment.TECHNIQUES))
+def test_trainer_cache_shared_run_has_the_bits_of_one_alone(
+    technique, finished, tmp_path
+):
+    # In `finished` the second seed's run shared the trainer of the first.
+    config = toy_experiment.config(technique, seed=1)
+    run(config, tmp_path, make_trainer=TrainerCache(), quiet=True)
+    (directory,) = tmp_path.iterdir()
+    expected = processes.checkpoint_values(finished / directory.name, 12)
+    found = processes.checkpoint_values(directory, 12)
+    assert processes.differences(found, expected) == []
+
+
+# Worker processes.
+
+
+def test_local_launcher_workers_train_all_runs(toy_configs, finished, tmp_path):
+    assert launch(toy_configs, tmp_path) == {}
+    for config in toy_configs:
+        expected = read_result(run_directory(config, finished))
+        result = read_result(run_directory(config, tmp_path))
+        assert dataclasses.replace(result, seconds=0.0, metrics={}) == (
+            dataclasses.replace(expected, seconds=0.0, metrics={})
+        )
+        assert result.metrics == pytest.approx(expected.metrics, rel=1e-4)
+
+
+def test_local_launcher_failed_run_does_not_stop_the_others(tmp_path):
+    failing, good = sweeps.expand(
+        toy_experiment.CONFIG,
+        [{"task": "tests.support.toy_experiment:Failing"}, {"seed": 1}],
+    )
+    with pytest.raises(sweeps.FailedRunsError, match="step 1") as error:
+        sweeps.run_sweep([failing, good], tmp_path, launcher=LocalLauncher(1))
+    assert len(error.value.failures) == 1
+    assert read_result(run_directory(good, tmp_path)) is not None
+
+
+def test_local_launcher_stop_saves_runs_in_progress(tmp_path):
+    class Stop:
+        requested = None
+
+    stop = Stop()
+    (config,) = sweeps.expand(
+        toy_experiment.CONFIG, [{"train_steps": 1_000_000}]
+    )
+    log = pathlib.Path(run_directory(config, tmp_path), "train.jsonl")
+
+    def stop_later():
+        while not log.exists() or not log.read_text():
+            threading.Event().wait(0.05)
+        stop.requested = signal.SIGINT
+
+    threading.Thread(target=stop_later, daemon=True).start()
+    with pytest.raises(Stopped, match="SIGINT"):
+        launch([config], tmp_path, stop=stop)
+    steps = processes.checkpoint_steps(log.parent)
+    assert steps[-1] > 0
+
+
+def test_local_launcher_waits_for_runs_of_other_processes(tmp_path):
+    (config,) = sweeps.expand(toy_experiment.CONFIG, [{}])
+    directory = run_directory(config, tmp_path)
+    os.makedirs(directory)
+    released = threading.Event()
+
+    def hold():
+        with only_process(directory, "run"):
+            released.wait(20)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    threading.Timer(8, released.set).start()
+    assert launch([config], tmp_path, workers=1) == {}
+    assert released.is_set()
+    assert read_result(directory) is not None
+    thread.join()
+
+
+def test_local_launcher_without_runs_starts_no_process(tmp_path):
+    assert launch([], tmp_path) == {}
+
+
+@pytest.mark.parametrize("workers", [0, -1])
+def test_local_launcher_without_workers_raises(workers):
+    with pytest.raises(ValueError, match=f"workers={workers}"):
+        LocalLauncher(workers)
+
+
+def test_trainer_cache_gives_a_trainer(toy_configs):
+    assert isinstance(TrainerCache()(toy_configs[0]), Trainer)

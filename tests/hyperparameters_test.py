@@ -1,0 +1,766 @@
+"""Hyperparameters as plain numbers and names, as configs give them."""
+
+import copy
+import doctest
+import itertools
+import json
+import pickle
+
+import hypothesis
+import keras
+import ml_collections
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+import sos
+from sos import arguments, ramps, registry, schedules, surgery
+from sos.errors import UsageError
+from sos.wrappers import masked, penalized
+from sos.wrappers.base import find_wrappers
+from tests.support import techniques
+
+
+@sos.register
+class OwnArguments(sos.PruningWrapper):
+    """Arguments of its own, one of which is not a hyperparameter."""
+
+    def __init__(
+        self,
+        layer,
+        temperature=2.0,
+        *,
+        steps=(1, 2),
+        label=None,
+        function=np.abs,
+        **kwargs,
+    ):
+        super().__init__(layer, **kwargs)
+        self.temperature = temperature
+        self.steps = steps
+        self.function = function
+
+    def scores(self, weight):
+        return weight.value * self.temperature
+
+
+@sos.register
+class OwnDefaults(sos.PruningWrapper):
+    """Other defaults than its family."""
+
+    def __init__(self, layer, *, sparsity=0.25, frequency=7, **kwargs):
+        super().__init__(
+            layer, sparsity=sparsity, frequency=frequency, **kwargs
+        )
+
+    def scores(self, weight):
+        return weight.value
+
+
+@sos.register
+class OwnSchedule(sos.PruningWrapper):
+    """A schedule that nobody else chooses."""
+
+    def __init__(self, layer, *, start=3, **kwargs):
+        super().__init__(layer, sparsity=0.5, begin_step=start, **kwargs)
+
+    def scores(self, weight):
+        return weight.value
+
+
+@sos.register
+class ScheduleAlone(sos.PruningWrapper):
+    """Passes nothing else on to its base class."""
+
+    def __init__(self, layer, schedule, paths=None):
+        super().__init__(layer, schedule=schedule, paths=paths)
+
+    def scores(self, weight):
+        return weight.value
+
+
+@sos.register
+class OwnRamp(techniques.Shift):
+    """Other defaults than its family."""
+
+    def __init__(self, layer, *, ramp="linear", end_step=10, **kwargs):
+        super().__init__(layer, ramp=ramp, end_step=end_step, **kwargs)
+
+
+@sos.register
+class FixedRamp(techniques.Shift):
+    """A ramp that nobody else chooses."""
+
+    def __init__(self, layer, *, begin_step=1, penalty_weight, **kwargs):
+        ramp = sos.LinearRamp(begin_step, begin_step + 1)
+        super().__init__(
+            layer, penalty_weight=penalty_weight, ramp=ramp, **kwargs
+        )
+
+
+EXTERNAL = [
+    OwnArguments,
+    OwnDefaults,
+    OwnSchedule,
+    ScheduleAlone,
+    OwnRamp,
+    FixedRamp,
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_external_techniques():
+    yield
+    for technique in EXTERNAL:
+        del registry._techniques[technique.__name__]
+
+
+def dense():
+    return keras.layers.Dense(4, name="dense")
+
+
+def model_of(**units):
+    units = units or {"first": 8, "last": 4}
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            *(keras.layers.Dense(n, name=name) for name, n in units.items()),
+        ],
+        name="model",
+    )
+
+
+PRUNING = {
+    "sparsity": sos.REQUIRED,
+    "initial_sparsity": 0.0,
+    "begin_step": 0,
+    "end_step": None,
+    "frequency": 100,
+    "power": 3.0,
+}
+PENALIZED = {
+    "penalty_weight": sos.REQUIRED,
+    "ramp": "constant",
+    "begin_step": 0,
+    "end_step": None,
+    "seed": 0,
+}
+
+
+# What there is.
+
+
+@pytest.mark.parametrize(
+    "technique, expected",
+    [
+        (None, {}),
+        ("MagnitudePruning", PRUNING),
+        ("RandomPruning", {**PRUNING, "seed": 0}),
+        ("FixedMask", {"sparsity": None, "seed": 0}),
+        ("L0Regularization", {**PENALIZED, "initial_log_alpha": 2.197}),
+        (
+            "VariationalDropout",
+            {
+                **PENALIZED,
+                "initial_log_sigma2": -10.0,
+                "threshold": 3.0,
+                "clip_log_alpha": 8.0,
+            },
+        ),
+        (
+            OwnArguments,
+            {**PRUNING, "temperature": 2.0, "steps": (1, 2), "label": None},
+        ),
+        (OwnDefaults, {**PRUNING, "sparsity": 0.25, "frequency": 7}),
+        (OwnSchedule, {**PRUNING, "start": 3}),
+        (ScheduleAlone, {}),
+        (OwnRamp, {**PENALIZED, "ramp": "linear", "end_step": 10}),
+        (FixedRamp, {**PENALIZED, "begin_step": 1}),
+    ],
+)
+def test_hyperparameters_of_a_technique_are_its_json_arguments(
+    technique, expected
+):
+    found = sos.hyperparameters(technique)
+    assert found == expected
+    assert list(found) == list(expected)
+    if technique is not None:
+        assert sos.hyperparameters(registry.get_technique(technique)) == found
+
+
+def test_hyperparameters_of_an_unknown_technique_raises():
+    with pytest.raises(UsageError, match="'FixedMask'.*Received: .*'Magnit'"):
+        sos.hyperparameters("Magnit")
+    with pytest.raises(UsageError, match="Received: technique=3"):
+        sos.select_hyperparameters(3, {})
+
+
+def test_hyperparameters_returns_copies():
+    @sos.register
+    class Listing(sos.MaskedWrapper):
+        def __init__(self, layer, *, sizes=[1], **kwargs):  # noqa: B006
+            super().__init__(layer, **kwargs)
+
+    try:
+        sos.hyperparameters(Listing)["sizes"].append(2)
+        assert sos.hyperparameters(Listing) == {"sizes": [1]}
+    finally:
+        del registry._techniques["Listing"]
+
+
+@pytest.mark.parametrize("technique", techniques.TECHNIQUES)
+def test_all_defaults_with_the_required_ones_are_valid(technique):
+    values = {
+        name: 0.5 if default is sos.REQUIRED else default
+        for name, default in sos.hyperparameters(technique).items()
+    }
+    values = json.loads(json.dumps(values))
+    short = {
+        name: 0.5
+        for name, default in sos.hyperparameters(technique).items()
+        if default is sos.REQUIRED
+    }
+    configs = [
+        [layer.get_config() for layer in find_wrappers(sparse)]
+        for sparse in (
+            sos.sparsify(model_of(), technique, **values),
+            sos.sparsify(model_of(), technique, **short),
+        )
+    ]
+    assert configs[0] == configs[1]
+
+
+def test_select_hyperparameters_keeps_those_of_the_technique():
+    values = {"seed": 3, "sparsity": 0.9, "penalty_weight": 1.0, "other": 2}
+    select = sos.select_hyperparameters
+    assert select(None, values) == {}
+    assert select("RandomPruning", values) == {"sparsity": 0.9, "seed": 3}
+    assert select(sos.MagnitudePruning, values) == {"sparsity": 0.9}
+    assert select("FixedMask", {}) == {}
+
+
+def test_required_is_one_object_with_a_readable_name():
+    assert repr(sos.REQUIRED) == "sos.REQUIRED"
+    for same in (
+        copy.copy(sos.REQUIRED),
+        copy.deepcopy({"a": sos.REQUIRED})["a"],
+        pickle.loads(pickle.dumps(sos.REQUIRED)),
+    ):
+        assert same is sos.REQUIRED
+    with pytest.raises(TypeError):
+        json.dumps(sos.REQUIRED)
+
+
+def test_defaults_are_written_down_once_in_effect():
+    constructor = arguments.defaults(sos.PruningWrapper, sos.SparseWrapper)
+    for name, default in schedules.make_schedule.__kwdefaults__.items():
+        assert constructor[name] == default
+    constructor = arguments.defaults(sos.PenalizedWrapper, sos.SparseWrapper)
+    for name, default in ramps.make_ramp.__kwdefaults__.items():
+        assert constructor[name] == default
+
+
+@pytest.mark.parametrize(
+    "module",
+    [masked, penalized, ramps, registry, schedules, surgery],
+    ids=lambda module: module.__name__,
+)
+def test_examples_in_docstrings_run(module):
+    names = [
+        name
+        for name in vars(module)
+        if getattr(vars(module)[name], "__module__", "") == module.__name__
+    ]
+    finder = doctest.DocTestFinder(recurse=False)
+    runner = doctest.DocTestRunner()
+    for name in names:
+        value = vars(module)[name]
+        for test in finder.find(value, name, globs=dict(vars(module))):
+            runner.run(test)
+    assert runner.summarize(verbose=False).failed == 0
+    assert runner.tries > 0
+
+
+# Numbers and names are the objects that they describe.
+
+PAIRS = [
+    (
+        {"sparsity": 0.75},
+        {"schedule": sos.ConstantSparsity(0.75, 0, frequency=100)},
+    ),
+    (
+        {"sparsity": 0.75, "begin_step": 1, "frequency": 2},
+        {"schedule": sos.ConstantSparsity(0.75, 1, frequency=2)},
+    ),
+    (
+        {"sparsity": 0.75, "end_step": 3, "frequency": 1},
+        {"schedule": sos.PolynomialDecay(0.0, 0.75, 0, 3, frequency=1)},
+    ),
+    (
+        {
+            "sparsity": 0.5,
+            "initial_sparsity": 0.125,
+            "begin_step": 1,
+            "end_step": 4,
+            "frequency": 2,
+            "power": 1,
+        },
+        {"schedule": sos.PolynomialDecay(0.125, 0.5, 1, 4, 1, 2)},
+    ),
+]
+
+
+@pytest.mark.parametrize("technique", ["MagnitudePruning", "RandomPruning"])
+@pytest.mark.parametrize("numbers, objects", PAIRS)
+def test_sparsify_with_numbers_gives_the_bits_of_objects(
+    technique, numbers, objects
+):
+    states = []
+    for values in (json.loads(json.dumps(numbers)), objects):
+        keras.utils.set_random_seed(0)
+        sparse = sos.sparsify(model_of(), technique, **values)
+        seen = []
+        optimizer = keras.optimizers.SGD(0.1)
+        optimizer.build(sparse.trainable_variables)
+        step = techniques.train_step(sparse, optimizer)
+        x, _ = techniques.batch()
+        with sos.Driver(sparse, optimizer) as driver:
+            for _ in range(5):
+                step(x, techniques.normal(8, 4))
+                driver.step()
+                seen.append(techniques.sparse_state(sparse))
+        states.append(seen)
+    assert any(not mask.all() for masks in states[0] for mask in masks.values())
+    for numbered, made in zip(*states, strict=True):
+        assert numbered.keys() == made.keys()
+        for path, mask in numbered.items():
+            np.testing.assert_array_equal(mask, made[path])
+
+
+RAMPS = [
+    ({}, sos.ConstantRamp()),
+    ({"ramp": "constant"}, sos.ConstantRamp()),
+    ({"ramp": "linear", "end_step": 4}, sos.LinearRamp(0, 4)),
+    ({"ramp": "cubic", "begin_step": 1, "end_step": 4}, sos.CubicRamp(1, 4)),
+    (
+        {"ramp": "smoothed_cubic", "end_step": 4},
+        sos.CubicRamp(0, 4, moving_average=True),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "technique", ["L0Regularization", "VariationalDropout"]
+)
+@pytest.mark.parametrize("numbers, ramp", RAMPS)
+def test_a_ramp_by_name_gives_the_penalties_of_the_ramp(
+    technique, numbers, ramp
+):
+    penalties = []
+    for values in (numbers, {"ramp": ramp}):
+        keras.utils.set_random_seed(0)
+        sparse = sos.sparsify(model_of(), technique, penalty_weight=2, **values)
+        assert all(w.ramp == ramp for w in find_wrappers(sparse))
+        seen = []
+        for step in range(6):
+            for wrapper in find_wrappers(sparse):
+                techniques.bind(wrapper, step)
+            seen.append(float(sum(sparse.losses)))
+        penalties.append(seen)
+    assert penalties[0] == penalties[1]
+    assert penalties[0][-1] > 0
+
+
+@pytest.mark.parametrize(
+    "technique, values",
+    [
+        (name, values)
+        for name in ("MagnitudePruning", "RandomPruning")
+        for values, _ in PAIRS
+    ]
+    + [
+        (name, {"penalty_weight": 0.5, **values})
+        for name in ("L0Regularization", "VariationalDropout")
+        for values, _ in RAMPS
+    ]
+    + [
+        ("FixedMask", {"sparsity": 0.5, "seed": 3}),
+        (OwnArguments, {"sparsity": 0.5}),
+        (OwnDefaults, {}),
+        (OwnDefaults, {"sparsity": 0.5, "end_step": 9, "frequency": 3}),
+        (OwnRamp, {"penalty_weight": 0.5}),
+        (OwnRamp, {"penalty_weight": 0.5, "ramp": "constant"}),
+        (OwnRamp, {"penalty_weight": 0.5, "ramp": "cubic", "end_step": 4}),
+    ],
+)
+def test_a_wrapper_of_numbers_comes_back_from_its_config(technique, values):
+    technique = registry.get_technique(technique)
+    layer = technique(dense(), **values)
+    layer.build((None, 6))
+    config = json.loads(json.dumps(layer.get_config()))
+    again = technique.from_config(config)
+    again.build((None, 6))
+    found = json.loads(json.dumps(again.get_config()))
+    # How the wrapped layer was built is written differently before and after.
+    assert found | {"layer": None} == config | {"layer": None}
+    for name in ("schedule", "ramp"):
+        assert getattr(again, name, None) == getattr(layer, name, None)
+
+
+def test_a_saved_model_of_numbers_goes_on(tmp_path):
+    sparse = sos.sparsify(model_of(), "MagnitudePruning", sparsity=0.75)
+    sparse.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    for a, b in zip(find_wrappers(sparse), find_wrappers(loaded), strict=True):
+        assert a.schedule == b.schedule
+
+
+def test_layers_with_the_same_numbers_share_one_schedule():
+    numbers = {"sparsity": 0.5, "begin_step": 2, "end_step": 20}
+    sparse = sos.sparsify(
+        model_of(a=3, b=3, c=3, d=3),
+        "MagnitudePruning",
+        **numbers,
+        rules={
+            "b/": {"sparsity": 0.75},
+            "c/": {"power": 3},
+            "d/": {"technique": "RandomPruning", **numbers},
+        },
+    )
+    a, b, c, d = (wrapper.schedule for wrapper in find_wrappers(sparse))
+    assert a is c is d
+    assert a is not b and b.with_sparsity(0.5) == a
+    assert sos.MagnitudePruning(dense(), **numbers).schedule is a
+
+
+def test_layers_share_the_schedule_object_of_a_rule():
+    sparse = sos.sparsify(
+        model_of(a=3, b=3, c=3),
+        "MagnitudePruning",
+        schedule=sos.ConstantSparsity(0.5, 0),
+        rules={"b|c": {"sparsity": 0.75}},
+    )
+    a, b, c = (wrapper.schedule for wrapper in find_wrappers(sparse))
+    assert b is c and a is not b
+
+
+# Arguments that do not go together.
+
+
+@pytest.mark.parametrize(
+    "technique, values, error, message",
+    [
+        ("MagnitudePruning", {}, TypeError, "needs `sparsity`.*neither"),
+        (
+            "MagnitudePruning",
+            {"sparsity": None, "end_step": 3},
+            TypeError,
+            "MagnitudePruning needs `sparsity`.*Received: end_step=3",
+        ),
+        (
+            "RandomPruning",
+            {"schedule": techniques.SCHEDULE, "end_step": 5, "power": 1.0},
+            TypeError,
+            "A `schedule` excludes `end_step`, `power`.*Received: end_step=5",
+        ),
+        (
+            "MagnitudePruning",
+            {"sparsity": 0.5, "end_step": 4, "begin_step": 5},
+            UsageError,
+            "begin_step=5, end_step=4",
+        ),
+        ("MagnitudePruning", {"sparsity": [0.5]}, UsageError, r"\[0.5\]"),
+        (
+            "MagnitudePruning",
+            {"sparsity": np.ones(2), "schedule": techniques.SCHEDULE},
+            UsageError,
+            "`sparsity` must be a finite number",
+        ),
+        (
+            "L0Regularization",
+            {"penalty_weight": 1.0, "ramp": "fast"},
+            UsageError,
+            "no ramp named 'fast'",
+        ),
+        (
+            "L0Regularization",
+            {"penalty_weight": 1.0, "initial_log_alpha": "2"},
+            UsageError,
+            "Received: initial_log_alpha='2'",
+        ),
+        (
+            "VariationalDropout",
+            {"penalty_weight": 1.0, "end_step": 10},
+            UsageError,
+            "do not fit ramp='constant'.*linear",
+        ),
+        (
+            "VariationalDropout",
+            {"penalty_weight": 1.0, "clip_log_alpha": 0},
+            UsageError,
+            r"\(0, 80\].*float32.*clip_log_alpha=0",
+        ),
+        ("FixedMask", {"sparsity": 1.5}, UsageError, r"\[0, 1\].*1.5"),
+        ("FixedMask", {"seed": 0.5}, UsageError, "Received: seed=0.5"),
+    ],
+)
+def test_wrong_arguments_raise_in_constructor_and_sparsify(
+    technique, values, error, message
+):
+    for make in (
+        lambda: registry.get_technique(technique)(dense(), **values),
+        lambda: sos.sparsify(model_of(), technique, **values),
+    ):
+        with pytest.raises(error, match=message) as caught:
+            make()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_schedule_with_a_sparsity_ends_with_that_sparsity():
+    schedule = sos.PolynomialDecay(0.0, 0.9, 0, 10)
+    layer = sos.MagnitudePruning(dense(), schedule=schedule, sparsity=0.5)
+    assert layer.schedule == sos.Schedule(sos.PolynomialDecay(0.0, 0.5, 0, 10))
+    sparse = sos.sparsify(
+        model_of(), "MagnitudePruning", schedule=schedule, sparsity=0.5
+    )
+    for wrapper in find_wrappers(sparse):
+        assert wrapper.schedule == layer.schedule
+
+
+# Rules.
+
+
+def schedules_of(**values):
+    sparse = sos.sparsify(model_of(), "MagnitudePruning", **values)
+    return [wrapper.schedule for wrapper in find_wrappers(sparse)]
+
+
+NUMBERS = {"sparsity": 0.5, "begin_step": 1, "end_step": 9, "frequency": 2}
+
+
+@pytest.mark.parametrize(
+    "rule, expected",
+    [
+        ({"sparsity": 0.75}, sos.PolynomialDecay(0.0, 0.75, 1, 9, 3, 2)),
+        ({"end_step": 20}, sos.PolynomialDecay(0.0, 0.5, 1, 20, 3, 2)),
+        (
+            {"initial_sparsity": 0.25, "power": 1.0},
+            sos.PolynomialDecay(0.25, 0.5, 1, 9, 1, 2),
+        ),
+        ({"end_step": None}, sos.ConstantSparsity(0.5, 1, frequency=2)),
+        ({"schedule": techniques.SCHEDULE}, techniques.SCHEDULE),
+        (
+            {"schedule": techniques.SCHEDULE, "sparsity": 0.75},
+            sos.ConstantSparsity(0.75, 1, frequency=1),
+        ),
+        (
+            {"technique": "MagnitudePruning", "frequency": 3},
+            sos.PolynomialDecay(0.0, 0.5, 1, 9, 3, 3),
+        ),
+        ("MagnitudePruning", sos.PolynomialDecay(0.0, 0.5, 1, 9, 3, 2)),
+        ({}, sos.PolynomialDecay(0.0, 0.5, 1, 9, 3, 2)),
+    ],
+)
+def test_a_rule_inherits_the_hyperparameters_that_it_does_not_change(
+    rule, expected
+):
+    first, last = schedules_of(**NUMBERS, rules={"last": rule})
+    assert first == sos.Schedule(sos.PolynomialDecay(0.0, 0.5, 1, 9, 3, 2))
+    assert last == sos.Schedule(expected)
+
+
+def test_a_rule_changes_the_sparsity_of_a_schedule_alone():
+    schedule = sos.PolynomialDecay(0.0, 0.5, 1, 9)
+    first, last = schedules_of(
+        schedule=schedule, rules={"last": {"sparsity": 0.75}}
+    )
+    assert first.inner is schedule
+    assert last == first.with_sparsity(0.75)
+    with pytest.raises(TypeError, match="rule 'last': A `schedule` excludes"):
+        schedules_of(schedule=schedule, rules={"last": {"end_step": 3}})
+
+
+@pytest.mark.parametrize(
+    "rule, expected",
+    [
+        ({"penalty_weight": 3.0}, sos.LinearRamp(1, 9)),
+        ({"end_step": 4}, sos.LinearRamp(1, 4)),
+        ({"ramp": "cubic"}, sos.CubicRamp(1, 9)),
+        ({"ramp": "constant"}, sos.ConstantRamp()),
+        ({"ramp": sos.CubicRamp(2, 3)}, sos.CubicRamp(2, 3)),
+    ],
+)
+def test_a_rule_inherits_the_ramp_that_it_does_not_change(rule, expected):
+    sparse = sos.sparsify(
+        model_of(),
+        "L0Regularization",
+        penalty_weight=2.0,
+        ramp="linear",
+        begin_step=1,
+        end_step=9,
+        rules={"last": rule},
+    )
+    first, last = find_wrappers(sparse)
+    assert (first.ramp, first.penalty_weight) == (sos.LinearRamp(1, 9), 2.0)
+    assert last.ramp == expected
+    assert last.penalty_weight == rule.get("penalty_weight", 2.0)
+
+
+def test_a_rule_with_another_technique_inherits_nothing():
+    with pytest.raises(TypeError, match="rule 'last': RandomPruning needs"):
+        schedules_of(**NUMBERS, rules={"last": "RandomPruning"})
+
+
+def test_rules_as_pairs_equal_rules_as_a_mapping():
+    rules = {"first": None, r"^last/kernel$": {"sparsity": 0.75}}
+    pairs = json.loads(json.dumps(list(rules.items())))
+    found = [
+        sos.sparsity_report(
+            sos.sparsify(model_of(), "MagnitudePruning", sparsity=0.5, rules=r)
+        ).rows
+        for r in (rules, pairs, tuple(rules.items()))
+    ]
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("rules", [None, {}, [], ()])
+def test_no_rules_are_no_rules(rules):
+    assert len(schedules_of(sparsity=0.5, rules=rules)) == 2
+    with pytest.raises(UsageError, match="left to make sparse"):
+        sos.sparsify(model_of(), rules=rules)
+
+
+def test_a_config_entry_is_the_arguments_of_sparsify():
+    config = ml_collections.ConfigDict(
+        {
+            "sparsity": {
+                "technique": "MagnitudePruning",
+                "sparsity": 0.5,
+                "end_step": 9,
+                "rules": (
+                    (r"first/.*", {"sparsity": 0.75}),
+                    ("last", {"technique": "FixedMask", "sparsity": 0.25}),
+                ),
+            },
+            "mapping": {
+                "technique": "RandomPruning",
+                "sparsity": 0.5,
+                "rules": {"last": {"sparsity": 0.75}, "first": None},
+            },
+        }
+    )
+    first, last = find_wrappers(sos.sparsify(model_of(), **config.sparsity))
+    assert first.target_sparsity() == 0.75
+    assert (type(last), last.sparsity) == (sos.FixedMask, 0.25)
+    (last,) = find_wrappers(sos.sparsify(model_of(), **config.mapping))
+    assert last.target_sparsity() == 0.75
+
+
+# Techniques from outside.
+
+
+def test_an_external_technique_takes_its_own_hyperparameters():
+    sparse = sos.sparsify(
+        model_of(),
+        "OwnArguments",
+        sparsity=0.5,
+        temperature=4.0,
+        rules={"last": {"temperature": 8.0, "function": np.negative}},
+    )
+    first, last = find_wrappers(sparse)
+    assert (first.temperature, last.temperature) == (4.0, 8.0)
+    assert (first.function, last.function) == (np.abs, np.negative)
+    assert first.schedule is last.schedule
+    with pytest.raises(TypeError, match=r"`temprature`.*'temperature'.*'func"):
+        sos.sparsify(model_of(), "OwnArguments", sparsity=0.5, temprature=1.0)
+
+
+def test_an_external_technique_keeps_its_own_defaults():
+    def only(technique, **values):
+        sparse = sos.sparsify(model_of(only=4), technique, **values)
+        return find_wrappers(sparse)[0]
+
+    constant = sos.ConstantSparsity
+    for values, expected in (
+        ({}, constant(0.25, 0, frequency=7)),
+        ({"sparsity": 0.75}, constant(0.75, 0, frequency=7)),
+        ({"begin_step": 3}, constant(0.25, 3, frequency=7)),
+        ({"frequency": 100}, constant(0.25, 0, frequency=100)),
+        ({"schedule": techniques.SCHEDULE}, techniques.SCHEDULE),
+    ):
+        expected = sos.Schedule(expected)
+        assert only("OwnDefaults", **values).schedule == expected
+        assert OwnDefaults(dense(), **values).schedule == expected
+    for values, expected in (
+        ({}, sos.LinearRamp(0, 10)),
+        ({"begin_step": 3}, sos.LinearRamp(3, 10)),
+        ({"ramp": "cubic"}, sos.CubicRamp(0, 10)),
+        ({"ramp": "constant"}, sos.ConstantRamp()),
+        ({"ramp": sos.CubicRamp(1, 2)}, sos.CubicRamp(1, 2)),
+    ):
+        assert only("OwnRamp", penalty_weight=1, **values).ramp == expected
+        assert OwnRamp(dense(), penalty_weight=1, **values).ramp == expected
+    layer = only("OwnSchedule", start=5)
+    assert layer.schedule == sos.Schedule(constant(0.5, 5))
+    layer = only("ScheduleAlone", schedule=techniques.SCHEDULE)
+    assert layer.schedule.inner is techniques.SCHEDULE
+    with pytest.raises(TypeError, match=r"ScheduleAlone needs `schedule`"):
+        only("ScheduleAlone")
+    layer = only("FixedRamp", penalty_weight=1, begin_step=4)
+    assert layer.ramp == sos.LinearRamp(4, 5)
+
+
+# Properties.
+
+VALUES = {
+    "sparsity": st.sampled_from([0.25, 0.5]),
+    "initial_sparsity": st.sampled_from([0.0, 0.125]),
+    "begin_step": st.integers(0, 5),
+    "end_step": st.one_of(st.none(), st.integers(5, 9)),
+    "frequency": st.integers(1, 3),
+    "power": st.sampled_from([1.0, 3.0]),
+}
+CHANGES = st.fixed_dictionaries({}, optional=VALUES)
+
+
+def outcome(call):
+    try:
+        return call()
+    except UsageError as error:
+        return str(error)
+
+
+@hypothesis.given(CHANGES, CHANGES)
+def test_a_rule_equals_the_merged_hyperparameters(values, changes):
+    values = {"sparsity": 0.75, **values}
+    resolve = sos.MagnitudePruning.resolve_hyperparameters
+    merged = outcome(lambda: resolve({**values, **changes}))
+    assert outcome(lambda: resolve(changes, values)) == merged
+    made = outcome(
+        lambda: sos.MagnitudePruning(dense(), **{**values, **changes}).schedule
+    )
+    if isinstance(merged, str):
+        assert made == merged
+    else:
+        assert made is merged["schedule"]
+        assert resolve(merged) == merged
+
+
+def test_every_pair_of_techniques_takes_the_same_selection():
+    values = {"sparsity": 0.5, "penalty_weight": 1e-3, "seed": 3}
+    for one, other in itertools.permutations(techniques.TECHNIQUES, 2):
+        sparse = sos.sparsify(
+            model_of(),
+            one,
+            **sos.select_hyperparameters(one, values),
+            rules=[
+                (
+                    "last",
+                    {
+                        "technique": other.__name__,
+                        **sos.select_hyperparameters(other, values),
+                    },
+                )
+            ],
+        )
+        assert [type(w) for w in find_wrappers(sparse)] == [one, other]

@@ -1,0 +1,19 @@
+"""Results of runs, as if they had been trained."""
+
+from sos.experiments.runs import Result
+
+
+def make_result(accuracy=0.85, **changes):
+    return Result(
+        **{
+            "step": 12,
+            "metrics": {"accuracy": accuracy, "loss": 0.4},
+            "sparsity": 0.9,
+            "model_sparsity": 0.89,
+            "seconds": 12.5,
+            "parameters": 155_786,
+            "weights": (),
+            "versions": {"sos": "0"},
+            **changes,
+        }
+    )

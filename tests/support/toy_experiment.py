@@ -1,0 +1,127 @@
+"""A task of the experiments that takes a second to train."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from sos.experiments import ExperimentTask
+from sos.experiments.image_classification import classification_metrics
+from sos.training import inputs
+
+CONFIG = {"task": "tests.support.toy_experiment:ToyExperiment"}
+TECHNIQUES = {
+    "dense": {"technique": None},
+    "magnitude": {
+        "technique": "MagnitudePruning",
+        "sparsity": 0.8,
+        "end_step": 8,
+        "frequency": 2,
+    },
+    "random": {
+        "technique": "RandomPruning",
+        "sparsity": 0.5,
+        "end_step": 8,
+        "frequency": 2,
+    },
+    "variational_dropout": {
+        "technique": "VariationalDropout",
+        "penalty_weight": 0.01,
+        "initial_log_sigma2": -2.0,
+    },
+    "l0": {"technique": "L0Regularization", "penalty_weight": 0.01},
+}
+
+
+class ToyExperiment(ExperimentTask):
+    """Classifies points of six coordinates into three classes."""
+
+    runtime_entries = (
+        "seed",
+        "sparsity.penalty_weight",
+        "sparsity.seed",
+        "sparsity.sparsity",
+    )
+
+    @classmethod
+    def default_config(cls):
+        config = super().default_config()
+        config.batch_size = 8
+        config.train_steps = 12
+        config.model.units = 16
+        config.optimizer.rate = 0.02
+        return config
+
+    def __init__(self, config):
+        super().__init__(config)
+        generator = np.random.default_rng(7)
+        points = generator.normal(size=(68, 6)).astype(np.float32)
+        labels = np.argmax(points[:, :3], axis=1).astype(np.int32)
+        self._train = {"x": points[:48], "y": labels[:48]}
+        self._eval = {"x": points[48:], "y": labels[48:]}
+
+    def build_model(self):
+        keras.utils.set_random_seed(self.config.seed)
+        model = keras.Sequential(
+            [
+                keras.Input((6,)),
+                keras.layers.Dense(
+                    self.config.model.units, activation="relu", name="a"
+                ),
+                keras.layers.Dense(3, name="b"),
+            ],
+            name="toy",
+        )
+        return self.sparsify(model)
+
+    def build_optimizer(self, model):
+        return keras.optimizers.Adam(self.config.optimizer.rate)
+
+    def train_dataset(self, context, step):
+        return inputs.array_batches(
+            self._train,
+            seed=self.config.seed,
+            batch_size=self.batch_size,
+            step=step,
+            context=context,
+        )
+
+    def eval_dataset(self, context):
+        return inputs.array_eval_batches(
+            self._eval, batch_size=10, context=context
+        )
+
+    def compute_metrics(self, model, batch, training):
+        return classification_metrics(
+            model(batch["x"], training=training),
+            batch["y"],
+            batch.get("weight"),
+        )
+
+
+class Failing(ToyExperiment):
+    """Fails with a loss that is not finite."""
+
+    def compute_metrics(self, model, batch, training):
+        metrics = super().compute_metrics(model, batch, training)
+        loss, weight = metrics["loss"]
+        return {**metrics, "loss": (loss * float("nan"), weight)}
+
+
+class Untrained(ToyExperiment):
+    """Has no evaluation data."""
+
+    eval_dataset = ExperimentTask.eval_dataset
+
+
+def config(technique="dense", **overrides):
+    """A config of the toy task, not resolved."""
+    return {**CONFIG, "sparsity": TECHNIQUES[technique], **overrides}
+
+
+def host_values(trainer):
+    """Copies of all variables, by place and name."""
+    variables = [*trainer.model.variables, *trainer.optimizer.variables]
+    return {
+        f"{i} {v.name}": tf.convert_to_tensor(v.value).numpy().copy()
+        for i, v in enumerate(variables)
+    }
