@@ -61,8 +61,6 @@ MEMORY = ("arguments", "temporaries", "code", "total", "peak", "limit")
 class Classification(Task):
     """Classifies images into one of several classes."""
 
-    metric_names = ("loss", "accuracy")
-
     def __init__(self, batch_size: int) -> None:
         self.batch_size = batch_size
 

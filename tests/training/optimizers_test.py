@@ -521,7 +521,7 @@ def test_with_multipliers_of_a_wrapper_of_optimizers_raises(optimizer_class):
 # Techniques.
 
 
-@pytest.mark.parametrize("technique", techniques.technique_names())
+@pytest.mark.parametrize("technique", techniques.NAMES)
 def test_technique_variables_are_those_that_a_dense_model_lacks(technique):
     model = techniques.mlp(technique)
     found = technique_variables(model)
