@@ -470,13 +470,13 @@ class Steps:
     def _accumulated(
         self, batch: Any
     ) -> tuple[list[Any], tf.Tensor, tf.Tensor]:
-        """Does what `_gradients` does, for one part of a batch at a time."""
+        """As `_gradients`, for one part of the batch at a time."""
         sums: list[Any] = []
         totals = tf.zeros([])
         penalties = tf.zeros([])
         for index in range(self._parts):
             # One after the other, so that memory holds the activations of one
-            # part only. Each part has activation noise of its own.
+            # part only. Activation noise differs between parts.
             done = [g for g in sums if g is not None]
             with (
                 tf.control_dependencies(done),

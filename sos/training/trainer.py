@@ -15,7 +15,6 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from sos import export
 from sos.driver import Driver
 from sos.errors import (
     CheckpointError,
@@ -24,6 +23,7 @@ from sos.errors import (
     TaskError,
     UsageError,
 )
+from sos.export import export_model
 from sos.surgery import strip
 from sos.training import inputs, strategies
 from sos.training.checkpoints import (
@@ -351,7 +351,7 @@ class Trainer:
         return step
 
     def _placement(self) -> dict[str, Any]:
-        """Returns what may change on a restart and changes the result."""
+        """Returns options of execution that affect the result."""
         return {
             "replicas": self.strategy.num_replicas_in_sync,
             "hosts": strategies.input_pipelines(self.strategy),
@@ -649,7 +649,7 @@ class Trainer:
 
         Raises:
             TaskError: If `Task.serving` returns something invalid.
-            OSError: If it cannot be written.
+            StorageError: If it cannot be written.
         """
         model = self._model_on_host()
         if not self.is_chief:
@@ -658,7 +658,7 @@ class Trainer:
             model = strip(model)
         module = self.task.serving(model)
         check_serving(self.task, module)
-        export.export_model(module, path)
+        export_model(module, path)
 
     def _model_on_host(self) -> keras.Model | None:
         """Returns a model that can be called outside of `strategy.run`.
@@ -853,7 +853,7 @@ def _specs(model: keras.Model) -> dict[str, str]:
 def _traced_properties(
     model: keras.Model, optimizer: keras.optimizers.Optimizer
 ) -> dict[str, Any]:
-    """Returns what a traced step holds besides the values of variables."""
+    """Returns all of a traced step except the values of its variables."""
     config = traced_config(optimizer)
     # Keras numbers them through all of a process.
     config.pop("name", None)

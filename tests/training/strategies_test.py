@@ -226,13 +226,13 @@ def test_a_process_by_itself_is_the_chief(name, tf_config):
 @pytest.mark.parametrize(
     "make", [techniques.two_replicas, tf.distribute.get_strategy]
 )
-def test_a_process_by_itself_hears_what_it_says(make):
+def test_gather_in_one_process_returns_its_values(make):
     # Whatever the number of its replicas; exact in float64.
     values = [1.0 / 3.0, 2.0**53 - 1, -0.0]
-    found = gather(make(), values)
-    assert found.dtype == np.float64
-    assert found.shape == (1, 3)
-    assert found.tobytes() == np.array([values]).tobytes()
+    gathered = gather(make(), values)
+    assert gathered.dtype == np.float64
+    assert gathered.shape == (1, 3)
+    assert gathered.tobytes() == np.array([values]).tobytes()
 
 
 # Lost workers.
