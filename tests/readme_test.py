@@ -14,6 +14,8 @@ import subprocess
 import sys
 import time
 import traceback
+import types
+from unittest import mock
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -47,7 +49,10 @@ def run(path):
             program = compile("\n" * (line - 1) + code, str(path), "exec")
             # Blocks share the process, as TensorFlow takes seconds to import.
             try:
-                exec(program, {"__name__": "__main__"})
+                main = types.ModuleType("__main__")
+                # Where classes of the example are looked up by name.
+                with mock.patch.dict(sys.modules, {"__main__": main}):
+                    exec(program, vars(main))
             except SystemExit as end:
                 if end.code:
                     raise
