@@ -15,7 +15,6 @@ import sys
 import time
 import traceback
 import types
-from unittest import mock
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -49,10 +48,9 @@ def run(path):
             program = compile("\n" * (line - 1) + code, str(path), "exec")
             # Blocks share the process, as TensorFlow takes seconds to import.
             try:
-                main = types.ModuleType("__main__")
-                # Where classes of the example are looked up by name.
-                with mock.patch.dict(sys.modules, {"__main__": main}):
-                    exec(program, vars(main))
+                # Classes of the example are looked up there by name.
+                sys.modules["__main__"] = types.ModuleType("__main__")
+                exec(program, vars(sys.modules["__main__"]))
             except SystemExit as end:
                 if end.code:
                     raise
