@@ -108,7 +108,7 @@ class Failing(ToyExperiment):
         return {**metrics, "loss": (loss * float("nan"), weight)}
 
 
-class Untrained(ToyExperiment):
+class WithoutEvaluation(ToyExperiment):
     """Has no evaluation data."""
 
     eval_dataset = ExperimentTask.eval_dataset
