@@ -65,11 +65,15 @@ class Stopped(Exception):
 
     Attributes:
         signal: The signal.
-        step: The number of completed steps.
+        step: The number of completed steps; None where several runs were
+            stopped.
     """
 
-    def __init__(self, signum: signal.Signals, step: int, state: str) -> None:
-        super().__init__(f"Stopped by {signum.name} at step {step}, {state}.")
+    def __init__(
+        self, signum: signal.Signals, step: int | None, state: str
+    ) -> None:
+        place = "" if step is None else f" at step {step}"
+        super().__init__(f"Stopped by {signum.name}{place}, {state}.")
         self.signal = signum
         self.step = step
 

@@ -18,7 +18,6 @@ import ast
 import hashlib
 import importlib
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -58,13 +57,15 @@ def base_config() -> ml_collections.ConfigDict:
         - `train_steps`: number of optimizer steps.
         - `seed`: seed of initial weights, order of the data and noise.
         - `sparsity`: the arguments of `sos.sparsify`: `technique` (None for a
-          dense model), `rules` as pairs of a regular expression and a rule, and
-          the technique's hyperparameters (`sos.hyperparameters`). Its seed is
-          that of the run unless one is given.
+          dense model), `rules` as a mapping or as pairs of a regular expression
+          and a rule, and the technique's hyperparameters
+          (`sos.hyperparameters`). Its seed is that of the run unless one is
+          given.
         - `dtype_policy`: `"float32"` or `"mixed_bfloat16"`.
         - `gradient_accumulation_steps`: parts, computed one after the other,
           of each replica's batch.
-        - `parent`: directory of the finished run that this one starts from.
+        - `parent`: directory of the finished run that this one starts from,
+          for a task whose `initialize` reads it.
         - `label`: name in tables and figures; empty for one that is made of
           the technique.
         - `keep`: see `KEEP`.
@@ -107,7 +108,8 @@ def load_task(path: str) -> type[Task]:
     module_name, _, class_name = str(path).partition(":")
     try:
         module = importlib.import_module(module_name)
-    except (ModuleNotFoundError, ValueError) as error:
+    # A relative name raises TypeError, an empty one ValueError.
+    except (ModuleNotFoundError, TypeError, ValueError) as error:
         missing = getattr(error, "name", None) or module_name
         if not f"{module_name}.".startswith(f"{missing}."):
             # A module that the task's own module needs.
@@ -144,6 +146,10 @@ def resolve(config: Mapping[str, Any]) -> ml_collections.ConfigDict:
         UsageError: If an entry is unknown or has an invalid value.
     """
     given = plain(config)
+    sparsity = given.get("sparsity")
+    if isinstance(sparsity, dict) and isinstance(sparsity.get("rules"), dict):
+        # One form for one run. Patterns may hold dots, names of entries not.
+        sparsity["rules"] = [list(rule) for rule in sparsity["rules"].items()]
     defaults = _defaults(given)
     unknown = sorted(set(given) - set(defaults))
     if unknown:
@@ -153,7 +159,11 @@ def resolve(config: Mapping[str, Any]) -> ml_collections.ConfigDict:
         )
     resolved = _merge(defaults, given)
     _check(resolved)
-    return ml_collections.ConfigDict(resolved, convert_dict=True).lock()
+    try:
+        return ml_collections.ConfigDict(resolved, convert_dict=True).lock()
+    except ValueError as error:
+        # A name with a dot.
+        raise UsageError(f"The config is invalid: {error}") from error
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,18 +174,19 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         The task and, by dotted name, every entry that differs from its
-        default; JSON values.
+        default; JSON values, with whole numbers as integers: 1 and 1.0 are the
+        same.
     """
     values = plain(config)
     defaults = flatten(_defaults(values))
     return {
-        name: value
+        name: _canonical(value)
         for name, value in sorted(flatten(values).items())
         if name.partition(".")[0] not in NOT_IDENTIFYING
         and (
             name == "task"
             or name not in defaults
-            or not _equal(value, defaults[name])
+            or _json_text(value) != _json_text(defaults[name])
         )
     }
 
@@ -190,7 +201,7 @@ def run_name(config: Mapping[str, Any]) -> str:
         The technique, what it cannot do without, the seed, and a hash of
         `identity`, such as `magnitude_pruning_sparsity-0.9_seed-0_1a2b3c4d`.
     """
-    text = json.dumps(identity(config), sort_keys=True)
+    text = _json_text(identity(config))
     digest = hashlib.blake2s(text.encode(), digest_size=4).hexdigest()
     sparsity = plain(config["sparsity"])
     technique = sparsity["technique"]
@@ -207,6 +218,18 @@ def label(config: Mapping[str, Any]) -> str:
         return config["label"]
     technique = config["sparsity"]["technique"]
     return _snake_case(technique).replace("_", " ") if technique else "dense"
+
+
+def value_text(value: Any, *, digits: int = 4) -> str:
+    """Returns a hyperparameter as text for people.
+
+    Args:
+        value: A JSON value.
+        digits: Significant digits of a number.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:.{digits}g}"
+    return str(value)
 
 
 def required_hyperparameters(technique: str | None) -> list[str]:
@@ -234,10 +257,7 @@ def config_diff(
         A line for each difference.
     """
     new = flatten(plain(config))
-    old = flatten(plain(stored))
-    defaults = flatten(_defaults(plain(config)))
-    for name, default in defaults.items():
-        old.setdefault(name, default)
+    old = flatten(_merge(_defaults(plain(config)), plain(stored)))
     for name in {*old, *new}:
         if name.partition(".")[0] in NOT_IDENTIFYING:
             old.pop(name, None)
@@ -290,10 +310,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(entry) for entry in value]
     if value is None or isinstance(value, bool | int | float | str):
-        return value
+        # NaN is unequal to itself, so that such a run could not be resumed.
+        if value == value:
+            return value
     raise UsageError(
-        "The values of a config must be numbers, texts, booleans, None, lists "
-        f"and mappings. Received: {value!r} of type {type(value).__name__}"
+        "The values of a config must be numbers (not NaN), texts, booleans, "
+        f"None, lists and mappings. Received: {value!r} of type "
+        f"{type(value).__name__}"
     )
 
 
@@ -313,12 +336,25 @@ def _flatten(
 
 
 def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults of a config's task and technique; required ones are None."""
+    """Returns the defaults of a config's task and technique.
+
+    Those of required hyperparameters are None.
+    """
     defaults = plain(load_task(values.get("task", "")).default_config())
     defaults["task"] = values["task"]
-    technique = values.get("sparsity", {}).get(
-        "technique", defaults["sparsity"]["technique"]
-    )
+    given = values.get("sparsity", {})
+    if not isinstance(given, Mapping):
+        raise UsageError(
+            f"`config.sparsity` must be a mapping. Received: {given!r}"
+        )
+    default = defaults["sparsity"]["technique"]
+    technique = given.get("technique", default)
+    if technique != default:
+        # The task's defaults are for the hyperparameters of another one.
+        defaults["sparsity"] = {
+            "technique": default,
+            "rules": defaults["sparsity"]["rules"],
+        }
     try:
         hyperparameters = sos.hyperparameters(technique)
     except ValueError as error:
@@ -338,7 +374,10 @@ def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
 def _merge(
     defaults: Mapping[str, Any], values: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The values over the defaults, with numbers of the defaults' types."""
+    """Returns the defaults, replaced by the values.
+
+    An integer becomes a float where the default is one.
+    """
     merged = dict(defaults)
     for name, value in values.items():
         default = defaults.get(name)
@@ -356,6 +395,11 @@ def _check(config: Mapping[str, Any]) -> None:
     for name in ("batch_size", "train_steps", "gradient_accumulation_steps"):
         _check_integer(name, config[name], 1)
     _check_integer("seed", config["seed"], 0)
+    for name, valid in (("label", str), ("parent", str | None)):
+        if not isinstance(config[name], valid):
+            raise UsageError(
+                f"`config.{name}` must be a text. Received: {config[name]!r}"
+            )
     for name, valid in (("keep", KEEP), ("dtype_policy", _DTYPE_POLICIES)):
         if config[name] not in valid:
             raise UsageError(
@@ -400,19 +444,29 @@ def _check_sparsity(sparsity: Mapping[str, Any], train_steps: int) -> None:
             + "."
         )
     end = sparsity.get("end_step")
-    if end is not None and end > train_steps:
+    # `sos.sparsify` checks the type.
+    if isinstance(end, int) and end > train_steps:
         raise UsageError(
-            "`config.sparsity.end_step` must not be after the last step, as "
-            "what the technique is to reach would never be reached. Received: "
-            f"end_step={end}, train_steps={train_steps}"
+            "`config.sparsity.end_step` must not be after the last step, or "
+            "the technique would not reach its final sparsity or penalty. "
+            f"Received: end_step={end}, train_steps={train_steps}"
         )
 
 
-def _equal(first: Any, second: Any) -> bool:
-    """Whether two JSON values are equal and of one type, as JSON tells them."""
-    if isinstance(first, float) and isinstance(second, float):
-        return first == second or (math.isnan(first) and math.isnan(second))
-    return type(first) is type(second) and first == second
+def _canonical(value: Any) -> Any:
+    """Returns a JSON value with whole numbers as integers."""
+    if isinstance(value, Mapping):
+        return {key: _canonical(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_canonical(entry) for entry in value]
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)
+    return value
+
+
+def _json_text(value: Any) -> str:
+    """Returns a text that is equal for equal JSON values."""
+    return json.dumps(_canonical(value), sort_keys=True)
 
 
 def _literal(text: str) -> Any:
@@ -427,5 +481,4 @@ def _snake_case(name: str) -> str:
 
 
 def _short(value: Any) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return re.sub(r"[^\w.+-]", "-", text)
+    return re.sub(r"[^\w.+-]", "-", value_text(value, digits=6))

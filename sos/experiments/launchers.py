@@ -5,7 +5,9 @@ thread each, which share compiled steps among their runs, are faster than one
 process (`python -m benchmarks.launchers`).
 """
 
+import contextlib
 import dataclasses
+import math
 import multiprocessing
 import os
 import signal
@@ -25,17 +27,20 @@ from sos.errors import (
     DirectoryInUseError,
     ReportedError,
     Stopped,
+    UsageError,
 )
-from sos.experiments.config import run_name
+from sos.experiments.config import resolve, run_name
 from sos.experiments.progress import SweepProgress
 from sos.experiments.runs import Result, last_step, run, run_directory
 from sos.experiments.task import make_task
+from sos.files import only_process
 from sos.training.signals import StopRequest, StopSource
 from sos.training.strategies import make_strategy
 from sos.training.trainer import Trainer
 
-# Seconds between two looks at a signal, and at runs of other processes.
+# Seconds between two looks at a signal.
 _POLL = 0.2
+# Seconds between two attempts at a run that another program trains.
 _RETRY = 2.0
 
 
@@ -56,7 +61,7 @@ class Launcher(Protocol):
         Args:
             configs: Resolved configs.
             workdir: Directory of the runs.
-            progress: Hears of steps and results.
+            progress: Shows steps and results.
             stop: Stops all runs; those in progress are saved.
             **options: As for `sos.experiments.run`.
 
@@ -64,6 +69,8 @@ class Launcher(Protocol):
             By the name of each run that failed, the reason.
 
         Raises:
+            RuntimeError: If a run raised an exception that is not a
+                `ReportedError`; its traceback is the message.
             Stopped: If `stop` asked for it.
         """
 
@@ -79,16 +86,18 @@ class LocalLauncher:
             one, for each core, but not more than eight.
 
     Raises:
-        ValueError: If `workers` is below 1.
+        UsageError: If `workers` is below 1.
     """
 
     def __init__(self, workers: int | None = None) -> None:
         if workers is not None and workers < 1:
-            raise ValueError(
+            raise UsageError(
                 f"`workers` must be at least 1. Received: workers={workers}"
             )
         gpus = len(tf.config.list_physical_devices("GPU"))
-        cores = len(os.sched_getaffinity(0))
+        # Not on every system.
+        affinity = getattr(os, "sched_getaffinity", None)
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
         self.workers = workers or gpus or min(cores, 8)
         # All cores together, where there is no GPU to do the work.
         self._threads = max(1, cores // self.workers)
@@ -112,9 +121,9 @@ class LocalLauncher:
             for index in range(min(self.workers, len(jobs))):
                 pool.start(index, self._threads)
             while pool.busy:
-                pool.step()
                 if stop is not None and stop.requested:
                     pool.stop(stop.requested)
+                pool.step()
             return pool.failures
         finally:
             pool.close()
@@ -174,7 +183,7 @@ class _Worker:
 
 
 class _Pool:
-    """Hands jobs to workers and hears of them."""
+    """Hands jobs to workers and receives their results."""
 
     def __init__(
         self,
@@ -185,13 +194,16 @@ class _Pool:
     ) -> None:
         self.failures: dict[str, str] = {}
         self._pending = list(jobs)
-        # Runs that another program trains, and when to look again.
+        # Runs that another program trains, and when to try again.
         self._elsewhere: list[_Job] = []
         self._retry_at = 0.0
         self._workdir = workdir
         self._progress = progress
         self._options = options
         self._workers: dict[int, _Worker] = {}
+        self._stopping = False
+        # Names of runs that were stopped and saved, and have not gone on.
+        self._stopped: set[str] = set()
 
     @property
     def busy(self) -> bool:
@@ -206,7 +218,7 @@ class _Pool:
         process = context.Process(
             target=_work, args=(theirs, index, threads), daemon=True
         )
-        # The terminal sends Ctrl-C to all processes; this one tells the others.
+        # The terminal sends Ctrl-C to all processes; this one stops the others.
         handler = None
         if threading.current_thread() is threading.main_thread():
             handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -219,16 +231,14 @@ class _Pool:
         self._workers[index] = _Worker(process, pipe, threads)
 
     def step(self) -> None:
-        """Hands out jobs, and waits a moment for news."""
+        """Hands out jobs, and waits a moment for messages."""
         if self._elsewhere and time.monotonic() > self._retry_at:
             self._pending += self._elsewhere
             self._elsewhere = []
         for worker in self._workers.values():
             if worker.job is None and self._pending:
                 self._assign(worker)
-        pipes = {worker.pipe: index for index, worker in self._workers.items()}
-        for pipe in connection.wait(list(pipes), timeout=_POLL):
-            self._hear(pipes[pipe])
+        self._receive()
 
     def stop(self, signum: signal.Signals) -> None:
         """Stops all workers once they have saved.
@@ -236,21 +246,26 @@ class _Pool:
         Raises:
             Stopped: Always.
         """
-        running = [w for w in self._workers.values() if w.job]
-        for worker in running:
+        self._stopping = True
+        running = {w.job.name for w in self._workers.values() if w.job}
+        # One signal for all processes may have stopped workers already.
+        running |= self._stopped
+        for worker in self._workers.values():
             worker.process.terminate()
-        for worker in running:
-            worker.process.join()
+        # A worker whose pipe is full could not end if nobody read it.
+        while self._workers:
+            self._receive()
         raise Stopped(
             signum,
-            0,
-            f"with {len(running)} runs in progress, which are saved",
+            None,
+            f"{len(self._stopped)} of {len(running)} runs in progress saved",
         )
 
     def close(self) -> None:
         """Ends all workers."""
         for worker in self._workers.values():
             worker.process.kill()
+        for worker in self._workers.values():
             worker.process.join()
             worker.pipe.close()
 
@@ -270,49 +285,80 @@ class _Pool:
         )
         self._pending.remove(job)
         worker.job, worker.signature = job, job.signature
-        self._progress.begin(job.name, last_step(self._directory(job)))
-        worker.pipe.send((job.config.to_dict(), self._workdir, self._options))
+        directory = run_directory(job.config, self._workdir)
+        self._progress.begin(job.name, last_step(directory))
+        # If the worker has ended, the end of its pipe is what comes next.
+        with contextlib.suppress(OSError):
+            worker.pipe.send(
+                (job.config.to_dict(), self._workdir, self._options)
+            )
 
-    def _directory(self, job: _Job) -> str:
-        return run_directory(job.config, self._workdir)
+    def _receive(self) -> None:
+        """Waits a moment for messages of workers, and handles them."""
+        pipes = {worker.pipe: index for index, worker in self._workers.items()}
+        for pipe in connection.wait(list(pipes), timeout=_POLL):
+            index = pipes[pipe]
+            try:
+                kind, content = pipe.recv()
+            # The latter where it ended within a message.
+            except (EOFError, OSError):
+                self._replace(index)
+            else:
+                self._handle(index, kind, content)
 
-    def _hear(self, index: int) -> None:
+    def _handle(self, index: int, kind: str, content: Any) -> None:
         worker = self._workers[index]
         job = worker.job
-        try:
-            kind, content = worker.pipe.recv()
-        except (EOFError, ConnectionResetError):
-            self._replace(index)
-            return
         if kind == "summary":
+            self._stopped.discard(job.name)
             self._progress.update(job.name, content)
             return
         worker.job = None
         if kind == "finished":
+            self._stopped.discard(job.name)
             self._progress.finish(job.name, content)
         elif kind == "elsewhere":
             self._elsewhere.append(job)
             self._retry_at = time.monotonic() + _RETRY
             self._progress.wait(job.name)
+        elif kind == "stopped":
+            self._stopped.add(job.name)
+            self._pending.append(job)
+        elif kind == "ended":
+            # It has not read a job that was sent meanwhile.
+            self._pending += [job] if job else []
+            self._replace(index)
         elif kind == "failed":
-            self.failures[job.name] = content
-            self._progress.fail(job.name, content)
+            self._fail(job, content)
         else:
             raise RuntimeError(f"The run {job.name} failed:\n{content}")
 
+    def _fail(self, job: _Job, reason: str) -> None:
+        self.failures[job.name] = reason
+        self._progress.fail(job.name, reason)
+
     def _replace(self, index: int) -> None:
-        """Starts another worker in place of one that ended by itself."""
-        worker = self._workers[index]
+        """Starts another worker in place of one that ended."""
+        worker = self._workers.pop(index)
         worker.process.join()
         worker.pipe.close()
-        reason = (
-            f"its process ended with the code {worker.process.exitcode}; it "
-            "may have been out of memory"
-        )
+        code = worker.process.exitcode
         if worker.job is not None:
-            self.failures[worker.job.name] = reason
-            self._progress.fail(worker.job.name, reason)
-        self.start(index, worker.threads)
+            if code == -signal.SIGTERM:
+                # It was asked to stop before it had begun.
+                self._pending.append(worker.job)
+            elif code == -signal.SIGKILL:
+                self._fail(
+                    worker.job,
+                    "its process was killed, perhaps for lack of memory. Try "
+                    "fewer workers.",
+                )
+            else:
+                self._fail(
+                    worker.job, f"its process ended with the code {code}."
+                )
+        if not self._stopping:
+            self.start(index, worker.threads)
 
 
 def _work(pipe: connection.Connection, index: int, threads: int) -> None:
@@ -320,11 +366,12 @@ def _work(pipe: connection.Connection, index: int, threads: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _configure_tensorflow(index, threads)
     trainers = TrainerCache()
-    with StopRequest(announce=False) as stop:
+    # A signal to all processes of a group comes twice: the parent passes it on.
+    with StopRequest(announce=False, echo_seconds=math.inf) as stop:
         while not stop.requested:
-            if not pipe.poll(_POLL):
-                continue
-            pipe.send(_train(*pipe.recv(), trainers, pipe, stop))
+            if pipe.poll(_POLL):
+                pipe.send(_train(*pipe.recv(), trainers, pipe, stop))
+        pipe.send(("ended", None))
 
 
 def _train(
@@ -335,8 +382,11 @@ def _train(
     pipe: connection.Connection,
     stop: StopSource,
 ) -> tuple[str, Result | str | None]:
-    """Trains a run and returns what becomes of it, for the parent."""
+    """Trains a run; returns a message to the parent."""
     try:
+        # Before a trainer is made for nothing.
+        with only_process(run_directory(resolve(config), workdir), "run"):
+            pass
         result = run(
             config,
             workdir,
@@ -348,7 +398,9 @@ def _train(
         )
     except DirectoryInUseError:
         return "elsewhere", None
-    except (ReportedError, Stopped) as error:
+    except Stopped:
+        return "stopped", None
+    except ReportedError as error:
         return "failed", str(error)
     except Exception:
         return "bug", traceback.format_exc()
@@ -365,7 +417,10 @@ def _configure_tensorflow(index: int, threads: int) -> None:
     with startup.quiet():
         gpus = tf.config.list_physical_devices("GPU")
     if gpus:
-        tf.config.set_visible_devices(gpus[index % len(gpus)], "GPU")
+        gpu = gpus[index % len(gpus)]
+        tf.config.set_visible_devices(gpu, "GPU")
+        # Otherwise the first of several workers takes all of its memory.
+        tf.config.experimental.set_memory_growth(gpu, True)
     else:
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(threads)

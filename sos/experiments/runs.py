@@ -13,7 +13,12 @@ import ml_collections
 import numpy as np
 import tensorflow as tf
 
-from sos.errors import StorageError, UsageError
+from sos.errors import (
+    CheckpointError,
+    DirectoryInUseError,
+    StorageError,
+    UsageError,
+)
 from sos.experiments import config as config_lib
 from sos.experiments.task import make_task
 from sos.files import check_writable, only_process, write_text
@@ -103,72 +108,97 @@ def run(
         config: The config, complete or not: see `base_config`.
         workdir: Directory of several runs.
         mode: One of `sos.training.main.MODES`. Modes "train" and "eval", in two
-            processes, do together what "train_and_eval" does.
+            processes, do together what "train_and_eval" does. "export" writes
+            the newest checkpoint for serving.
         make_trainer: Makes the trainer, in the way the run is to be executed.
             By default on all devices that the machine calls for.
         on_summary: Called with a summary of every loop and evaluation.
         stop: Stops the run between two loops. By default SIGTERM and Ctrl-C
-            do, where the main thread calls this.
+            do, where the main thread calls this. In mode "eval" it must be a
+            `StopRequest`.
         **options: Fields of `sos.training.main.Options`, such as
             `save_checkpoints_steps`. None of them changes the result.
 
     Returns:
         The result; None if the run is not finished, as in mode "train" of a
-        task with evaluation data.
+        task with evaluation data, and in mode "export".
 
     Raises:
         UsageError: If the config is invalid, or the run was started with
             another one.
         StorageError: If a file cannot be read or written, or another process
             trains this run.
+        CheckpointError: If a checkpoint cannot be written, read or exported.
         NonFiniteLossError: If the loss is not finite.
         Stopped: If it was asked to stop, and is saved; the same call resumes
             the run.
     """
     config = config_lib.resolve(config)
     directory = run_directory(config, workdir)
-    _write_config(config, directory)
+    options = main.Options(
+        mode=mode,
+        workdir=directory,
+        train_steps=config.train_steps,
+        **_checkpoints_to_keep(config, options),
+    )
+    result = find_result(config, workdir)
     trains = mode in ("train", "train_and_eval")
-    if trains and (result := read_result(directory)) is not None:
+    # An evaluation would wait forever for a last checkpoint that was removed.
+    ended = trains or (
+        mode == "eval" and last_step(directory) < config.train_steps
+    )
+    if result is not None and ended:
+        if not options.quiet:
+            path = os.path.join(directory, RESULT)
+            print(f"The run is finished: {path}", file=sys.stderr, flush=True)
         return result
-    if make_trainer is None:
-        make_trainer = _make_trainer
     with _dtype_policy(config.dtype_policy):
-        trainer = make_trainer(config)
-        options = main.Options(
-            mode=mode,
-            workdir=directory,
-            train_steps=config.train_steps,
-            **_checkpoints_to_keep(config, options),
-        )
+        trainer = (make_trainer or _make_trainer)(config)
         if mode == "export":
-            main.export(trainer, options)
+            path = main.export(trainer, options)
+            if not options.quiet:
+                print(f"Wrote {path}", flush=True)
             return None
         with contextlib.ExitStack() as stack:
             if stop is None:
                 # After the strategy is made, which may take signals itself.
                 stop = stack.enter_context(StopRequest())
             if mode == "eval":
-                summary = main.evaluate_continuously(
-                    trainer, options, stop=stop, on_summary=on_summary
-                )
-                return _finish(trainer, config, directory, summary)
+                return _evaluate(trainer, config, options, stop, on_summary)
             if trainer.is_chief:
+                # Not before: a config that does not fit leaves no directory.
+                check_writable(directory)
                 stack.enter_context(only_process(directory, "run"))
                 if not several_processes(trainer.strategy):
                     # Another process may have finished it since.
                     result = read_result(directory)
                     if result is not None:
                         return result
-            summary = main.train(
-                trainer, options, stop=stop, on_summary=on_summary
-            )
-            if summary is None and trainer.task.has_evaluation:
-                return None
-            result = _finish(trainer, config, directory, summary)
-            if trainer.is_chief:
-                _remove_checkpoints(config, directory)
-            return result
+                _write_config(config, directory)
+            return _train(trainer, config, options, stop, on_summary)
+
+
+def find_result(
+    config: ml_collections.ConfigDict, workdir: str | os.PathLike
+) -> Result | None:
+    """Returns the result of a config's run; None if it is not finished.
+
+    Stores the label and new entries of the config of a finished run.
+
+    Args:
+        config: A resolved config.
+        workdir: Directory of several runs.
+
+    Raises:
+        UsageError: If a run was started with another config of this name.
+        StorageError: If a file is damaged, or cannot be read or written.
+    """
+    directory = run_directory(config, workdir)
+    _check_config(config, directory)
+    result = read_result(directory)
+    if result is not None:
+        _write_config(config, directory)
+    return result
 
 
 def run_directory(
@@ -239,7 +269,7 @@ def read_result(directory: str) -> Result | None:
 
 
 def _check_result(result: Result) -> None:
-    """Raises `ValueError` if a value is no number."""
+    """Raises `ValueError` if a value is not a number."""
     numbers = {
         "step": result.step,
         "model_sparsity": result.model_sparsity,
@@ -266,25 +296,22 @@ def _make_trainer(config: ml_collections.ConfigDict) -> Trainer:
     )
 
 
-def _write_config(config: ml_collections.ConfigDict, directory: str) -> None:
-    """Stores the config, or compares it to the one that is stored.
-
-    Raises:
-        UsageError: If the run was started with another config.
-    """
+def _check_config(config: ml_collections.ConfigDict, directory: str) -> None:
+    """Raises `UsageError` if a run was started with another config."""
     stored = read_config(directory)
-    if stored is not None:
-        lines = config_lib.config_diff(stored, config)
-        if lines:
-            raise UsageError(
-                f"The run in {directory} was started with another config. "
-                "Start it with the same config and the same version of the "
-                "task, or choose another work directory. Differences:"
-                + "".join(f"\n  {line}" for line in lines)
-            )
+    lines = [] if stored is None else config_lib.config_diff(stored, config)
+    if lines:
+        raise UsageError(
+            f"The run in {directory} was started with another config. Start it "
+            "with the same config and the same version of the task, or choose "
+            "another work directory. Differences:"
+            + "".join(f"\n  {line}" for line in lines)
+        )
+
+
+def _write_config(config: ml_collections.ConfigDict, directory: str) -> None:
     values = config_lib.plain(config)
-    if stored != values:
-        check_writable(directory)
+    if read_config(directory) != values:
         write_text(os.path.join(directory, CONFIG), _json_text(values))
 
 
@@ -294,31 +321,89 @@ def _checkpoints_to_keep(
     """Returns the options with those that `config.keep` asks for."""
     options = dict(options)
     if config.keep != "none":
-        options["keep_checkpoint_steps"] = (0,)
+        steps = options.get("keep_checkpoint_steps", ())
+        options["keep_checkpoint_steps"] = (0, *steps)
     if config.keep == "all":
         options["keep_checkpoint_max"] = sys.maxsize
     return options
 
 
-def _finish(
+def _train(
     trainer: Trainer,
     config: ml_collections.ConfigDict,
-    directory: str,
-    summary: Summary | None,
+    options: main.Options,
+    stop: StopSource,
+    on_summary: Sequence[Callable[[Summary], Any]],
 ) -> Result | None:
-    """Writes the result of a run whose last step is trained and evaluated."""
-    if trainer.step != config.train_steps:
+    """Trains a run and, unless another process evaluates, finishes it."""
+    directory = options.workdir
+    summary = main.train(trainer, options, stop=stop, on_summary=on_summary)
+    if summary is None and trainer.task.has_evaluation:
+        result = read_result(directory)
+        if result is not None and trainer.is_chief:
+            _remove_checkpoints(config, directory)
+        return result
+    result = _make_result(trainer, config, summary, trainer.seconds)
+    if trainer.is_chief:
+        # Once there is a result, nobody looks for checkpoints that are left. A
+        # run that is killed before needs the last one.
+        _remove_checkpoints(config, directory, except_step=config.train_steps)
+        _write_result(result, directory)
+        _remove_checkpoints(config, directory)
+    return result
+
+
+def _evaluate(
+    trainer: Trainer,
+    config: ml_collections.ConfigDict,
+    options: main.Options,
+    stop: StopRequest,
+    on_summary: Sequence[Callable[[Summary], Any]],
+) -> Result | None:
+    """Evaluates what another process trains, and finishes the run."""
+    directory = options.workdir
+    summary = main.evaluate_continuously(
+        trainer, options, stop=stop, on_summary=on_summary
+    )
+    checkpoints = Checkpoints(
+        os.path.join(directory, CHECKPOINTS),
+        configuration=trainer.configuration(),
+    )
+    if config.train_steps not in checkpoints.steps():
         return None
+    # It may have been evaluated before a restart.
+    metadata = checkpoints.restore_step(
+        config.train_steps, trainer.model, trainer.optimizer
+    )
+    result = _make_result(trainer, config, summary, metadata["seconds"])
+    _write_result(result, directory)
+    # If the process that trains has not ended, it removes them.
+    with (
+        contextlib.suppress(CheckpointError, DirectoryInUseError),
+        only_process(directory, "run"),
+    ):
+        _remove_checkpoints(config, directory)
+    return result
+
+
+def _make_result(
+    trainer: Trainer,
+    config: ml_collections.ConfigDict,
+    summary: Summary | None,
+    seconds: float,
+) -> Result:
+    """Returns the result of a run whose last step is trained and evaluated."""
     # All workers, as reading variables may take all of them.
     report = sparsity_report(trainer.model)
-    result = Result(
+    # Rules may name techniques, too.
+    sparse = any(row["technique"] for row in report.rows)
+    dense = config.sparsity.technique is None and not sparse
+    return Result(
         step=trainer.step,
         metrics={} if summary is None else dict(summary.metrics),
-        sparsity=(
-            None if config.sparsity.technique is None else report.sparsity
-        ),
+        sparsity=None if dense else report.sparsity,
         model_sparsity=report.model_sparsity,
-        seconds=trainer.seconds,
+        seconds=seconds,
         parameters=sum(
             int(np.prod(v.shape)) for v in trainer.model.trainable_variables
         ),
@@ -329,16 +414,19 @@ def _finish(
             "tensorflow": tf.__version__,
         },
     )
-    if trainer.is_chief:
-        write_text(
-            os.path.join(directory, RESULT),
-            _json_text(dataclasses.asdict(result)),
-        )
-    return result
+
+
+def _write_result(result: Result, directory: str) -> None:
+    write_text(
+        os.path.join(directory, RESULT), _json_text(dataclasses.asdict(result))
+    )
 
 
 def _remove_checkpoints(
-    config: ml_collections.ConfigDict, directory: str
+    config: ml_collections.ConfigDict,
+    directory: str,
+    *,
+    except_step: int | None = None,
 ) -> None:
     """Removes the checkpoints that `config.keep` does not keep."""
     if config.keep == "all":
@@ -346,7 +434,7 @@ def _remove_checkpoints(
     kept = {0, config.train_steps} if config.keep == "trunk" else set()
     checkpoints = _checkpoints(directory)
     for step in checkpoints.steps():
-        if step not in kept:
+        if step not in kept and step != except_step:
             checkpoints.remove(step)
 
 

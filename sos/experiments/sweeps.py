@@ -6,14 +6,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import keras
 import ml_collections
 
 from sos.errors import ReportedError, UsageError
 from sos.experiments import config as config_lib
 from sos.experiments.launchers import Launcher, LocalLauncher
 from sos.experiments.progress import SweepProgress
-from sos.experiments.runs import Result, read_result, run_directory
+from sos.experiments.runs import (
+    Result,
+    find_result,
+    read_result,
+    run_directory,
+)
 from sos.experiments.task import make_task
 from sos.training.checkpoints import Checkpoints
 from sos.training.signals import StopSource
@@ -154,8 +158,6 @@ def estimate_disk_use(
             if not optimizer.built:
                 optimizer.build(model.trainable_variables)
             sizes[signature] = Checkpoints.nbytes(model, optimizer)
-            del model, optimizer
-            keras.backend.clear_session(free_memory=False)
         size = sizes[signature]
         saved = 1 + -(-config.train_steps // save_checkpoints_steps)
         stays = {"all": saved, "trunk": 2, "none": 0}[config.keep]
@@ -192,6 +194,7 @@ def run_sweep(
 
     Raises:
         FailedRunsError: If runs failed, when all others are finished.
+        UsageError: If a run was started with another config.
         StorageError: If a file cannot be read or written.
         Stopped: If `stop` asked for it; the same call continues.
     """
@@ -199,7 +202,7 @@ def run_sweep(
     progress = progress or SweepProgress(quiet=True)
     pending = []
     for config in configs:
-        result = read_result(run_directory(config, workdir))
+        result = find_result(config, workdir)
         if result is None:
             pending.append(config)
         progress.add(config, result)

@@ -20,6 +20,10 @@ class ExperimentTask(Task):
         config: A resolved config. All that the task computes must follow from
             it.
 
+    Raises:
+        UsageError: If `config.parent` is set, and the task does not override
+            `initialize`, which would have to read it.
+
     Attributes:
         config: The config.
         runtime_entries: The dotted names of config entries that compiled steps
@@ -33,6 +37,15 @@ class ExperimentTask(Task):
     runtime_entries: tuple[str, ...] = ()
 
     def __init__(self, config: ml_collections.ConfigDict) -> None:
+        if (
+            config.parent is not None
+            and type(self).initialize is Task.initialize
+        ):
+            raise UsageError(
+                "`config.parent` is for a task that overrides `initialize` to "
+                f"start from another run. {type(self).__name__} does not. "
+                f"Received: {config.parent!r}"
+            )
         self.config = config
         self.batch_size = config.batch_size
 
@@ -41,7 +54,7 @@ class ExperimentTask(Task):
         """Returns all entries of the task's configs, with their defaults.
 
         Override it to change defaults and to add entries, in `model`, `data`
-        or at the top. It must not depend on anything: a run is named by what
+        or at the top. It must always return the same: a run is named by what
         differs from it.
         """
         config = config_lib.base_config()

@@ -1,4 +1,3 @@
-import importlib
 import json
 
 import hypothesis
@@ -6,12 +5,14 @@ import hypothesis.strategies as st
 import pytest
 
 import sos
+from configs import fashion_mnist, fashion_mnist_full
 from sos.errors import UsageError
 from sos.experiments import config as config_lib
+from sos.experiments import sweeps
 from tests.support import toy_experiment
 from tests.support.toy_experiment import ToyExperiment
 
-FILES = ("fashion_mnist", "fashion_mnist_full")
+FILES = (fashion_mnist, fashion_mnist_full)
 
 
 def resolved(technique="dense", **overrides):
@@ -68,10 +69,15 @@ def test_resolve_resolved_config_changes_nothing():
         ({"keep": "some"}, ["config.keep", "trunk", "some"]),
         ({"dtype_policy": "half"}, ["config.dtype_policy", "half"]),
         ({"model": 3}, ["config.model", "3"]),
+        ({"sparsity": None}, ["config.sparsity", "None"]),
+        ({"label": 3}, ["config.label", "3"]),
         ({"model": {"units": object()}}, ["object"]),
+        ({"model": {"rate": float("nan")}}, ["NaN", "nan"]),
+        ({"model": {"a.b": 1}}, ["dots", "a.b"]),
         ({"task": "nowhere:Task"}, ["config.task", "nowhere:Task"]),
         ({"task": "json:JSONEncoder"}, ["config.task", "ExperimentTask"]),
         ({"task": ""}, ["config.task", "''"]),
+        ({"task": ".nowhere:Task"}, ["config.task", ".nowhere:Task"]),
         ({"sparsity": {"technique": "Magic"}}, ["Magic", "MagnitudePruning"]),
         (
             {"sparsity": {"technique": "MagnitudePruning"}},
@@ -99,6 +105,19 @@ def test_resolve_invalid_entry_raises(overrides, parts):
         resolved(**overrides)
     for part in parts:
         assert part in str(error.value)
+
+
+def test_resolve_default_technique_of_the_task_can_be_replaced(monkeypatch):
+    add_default(
+        monkeypatch, "sparsity", {"rules": (), **toy_experiment.MAGNITUDE}
+    )
+    default = config_lib.resolve(toy_experiment.CONFIG)
+    assert config_lib.identity(default) == toy_experiment.CONFIG
+    replaced = resolved("l0")
+    assert replaced.sparsity.penalty_weight == 0.01
+    assert "sparsity" not in replaced.sparsity
+    names = {config_lib.run_name(c) for c in (default, replaced, resolved())}
+    assert len(names) == 3
 
 
 def test_load_task_module_with_missing_import_shows_the_cause(
@@ -144,6 +163,45 @@ def test_run_name_differs_whenever_the_identity_does():
     assert len(set(names)) == len(names)
     assert names[0].startswith("dense_seed-0_")
     assert names[1].startswith("magnitude_pruning_sparsity-0.8_seed-0_")
+
+
+@pytest.mark.parametrize(
+    ("one", "same"),
+    [
+        (1, 1.0),
+        ([1, {"a": 2}], (1.0, {"a": 2.0})),
+    ],
+)
+def test_run_name_form_of_a_value_does_not_matter(one, same):
+    first, second = (resolved(model={"x": value}) for value in (one, same))
+    assert config_lib.run_name(first) == config_lib.run_name(second)
+    assert config_lib.config_diff(config_lib.plain(first), second) == []
+
+
+def test_run_name_boolean_is_no_number():
+    names = {
+        config_lib.run_name(resolved(model={"x": value}))
+        for value in (0, 1, False, True, None, "1")
+    }
+    assert len(names) == 6
+
+
+def test_run_name_whole_hyperparameter_is_the_same_as_integer_and_float():
+    first, second = (
+        resolved(sparsity={**toy_experiment.TECHNIQUES["l0"], **penalty})
+        for penalty in ({"penalty_weight": 2}, {"penalty_weight": 2.0})
+    )
+    assert config_lib.run_name(first) == config_lib.run_name(second)
+
+
+def test_run_name_rules_as_mapping_and_as_pairs_are_the_same():
+    rules = {"^a.*/": None, "^b": {"sparsity": 0.5}}
+    first, second = (
+        resolved(sparsity={**toy_experiment.MAGNITUDE, "rules": form})
+        for form in (rules, tuple(rules.items()))
+    )
+    assert config_lib.run_name(first) == config_lib.run_name(second)
+    assert config_lib.config_diff(config_lib.plain(first), second) == []
 
 
 def test_run_name_ignores_label_and_keep():
@@ -225,23 +283,17 @@ def test_parse_argument_invalid_raises(argument):
 
 @pytest.mark.parametrize("file", FILES)
 def test_config_file_every_argument_has_a_run_of_its_own(file):
-    module = importlib.import_module(f"configs.{file}")
-    techniques = importlib.import_module("configs.fashion_mnist").TECHNIQUES
     names = [
-        config_lib.run_name(config_lib.resolve(module.get_config(argument)))
-        for name in techniques
+        config_lib.run_name(config_lib.resolve(file.get_config(argument)))
+        for name in fashion_mnist.TECHNIQUES
         for argument in (name, f"{name},seed=1")
     ]
     assert len(set(names)) == len(names)
 
 
 def test_config_file_argument_and_sweep_give_the_same_run():
-    from configs import fashion_mnist
-
     one = fashion_mnist.get_config("magnitude,sparsity=0.95,seed=1")
     base = fashion_mnist.get_config()
-    from sos.experiments import sweeps
-
     names = {
         config_lib.run_name(config)
         for config in sweeps.expand(base, fashion_mnist.sweep(base))
@@ -251,7 +303,5 @@ def test_config_file_argument_and_sweep_give_the_same_run():
 
 
 def test_config_file_unknown_technique_raises():
-    from configs import fashion_mnist
-
     with pytest.raises(UsageError, match="magnitude_dense_first"):
         fashion_mnist.get_config("magic")

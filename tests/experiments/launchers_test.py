@@ -1,18 +1,20 @@
 import dataclasses
+import multiprocessing
 import os
 import pathlib
 import signal
 import threading
+import time
 
 import pytest
 
-from sos.errors import Stopped
+from sos.errors import Stopped, UsageError
 from sos.experiments import sweeps
+from sos.experiments.config import run_name
 from sos.experiments.launchers import LocalLauncher, TrainerCache
 from sos.experiments.progress import SweepProgress
 from sos.experiments.runs import read_result, run, run_directory
 from sos.files import only_process
-from sos.training.trainer import Trainer
 from tests.support import processes, toy_experiment
 
 
@@ -83,7 +85,28 @@ def test_local_launcher_failed_run_does_not_stop_the_others(tmp_path):
     assert read_result(run_directory(good, tmp_path)) is not None
 
 
-def test_local_launcher_stop_saves_runs_in_progress(tmp_path):
+def during_training(config, workdir, call):
+    """Calls a function in a thread, once the run is being trained."""
+    log = pathlib.Path(run_directory(config, workdir), "train.jsonl")
+
+    def wait_and_call():
+        while not log.exists() or not log.read_text():
+            time.sleep(0.05)
+        call()
+
+    threading.Thread(target=wait_and_call, daemon=True).start()
+    return log.parent
+
+
+def send_to_workers(*signals):
+    for worker in multiprocessing.active_children():
+        for signum in signals:
+            os.kill(worker.pid, signum)
+            time.sleep(0.3)
+
+
+@pytest.mark.parametrize("group", [False, True], ids=["parent", "group"])
+def test_local_launcher_stop_saves_runs_in_progress(tmp_path, group):
     class Stop:
         requested = None
 
@@ -91,18 +114,37 @@ def test_local_launcher_stop_saves_runs_in_progress(tmp_path):
     (config,) = sweeps.expand(
         toy_experiment.CONFIG, [{"train_steps": 1_000_000}]
     )
-    log = pathlib.Path(run_directory(config, tmp_path), "train.jsonl")
 
-    def stop_later():
-        while not log.exists() or not log.read_text():
-            threading.Event().wait(0.05)
+    def stop_all():
+        if group:
+            # The parent sends it once more.
+            send_to_workers(signal.SIGTERM)
         stop.requested = signal.SIGINT
 
-    threading.Thread(target=stop_later, daemon=True).start()
-    with pytest.raises(Stopped, match="SIGINT"):
-        launch([config], tmp_path, stop=stop)
-    steps = processes.checkpoint_steps(log.parent)
-    assert steps[-1] > 0
+    directory = during_training(config, tmp_path, stop_all)
+    with pytest.raises(Stopped, match=r"SIGINT, 1 of 1 runs .* saved"):
+        launch([config], tmp_path, workers=1, stop=stop)
+    assert processes.checkpoint_steps(directory)[-1] > 0
+
+
+def test_local_launcher_killed_worker_fails_its_run_only(tmp_path):
+    long, good = sweeps.expand(
+        toy_experiment.CONFIG, [{"train_steps": 1_000_000}, {"seed": 1}]
+    )
+    during_training(long, tmp_path, lambda: send_to_workers(signal.SIGKILL))
+    failures = launch([long, good], tmp_path, workers=1)
+    assert list(failures) == [run_name(long)]
+    assert "was killed" in failures[run_name(long)]
+    assert read_result(run_directory(good, tmp_path)) is not None
+
+
+def test_local_launcher_worker_asked_to_stop_is_replaced(tmp_path):
+    (config,) = sweeps.expand(toy_experiment.CONFIG, [{"train_steps": 5000}])
+    directory = during_training(
+        config, tmp_path, lambda: send_to_workers(signal.SIGTERM)
+    )
+    assert launch([config], tmp_path, workers=1) == {}
+    assert read_result(str(directory)).step == 5000
 
 
 def test_local_launcher_waits_for_runs_of_other_processes(tmp_path):
@@ -130,9 +172,7 @@ def test_local_launcher_without_runs_starts_no_process(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, -1])
 def test_local_launcher_without_workers_raises(workers):
-    with pytest.raises(ValueError, match=f"workers={workers}"):
+    with pytest.raises(UsageError, match=f"workers={workers}"):
         LocalLauncher(workers)
 
 
-def test_trainer_cache_gives_a_trainer(toy_configs):
-    assert isinstance(TrainerCache()(toy_configs[0]), Trainer)

@@ -14,6 +14,7 @@ from sos.errors import (
     UsageError,
 )
 from sos.experiments import config as config_lib
+from sos.experiments import runs
 from sos.experiments.launchers import TrainerCache
 from sos.experiments.runs import read_result, run, run_directory
 from sos.files import only_process
@@ -190,11 +191,19 @@ def test_run_in_use_raises(tmp_path):
         train("dense", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["config.json", "result.json"])
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"step": 1}', b"\xff"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b""),
+        ("config.json", b"[]"),
+        ("config.json", b"\xff"),
+        ("result.json", b""),
+        ("result.json", b"[]"),
+        ("result.json", b"\xff"),
+        ("result.json", b'{"step": 1}'),
+    ],
+)
 def test_run_damaged_file_raises(one, name, content):
-    if (name, content) == ("config.json", b'{"step": 1}'):
-        pytest.skip("It is a config, though another one.")
     (one / name).write_bytes(content)
     with pytest.raises(StorageError, match=f"{name} is damaged"):
         run(toy_experiment.config("magnitude"), one.parent, make_trainer=refuse)
@@ -207,7 +216,7 @@ def test_run_workdir_that_is_a_file_raises(tmp_path):
 
 
 def test_run_empty_workdir_raises():
-    with pytest.raises(UsageError, match="workdir"):
+    with pytest.raises(UsageError, match="`workdir` must"):
         train("dense", "")
 
 
@@ -220,7 +229,7 @@ def test_run_loss_not_finite_raises_and_leaves_no_result(tmp_path):
 
 
 def test_run_task_without_evaluation_data_has_a_result(tmp_path):
-    overrides = {"task": "tests.support.toy_experiment:Untrained"}
+    overrides = {"task": "tests.support.toy_experiment:WithoutEvaluation"}
     result = train("dense", tmp_path, overrides=overrides, mode="train")
     assert (result.step, result.metrics) == (STEPS, {})
 
@@ -233,7 +242,77 @@ def test_run_train_and_eval_modes_give_the_result_together(finished, tmp_path):
     expected = read_result(str(directory_of("magnitude", finished)))
     assert result.metrics == expected.metrics
     assert result.sparsity == expected.sparsity
+    assert result.seconds > 0
     assert read_result(str(directory)) == result
+    assert processes.checkpoint_steps(directory) == [0, STEPS]
+
+
+def test_run_eval_mode_evaluated_before_writes_the_result(one):
+    expected = read_result(str(one))
+    train("magnitude", one.parent, mode="eval")
+    # As if it had been killed before the result was written.
+    (one / "result.json").unlink()
+    result = train("magnitude", one.parent, mode="eval")
+    assert result.metrics == expected.metrics
+    assert result.seconds == expected.seconds
+
+
+def test_run_eval_mode_finished_run_without_checkpoints_returns(one):
+    shutil.rmtree(one / "checkpoints")
+    result = run(
+        toy_experiment.config("magnitude"),
+        one.parent,
+        make_trainer=refuse,
+        mode="eval",
+    )
+    assert result == read_result(str(one))
+
+
+@pytest.mark.parametrize("keep", ["trunk", "none"])
+def test_run_killed_before_the_result_needs_no_training(
+    keep, tmp_path, monkeypatch
+):
+    def killed(result, directory):
+        raise InterruptedError
+
+    overrides = {"keep": keep}
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "_write_result", killed)
+        with pytest.raises(InterruptedError):
+            train("dense", tmp_path, overrides=overrides)
+    directory = directory_of("dense", tmp_path)
+    before = processes.records(directory)
+    assert train("dense", tmp_path, overrides=overrides).step == STEPS
+    assert processes.records(directory) == before
+    kept = {"trunk": [0, STEPS], "none": []}[keep]
+    assert processes.checkpoint_steps(directory) == kept
+
+
+def test_run_invalid_call_leaves_no_directory(tmp_path):
+    workdir = tmp_path / "runs"
+    with pytest.raises(UsageError, match="mode"):
+        train("dense", workdir, mode="trian")
+    with pytest.raises(UsageError, match=r"config\.parent"):
+        train("dense", workdir, overrides={"parent": "other"})
+    assert not workdir.exists()
+
+
+def test_run_rules_with_a_technique_alone_have_a_sparsity(tmp_path):
+    rules = [["^a/", toy_experiment.MAGNITUDE]]
+    overrides = {"sparsity": {"technique": None, "rules": rules}}
+    result = train("dense", tmp_path, overrides=overrides)
+    assert result.sparsity == pytest.approx(1 - 19 / 96)
+
+
+def test_run_keeps_steps_that_the_caller_asks_for(tmp_path):
+    train(
+        "dense",
+        tmp_path,
+        overrides={"keep": "all"},
+        keep_checkpoint_steps=(5,),
+    )
+    directory = directory_of("dense", tmp_path)
+    assert processes.checkpoint_steps(directory) == [0, 5, STEPS]
 
 
 def test_run_dtype_policy_is_that_of_the_config(tmp_path):

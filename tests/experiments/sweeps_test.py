@@ -1,14 +1,16 @@
 import pathlib
 
+import keras
 import pytest
 
 from sos.errors import UsageError
-from sos.experiments import sweeps
+from sos.experiments import results, sweeps
 from sos.experiments.config import run_name
 from sos.experiments.runs import run_directory
+from tests.experiments.config_test import add_default
 from tests.support import toy_experiment
 
-MAGNITUDE = toy_experiment.TECHNIQUES["magnitude"]
+MAGNITUDE = toy_experiment.MAGNITUDE
 
 
 def test_expand_override_replaces_values():
@@ -36,9 +38,7 @@ def test_expand_technique_replaces_all_of_sparsity():
     assert (changed.sparsity.sparsity, changed.sparsity.end_step) == (0.5, 8)
     assert len(changed.sparsity.rules) == 1
     assert replaced.sparsity.technique == "L0Regularization"
-    assert "end_step" not in replaced.sparsity or (
-        replaced.sparsity.end_step is None
-    )
+    assert replaced.sparsity.end_step is None
     assert len(replaced.sparsity.rules) == 0
     assert dense.sparsity.to_dict() == {"technique": None, "rules": []}
 
@@ -69,6 +69,44 @@ def test_select_without_match_raises(toy_configs, pattern):
     with pytest.raises(UsageError) as error:
         sweeps.select(toy_configs, pattern)
     assert repr(pattern) in str(error.value)
+
+
+class Refuse:
+    """A launcher that expects nothing to train."""
+
+    def launch(self, configs, workdir, *, progress, stop=None, **options):
+        assert configs == []
+        return {}
+
+
+def test_run_sweep_finished_runs_are_returned(toy_configs, finished):
+    made = sweeps.run_sweep(toy_configs, finished, launcher=Refuse())
+    assert [result.step for result in made] == 10 * [12]
+
+
+def test_run_sweep_changed_default_raises(toy_configs, copy, monkeypatch):
+    add_default(monkeypatch, "model.units", 32)
+    configs = sweeps.expand(toy_experiment.CONFIG, [{}])
+    with pytest.raises(UsageError, match=r"model\.units: 16 saved, 32 now"):
+        sweeps.run_sweep(configs, copy, launcher=Refuse())
+
+
+def test_run_sweep_new_label_and_entry_reach_the_results(copy, monkeypatch):
+    add_default(monkeypatch, "model.depth", 1)
+    configs = sweeps.expand(toy_experiment.CONFIG, [{"label": "plain"}])
+    sweeps.run_sweep(configs, copy, launcher=Refuse())
+    (found,) = results.collect(copy, [run_name(configs[0])])
+    assert found.label == "plain"
+    assert found.config["model"] == {"units": 16, "depth": 1}
+
+
+def test_disk_use_does_not_change_the_dtype_policy(toy_configs, tmp_path):
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        sweeps.estimate_disk_use(toy_configs[:1], tmp_path, workers=1)
+        assert keras.config.dtype_policy().name == "mixed_bfloat16"
+    finally:
+        keras.config.set_dtype_policy("float32")
 
 
 def test_disk_use_estimate_is_near_the_truth(toy_configs, finished, tmp_path):

@@ -9,14 +9,15 @@ from sos.experiments.image_classification import classification_metrics
 from sos.training import inputs
 
 CONFIG = {"task": "tests.support.toy_experiment:ToyExperiment"}
+MAGNITUDE = {
+    "technique": "MagnitudePruning",
+    "sparsity": 0.8,
+    "end_step": 8,
+    "frequency": 2,
+}
 TECHNIQUES = {
     "dense": {"technique": None},
-    "magnitude": {
-        "technique": "MagnitudePruning",
-        "sparsity": 0.8,
-        "end_step": 8,
-        "frequency": 2,
-    },
+    "magnitude": MAGNITUDE,
     "random": {
         "technique": "RandomPruning",
         "sparsity": 0.5,
@@ -107,7 +108,7 @@ class Failing(ToyExperiment):
         return {**metrics, "loss": (loss * float("nan"), weight)}
 
 
-class Untrained(ToyExperiment):
+class WithoutEvaluation(ToyExperiment):
     """Has no evaluation data."""
 
     eval_dataset = ExperimentTask.eval_dataset
