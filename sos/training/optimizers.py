@@ -214,8 +214,15 @@ def traced_config(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
     """
     if isinstance(optimizer, _WithMultipliers):
         config = super(_WithMultipliers, optimizer).get_config()
-        return {**config, "multipliers": optimizer.factors}
-    return optimizer.get_config()
+        config["multipliers"] = optimizer.factors
+    else:
+        config = optimizer.get_config()
+    # Not in the config: `exclude_from_weight_decay` was called after it.
+    decayed = [
+        optimizer._use_weight_decay(variable.value)
+        for variable in optimizer._trainable_variables
+    ]
+    return {**config, "decayed": decayed}
 
 
 class _WithMultipliers:

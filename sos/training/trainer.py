@@ -26,13 +26,8 @@ from sos.errors import (
 )
 from sos.surgery import strip
 from sos.training import inputs, strategies
-from sos.training.checkpoints import (
-    Checkpoints,
-    canonical_path,
-    diff,
-    variable_specs,
-)
-from sos.training.optimizers import traced_config
+from sos.training.checkpoints import Checkpoints, canonical_path, diff
+from sos.training.compile_signature import compile_signature
 from sos.training.reporting import Summary
 from sos.training.signals import StopSource
 from sos.training.steps import CompiledMaskUpdate, Steps, Totals
@@ -50,7 +45,7 @@ from sos.training.task import (
     raise_wrong_cardinality,
     train_dataset,
 )
-from sos.wrappers.base import SparseWrapper, find_wrappers
+from sos.wrappers.base import find_wrappers
 from sos.wrappers.masked import PruningWrapper, update_masks
 
 # From TensorFlow's error about a data set with fewer batches than asserted.
@@ -425,8 +420,8 @@ class Trainer:
         model, optimizer = self._build(task)
         differences = list(
             diff(
-                _traced_properties(self.model, self.optimizer),
-                _traced_properties(model, optimizer),
+                compile_signature(self.model, self.optimizer),
+                compile_signature(model, optimizer),
             )
         )
         if task.batch_size != self.task.batch_size:
@@ -847,62 +842,4 @@ def _specs(model: keras.Model) -> dict[str, str]:
             f"{variable.dtype} {tuple(variable.shape)}"
         )
         for index, variable in enumerate(model.variables)
-    }
-
-
-def _traced_properties(
-    model: keras.Model, optimizer: keras.optimizers.Optimizer
-) -> dict[str, Any]:
-    """Returns what a traced step holds besides the values of variables."""
-    config = traced_config(optimizer)
-    # Keras numbers them through all of a process.
-    config.pop("name", None)
-    if isinstance(config.get("learning_rate"), float):
-        # It is a variable then, and not a schedule.
-        del config["learning_rate"]
-    return {
-        "variables": variable_specs(model, optimizer),
-        "trainable": {
-            canonical_path(variable.path): variable.trainable
-            for variable in model.variables
-        },
-        "optimizer": {"class": type(optimizer), **config},
-        "layers": {
-            str(index): _layer_properties(layer)
-            for index, layer in enumerate(model._flatten_layers())
-        },
-    }
-
-
-def _layer_properties(layer: keras.layers.Layer) -> dict[str, Any]:
-    properties: dict[str, Any] = {"class": type(layer)}
-    if isinstance(layer, keras.Model):
-        # Its layers follow one by one.
-        return properties
-    try:
-        config = layer.get_config()
-    except Exception:
-        # A user's layer may have no configuration.
-        return properties
-    # Wrapped layers follow by themselves, and schedules are not traced.
-    ignored = {"name", "layer", "schedule", "ranking"}
-    if isinstance(layer, SparseWrapper):
-        # Hyperparameters in variables.
-        ignored |= set(layer.settings.values())
-    if type(layer).__module__.split(".")[0] in ("keras", "sos"):
-        # A seed in a variable. A user's layer may have traced it.
-        ignored.add("seed")
-    return {**properties, **_without(config, ignored)}
-
-
-def _without(config: Any, names: set[str]) -> Any:
-    """Removes initializers and other entries from nested configurations."""
-    if isinstance(config, (list, tuple)):
-        return [_without(value, names) for value in config]
-    if not isinstance(config, dict):
-        return config
-    return {
-        name: _without(value, names)
-        for name, value in config.items()
-        if name not in names and not str(name).endswith("initializer")
     }
