@@ -152,7 +152,10 @@ def run(
                 summary = main.evaluate_continuously(
                     trainer, options, stop=stop, on_summary=on_summary
                 )
-                return _finish(trainer, config, directory, summary)
+                result = _finish(trainer, config, directory, summary)
+                if result is not None:
+                    _remove_checkpoints(config, directory)
+                return result
             if trainer.is_chief:
                 stack.enter_context(only_process(directory, "run"))
                 if not several_processes(trainer.strategy):

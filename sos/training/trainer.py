@@ -340,10 +340,30 @@ class Trainer:
                 f"{[int(s) for s in steps]} in {checkpoints.directory}"
             )
         if metadata is not None:
-            self.seconds = metadata["seconds"]
-            self.saved_step = self._masks_step = step
+            self._take_over(metadata)
             self._warn_of_changes(step, metadata)
         return step
+
+    def restore_step(self, checkpoints: Checkpoints, step: int) -> None:
+        """Restores the checkpoint of one step, to evaluate or export it.
+
+        Args:
+            checkpoints: The checkpoints.
+            step: One of `checkpoints.steps()`.
+
+        Raises:
+            DamagedCheckpointError: If it is damaged.
+            CheckpointError: If it is of another configuration, or cannot be
+                read at the moment.
+        """
+        self._take_over(
+            checkpoints.restore_step(step, self.model, self.optimizer)
+        )
+
+    def _take_over(self, metadata: Mapping[str, Any]) -> None:
+        """Sets what a trainer holds besides the values of variables."""
+        self.seconds = metadata["seconds"]
+        self.saved_step = self._masks_step = metadata["step"]
 
     def _placement(self) -> dict[str, Any]:
         """Returns what may change on a restart and changes the result."""
@@ -696,11 +716,11 @@ class Trainer:
         driver = Driver(
             self.model, self.optimizer, update_masks=self._update_masks
         )
-        # False after an interrupt between a step and its mask update.
         step = self.step
-        driver.start(up_to_date=step > 0 and step == self._masks_step)
-        self._masks_step = step
         try:
+            # Not up to date after an interrupt between a step and its update.
+            driver.start(up_to_date=step > 0 and step == self._masks_step)
+            self._masks_step = step
             yield driver
         finally:
             driver.stop()

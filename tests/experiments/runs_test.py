@@ -233,6 +233,21 @@ def test_run_train_and_eval_modes_give_the_result_together(finished, tmp_path):
     expected = read_result(str(directory_of("magnitude", finished)))
     assert result.metrics == expected.metrics
     assert result.sparsity == expected.sparsity
+    assert result.seconds > 0.0
+    assert read_result(str(directory)) == result
+    # As in the mode train_and_eval: those that branches start from.
+    steps = [
+        path.name for path in sorted((directory / "checkpoints").iterdir())
+    ]
+    assert steps == ["step-00000000", f"step-{STEPS:08d}"]
+
+
+def test_run_eval_killed_before_the_result_writes_it(tmp_path):
+    train("magnitude", tmp_path, mode="train")
+    result = train("magnitude", tmp_path, mode="eval")
+    directory = directory_of("magnitude", tmp_path)
+    (directory / "result.json").unlink()
+    assert train("magnitude", tmp_path, mode="eval") == result
     assert read_result(str(directory)) == result
 
 

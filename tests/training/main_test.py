@@ -362,6 +362,14 @@ def test_eval_evaluates_every_checkpoint_once(copy):
     assert main.evaluate_continuously(copy.trainer, options) == summary
 
 
+def test_eval_evaluated_before_holds_the_last_checkpoint(copy):
+    assert copy("eval") == 0
+    seconds = copy.trainer.seconds
+    assert seconds > 0.0
+    assert copy("eval") == 0
+    assert (copy.trainer.step, copy.trainer.seconds) == (STEPS, seconds)
+
+
 def test_eval_and_train_and_eval_find_the_same(copy, program, tmp_path):
     assert copy("eval") == 0
     other = Program(tmp_path / "other")
