@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from sos.errors import StorageError, UsageError
+from sos.errors import StorageError, UsageError, reason
 
 #: Opens a file: maps its path, a string scalar, to a data set of its records.
 Read = Callable[[tf.Tensor], tf.data.Dataset]
@@ -352,14 +352,15 @@ def usage_error(error: tf.errors.OpError) -> UsageError | None:
 
 
 @contextlib.contextmanager
-def usage_errors() -> Iterator[None]:
-    """Raises the errors that `usage_error` recognizes as `UsageError`.
+def input_errors() -> Iterator[None]:
+    """Converts errors of reading records within the scope.
 
     Yields:
         Nothing.
 
     Raises:
         UsageError: If a shard has another number of records than stated.
+        StorageError: If a record is damaged.
     """
     try:
         yield
@@ -367,6 +368,12 @@ def usage_errors() -> Iterator[None]:
         if (usage := usage_error(error)) is None:
             raise
         raise usage from error
+    except tf.errors.DataLossError as error:
+        raise StorageError(
+            f"A record of the input is damaged: {reason(error)}. Restore its "
+            "file, or remove it from the input. `list_shards` without `counts` "
+            "finds it."
+        ) from error
 
 
 def array_batches(
@@ -740,11 +747,9 @@ def _count(path: str, read: Read) -> int:
         records = read(tf.constant(path))
         return int(records.reduce(np.int64(0), lambda count, _: count + 1))
     except tf.errors.OpError as error:
-        # Without the names of TensorFlow's operations.
-        cause = re.sub(r"\{\{.*?\}\}|\[Op:.*", "", error.message).strip()
         raise StorageError(
             f"The records of {path} cannot be read. Restore the file or remove "
-            f"it from the input. Cause: {cause}"
+            f"it from the input. Cause: {reason(error)}"
         ) from error
 
 

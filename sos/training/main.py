@@ -356,8 +356,7 @@ def export(trainer: Trainer, options: Options) -> str:
             )
         # TensorFlow Serving takes the number for the version.
         path = os.path.join(options.workdir, "export", str(step))
-        with storage_errors(f"The export could not be written to {path}"):
-            trainer.export(path)
+        trainer.export(path)
         return path
 
 

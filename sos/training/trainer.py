@@ -595,7 +595,7 @@ class Trainer:
             begin = self._clock()
             end = min(batches, self._eval_loop_length.loop_end(done))
             try:
-                with inputs.usage_errors():
+                with inputs.input_errors():
                     parts.append(self.steps.evaluate(iterator, end - done))
             except tf.errors.FailedPreconditionError as error:
                 if _ENDED not in error.message:
@@ -664,7 +664,7 @@ class Trainer:
 
         Raises:
             TaskError: If `Task.serving` returns something invalid.
-            OSError: If it cannot be written.
+            StorageError: If it cannot be written.
         """
         model = self._model_on_host()
         if not self.is_chief:
@@ -757,7 +757,7 @@ class Trainer:
 
     def _train_steps(self, iterator: Any, steps: int) -> Totals:
         try:
-            with inputs.usage_errors():
+            with inputs.input_errors():
                 return self.steps.train(iterator, steps)
         except tf.errors.FailedPreconditionError as error:
             if _ENDED not in error.message:

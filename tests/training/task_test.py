@@ -3,7 +3,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import sos.export
 from sos.errors import ReportedError, TaskError, UsageError
 from sos.training import task as task_lib
 from sos.training.strategies import make_strategy
@@ -60,7 +59,7 @@ def test_task_has_no_evaluation_by_default():
 
 def test_task_serving_by_default_is_the_serving_module(monkeypatch):
     monkeypatch.setattr(
-        sos.export, "ServingModule", lambda model: ("module", model), False
+        task_lib, "ServingModule", lambda model: ("module", model)
     )
     assert Task().serving("model") == ("module", "model")
 
