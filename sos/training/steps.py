@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from sos.errors import UsageError
+from sos.errors import UsageError, reason
 from sos.masks import (
     keep_count,
     nan_count,
@@ -567,7 +567,12 @@ def _uses_xla(
         return False
     if jit_compile is not None:
         return jit_compile
-    return any("GPU" in name for name in strategy.extended.worker_devices)
+    if tf.distribute.has_strategy():
+        devices = strategy.extended.worker_devices
+    else:
+        # TensorFlow's default strategy does not tell its device.
+        devices = [device.name for device in tf.config.list_logical_devices()]
+    return any("GPU" in name for name in devices)
 
 
 def _xla_reason(error: tf.errors.OpError) -> str:
@@ -580,10 +585,7 @@ def _xla_reason(error: tf.errors.OpError) -> str:
             return line.strip().rstrip(".") + ")" * (
                 line.count("(") - line.count(")")
             )
-    for line in lines:
-        if line and not line.endswith(":") and not line.startswith("Detected"):
-            return line.rstrip(".")
-    return type(error).__name__
+    return reason(error)
 
 
 class CompiledMaskUpdate:
