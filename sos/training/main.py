@@ -515,7 +515,12 @@ def _reporting(
                     TensorBoard(workdir, resume_step=resume_step),
                 ]
         for reporter in reporters:
-            stack.callback(reporter.close)
+            # After an error of the disk, closing raises again.
+            stack.callback(
+                storage_errors(f"The logs in {workdir} could not be closed")(
+                    reporter.close
+                )
+            )
 
         def report(summary: Summary) -> None:
             with storage_errors(
