@@ -1,8 +1,8 @@
-"""What a compiled step holds of a model and its optimizer.
+"""Signatures of training steps: equal ones are traced to the same function.
 
-Two pairs of model and optimizer with equal signatures are traced to the same
-step, which differs in the values of its variables only. What cannot be known,
-such as the arguments of a layer without a configuration, equals nothing.
+A signature covers all of a model and its optimizer that becomes a constant of
+a traced step. Anything unknown, such as the arguments of a layer without a
+configuration, differs from everything.
 """
 
 import inspect
@@ -21,7 +21,7 @@ from sos.wrappers.base import SparseWrapper
 
 
 class _Unknown:
-    """Differs from everything, other unknown things too."""
+    """A value that differs from all others, unknown ones included."""
 
     def __repr__(self) -> str:
         return "unknown"
@@ -30,14 +30,14 @@ class _Unknown:
 def compile_signature(
     model: keras.Model, optimizer: keras.optimizers.Optimizer
 ) -> dict[str, Any]:
-    """Returns what a traced step holds besides the values of variables.
+    """Returns all constants of a traced step, by name.
 
     Args:
         model: A built model.
         optimizer: Its optimizer, built.
 
     Returns:
-        Values by name, to be compared with `sos.training.checkpoints.diff`.
+        Nested values, to be compared with `sos.training.checkpoints.diff`.
     """
     return {
         "variables": variable_specs(model, optimizer),
@@ -163,10 +163,10 @@ def _renamed(config: Any, names: Mapping[str, Any]) -> Any:
 
 
 def _plain(config: Any, ignored: set[str]) -> Any:
-    """Returns a nested configuration without what is not traced.
+    """Removes from a nested configuration all that is not traced.
 
-    That is initializers, the entries that are to be ignored, and the numbers
-    in names, which Keras counts through all of a process.
+    These are initializers, the ignored entries, and the numbers in names, which
+    Keras counts through all of a process.
     """
     if isinstance(config, (list, tuple)):
         return [_plain(value, ignored) for value in config]

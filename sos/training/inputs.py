@@ -123,9 +123,10 @@ def record_batches(
     the same number of records. If there are fewer files than hosts, every host
     reads all files and takes every n-th record.
 
-    The order of the records is a function of the seed, the epoch and the host;
-    the seeds that `decode` gets are functions of the seed, the epoch and the
-    record. Another number of hosts therefore gives another order, and the same
+    The order of the records is a function of the seed, the epoch and the host,
+    and of `shards`, `batch_size`, `shuffle_buffer` and `cycle_length`, which
+    must be the same after a restart. The seeds that `decode` gets are functions
+    of the seed, the epoch and the record. Another number of hosts therefore gives another order, and the same
     augmentation. Every epoch has the same number of steps on all hosts. Records
     that do not fill a batch at its end are left out, different ones in each
     epoch.
@@ -337,12 +338,12 @@ def usage_error(error: tf.errors.OpError) -> UsageError | None:
         A `UsageError` that names the file if the number of records in it
         differs from that in its `Shard`, None for any other error.
     """
-    found = re.search(
+    match = re.search(
         rf"\[{_WRONG_COUNT}\] \[(.*?)\] \[(\d+)\] \[(\d+)\]", error.message
     )
-    if not found:
+    if not match:
         return None
-    path, examples, actual = found[1], int(found[2]), int(found[3])
+    path, examples, actual = match[1], int(match[2]), int(match[3])
     actual = actual if actual < examples else f"more than {examples}"
     return UsageError(
         "A shard must have the number of records that are in its file. Correct "
@@ -561,13 +562,13 @@ def _divide(shards: Sequence[Shard], hosts: int) -> list[_Part]:
         heapq.heappush(loads, (load + shards[number].examples, host))
     return [
         _Part(
-            numbers=sorted(own),
-            paths=[shards[number].path for number in sorted(own)],
-            counts=[shards[number].examples for number in sorted(own)],
-            offsets=[0] * len(own),
+            numbers=sorted(files),
+            paths=[shards[number].path for number in sorted(files)],
+            counts=[shards[number].examples for number in sorted(files)],
+            offsets=[0] * len(files),
             stride=1,
         )
-        for own in numbers
+        for files in numbers
     ]
 
 

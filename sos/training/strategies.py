@@ -1,4 +1,4 @@
-"""Distribution strategies, and what workers of a job exchange."""
+"""Distribution strategies, and communication between workers."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""What is trained: the model, its loss and its data."""
+"""Tasks: a model, its optimizer, its data and its metrics."""
 
 import json
 from collections.abc import Callable, Mapping

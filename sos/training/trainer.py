@@ -81,14 +81,14 @@ class Action:
             )
 
     def next_after(self, step: int) -> int | None:
-        """Returns the next step at which it is due, ignoring `at_end`."""
+        """Returns the next step at which the action is due, except `at_end`."""
         steps = [s for s in self.at if s > step]
         if self.every is not None:
             steps.append((step // self.every + 1) * self.every)
         return min(steps, default=None)
 
     def due(self, step: int, last: int) -> bool:
-        """Whether it is due after `step` of `last` steps."""
+        """Returns whether the action is due after `step` of `last` steps."""
         return self.next_after(step - 1) == step or (
             self.at_end and step == last
         )
@@ -269,9 +269,9 @@ class Trainer:
             )
         self._train_loop_length = self._make_loop_length()
         self._eval_loop_length = self._make_loop_length()
-        self._start_anew()
+        self._reset_progress()
 
-    def _start_anew(self) -> None:
+    def _reset_progress(self) -> None:
         self.seconds = 0.0
         self.saved_step: int | None = None
         # The step for which masks are known to be up to date.
@@ -462,7 +462,7 @@ class Trainer:
             if isinstance(wrapper, PruningWrapper):
                 wrapper.schedule = new.schedule
                 wrapper.ranking = new.ranking
-        self._start_anew()
+        self._reset_progress()
 
     def train(
         self,
