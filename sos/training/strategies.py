@@ -1,4 +1,4 @@
-"""Distribution strategies, and the exchange between workers of a job."""
+"""Distribution strategies, and communication between workers."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""The task of a training: its model, optimizer, data and metrics."""
+"""Tasks: a model, its optimizer, its data and its metrics."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from sos.errors import TaskError
+from sos.export import ServingModule
 
 #: A sum over examples and the sum of their weights, float32 scalars.
 WeightedSum = tuple[tf.Tensor, tf.Tensor]
@@ -161,8 +162,6 @@ class Task:
             The module that `sos.export.export_model` writes. By default it
             calls the model.
         """
-        from sos.export import ServingModule
-
         return ServingModule(model)
 
 

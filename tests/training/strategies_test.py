@@ -8,7 +8,9 @@ import tensorflow as tf
 from sos.errors import UsageError, WorkerLostError
 from sos.training import strategies, tpu_check
 from sos.training.strategies import gather, is_chief, make_strategy
+from sos.training.trainer import Trainer
 from tests.support import techniques
+from tests.support.toy_task import ToyTask
 
 TWO_WORKERS = {"worker": ["localhost:2222", "localhost:2223"]}
 
@@ -293,3 +295,10 @@ def test_lost_worker_errors_leaves_others_unchanged(error):
     ):
         raise error
     assert raised.value is error
+
+
+def test_default_strategy_of_tensorflow_trains_and_evaluates():
+    trainer = Trainer(ToyTask(), strategy=tf.distribute.get_strategy())
+    trainer.train(2)
+    assert trainer.step == 2
+    assert np.isfinite(trainer.evaluate().metrics["loss"])
