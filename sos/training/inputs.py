@@ -126,9 +126,9 @@ def record_batches(
     The order of the records is a function of the seed, the epoch and the host,
     and of `shards`, `batch_size`, `shuffle_buffer` and `cycle_length`, which
     must be the same after a restart. The seeds that `decode` gets are functions
-    of the seed, the epoch and the record. Another number of hosts therefore gives another order, and the same
-    augmentation. Every epoch has the same number of steps on all hosts. Records
-    that do not fill a batch at its end are left out, different ones in each
+    of the seed, the epoch and the record. Another number of hosts therefore
+    gives another order, and the same augmentation. Every epoch has the same
+    number of steps on all hosts. Records that do not fill a batch at its end are left out, different ones in each
     epoch.
 
     After a restart, the records of the running epoch that were seen before are
