@@ -128,8 +128,8 @@ def record_batches(
     must be the same after a restart. The seeds that `decode` gets are functions
     of the seed, the epoch and the record. Another number of hosts therefore
     gives another order, and the same augmentation. Every epoch has the same
-    number of steps on all hosts. Records that do not fill a batch at its end are left out, different ones in each
-    epoch.
+    number of steps on all hosts. Records that do not fill a batch at its end
+    are left out, different ones in each epoch.
 
     After a restart, the records of the running epoch that were seen before are
     read and skipped, but not decoded. Earlier epochs are not read.
