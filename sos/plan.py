@@ -1,4 +1,4 @@
-"""Decides what becomes of every weight of a model, before anything is made."""
+"""Plans which layers of a model are wrapped, and with which technique."""
 
 import functools
 import re
@@ -57,7 +57,7 @@ def make_plan(
     rules: Rules | None,
     hyperparameters: dict[str, Any],
 ) -> tuple[dict[int, list[WrapSpec]], Notes]:
-    """Decides what becomes of every weight, before anything is made.
+    """Chooses a technique, or a reason to stay dense, for every weight.
 
     Args:
         model: The model.
@@ -124,8 +124,8 @@ def make_plan(
                 used[matches[0]].append(path)
                 choice = resolved[matches[0]]
             if choice is None:
-                because = f"rule {matches[0]!r}" if matches else "no rule"
-                notes.add(variable, f"left dense by {because}")
+                rule = f"rule {matches[0]!r}" if matches else "no rule"
+                notes.add(variable, f"left dense by {rule}")
                 continue
             # Weights of one layer with the same rule share a wrapper.
             spec = specs.setdefault(id(choice), WrapSpec(*choice))
@@ -203,15 +203,17 @@ def _resolve_rule(
     """Returns the technique of a rule with all its arguments."""
     if rule is None:
         return None
-    own: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}
     if _is_mapping(rule):
-        own = dict(rule.items())
-        rule = own.pop("technique", technique)
+        overrides = dict(rule.items())
+        rule = overrides.pop("technique", technique)
+        if rule is None and not overrides:
+            return None
         if rule is None:
             raise UsageError(
                 f"The rule {pattern!r} changes hyperparameters, but there is "
                 "no technique: add the key 'technique'. "
-                f"Received: {own!r}"
+                f"Received: {overrides!r}"
             )
     if not isinstance(rule, str | type):
         raise TypeError(
@@ -222,7 +224,7 @@ def _resolve_rule(
         inherits = technique is not None and (
             get_technique(rule) is get_technique(technique)
         )
-        return _resolve(rule, own, hyperparameters if inherits else {})
+        return _resolve(rule, overrides, hyperparameters if inherits else {})
     except TypeError as error:
         raise TypeError(f"The rule {pattern!r}: {error}") from error
     except ValueError as error:
@@ -230,21 +232,21 @@ def _resolve_rule(
 
 
 def _resolve(
-    technique: type | str, own: dict[str, Any], inherited: dict[str, Any]
+    technique: type | str, values: dict[str, Any], inherited: dict[str, Any]
 ) -> Choice:
     """Turns hyperparameters into checked arguments of a technique."""
     technique = get_technique(technique)
-    reserved = {"include", "paths", "name"} & set(own)
+    reserved = {"include", "paths", "name"} & set(values)
     if reserved:
         raise TypeError(
             "In a whole model, `rules` choose the weights, and layers keep "
             f"their names. Received: {sorted(reserved)}"
         )
-    _check_names(technique, own)
-    full = technique.resolve_hyperparameters(own, inherited)
-    _check_complete(technique, full, {**inherited, **own})
-    # Wrong values are found here, before anything is made. The layer has a
-    # name, so as not to use up one of Keras's automatic names.
+    _check_names(technique, values)
+    full = technique.resolve_hyperparameters(values, inherited)
+    _check_complete(technique, full, {**inherited, **values})
+    # The constructor checks the values before any layer is wrapped. This layer
+    # has a name, so as not to use up one of Keras's automatic names.
     technique(keras.layers.Dense(1, name="check"), **full)
     return technique, full
 
@@ -298,7 +300,7 @@ def _functional_class() -> type:
 
 
 def can_take_apart(layer: Any) -> bool:
-    """Whether a model is a list or graph of layers and nothing else."""
+    """Returns whether a model is nothing but a list or graph of layers."""
     return any(
         isinstance(layer, cls) and type(layer).call is cls.call
         for cls in (keras.Sequential, _functional_class())
@@ -310,11 +312,11 @@ def _is_keras_layer(layer: keras.layers.Layer) -> bool:
 
 
 def leaves(model: keras.Model) -> list[keras.layers.Layer]:
-    """The layers that are wrapped one by one, each once, in order."""
+    """Returns the layers that are wrapped one by one, each once, in order."""
     if not can_take_apart(model):
         return [model]
-    found: dict[int, keras.layers.Layer] = {}
+    layers: dict[int, keras.layers.Layer] = {}
     for layer in model.layers:
-        for leaf in leaves(layer) if can_take_apart(layer) else [layer]:
-            found[id(leaf)] = leaf
-    return list(found.values())
+        for leaf in leaves(layer):
+            layers[id(leaf)] = leaf
+    return list(layers.values())

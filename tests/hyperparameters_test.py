@@ -611,6 +611,20 @@ def test_a_rule_with_another_technique_inherits_nothing():
         schedules_of(**NUMBERS, rules={"last": "RandomPruning"})
 
 
+def test_rule_with_technique_none_leaves_the_weight_dense():
+    sparse = sos.sparsify(
+        model_of(),
+        "MagnitudePruning",
+        **NUMBERS,
+        rules={"last": {"technique": None}},
+    )
+    assert not isinstance(sparse.layers[-1], sos.SparseWrapper)
+    with pytest.raises(UsageError, match="there is no technique"):
+        schedules_of(
+            **NUMBERS, rules={"last": {"technique": None, "sparsity": 0.5}}
+        )
+
+
 def test_rules_as_pairs_equal_rules_as_a_mapping():
     rules = {"first": None, r"^last/kernel$": {"sparsity": 0.75}}
     pairs = json.loads(json.dumps(list(rules.items())))
