@@ -163,7 +163,7 @@ class Checkpoints:
             self.directory, f"{_TEMPORARY}{step:08d}-{uuid.uuid4().hex}"
         )
         try:
-            with _removed(temporary):
+            with _removing(temporary):
                 tf.io.gfile.makedirs(temporary)
                 checkpoint = _checkpoint(model, optimizer)
                 checkpoint.write(os.path.join(temporary, _VARIABLES))
@@ -550,9 +550,8 @@ def _checkpoint(
 
 
 @contextlib.contextmanager
-def _removed(folder: str) -> Iterator[None]:
-    """Removes a folder before and after the scope."""
-    _remove(folder)
+def _removing(folder: str) -> Iterator[None]:
+    """Removes a folder, if it exists, at the end of the scope."""
     try:
         yield
     finally:

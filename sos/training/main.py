@@ -102,9 +102,15 @@ class Options:
                 "`workdir` must be a directory. "
                 f"Received: workdir={self.workdir!r}"
             )
-        for name in ("train_steps", "save_checkpoints_steps", "steps_per_eval"):
+        optional = ("keep_checkpoint_every_n_steps", "steps_per_eval")
+        for name in (
+            "train_steps",
+            "save_checkpoints_steps",
+            "keep_checkpoint_max",
+            *optional,
+        ):
             value = getattr(self, name)
-            if name == "steps_per_eval" and value is None:
+            if name in optional and value is None:
                 continue
             if not isinstance(value, int) or value < 1:
                 raise UsageError(

@@ -152,6 +152,11 @@ def test_options_default_to_train_and_eval():
         ({"workdir": ""}, "`workdir` must be a directory"),
         ({"train_steps": 0}, "`train_steps` must be an integer of at least 1"),
         ({"save_checkpoints_steps": 0}, "`save_checkpoints_steps`"),
+        ({"keep_checkpoint_max": 0}, "`keep_checkpoint_max`.*=0"),
+        (
+            {"keep_checkpoint_every_n_steps": 0},
+            "`keep_checkpoint_every_n_steps`.*=0",
+        ),
         ({"steps_per_eval": -1}, "`steps_per_eval`.*=-1"),
         ({"eval_timeout": -1.0}, "`eval_timeout` must not be negative.*-1.0"),
         (
