@@ -2,6 +2,7 @@
 
 import re
 import signal
+from typing import Any
 
 # Heads the cause where a worker gives up a collective operation.
 ABORTED = "Collective ops is aborted by: "
@@ -61,6 +62,10 @@ class NonFiniteLossError(ReportedError, ArithmeticError):
         super().__init__(message)
         self.step = step
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Returns how to unpickle the error, for other processes."""
+        return type(self), (str(self), self.step)
+
 
 class Stopped(Exception):
     """A signal stopped training or an evaluation. Not an error.
@@ -78,6 +83,11 @@ class Stopped(Exception):
         super().__init__(f"Stopped by {signum.name}{place}, {state}.")
         self.signal = signum
         self.step = step
+        self._state = state
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Returns how to unpickle the exception, for other processes."""
+        return type(self), (self.signal, self.step, self._state)
 
 
 def reason(error: BaseException) -> str:

@@ -1,4 +1,5 @@
 import inspect
+import pickle
 import signal
 
 import pytest
@@ -62,6 +63,21 @@ def test_stopped_names_signal_and_step_and_is_no_error():
     assert str(stopped) == "Stopped by SIGTERM at step 12, saved."
     assert (stopped.signal, stopped.step) == (signal.SIGTERM, 12)
     assert not isinstance(stopped, ReportedError)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        NonFiniteLossError("The loss became NaN.", 3),
+        Stopped(signal.SIGTERM, 12, "saved"),
+        StorageError("it is full"),
+    ],
+)
+def test_errors_pass_between_processes(error):
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error)
+    assert str(copy) == str(error)
+    assert vars(copy) == vars(error)
 
 
 @pytest.mark.parametrize(

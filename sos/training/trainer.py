@@ -362,7 +362,8 @@ class Trainer:
 
     def _take_over(self, metadata: Mapping[str, Any]) -> None:
         """Sets what a trainer holds besides the values of variables."""
-        self.seconds = metadata["seconds"]
+        # A checkpoint may have been saved by another loop than this one.
+        self.seconds = metadata.get("seconds", 0.0)
         self.saved_step = self._masks_step = metadata["step"]
 
     def _placement(self) -> dict[str, Any]:
@@ -380,7 +381,7 @@ class Trainer:
             "jit_compile": "rounding",
         }
         for name, value in self._placement().items():
-            if metadata[name] != value:
+            if metadata.get(name, value) != value:
                 logging.warning(
                     "The checkpoint of step %d was saved with %s=%s, and "
                     "training continues with %s=%s: %s may differ from here "
