@@ -20,7 +20,7 @@ class EventFile:
     way to say that training goes on from a step.
 
     Args:
-        directory: The log directory; it is made if need be. `gs://` works too.
+        directory: The log directory; created if needed. `gs://` works too.
         resume_step: The step that training goes on from: what earlier files in
             the directory hold of later steps is no longer shown. By default all
             is.

@@ -82,7 +82,7 @@ def _layer_properties(layer: keras.layers.Layer) -> dict[str, Any]:
         return {**properties, "config": _Unknown()}
     ignored = set()
     if isinstance(layer, keras.layers.Wrapper):
-        # Wrapped layers follow by themselves.
+        # Wrapped layers are compared by themselves.
         ignored.add("layer")
     if isinstance(layer, SparseModel):
         ignored.add("wrapper")
@@ -92,7 +92,7 @@ def _layer_properties(layer: keras.layers.Layer) -> dict[str, Any]:
     if not _is_users(type(layer)):
         # A seed in a variable. A user's layer may have traced it.
         ignored.add("seed")
-    if can_take_apart(layer) and "layers" in config:
+    if _is_graph(layer, config):
         config = {**config, **_graph(layer, config)}
     return {**properties, **_plain(config, ignored)}
 
@@ -116,17 +116,30 @@ def _is_complete(config: Mapping[str, Any], instance: Any) -> bool:
                 if parameter.kind
                 not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
             }
-    if "layers" in config:
-        # They are the arguments of a functional model.
+    if _is_graph(instance, config):
+        # These arguments follow from its layers.
         arguments -= {"inputs", "outputs"}
     return arguments <= set(config)
+
+
+def _is_graph(instance: Any, config: Mapping[str, Any]) -> bool:
+    """Returns whether a configuration lists the operations of a model."""
+    operations = config.get("layers")
+    return (
+        can_take_apart(instance)
+        and isinstance(operations, list)
+        and all(
+            isinstance(operation, dict) and "class_name" in operation
+            for operation in operations
+        )
+    )
 
 
 def _graph(model: keras.Model, config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns how a model connects its operations, without their names.
 
-    Layers follow by themselves. Other operations, such as the product with a
-    number, have no place but here.
+    It has the configurations of operations that are no layers, such as a
+    product with a number. Those of layers are compared layer by layer.
     """
     layers = {layer.name for layer in model.layers}
     operations = config["layers"]

@@ -77,6 +77,20 @@ def subclassed(factor, cls=Subclassed):
     return model
 
 
+class Deep(keras.Model):
+    """A functional model made of arguments, one of them named `layers`."""
+
+    def __init__(self, layers, **kwargs):
+        inputs = outputs = keras.Input((4,))
+        for _ in range(layers):
+            outputs = keras.layers.Dense(4)(outputs)
+        super().__init__(inputs, outputs, **kwargs)
+        self.count = layers
+
+    def get_config(self):
+        return {"name": self.name, "layers": self.count}
+
+
 def lstm(units=3, **kwargs):
     layers = [keras.Input((5, 4)), keras.layers.LSTM(units, **kwargs)]
     return keras.Sequential(layers)
@@ -104,13 +118,22 @@ def pruned(sparsity):
         (lambda: product(0.5), {}),
         (lambda: residual(True), {}),
         (lambda factor=1.0: subclassed(factor), {}),
+        (lambda: Deep(2), {}),
         (lambda seed=0: lstm(dropout=0.1, seed=seed), {"seed": 1}),
         (
             lambda sparsity=0.5: pruned(sparsity),
             {"sparsity": 0.9},
         ),
     ],
-    ids=["initializer", "product", "graph", "subclass", "seed", "schedule"],
+    ids=[
+        "initializer",
+        "product",
+        "graph",
+        "subclass",
+        "functional_subclass",
+        "seed",
+        "schedule",
+    ],
 )
 def test_compile_signature_of_other_values_is_equal(make, changes):
     assert equal(signature(make()), signature(make(**changes)))
@@ -130,6 +153,7 @@ def initial(seed):
         (residual, {"skips_both": True}, {"skips_both": False}),
         (subclassed, {"factor": 0.5}, {"factor": 0.1}),
         (lstm, {}, {"recurrent_activation": "tanh"}),
+        (Deep, {"layers": 1}, {"layers": 2}),
     ],
 )
 def test_compile_signature_of_another_network_differs(make, first, second):
