@@ -42,8 +42,8 @@ def compile_signature(
     return {
         "variables": variable_specs(model, optimizer),
         "trainable": {
-            canonical_path(variable.path): variable.trainable
-            for variable in model.variables
+            f"{index} {canonical_path(variable.path)}": variable.trainable
+            for index, variable in enumerate(model.variables)
         },
         "optimizer": _optimizer_properties(optimizer),
         "layers": {
