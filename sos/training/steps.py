@@ -423,7 +423,7 @@ class Steps:
         first = tf.equal(context.replica_id_in_sync_group, 0)
         for variable in self._model.non_trainable_variables:
             # Others are equal on all replicas, or sums over replicas.
-            if variable.aggregation == "none" and variable.dtype == "float32":
+            if variable.aggregation == "none" and _is_floating(variable):
                 value = variable.value
                 value = tf.where(first, value, tf.zeros_like(value))
                 variable.assign(self._sum_over_replicas(value))
@@ -433,7 +433,7 @@ class Steps:
         finite = [
             tf.reduce_all(tf.math.is_finite(variable.value))
             for variable in self._model.variables
-            if variable.dtype.startswith(("float", "bfloat"))
+            if _is_floating(variable)
         ]
         return tf.reduce_all(tf.stack(finite))
 
@@ -542,6 +542,10 @@ class Steps:
         # parts alone, as they are within the limit.
         parts = iter([g / self._replicas for g in present])
         return [None if g is None else next(parts) for g in gradients]
+
+
+def _is_floating(variable: keras.Variable) -> bool:
+    return tf.as_dtype(variable.dtype).is_floating
 
 
 def _uses_xla(
