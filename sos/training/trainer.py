@@ -253,8 +253,8 @@ class Trainer:
         optimizer: keras.optimizers.Optimizer,
     ) -> None:
         """Takes a new model, with new compiled functions."""
-        self.task, self.model, self.optimizer = task, model, optimizer
         with self.strategy.scope():
+            # First, as it may raise: the others would not belong to it.
             self.steps = Steps(
                 task,
                 model,
@@ -267,6 +267,7 @@ class Trainer:
                 if isinstance(self.strategy, tf.distribute.TPUStrategy)
                 else update_masks
             )
+        self.task, self.model, self.optimizer = task, model, optimizer
         self._train_loop_length = self._make_loop_length()
         self._eval_loop_length = self._make_loop_length()
         self._reset_progress()
