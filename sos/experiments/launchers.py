@@ -81,6 +81,9 @@ class LocalLauncher:
     A worker builds and traces once what its runs share, so runs of one compile
     signature go to one worker as long as there are others for the rest.
 
+    Workers import the program's main module again, so start a sweep under
+    `if __name__ == "__main__":`.
+
     Args:
         workers: Number of processes; by default one for each GPU or, without
             one, for each core, but not more than eight.
