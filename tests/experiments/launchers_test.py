@@ -174,5 +174,3 @@ def test_local_launcher_without_runs_starts_no_process(tmp_path):
 def test_local_launcher_without_workers_raises(workers):
     with pytest.raises(UsageError, match=f"workers={workers}"):
         LocalLauncher(workers)
-
-
