@@ -109,10 +109,14 @@ def trace(model_name: str, technique: str, replicas: int, batch: int) -> Any:
         driver = sos.Driver(model, optimizer)
         driver.resume()
 
+    def replica_step(batch: dict[str, tf.Tensor]) -> None:
+        # Without its results, which go to the host.
+        steps.train_step(batch)
+
     @tf.function
     def train(image: tf.Tensor, label: tf.Tensor) -> None:
         data = {"image": image, "label": label}
-        strategy.run(steps.train_step, args=(data,))
+        strategy.run(replica_step, args=(data,))
 
     shape, _ = networks.NETWORKS[model_name]
     function = train.get_concrete_function(

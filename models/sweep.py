@@ -113,9 +113,9 @@ def _run(arguments: Sequence[str]) -> None:
         configs, workdir, workers=launcher.workers, **options
     )
     progress.console.print(
-        f"{len(configs)} runs in {workdir}; checkpoints will take "
-        f"{use.finished / 1e6:,.0f} MB, and up to {use.training / 1e6:,.0f} MB "
-        "more while they are trained.",
+        f"{len(configs)} runs in {workdir}; the checkpoints of those to train "
+        f"will take {use.finished / 1e6:,.0f} MB, and "
+        f"{use.training / 1e6:,.0f} MB more meanwhile.",
         soft_wrap=True,
     )
     try:

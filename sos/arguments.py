@@ -20,7 +20,7 @@ class _Required(enum.Enum):
         return self.value
 
 
-#: The default of a hyperparameter that has none: a value must be given.
+#: Marks a hyperparameter without a default, whose value is required.
 REQUIRED = _Required.REQUIRED
 
 
@@ -35,14 +35,14 @@ def defaults(technique: type, base: type) -> dict[str, Any]:
         The defaults by name, those of the farthest class first. `REQUIRED`
         marks an argument without a default.
     """
-    taken = []
+    by_class = []
     mro = technique.__mro__
     for cls in mro[: mro.index(base)]:
         if "__init__" not in vars(cls):
             continue
         # Without `self` and the layer, which are passed by position.
         parameters = list(inspect.signature(cls.__init__).parameters.values())
-        taken.append(
+        by_class.append(
             {
                 p.name: REQUIRED if p.default is p.empty else p.default
                 for p in parameters[2:]
@@ -51,10 +51,10 @@ def defaults(technique: type, base: type) -> dict[str, Any]:
         )
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break  # Arguments of the classes above cannot be passed through.
-    found: dict[str, Any] = {}
-    for own in reversed(taken):
-        found.update(own)
-    return found
+    merged: dict[str, Any] = {}
+    for values in reversed(by_class):
+        merged.update(values)
+    return merged
 
 
 def is_json(value: Any) -> bool:

@@ -5,7 +5,9 @@ import signal
 
 # Heads the cause where a worker gives up a collective operation.
 ABORTED = "Collective ops is aborted by: "
-_OPERATION = re.compile(r"^\{\{\S+ \S+\}\} ?| \[Op:\w+\]$")
+# Begin the lines that say where in a graph an operation is.
+_FRAMES = ('File "', "Detected at node", "[[{{node")
+_OPERATION = re.compile(r"^\{\{\S+ \S+\}\} ?| ?\[Op:\w+\].*$")
 
 
 class ReportedError(Exception):
@@ -92,12 +94,12 @@ def reason(error: BaseException) -> str:
     """
     # The text of TensorFlow's errors also has the traceback of the operation.
     text = str(getattr(error, "message", None) or error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [_OPERATION.sub("", line.strip()) for line in text.splitlines()]
     for line in lines:
         if ABORTED in line:
             return line.split(ABORTED, 1)[1].rstrip(".")
-    # Headings end in a colon, such as "Graph execution error:".
-    lines = [line for line in lines if not line.endswith(":")]
-    if not lines:
-        return type(error).__name__
-    return _OPERATION.sub("", lines[0]).rstrip(".")
+    for line in lines:
+        # Headings end in a colon, such as "Graph execution error:".
+        if line and not line.endswith(":") and not line.startswith(_FRAMES):
+            return line.rstrip(".")
+    return type(error).__name__

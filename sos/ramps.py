@@ -109,7 +109,7 @@ class CubicRamp(LinearRamp):
 
     Args:
         begin_step: The last step at which the factor is 0; at least 0.
-        end_step: The first step at which it is 1 (but for the average); after
+        end_step: The first step at which it is 1 (without the average); after
             `begin_step`.
         moving_average: Whether to smooth as the authors do.
 
@@ -153,7 +153,7 @@ class CubicRamp(LinearRamp):
 
 
 def _integer_step(step: tf.Tensor | int) -> tf.Tensor:
-    """Returns the step as an int64 tensor, refusing fractions."""
+    """Returns the step as an int64 tensor; raises if it is a fraction."""
     step = tf.convert_to_tensor(step)
     if not step.dtype.is_integer:
         raise TypeError(

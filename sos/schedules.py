@@ -118,10 +118,10 @@ class Schedule:
         return None if self.end_step is None else self.sparsity(self.end_step)
 
     def due(self, step: int) -> bool:
-        """Says whether masks are updated at `step`.
+        """Returns whether masks are updated at `step`.
 
         For tfmot's classes that is every `frequency` steps from `begin_step`
-        to `end_step` (for ever, if that is -1), and at `end_step`.
+        to `end_step` (without end if that is -1), and at `end_step`.
         """
         step = int(step)
         if step == self.end_step:
@@ -191,12 +191,12 @@ class Schedule:
         return steps
 
     def check_block(self, steps: int) -> None:
-        """Refuses blocks of steps that would swallow updates.
+        """Raises an error if blocks of steps would skip updates.
 
         Args:
-            steps: Number of training steps between two looks at the clock,
-                such as `steps_per_execution` of `compile`. Only one mask
-                update can take place per block, at its end.
+            steps: Number of training steps in a block, such as
+                `steps_per_execution` of `compile`. Only one mask update can
+                take place per block, at its end.
 
         Raises:
             UsageError: If `frequency` is smaller than that.
@@ -260,8 +260,8 @@ class Schedule:
             name = cls.__name__
         else:
             name = keras.saving.get_registered_name(cls)
-            found = keras.saving.get_registered_object(name)
-            if name in _NAMES or found is not cls:
+            registered = keras.saving.get_registered_object(name)
+            if name in _NAMES or registered is not cls:
                 raise UsageError(
                     f"The schedule class `{cls.__name__}` is not registered, "
                     "so it could be saved but not loaded. Put "
@@ -272,7 +272,7 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Schedule":
-        """Returns a schedule from what `get_config` gave.
+        """Returns a schedule made from the result of `get_config`.
 
         Raises:
             UsageError: If the class is a user's and not registered with Keras.

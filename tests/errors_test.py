@@ -73,7 +73,7 @@ def test_stopped_names_signal_and_step_and_is_no_error():
         (KeyError(), "KeyError"),
         (
             tf.errors.NotFoundError(
-                None, None, "{{function_node x}} no file [Op:ReadFile]"
+                None, None, "{{function_node x}} no file [Op:ReadFile] name: "
             ),
             "no file",
         ),
@@ -91,6 +91,17 @@ def test_stopped_names_signal_and_step_and_is_no_error():
                 None, None, "Graph execution error:\n\nout of order"
             ),
             "out of order",
+        ),
+        (
+            tf.errors.DataLossError(
+                None,
+                None,
+                "Graph execution error:\n\nDetected at node while/GetNext "
+                'defined at (most recent call last):\n  File "a.py", line 27, '
+                "in <module>\n\ncorrupted record at 189\n\t [[{{node "
+                "while/GetNext}}]] [Op:__inference_g_66]",
+            ),
+            "corrupted record at 189",
         ),
         (tf.errors.InternalError(None, None, ""), "InternalError"),
     ],

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
+import types
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -47,7 +48,9 @@ def run(path):
             program = compile("\n" * (line - 1) + code, str(path), "exec")
             # Blocks share the process, as TensorFlow takes seconds to import.
             try:
-                exec(program, {"__name__": "__main__"})
+                # Classes of the example are looked up there by name.
+                sys.modules["__main__"] = types.ModuleType("__main__")
+                exec(program, vars(sys.modules["__main__"]))
             except SystemExit as end:
                 if end.code:
                     raise

@@ -71,6 +71,7 @@ class _Technique:
         points: For each point, the results of its seeds.
         colour: Colour of lines and markers.
         marker: Marker, as matplotlib calls it.
+        filled: Whether markers are filled; those of variants are not.
         line: Line style, as matplotlib calls it.
     """
 
@@ -79,6 +80,7 @@ class _Technique:
     points: Sequence[Sequence[Result]]
     colour: Any
     marker: str
+    filled: bool
     line: Any
 
 
@@ -196,18 +198,30 @@ def _techniques(runs: Iterable[FinishedRun]) -> list[_Technique]:
         variant = variants.setdefault(run.technique, 0)
         variants[run.technique] += 1
         colour = _COLOURS[place % len(_COLOURS)]
-        marker = _MARKERS[(place + variant) % len(_MARKERS)]
         techniques.append(
             _Technique(
                 label=label,
                 dense=dense,
                 points=list(points[label].values()),
                 colour=_DENSE_COLOUR if dense else _lighter(colour, variant),
-                marker="" if dense else marker,
+                marker="" if dense else _MARKERS[place % len(_MARKERS)],
+                filled=variant == 0,
                 line=_LINES[variant % len(_LINES)],
             )
         )
     return techniques
+
+
+def _marker_style(technique: _Technique) -> dict[str, Any]:
+    """The arguments of `Axes.plot` that say how markers look."""
+    style = {"marker": technique.marker}
+    if not technique.filled:
+        style |= {
+            "markerfacecolor": "white",
+            "markeredgecolor": technique.colour,
+            "markeredgewidth": 1.2,
+        }
+    return style
 
 
 def _lighter(colour: str, variant: int) -> tuple[float, float, float]:
@@ -258,7 +272,7 @@ def _draw_curve(axes: Axes, technique: _Technique) -> None:
         y,
         color=technique.colour,
         linestyle=technique.line,
-        marker=technique.marker,
+        **_marker_style(technique),
         markersize=6,
         linewidth=1.5,
         label=technique.label,
@@ -291,7 +305,7 @@ def _draw_profile(
         y,
         color=technique.colour,
         linestyle=technique.line,
-        marker=technique.marker,
+        **_marker_style(technique),
         markersize=markersize,
         linewidth=1.0,
         label=f"{technique.label} ({overall:.1%})",

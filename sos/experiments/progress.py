@@ -235,7 +235,8 @@ def summary_table(runs: Sequence[FinishedRun]) -> Table:
         caption_justify="left",
     )
     table.add_column("technique", no_wrap=True)
-    table.add_column("hyperparameter", no_wrap=True)
+    # The final sparsity, or the weight of the penalty.
+    table.add_column("target", no_wrap=True)
     for heading in ("sparsity", "accuracy", "time"):
         table.add_column(heading, justify="right", no_wrap=True)
     last = None

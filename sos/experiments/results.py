@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -56,10 +57,10 @@ class FinishedRun:
 
     @property
     def hyperparameters(self) -> str:
-        """The hyperparameters without a default, for people."""
+        """Values of the hyperparameters without a default, for people."""
         sparsity = self.config["sparsity"]
         return ", ".join(
-            f"{name} {config_lib.value_text(sparsity[name])}"
+            config_lib.value_text(sparsity[name])
             for name in config_lib.required_hyperparameters(self.technique)
         )
 
@@ -140,7 +141,7 @@ def rows(runs: Iterable[FinishedRun]) -> list[dict[str, Any]]:
             "seconds": run.result.seconds,
             "parameters": run.result.parameters,
             **{
-                name: value
+                name: json.dumps(value) if isinstance(value, list) else value
                 for name, value in config_lib.flatten(run.config).items()
                 if name not in _FIRST_COLUMNS
             },

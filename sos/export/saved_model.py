@@ -1,7 +1,6 @@
 """The format of TensorFlow Serving: a SavedModel, complete or absent."""
 
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ import tensorflow as tf
 
 from sos.errors import StorageError
 from sos.export.serving import concrete_signatures
-from sos.files import atomic_directory
+from sos.files import atomic_directory, storage_errors
 
 
 def write(module: tf.Module, path: str) -> None:
@@ -29,19 +28,12 @@ def write(module: tf.Module, path: str) -> None:
     # Traced here, so that any error of TensorFlow's below is one of the disk.
     signatures = concrete_signatures(module)
     put = _upload if "://" in path else atomic_directory
-    try:
+    with storage_errors(f"The model could not be exported to {path}"):
         _check_path(path)
         with _without_signatures(module), put(path) as temporary:
             tf.saved_model.save(
                 module, os.fspath(temporary), signatures=signatures
             )
-    except StorageError:
-        raise
-    except (OSError, tf.errors.OpError) as error:
-        raise StorageError(
-            f"The model cannot be exported to {path}: {_reason(error)}. "
-            "Choose a directory that has room and is writable."
-        ) from error
 
 
 @contextmanager
@@ -90,14 +82,3 @@ def _upload(path: str) -> Iterator[str]:
             new = f"{path}/{file.relative_to(temporary).as_posix()}"
             gfile.makedirs(os.path.dirname(new))
             gfile.copy(str(file), new)
-
-
-def _reason(error: OSError | tf.errors.OpError) -> str:
-    """Returns one line, without TensorFlow's names of operations and files."""
-    if isinstance(error, OSError):
-        text = error.strerror or str(error)
-    else:
-        text = re.sub(r"\{\{.*?\}\} *| *\[Op:\w+\]", "", error.message)
-        text = re.sub(r"^\S+; ", "", text)
-    lines = text.strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

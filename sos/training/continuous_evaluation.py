@@ -18,7 +18,7 @@ class ContinuousEvaluation:
     """Evaluates every checkpoint of a directory once, as they appear.
 
     Args:
-        trainer: Evaluates; its model is replaced by each checkpoint.
+        trainer: Evaluates; its state is replaced by that of each checkpoint.
         checkpoints: The checkpoints of the training.
         last_step: Step of the last checkpoint.
         timeout: Seconds without a new checkpoint after which to give up; None
@@ -121,11 +121,8 @@ class ContinuousEvaluation:
         self, step: int, on_summary: Callable[[Summary], Any], stop: StopRequest
     ) -> bool:
         """Evaluates a checkpoint; returns False if it cannot be read (yet)."""
-        trainer = self._trainer
         try:
-            self._checkpoints.restore_step(
-                step, trainer.model, trainer.optimizer
-            )
+            self._trainer.restore_step(self._checkpoints, step)
         except DamagedCheckpointError as error:
             # On an object store it may still be incomplete.
             if step not in self._passed_over:
@@ -137,5 +134,5 @@ class ContinuousEvaluation:
                     error,
                 )
             return False
-        on_summary(trainer.evaluate(self._last_step, stop=stop))
+        on_summary(self._trainer.evaluate(self._last_step, stop=stop))
         return True

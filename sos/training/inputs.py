@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from sos.errors import StorageError, UsageError
+from sos.errors import StorageError, UsageError, reason
 
 #: Opens a file: maps its path, a string scalar, to a data set of its records.
 Read = Callable[[tf.Tensor], tf.data.Dataset]
@@ -123,12 +123,13 @@ def record_batches(
     the same number of records. If there are fewer files than hosts, every host
     reads all files and takes every n-th record.
 
-    The order of the records is a function of the seed, the epoch and the host;
-    the seeds that `decode` gets are functions of the seed, the epoch and the
-    record. Another number of hosts therefore gives another order, and the same
-    augmentation. Every epoch has the same number of steps on all hosts. Records
-    that do not fill a batch at its end are left out, different ones in each
-    epoch.
+    The order of the records is a function of the seed, the epoch and the host,
+    and of `shards`, `batch_size`, `shuffle_buffer` and `cycle_length`, which
+    must be the same after a restart. The seeds that `decode` gets are functions
+    of the seed, the epoch and the record. Another number of hosts therefore
+    gives another order, and the same augmentation. Every epoch has the same
+    number of steps on all hosts. Records that do not fill a batch at its end
+    are left out, different ones in each epoch.
 
     After a restart, the records of the running epoch that were seen before are
     read and skipped, but not decoded. Earlier epochs are not read.
@@ -337,12 +338,12 @@ def usage_error(error: tf.errors.OpError) -> UsageError | None:
         A `UsageError` that names the file if the number of records in it
         differs from that in its `Shard`, None for any other error.
     """
-    found = re.search(
+    match = re.search(
         rf"\[{_WRONG_COUNT}\] \[(.*?)\] \[(\d+)\] \[(\d+)\]", error.message
     )
-    if not found:
+    if not match:
         return None
-    path, examples, actual = found[1], int(found[2]), int(found[3])
+    path, examples, actual = match[1], int(match[2]), int(match[3])
     actual = actual if actual < examples else f"more than {examples}"
     return UsageError(
         "A shard must have the number of records that are in its file. Correct "
@@ -352,14 +353,15 @@ def usage_error(error: tf.errors.OpError) -> UsageError | None:
 
 
 @contextlib.contextmanager
-def usage_errors() -> Iterator[None]:
-    """Raises the errors that `usage_error` recognizes as `UsageError`.
+def input_errors() -> Iterator[None]:
+    """Converts errors of reading records within the scope.
 
     Yields:
         Nothing.
 
     Raises:
         UsageError: If a shard has another number of records than stated.
+        StorageError: If a record is damaged.
     """
     try:
         yield
@@ -367,6 +369,12 @@ def usage_errors() -> Iterator[None]:
         if (usage := usage_error(error)) is None:
             raise
         raise usage from error
+    except tf.errors.DataLossError as error:
+        raise StorageError(
+            f"A record of the input is damaged: {reason(error)}. Restore its "
+            "file, or remove it from the input. `list_shards` without `counts` "
+            "finds it."
+        ) from error
 
 
 def array_batches(
@@ -554,13 +562,13 @@ def _divide(shards: Sequence[Shard], hosts: int) -> list[_Part]:
         heapq.heappush(loads, (load + shards[number].examples, host))
     return [
         _Part(
-            numbers=sorted(own),
-            paths=[shards[number].path for number in sorted(own)],
-            counts=[shards[number].examples for number in sorted(own)],
-            offsets=[0] * len(own),
+            numbers=sorted(files),
+            paths=[shards[number].path for number in sorted(files)],
+            counts=[shards[number].examples for number in sorted(files)],
+            offsets=[0] * len(files),
             stride=1,
         )
-        for own in numbers
+        for files in numbers
     ]
 
 
@@ -740,11 +748,9 @@ def _count(path: str, read: Read) -> int:
         records = read(tf.constant(path))
         return int(records.reduce(np.int64(0), lambda count, _: count + 1))
     except tf.errors.OpError as error:
-        # Without the names of TensorFlow's operations.
-        cause = re.sub(r"\{\{.*?\}\}|\[Op:.*", "", error.message).strip()
         raise StorageError(
             f"The records of {path} cannot be read. Restore the file or remove "
-            f"it from the input. Cause: {cause}"
+            f"it from the input. Cause: {reason(error)}"
         ) from error
 
 

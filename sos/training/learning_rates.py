@@ -26,15 +26,18 @@ become part of a compiled step.
 
 import fractions
 import math
-import numbers
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
+from sos.arguments import check_integer, check_number
 from sos.errors import UsageError
+
+# Intervals of valid numbers.
+_POSITIVE = "(0, inf)"
+_NOT_NEGATIVE = "[0, inf)"
 
 # A default of None marks an entry that a config must set, except
 # `base_batch_size` and `reference_steps`.
@@ -163,8 +166,8 @@ def make_learning_rate(
             f"{_quoted(valid)}. Received: {_quoted(unknown)}"
         )
     entries = {**valid, **entries}
-    train_steps = _positive_integer("train_steps", train_steps)
-    base = _number("base", entries.pop("base"), above=0.0)
+    train_steps = check_integer("train_steps", train_steps, minimum=1)
+    base = check_number("base", entries.pop("base"), _POSITIVE)
     base_batch_size = entries.pop("base_batch_size")
     if base_batch_size is not None:
         if batch_size is None:
@@ -174,9 +177,8 @@ def make_learning_rate(
                 f"out. Received: base_batch_size={base_batch_size!r}, "
                 "batch_size=None"
             )
-        base_batch_size = _positive_integer("base_batch_size", base_batch_size)
-        base = base * _positive_integer("batch_size", batch_size)
-        base = base / base_batch_size
+        base *= check_integer("batch_size", batch_size, minimum=1)
+        base /= check_integer("base_batch_size", base_batch_size, minimum=1)
     return _MAKERS[name](base, train_steps, **entries)
 
 
@@ -285,18 +287,15 @@ def _constant(
     base: float, train_steps: int, *, warmup_steps: Any
 ) -> WarmupPiecewise:
     del train_steps
-    return WarmupPiecewise(base, _number("warmup_steps", warmup_steps, 0.0))
+    warmup_steps = check_number("warmup_steps", warmup_steps, _NOT_NEGATIVE)
+    return WarmupPiecewise(base, warmup_steps)
 
 
 def _cosine(
     base: float, train_steps: int, *, warmup_steps: Any, alpha: Any
 ) -> keras.optimizers.schedules.CosineDecay:
-    warmup_steps = _number("warmup_steps", warmup_steps, 0.0)
-    alpha = _number("alpha", alpha, 0.0)
-    if alpha > 1.0:
-        raise UsageError(
-            f"`alpha` must be a number from 0 to 1. Received: alpha={alpha!r}"
-        )
+    warmup_steps = check_number("warmup_steps", warmup_steps, _NOT_NEGATIVE)
+    alpha = check_number("alpha", alpha, "[0, 1]")
     if warmup_steps >= train_steps:
         raise UsageError(
             "`warmup_steps` must be less than `train_steps`, as the cosine "
@@ -325,7 +324,7 @@ def _piecewise(
     factors: Any,
     reference_steps: Any,
 ) -> WarmupPiecewise:
-    warmup_steps = _number("warmup_steps", warmup_steps, 0.0)
+    warmup_steps = check_number("warmup_steps", warmup_steps, _NOT_NEGATIVE)
     boundaries = _numbers("boundaries", boundaries)
     factors = _numbers("factors", factors)
     if len(boundaries) != len(factors):
@@ -346,7 +345,9 @@ def _piecewise(
         )
     scale = fractions.Fraction(1)
     if reference_steps is not None:
-        reference_steps = _number("reference_steps", reference_steps, above=0.0)
+        reference_steps = check_number(
+            "reference_steps", reference_steps, _POSITIVE
+        )
         scale = train_steps / fractions.Fraction(reference_steps)
     return WarmupPiecewise(
         base,
@@ -362,8 +363,8 @@ def _rsqrt(
     base: float, train_steps: int, *, warmup_steps: Any, hidden_size: Any
 ) -> InverseSquareRoot:
     del train_steps
-    warmup_steps = _number("warmup_steps", warmup_steps, above=0.0)
-    hidden_size = _positive_integer("hidden_size", hidden_size)
+    warmup_steps = check_number("warmup_steps", warmup_steps, _POSITIVE)
+    hidden_size = check_integer("hidden_size", hidden_size, minimum=1)
     return InverseSquareRoot(
         base / math.sqrt(warmup_steps * hidden_size), warmup_steps
     )
@@ -393,50 +394,12 @@ def _float32(value: float) -> Any:
     return ops.convert_to_tensor(value, dtype="float32")
 
 
-def _number(
-    entry: str,
-    value: Any,
-    at_least: float | None = None,
-    *,
-    above: float | None = None,
-) -> float:
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if (
-        not real
-        or not math.isfinite(value)
-        or (at_least is not None and value < at_least)
-        or (above is not None and value <= above)
-    ):
-        limit = (
-            f"of at least {at_least:g}"
-            if above is None
-            else f"greater than {above:g}"
-        )
-        raise UsageError(
-            f"`{entry}` must be a number {limit}. Received: {entry}={value!r}"
-        )
-    return float(value)
-
-
 def _numbers(entry: str, values: Any) -> list[float]:
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise UsageError(
             f"`{entry}` must be a list of numbers. Received: {entry}={values!r}"
         )
-    return [_number(entry, value, 0.0) for value in values]
-
-
-def _positive_integer(entry: str, value: Any) -> int:
-    try:
-        integer = operator.index(value)
-    except TypeError:
-        integer = 0
-    if integer < 1 or isinstance(value, bool):
-        raise UsageError(
-            f"`{entry}` must be an integer of at least 1. "
-            f"Received: {entry}={value!r}"
-        )
-    return integer
+    return [check_number(entry, value, _NOT_NEGATIVE) for value in values]
 
 
 def _quoted(words: Any) -> str:

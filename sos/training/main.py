@@ -12,7 +12,13 @@ from typing import Any, NoReturn
 import tensorflow as tf
 from absl import logging
 
-from sos.errors import CheckpointError, ReportedError, Stopped, UsageError
+from sos.errors import (
+    CheckpointError,
+    DamagedCheckpointError,
+    ReportedError,
+    Stopped,
+    UsageError,
+)
 from sos.files import check_writable, only_process, storage_errors
 from sos.training.checkpoints import Checkpoints, remove_unfinished
 from sos.training.continuous_evaluation import ContinuousEvaluation
@@ -267,8 +273,9 @@ def evaluate_continuously(
 ) -> Summary | None:
     """Evaluates every checkpoint in the work directory as it appears.
 
-    Ends when the checkpoint of the last step is evaluated. Writes `eval.jsonl`
-    and event files for TensorBoard.
+    Ends when the checkpoint of the last step is evaluated. The trainer then
+    holds that checkpoint, unless it was removed or damaged since. Writes
+    `eval.jsonl` and event files for TensorBoard.
 
     Args:
         trainer: Evaluates. It must be the only process of its job.
@@ -292,9 +299,10 @@ def evaluate_continuously(
     _check_one_process(trainer, "eval")
     _check_evaluation(trainer, "eval")
     check_writable(options.workdir)
+    checkpoints = _checkpoints(trainer, options)
     evaluation = ContinuousEvaluation(
         trainer,
-        _checkpoints(trainer, options),
+        checkpoints,
         last_step=options.train_steps,
         timeout=options.eval_timeout,
     )
@@ -313,6 +321,10 @@ def evaluate_continuously(
             on_wait=lambda message: _say(options, message),
             stop=stop,
         )
+        if trainer.step != options.train_steps:
+            # It was evaluated before a restart.
+            with contextlib.suppress(DamagedCheckpointError):
+                trainer.restore_step(checkpoints, options.train_steps)
         return _evaluation(options, "eval", options.train_steps)
 
 
@@ -344,8 +356,7 @@ def export(trainer: Trainer, options: Options) -> str:
             )
         # TensorFlow Serving takes the number for the version.
         path = os.path.join(options.workdir, "export", str(step))
-        with storage_errors(f"The export could not be written to {path}"):
-            trainer.export(path)
+        trainer.export(path)
         return path
 
 
@@ -504,7 +515,12 @@ def _reporting(
                     TensorBoard(workdir, resume_step=resume_step),
                 ]
         for reporter in reporters:
-            stack.callback(reporter.close)
+            # After an error of the disk, closing raises again.
+            stack.callback(
+                storage_errors(f"The logs in {workdir} could not be closed")(
+                    reporter.close
+                )
+            )
 
         def report(summary: Summary) -> None:
             with storage_errors(

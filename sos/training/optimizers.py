@@ -204,18 +204,25 @@ def technique_variables(model: keras.Model) -> list[keras.Variable]:
 
 
 def traced_config(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
-    """Returns what a compiled step holds of an optimizer.
+    """Returns the properties of an optimizer that a compiled step holds.
 
-    Two optimizers of one class update in the same way, apart from the values of
-    their variables, if these are equal.
+    Two optimizers of one class with equal properties make the same updates, up
+    to the values of their variables.
 
     Args:
         optimizer: A built optimizer.
     """
     if isinstance(optimizer, _WithMultipliers):
         config = super(_WithMultipliers, optimizer).get_config()
-        return {**config, "multipliers": optimizer.factors}
-    return optimizer.get_config()
+        config["multipliers"] = optimizer.factors
+    else:
+        config = optimizer.get_config()
+    # Not in the config: `exclude_from_weight_decay` was called after it.
+    decayed = [
+        optimizer._use_weight_decay(variable.value)
+        for variable in optimizer._trainable_variables
+    ]
+    return {**config, "decayed": decayed}
 
 
 class _WithMultipliers:
@@ -228,7 +235,7 @@ class _WithMultipliers:
         # In an object, as Keras would count variables that it finds in lists
         # of an optimizer as the optimizer's.
         self._multipliers = _Pairs(multipliers)
-        #: Those of the variables that it is built with, in their order.
+        #: The factors of the variables that it is built with, in their order.
         self.factors: tuple[float, ...] = ()
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
@@ -255,7 +262,7 @@ class _WithMultipliers:
             f"The optimizer {self.name!r} has learning-rate multipliers, which "
             "belong to variables and cannot be serialized. Save its state with "
             "`tf.train.Checkpoint`, or the model alone with "
-            "`model.save_weights`, and make the optimizer anew."
+            "`model.save_weights`, and make a new optimizer."
         )
 
 
@@ -290,9 +297,9 @@ class _Pairs:
                     "optimizer trains. Received: one for "
                     f"{variable.path!r}, with which it is not built"
                 )
-        given = {id(variable): factor for variable, factor in self._pairs}
+        factors = {id(variable): factor for variable, factor in self._pairs}
         return tuple(
-            float(given.get(id(variable), 1.0)) for variable in variables
+            float(factors.get(id(variable), 1.0)) for variable in variables
         )
 
 

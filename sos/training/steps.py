@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from sos.errors import UsageError
+from sos.errors import UsageError, reason
 from sos.masks import (
     keep_count,
     nan_count,
@@ -209,7 +209,7 @@ class Steps:
 
         Args:
             iterator: Yields a batch for every replica.
-            steps: Number of steps, at least 1. Another number is no new trace.
+            steps: Number of steps, at least 1. Another number does not retrace.
 
         Returns:
             The totals of each step.
@@ -261,13 +261,13 @@ class Steps:
         """
         if not self.sparse_weights:
             return {}, {}
-        # A function traced outside of training would return zeros for ever.
+        # A function traced outside of training would always return zeros.
         training = any(
             wrapper.clock.bound for wrapper, _ in self.sparse_weights
         )
         zeros, penalties = (
-            self._strategy.experimental_local_results(x)[0].numpy()
-            for x in self.summary_function(training)
+            self._first(output).numpy()
+            for output in self.summary_function(training)
         )
         paths = [weight.path for _, weight in self.sparse_weights]
         penalized = [
@@ -283,9 +283,12 @@ class Steps:
         )
 
     def weights_are_finite(self) -> bool:
-        """Whether no variable of the model holds NaN or an infinity."""
-        finite = self.finite_function()
-        return bool(self._strategy.experimental_local_results(finite)[0])
+        """Returns whether no variable of the model holds NaN or infinity."""
+        return bool(self._first(self.finite_function()))
+
+    def _first(self, output: Any) -> tf.Tensor:
+        """Returns the first replica's output, where all return the same."""
+        return self._strategy.experimental_local_results(output)[0]
 
     # Compiled.
 
@@ -308,10 +311,8 @@ class Steps:
             outputs = self._strategy.run(
                 self._replica_train_step, args=(next(iterator),)
             )
-            # All replicas return the same.
-            first = self._strategy.experimental_local_results
-            totals = totals.write(step, first(outputs[0])[0])
-            penalties = penalties.write(step, first(outputs[1])[0])
+            totals = totals.write(step, self._first(outputs[0]))
+            penalties = penalties.write(step, self._first(outputs[1]))
         return totals.stack(), penalties.stack()
 
     @tf.function
@@ -332,8 +333,7 @@ class Steps:
             outputs = self._strategy.run(
                 self._replica_eval_step, args=(next(iterator),)
             )
-            first = self._strategy.experimental_local_results(outputs)[0]
-            totals = totals.write(index, first)
+            totals = totals.write(index, self._first(outputs))
         return totals.stack(), tf.zeros([batches])
 
     @tf.function
@@ -429,7 +429,7 @@ class Steps:
                 variable.assign(self._sum_over_replicas(value))
 
     def finite_step(self) -> tf.Tensor:
-        """Whether all variables of the model are finite, on one replica."""
+        """Returns whether all variables are finite, on one replica."""
         finite = [
             tf.reduce_all(tf.math.is_finite(variable.value))
             for variable in self._model.variables
@@ -470,16 +470,16 @@ class Steps:
     def _accumulated(
         self, batch: Any
     ) -> tuple[list[Any], tf.Tensor, tf.Tensor]:
-        """Does what `_gradients` does, for one part of a batch at a time."""
+        """Returns the same as `_gradients`, computed part by part."""
         sums: list[Any] = []
         totals = tf.zeros([])
         penalties = tf.zeros([])
         for index in range(self._parts):
             # One after the other, so that memory holds the activations of one
             # part only. Each part has activation noise of its own.
-            done = [g for g in sums if g is not None]
+            previous = [g for g in sums if g is not None]
             with (
-                tf.control_dependencies(done),
+                tf.control_dependencies(previous),
                 call_label(f"accumulation_step_{index}"),
             ):
                 part = tf.nest.map_structure(
@@ -567,7 +567,12 @@ def _uses_xla(
         return False
     if jit_compile is not None:
         return jit_compile
-    return any("GPU" in name for name in strategy.extended.worker_devices)
+    if tf.distribute.has_strategy():
+        devices = strategy.extended.worker_devices
+    else:
+        # TensorFlow's default strategy does not tell its device.
+        devices = [device.name for device in tf.config.list_logical_devices()]
+    return any("GPU" in name for name in devices)
 
 
 def _xla_reason(error: tf.errors.OpError) -> str:
@@ -580,10 +585,7 @@ def _xla_reason(error: tf.errors.OpError) -> str:
             return line.strip().rstrip(".") + ")" * (
                 line.count("(") - line.count(")")
             )
-    for line in lines:
-        if line and not line.endswith(":") and not line.startswith("Detected"):
-            return line.rstrip(".")
-    return type(error).__name__
+    return reason(error)
 
 
 class CompiledMaskUpdate:

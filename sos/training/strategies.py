@@ -1,4 +1,4 @@
-"""Distribution strategies, and what workers of a job exchange."""
+"""Distribution strategies, and communication between workers."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ from sos.errors import ABORTED, UsageError, WorkerLostError, reason
 #: The names that `make_strategy` accepts.
 STRATEGIES = ("tpu", "mirrored", "multi_worker", "one_device")
 
-# What TensorFlow raises in a worker when another one is gone.
+# Errors that TensorFlow raises in a worker when another one is lost.
 _LOST_WORKER = (
     tf.errors.AbortedError,
     tf.errors.CancelledError,

@@ -1,4 +1,4 @@
-"""What is trained: the model, its loss and its data."""
+"""Tasks: a model, its optimizer, its data and its metrics."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from sos.errors import TaskError
+from sos.export import ServingModule
 
 #: A sum over examples and the sum of their weights, float32 scalars.
 WeightedSum = tuple[tf.Tensor, tf.Tensor]
@@ -161,8 +162,6 @@ class Task:
             The module that `sos.export.export_model` writes. By default it
             calls the model.
         """
-        from sos.export import ServingModule
-
         return ServingModule(model)
 
 
@@ -319,7 +318,7 @@ def raise_wrong_cardinality(task: Any, received: str) -> NoReturn:
     _raise(
         task,
         "eval_dataset",
-        "return as many batches as its cardinality says",
+        "return as many batches as its cardinality",
         received,
     )
 
@@ -351,7 +350,7 @@ def _check_batches(
             )
 
 
-# AutoGraph would replace the error by one of its own.
+# AutoGraph would replace the error by another one.
 @tf.autograph.experimental.do_not_convert
 def check_metrics(
     task: Any, metrics: Any, names: tuple[str, ...] | None = None
@@ -360,7 +359,7 @@ def check_metrics(
 
     Args:
         task: The task.
-        metrics: What the method returned.
+        metrics: The returned value.
         names: The names that another call in the same step returned, if any.
 
     Returns:
@@ -415,7 +414,7 @@ def check_evaluators(task: Any, evaluators: Any) -> Mapping[str, Evaluator]:
 
     Args:
         task: The task.
-        evaluators: What the method of that name returned.
+        evaluators: The value that the method of that name returned.
     """
     if not isinstance(evaluators, Mapping) or not all(
         isinstance(name, str) and callable(evaluator)
@@ -438,7 +437,7 @@ def check_figures(
     Args:
         task: The task.
         evaluator: The evaluator's name.
-        figures: What it returned.
+        figures: The returned value.
         taken: The metrics that there are already.
 
     Returns:

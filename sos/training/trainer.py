@@ -15,7 +15,6 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from sos import export
 from sos.driver import Driver
 from sos.errors import (
     CheckpointError,
@@ -24,15 +23,11 @@ from sos.errors import (
     TaskError,
     UsageError,
 )
+from sos.export import export_model
 from sos.surgery import strip
 from sos.training import inputs, strategies
-from sos.training.checkpoints import (
-    Checkpoints,
-    canonical_path,
-    diff,
-    variable_specs,
-)
-from sos.training.optimizers import traced_config
+from sos.training.checkpoints import Checkpoints, canonical_path, diff
+from sos.training.compile_signature import compile_signature
 from sos.training.reporting import Summary
 from sos.training.signals import StopSource
 from sos.training.steps import CompiledMaskUpdate, Steps, Totals
@@ -50,7 +45,7 @@ from sos.training.task import (
     raise_wrong_cardinality,
     train_dataset,
 )
-from sos.wrappers.base import SparseWrapper, find_wrappers
+from sos.wrappers.base import find_wrappers
 from sos.wrappers.masked import PruningWrapper, update_masks
 
 # From TensorFlow's error about a data set with fewer batches than asserted.
@@ -86,14 +81,14 @@ class Action:
             )
 
     def next_after(self, step: int) -> int | None:
-        """Returns the next step at which it is due, ignoring `at_end`."""
+        """Returns the next step at which the action is due, except `at_end`."""
         steps = [s for s in self.at if s > step]
         if self.every is not None:
             steps.append((step // self.every + 1) * self.every)
         return min(steps, default=None)
 
     def due(self, step: int, last: int) -> bool:
-        """Whether it is due after `step` of `last` steps."""
+        """Returns whether the action is due after `step` of `last` steps."""
         return self.next_after(step - 1) == step or (
             self.at_end and step == last
         )
@@ -274,9 +269,9 @@ class Trainer:
             )
         self._train_loop_length = self._make_loop_length()
         self._eval_loop_length = self._make_loop_length()
-        self._start_anew()
+        self._reset_progress()
 
-    def _start_anew(self) -> None:
+    def _reset_progress(self) -> None:
         self.seconds = 0.0
         self.saved_step: int | None = None
         # The step for which masks are known to be up to date.
@@ -345,13 +340,33 @@ class Trainer:
                 f"{[int(s) for s in steps]} in {checkpoints.directory}"
             )
         if metadata is not None:
-            self.seconds = metadata["seconds"]
-            self.saved_step = self._masks_step = step
+            self._take_over(metadata)
             self._warn_of_changes(step, metadata)
         return step
 
+    def restore_step(self, checkpoints: Checkpoints, step: int) -> None:
+        """Restores the checkpoint of one step, to evaluate or export it.
+
+        Args:
+            checkpoints: The checkpoints.
+            step: One of `checkpoints.steps()`.
+
+        Raises:
+            DamagedCheckpointError: If it is damaged.
+            CheckpointError: If it is of another configuration, or cannot be
+                read at the moment.
+        """
+        self._take_over(
+            checkpoints.restore_step(step, self.model, self.optimizer)
+        )
+
+    def _take_over(self, metadata: Mapping[str, Any]) -> None:
+        """Sets what a trainer holds besides the values of variables."""
+        self.seconds = metadata["seconds"]
+        self.saved_step = self._masks_step = metadata["step"]
+
     def _placement(self) -> dict[str, Any]:
-        """Returns what may change on a restart and changes the result."""
+        """Returns options of execution that affect the result."""
         return {
             "replicas": self.strategy.num_replicas_in_sync,
             "hosts": strategies.input_pipelines(self.strategy),
@@ -425,8 +440,8 @@ class Trainer:
         model, optimizer = self._build(task)
         differences = list(
             diff(
-                _traced_properties(self.model, self.optimizer),
-                _traced_properties(model, optimizer),
+                compile_signature(self.model, self.optimizer),
+                compile_signature(model, optimizer),
             )
         )
         if task.batch_size != self.task.batch_size:
@@ -447,7 +462,7 @@ class Trainer:
             if isinstance(wrapper, PruningWrapper):
                 wrapper.schedule = new.schedule
                 wrapper.ranking = new.ranking
-        self._start_anew()
+        self._reset_progress()
 
     def train(
         self,
@@ -580,7 +595,7 @@ class Trainer:
             begin = self._clock()
             end = min(batches, self._eval_loop_length.loop_end(done))
             try:
-                with inputs.usage_errors():
+                with inputs.input_errors():
                     parts.append(self.steps.evaluate(iterator, end - done))
             except tf.errors.FailedPreconditionError as error:
                 if _ENDED not in error.message:
@@ -649,7 +664,7 @@ class Trainer:
 
         Raises:
             TaskError: If `Task.serving` returns something invalid.
-            OSError: If it cannot be written.
+            StorageError: If it cannot be written.
         """
         model = self._model_on_host()
         if not self.is_chief:
@@ -658,7 +673,7 @@ class Trainer:
             model = strip(model)
         module = self.task.serving(model)
         check_serving(self.task, module)
-        export.export_model(module, path)
+        export_model(module, path)
 
     def _model_on_host(self) -> keras.Model | None:
         """Returns a model that can be called outside of `strategy.run`.
@@ -701,11 +716,11 @@ class Trainer:
         driver = Driver(
             self.model, self.optimizer, update_masks=self._update_masks
         )
-        # False after an interrupt between a step and its mask update.
         step = self.step
-        driver.start(up_to_date=step > 0 and step == self._masks_step)
-        self._masks_step = step
         try:
+            # Not up to date after an interrupt between a step and its update.
+            driver.start(up_to_date=step > 0 and step == self._masks_step)
+            self._masks_step = step
             yield driver
         finally:
             driver.stop()
@@ -742,7 +757,7 @@ class Trainer:
 
     def _train_steps(self, iterator: Any, steps: int) -> Totals:
         try:
-            with inputs.usage_errors():
+            with inputs.input_errors():
                 return self.steps.train(iterator, steps)
         except tf.errors.FailedPreconditionError as error:
             if _ENDED not in error.message:
@@ -847,62 +862,4 @@ def _specs(model: keras.Model) -> dict[str, str]:
             f"{variable.dtype} {tuple(variable.shape)}"
         )
         for index, variable in enumerate(model.variables)
-    }
-
-
-def _traced_properties(
-    model: keras.Model, optimizer: keras.optimizers.Optimizer
-) -> dict[str, Any]:
-    """Returns what a traced step holds besides the values of variables."""
-    config = traced_config(optimizer)
-    # Keras numbers them through all of a process.
-    config.pop("name", None)
-    if isinstance(config.get("learning_rate"), float):
-        # It is a variable then, and not a schedule.
-        del config["learning_rate"]
-    return {
-        "variables": variable_specs(model, optimizer),
-        "trainable": {
-            canonical_path(variable.path): variable.trainable
-            for variable in model.variables
-        },
-        "optimizer": {"class": type(optimizer), **config},
-        "layers": {
-            str(index): _layer_properties(layer)
-            for index, layer in enumerate(model._flatten_layers())
-        },
-    }
-
-
-def _layer_properties(layer: keras.layers.Layer) -> dict[str, Any]:
-    properties: dict[str, Any] = {"class": type(layer)}
-    if isinstance(layer, keras.Model):
-        # Its layers follow one by one.
-        return properties
-    try:
-        config = layer.get_config()
-    except Exception:
-        # A user's layer may have no configuration.
-        return properties
-    # Wrapped layers follow by themselves, and schedules are not traced.
-    ignored = {"name", "layer", "schedule", "ranking"}
-    if isinstance(layer, SparseWrapper):
-        # Hyperparameters in variables.
-        ignored |= set(layer.settings.values())
-    if type(layer).__module__.split(".")[0] in ("keras", "sos"):
-        # A seed in a variable. A user's layer may have traced it.
-        ignored.add("seed")
-    return {**properties, **_without(config, ignored)}
-
-
-def _without(config: Any, names: set[str]) -> Any:
-    """Removes initializers and other entries from nested configurations."""
-    if isinstance(config, (list, tuple)):
-        return [_without(value, names) for value in config]
-    if not isinstance(config, dict):
-        return config
-    return {
-        name: _without(value, names)
-        for name, value in config.items()
-        if name not in names and not str(name).endswith("initializer")
     }

@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from sos import arguments
+from sos.errors import UsageError
 from sos.rankings import PerTensorRanking, Ranking
 from sos.schedules import (
     PruningSchedule,
@@ -22,8 +23,8 @@ from sos.wrappers.sparse_weight import SparseWeight
 class MaskedWrapper(SparseWrapper):
     """Runs a layer with `weight * mask`.
 
-    The masks (1 = kept) are uint8 variables, all ones at first, and stand in
-    `weight.state["mask"]`. As the mask is part of the forward pass, the
+    The masks (1 = kept) are uint8 variables in `weight.state["mask"]`,
+    initially all ones. As the mask is part of the forward pass, the
     gradient of a masked weight is exactly zero; the weight keeps its value and
     still feels weight decay and momentum (Gale et al. 2019, section 3).
     """
@@ -47,14 +48,14 @@ class MaskedWrapper(SparseWrapper):
                 of the weight's shape.
 
         Raises:
-            ValueError: If the number of masks, a shape or a value is wrong;
+            UsageError: If the number of masks, a shape or a value is wrong;
                 no mask is changed then.
         """
         weights = self.sparse_weights
         if len(masks) != len(weights):
-            raise ValueError(
+            raise UsageError(
                 f"The layer {self.name!r} has {len(weights)} masked weights. "
-                f"Received: {len(masks)} masks."
+                f"Received: {len(masks)} masks"
             )
         arrays = [
             _check_mask(weight, mask)
@@ -65,14 +66,14 @@ class MaskedWrapper(SparseWrapper):
 
 
 def _check_mask(weight: SparseWeight, mask: Any) -> Any:
-    """Returns a mask as a uint8 array, or says what is wrong with it."""
+    """Returns a mask as a uint8 array; raises `UsageError` if it is wrong."""
     array = keras.ops.convert_to_numpy(mask)
     shape = tuple(weight.variable.shape)
     if array.shape != shape or not ((array == 0) | (array == 1)).all():
-        raise ValueError(
+        raise UsageError(
             f"The mask of {weight.path} must hold zeros and ones and have "
             f"shape {shape}. Received: an array of shape {array.shape} and "
-            f"dtype {array.dtype}."
+            f"dtype {array.dtype}"
         )
     return array.astype("uint8")
 
@@ -136,9 +137,9 @@ class PruningWrapper(MaskedWrapper):
     #: Sums the gradients of each effective weight since its last mask update,
     #: dense and over all replicas, in `weight.state["gradient"]`. They are of
     #: what the training loop differentiates: in `fit` a mean over the batch, in
-    #: the training engine a sum, under loss scaling a multiple. What is not
-    #: finite is left out. Each backward pass, of a micro-batch for one, costs
-    #: another all-reduce of the weight.
+    #: the training engine a sum, under loss scaling a multiple. Elements that
+    #: are not finite are left out. Each backward pass, also one of several for
+    #: an accumulated gradient, costs another all-reduce of the weight.
     uses_gradient = False
 
     #: A weight once pruned stays so.
@@ -183,13 +184,13 @@ class PruningWrapper(MaskedWrapper):
     @classmethod
     def hyperparameters(cls) -> dict[str, Any]:
         """Returns the numbers of the schedule, and the technique's own."""
-        found = super().hyperparameters()
+        defaults = super().hyperparameters()
         for name in ("schedule", "ranking"):
-            found.pop(name, None)
-        # The default is None because a schedule can be given instead.
-        if found.get("sparsity", ...) is None:
-            found["sparsity"] = arguments.REQUIRED
-        return found
+            defaults.pop(name, None)
+        # The default is None because a schedule can replace it.
+        if defaults.get("sparsity", ...) is None:
+            defaults["sparsity"] = arguments.REQUIRED
+        return defaults
 
     @classmethod
     def resolve_hyperparameters(
@@ -221,9 +222,11 @@ class PruningWrapper(MaskedWrapper):
     @classmethod
     def _number_defaults(cls) -> dict[str, Any]:
         """Returns the defaults of the schedule's numbers."""
-        own = arguments.defaults(cls, SparseWrapper)
-        base = arguments.defaults(PruningWrapper, SparseWrapper)
-        return {name: own.get(name, base[name]) for name in _NUMBERS}
+        defaults = {
+            **arguments.defaults(PruningWrapper, SparseWrapper),
+            **arguments.defaults(cls, SparseWrapper),
+        }
+        return {name: defaults[name] for name in _NUMBERS}
 
     @classmethod
     def _make_schedule(
@@ -259,7 +262,7 @@ class PruningWrapper(MaskedWrapper):
         """The schedule. It lives on the host and may be replaced at any time.
 
         Raises:
-            TypeError: If it is set to something else than a schedule.
+            TypeError: If it is set to anything other than a schedule.
         """
         return self._schedule
 
@@ -268,7 +271,7 @@ class PruningWrapper(MaskedWrapper):
         self._schedule = as_schedule(schedule)
 
     def scores(self, weight: SparseWeight) -> tf.Tensor:
-        """How much each element of a weight is worth keeping.
+        """Scores each element of a weight.
 
         Args:
             weight: The weight.
@@ -390,27 +393,29 @@ def update_masks(updates: dict[PruningWrapper, float]) -> None:
             groups.append((wrapper.ranking, [(wrapper, sparsity)]))
     results = []
     for ranking, members in groups:
-        jobs = [
+        ranked = [
             (wrapper, weight, sparsity)
             for wrapper, sparsity in members
             for weight in wrapper.sparse_weights
         ]
         scores = [
-            _checked_scores(wrapper, weight) for wrapper, weight, _ in jobs
+            _checked_scores(wrapper, weight) for wrapper, weight, _ in ranked
         ]
         try:
-            masks = ranking.masks(scores, [sparsity for _, _, sparsity in jobs])
+            masks = ranking.masks(
+                scores, [sparsity for _, _, sparsity in ranked]
+            )
             if not isinstance(ranking, PerTensorRanking):
                 masks = [
                     _check_mask(weight, mask)
-                    for (_, weight, _), mask in zip(jobs, masks, strict=True)
+                    for (_, weight, _), mask in zip(ranked, masks, strict=True)
                 ]
         except ValueError as error:
-            paths = [weight.path for _, weight, _ in jobs]
+            paths = [weight.path for _, weight, _ in ranked]
             raise ValueError(
                 f"The masks of {paths} could not be updated: {error}"
             ) from error
-        results.extend(zip(jobs, masks, strict=True))
+        results.extend(zip(ranked, masks, strict=True))
     for (wrapper, weight, _), mask in results:
         wrapper.assign_mask(weight, mask)
 

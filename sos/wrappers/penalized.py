@@ -20,8 +20,8 @@ _STEPS = ("begin_step", "end_step")
 class PenalizedWrapper(SparseWrapper):
     """Adds `penalty_weight * ramp(step) * sum of penalties` to the loss.
 
-    The penalty stands in `model.losses`, as the loss of a weight regulariser
-    does, so that `fit` adds it by itself and a custom loop adds
+    The penalty is added to `model.losses`, as the loss of a weight regulariser
+    is, so that `fit` adds it by itself and a custom loop adds
     `sum(model.losses)`. It is counted once per step however often the layer is
     called, and belongs to training alone: while no driver is bound, and in the
     validation within `fit`, it is zero.
@@ -117,7 +117,7 @@ class PenalizedWrapper(SparseWrapper):
         return make_ramp(values["ramp"], **steps)
 
     def penalty(self, weight: SparseWeight) -> tf.Tensor:
-        """The penalty of one weight before it is weighted, a float32 scalar.
+        """Returns the penalty of one weight, unweighted, a float32 scalar.
 
         Args:
             weight: The weight.
@@ -127,7 +127,7 @@ class PenalizedWrapper(SparseWrapper):
         )
 
     def weighted_penalty(self, weight: SparseWeight) -> tf.Tensor:
-        """The penalty of one weight as it stands in the loss.
+        """Returns the penalty of one weight as it is added to the loss.
 
         Args:
             weight: The weight.

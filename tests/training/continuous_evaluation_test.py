@@ -39,6 +39,9 @@ class FakeTrainer:
     model = optimizer = None
     step = 0
 
+    def restore_step(self, checkpoints, step):
+        checkpoints.restore_step(step, self.model, self.optimizer)
+
     def evaluate(self, total_steps, *, stop):
         return Summary(
             step=self.step, total_steps=total_steps, kind="eval", seconds=1.0

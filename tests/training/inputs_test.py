@@ -759,6 +759,29 @@ def test_usage_error_other_errors_are_none():
     assert inputs.usage_error(error.value) is None
 
 
+def test_input_errors_of_a_damaged_record_names_the_cause(tmp_path):
+    (shard,) = write_shards(tmp_path, (3,))
+    content = bytearray(pathlib.Path(shard.path).read_bytes())
+    content[-1] ^= 1
+    pathlib.Path(shard.path).write_bytes(content)
+
+    @tf.function
+    def last(iterator):
+        for _ in tf.range(3):
+            record = next(iterator)
+        return record
+
+    dataset = tf.data.TFRecordDataset(shard.path).repeat()
+    with (
+        pytest.raises(
+            StorageError, match="damaged: corrupted record at"
+        ) as error,
+        inputs.input_errors(),
+    ):
+        last(iter(dataset))
+    assert "\n" not in str(error.value)
+
+
 def test_record_batches_uneven_files_warn(make_shards, caplog):
     with caplog.at_level("WARNING", logger="absl"):
         record_batches(make_shards((4, 4)), batch_size=2, where=context(2))

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 import signal
@@ -15,6 +16,7 @@ from sos.files import only_process
 from sos.training import main
 from sos.training.checkpoints import Checkpoints
 from sos.training.main import Options, end_process, exit_code_of, run
+from sos.training.reporting import JsonLines
 from sos.training.strategies import make_strategy
 from sos.training.trainer import Trainer
 from tests.support import processes, techniques, toy_task
@@ -362,6 +364,14 @@ def test_eval_evaluates_every_checkpoint_once(copy):
     assert main.evaluate_continuously(copy.trainer, options) == summary
 
 
+def test_eval_evaluated_before_holds_the_last_checkpoint(copy):
+    assert copy("eval") == 0
+    seconds = copy.trainer.seconds
+    assert seconds > 0.0
+    assert copy("eval") == 0
+    assert (copy.trainer.step, copy.trainer.seconds) == (STEPS, seconds)
+
+
 def test_eval_and_train_and_eval_find_the_same(copy, program, tmp_path):
     assert copy("eval") == 0
     other = Program(tmp_path / "other")
@@ -591,6 +601,17 @@ def test_a_log_that_cannot_be_written(copy, name):
     assert re.search("could not be (written|opened)", copy.error)
     assert "Free disk space" in copy.error
     assert copy.saved == [5, 10, 15]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")
+def test_a_log_on_a_full_disk_is_reported_in_a_line(program, monkeypatch):
+    def full(self, path, **kwargs):
+        # Closing it raises, too.
+        self._file = open("/dev/full", "a", encoding="utf-8")
+
+    monkeypatch.setattr(JsonLines, "__init__", full)
+    assert program("train") == 1
+    assert "No space left on device" in program.error
 
 
 def test_a_loss_that_is_not_finite(program, monkeypatch):

@@ -194,9 +194,9 @@ class Plain:
     values = Run.values
 
 
-def check_equal(found, expected, **tolerance):
+def check_equal(run, expected, **tolerance):
     tolerance = {"rtol": 2e-5, "atol": 2e-6, **tolerance}
-    for a, b in zip(found.values(), expected.values(), strict=True):
+    for a, b in zip(run.values(), expected.values(), strict=True):
         np.testing.assert_allclose(a, b, **tolerance)
 
 
@@ -211,13 +211,13 @@ def test_a_step_is_that_of_the_formulas():
             [keras.Input((6,)), layers.Dense(2, use_bias=False)]
         )
 
-    given = task(linear, lambda: SGD(0.1, momentum=0.9), weight=WEIGHTED)
-    run = Run(given)
+    ordered = task(linear, lambda: SGD(0.1, momentum=0.9), weight=WEIGHTED)
+    run = Run(ordered)
     kernel = run.model.weights[0].numpy().astype(np.float64)
     run.train(3)
     velocity = 0
     for step in range(3):
-        rows = given.rows(step)
+        rows = ordered.rows(step)
         weight = rows["weight"][:, None] / rows["weight"].sum()
         error = rows["x"] @ kernel - rows["y"]
         # Squares are averaged over the two outputs.
@@ -255,15 +255,15 @@ def test_gradients_are_gathered_of_sums_over_all_examples(
             [keras.Input((6,)), Gathering(layer, schedule=schedule)]
         )
 
-    given = task(linear, lambda: SGD(0.0), weight=WEIGHTED)
+    ordered = task(linear, lambda: SGD(0.0), weight=WEIGHTED)
     run = Run(
-        given,
+        ordered,
         replicas=replicas,
         gradient_accumulation_steps=gradient_accumulation_steps,
     ).train(3)
     (sparse,) = run.model.layers[0].sparse_weights
     x, y, weight = (
-        given.arrays[name][: 3 * BATCH] for name in ("x", "y", "weight")
+        ordered.arrays[name][: 3 * BATCH] for name in ("x", "y", "weight")
     )
     error = x @ sparse.variable.numpy() - y
     expected = x.T @ (weight[:, None] * 2 * error / 2)
@@ -297,8 +297,8 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("make_model", [dense, pruned, shifted])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_steps_are_those_of_a_plain_loop(make_model, optimizer):
-    given = task(make_model, OPTIMIZERS[optimizer], weight=WEIGHTED)
-    check_equal(Run(given).train(5), Plain(given, 5))
+    ordered = task(make_model, OPTIMIZERS[optimizer], weight=WEIGHTED)
+    check_equal(Run(ordered).train(5), Plain(ordered, 5))
 
 
 @pytest.mark.parametrize("make_model", [dense, pruned, shifted])
@@ -308,13 +308,13 @@ def test_steps_are_those_of_a_plain_loop(make_model, optimizer):
 def test_how_the_batch_is_cut_changes_nothing(
     make_model, replicas, gradient_accumulation_steps
 ):
-    given = task(make_model, lambda: SGD(0.1, momentum=0.9), weight=WEIGHTED)
+    ordered = task(make_model, lambda: SGD(0.1, momentum=0.9), weight=WEIGHTED)
     run = Run(
-        given,
+        ordered,
         replicas=replicas,
         gradient_accumulation_steps=gradient_accumulation_steps,
     )
-    check_equal(run.train(5), Plain(given, 5))
+    check_equal(run.train(5), Plain(ordered, 5))
 
 
 @pytest.mark.parametrize(
@@ -326,9 +326,9 @@ def test_a_batch_without_weight_does_no_harm(
 ):
     weight = np.ones(6 * BATCH, np.float32)
     weight[BATCH : 2 * BATCH] = 0
-    given = task(dense, lambda: SGD(0.1), weight=weight)
+    ordered = task(dense, lambda: SGD(0.1), weight=weight)
     run = Run(
-        given,
+        ordered,
         replicas=replicas,
         gradient_accumulation_steps=gradient_accumulation_steps,
     )
@@ -350,18 +350,18 @@ def test_embeddings_have_gradients_of_rows(
     replicas, gradient_accumulation_steps
 ):
     ids = np.random.default_rng(3).integers(10, size=(6 * BATCH, 3))
-    given = task(
+    ordered = task(
         embedded,
         lambda: keras.optimizers.Adam(0.1, epsilon=1e-3),
         x=ids.astype(np.int32),
         weight=WEIGHTED,
     )
     run = Run(
-        given,
+        ordered,
         replicas=replicas,
         gradient_accumulation_steps=gradient_accumulation_steps,
     )
-    check_equal(run.train(4), Plain(given, 4))
+    check_equal(run.train(4), Plain(ordered, 4))
 
 
 def test_a_batch_may_be_any_structure():
@@ -379,10 +379,10 @@ def test_a_batch_may_be_any_structure():
                 model, {"x": x, "y": y, "weight": weight}, training
             )
 
-    given = Nested(dense, lambda: SGD(0.1), examples(), batch_size=BATCH)
+    ordered = Nested(dense, lambda: SGD(0.1), examples(), batch_size=BATCH)
     check_equal(
-        Run(given, replicas=2, gradient_accumulation_steps=2).train(2),
-        Plain(given, 2),
+        Run(ordered, replicas=2, gradient_accumulation_steps=2).train(2),
+        Plain(ordered, 2),
     )
 
 
@@ -439,13 +439,13 @@ def test_activity_losses_are_counted_once(
             ]
         )
 
-    given = task(active, lambda: SGD(0.5))
+    ordered = task(active, lambda: SGD(0.5))
     run = Run(
-        given,
+        ordered,
         replicas=replicas,
         gradient_accumulation_steps=gradient_accumulation_steps,
     )
-    check_equal(run.train(3), Plain(given, 3))
+    check_equal(run.train(3), Plain(ordered, 3))
 
 
 # Noise.
@@ -462,7 +462,7 @@ def noisy(name, **settings):
         return keras.Sequential([keras.Input((6,)), layer], name="toy")
 
     x = np.tile(techniques.normal(1, 6, seed=4), (6 * BATCH, 1))
-    given = OrderedTask(
+    ordered = OrderedTask(
         one_layer,
         # Weights stand still.
         lambda: SGD(0.0),
@@ -473,24 +473,24 @@ def noisy(name, **settings):
         },
         batch_size=BATCH,
     )
-    given.calls = []
-    return given
+    ordered.calls = []
+    return ordered
 
 
 ACTIVATION_NOISE = ("VariationalDropout", {"initial_log_sigma2": -2.0})
 WEIGHT_NOISE = ("L0Regularization", {"initial_log_alpha": 0.0})
 
 
-def seen(noise, *, steps=2, start=0, **cut):
+def outputs_at(noise, *, steps=2, start=0, **cut):
     """Outputs by step, replica and first example of the batch."""
     name, settings = noise
-    given = noisy(name, **settings)
-    Run(given, start=start, **cut).train(steps)
+    ordered = noisy(name, **settings)
+    Run(ordered, start=start, **cut).train(steps)
     return {
-        (note["step"], note["replica"], int(note["number"][0]) % BATCH): note[
+        (call["step"], call["replica"], int(call["number"][0]) % BATCH): call[
             "outputs"
         ]
-        for note in given.calls
+        for call in ordered.calls
     }
 
 
@@ -502,30 +502,36 @@ def differ(outputs):
 
 @pytest.mark.parametrize("noise", [ACTIVATION_NOISE, WEIGHT_NOISE], ids=str)
 def test_noise_differs_between_replicas_and_steps(noise):
-    found = seen(noise, replicas=2, steps=3)
-    assert sorted(found) == [(s, r, 4 * r) for s in range(3) for r in range(2)]
-    assert differ(found.values())
+    by_part = outputs_at(noise, replicas=2, steps=3)
+    assert sorted(by_part) == [
+        (s, r, 4 * r) for s in range(3) for r in range(2)
+    ]
+    assert differ(by_part.values())
     # The same in another trainer, which begins later.
-    late = seen(noise, replicas=2, steps=2, start=1)
-    assert sorted(late) == [key for key in sorted(found) if key[0] > 0]
+    late = outputs_at(noise, replicas=2, steps=2, start=1)
+    assert sorted(late) == [key for key in sorted(by_part) if key[0] > 0]
     for key, value in late.items():
-        np.testing.assert_array_equal(value, found[key])
+        np.testing.assert_array_equal(value, by_part[key])
 
 
 def test_activation_noise_differs_between_parts():
-    found = seen(ACTIVATION_NOISE, gradient_accumulation_steps=4)
-    assert sorted(found) == [(s, 0, 2 * i) for s in range(2) for i in range(4)]
-    assert differ(found.values())
-    both = seen(ACTIVATION_NOISE, replicas=2, gradient_accumulation_steps=2)
+    by_part = outputs_at(ACTIVATION_NOISE, gradient_accumulation_steps=4)
+    assert sorted(by_part) == [
+        (s, 0, 2 * i) for s in range(2) for i in range(4)
+    ]
+    assert differ(by_part.values())
+    both = outputs_at(
+        ACTIVATION_NOISE, replicas=2, gradient_accumulation_steps=2
+    )
     assert len(both) == 8
     assert differ(both.values())
 
 
 def test_weight_noise_is_one_sample_for_a_step():
-    found = seen(WEIGHT_NOISE, gradient_accumulation_steps=4)
-    whole = seen(WEIGHT_NOISE)
-    assert len(found) == 8
-    for (step, replica, _), outputs in found.items():
+    by_part = outputs_at(WEIGHT_NOISE, gradient_accumulation_steps=4)
+    whole = outputs_at(WEIGHT_NOISE)
+    assert len(by_part) == 8
+    for (step, replica, _), outputs in by_part.items():
         expected = whole[step, replica, 0][:2]
         np.testing.assert_allclose(outputs, expected, rtol=1e-6)
     assert differ(whole.values())
@@ -538,11 +544,11 @@ def test_dropout_differs_between_parts():
         )
 
     x = np.ones((6 * BATCH, 6), np.float32)
-    given = task(dropping, lambda: SGD(0.0), x=x)
-    given.calls = []
-    Run(given, gradient_accumulation_steps=4).train(2)
-    assert len(given.calls) == 8
-    assert differ(note["outputs"] for note in given.calls)
+    ordered = task(dropping, lambda: SGD(0.0), x=x)
+    ordered.calls = []
+    Run(ordered, gradient_accumulation_steps=4).train(2)
+    assert len(ordered.calls) == 8
+    assert differ(call["outputs"] for call in ordered.calls)
 
 
 # Clipping.
@@ -563,13 +569,13 @@ CLIPPING = {
 def test_what_is_clipped_is_the_gradient_of_the_whole_batch(
     name, replicas, gradient_accumulation_steps
 ):
-    given = task(shifted, lambda: SGD(1.0, **CLIPPING[name]), weight=WEIGHTED)
+    ordered = task(shifted, lambda: SGD(1.0, **CLIPPING[name]), weight=WEIGHTED)
     run = Run(
-        given,
+        ordered,
         replicas=replicas,
         gradient_accumulation_steps=gradient_accumulation_steps,
     )
-    check_equal(run.train(3), Plain(given, 3))
+    check_equal(run.train(3), Plain(ordered, 3))
     # The limits are felt, or not.
     free = task(shifted, lambda: SGD(1.0), weight=WEIGHTED)
     difference = run.values()[0] - Plain(free, 3).values()[0]
@@ -587,9 +593,9 @@ def test_clipping_leaves_out_what_has_no_gradient():
     def partly():
         return keras.Sequential([keras.Input((6,)), Unused(), layers.Dense(2)])
 
-    given = task(partly, lambda: SGD(1.0, clipnorm=0.05))
-    run = Run(given, replicas=2, gradient_accumulation_steps=2).train(2)
-    check_equal(run, Plain(given, 2))
+    ordered = task(partly, lambda: SGD(1.0, clipnorm=0.05))
+    run = Run(ordered, replicas=2, gradient_accumulation_steps=2).train(2)
+    check_equal(run, Plain(ordered, 2))
     np.testing.assert_array_equal(run.model.weights[0], [1, 1])
 
 
@@ -675,19 +681,19 @@ def bfloat16():
 def test_bfloat16_is_near_float32(
     bfloat16, make_model, replicas, gradient_accumulation_steps
 ):
-    given = task(make_model, lambda: SGD(0.1, clipnorm=1.0), weight=WEIGHTED)
+    ordered = task(make_model, lambda: SGD(0.1, clipnorm=1.0), weight=WEIGHTED)
     run = Run(
-        given,
+        ordered,
         replicas=replicas,
         gradient_accumulation_steps=gradient_accumulation_steps,
     ).train(4)
-    assert run.model(given.rows(0)["x"]).dtype == "bfloat16"
+    assert run.model(ordered.rows(0)["x"]).dtype == "bfloat16"
     for variable in run.model.trainable_variables:
         assert variable.dtype == "float32"
     keras.config.set_dtype_policy("float32")
-    check_equal(run, Plain(given, 4), rtol=0, atol=0.02)
+    check_equal(run, Plain(ordered, 4), rtol=0, atol=0.02)
     # Not that nothing had happened.
-    first = Run(given).values()[0]
+    first = Run(ordered).values()[0]
     assert np.abs(first - run.values()[0]).max() > 0.02
 
 
@@ -783,20 +789,20 @@ def test_evaluation_may_have_other_metrics():
 def test_metrics_are_means_over_all_examples(
     replicas, gradient_accumulation_steps
 ):
-    given = task(
+    ordered = task(
         dense,
         lambda: SGD(0.0),
         weight=WEIGHTED * np.arange(48, dtype=np.float32),
     )
     run = Run(
-        given,
+        ordered,
         replicas=replicas,
         gradient_accumulation_steps=gradient_accumulation_steps,
     )
 
     def expected(first, last):
         rows = slice(first * BATCH, last * BATCH)
-        x, y, weight = (given.arrays[n][rows] for n in ("x", "y", "weight"))
+        x, y, weight = (ordered.arrays[n][rows] for n in ("x", "y", "weight"))
         losses = np.square(run.model(x).numpy() - y).mean(axis=1)
         return {
             "error": pytest.approx(np.sqrt(losses).mean(), rel=1e-5),
@@ -1009,12 +1015,12 @@ def test_moving_statistics_of_two_replicas(synchronized):
             ]
         )
 
-    given = task(normalized, lambda: SGD(0.1))
-    run = Run(given, replicas=2).train(2)
+    ordered = task(normalized, lambda: SGD(0.1))
+    run = Run(ordered, replicas=2).train(2)
     norm = run.model.layers[0]
     mean, variance = np.zeros(6), np.ones(6)
     for step in range(2):
-        x = given.rows(step)["x"]
+        x = ordered.rows(step)["x"]
         x = x if synchronized else x[: BATCH // 2]
         mean = 0.5 * mean + 0.5 * x.mean(0)
         variance = 0.5 * variance + 0.5 * x.var(0)
@@ -1027,7 +1033,7 @@ def test_moving_statistics_of_two_replicas(synchronized):
         np.testing.assert_array_equal(first, second)
     np.testing.assert_allclose(norm.moving_mean, mean, atol=1e-6)
     # With all statistics, replicas compute what one would.
-    one = Run(given).train(2)
+    one = Run(ordered).train(2)
     difference = np.abs(one.model.weights[-2] - run.model.weights[-2]).max()
     assert (difference < 1e-5) == synchronized
 
@@ -1316,25 +1322,25 @@ def test_in_training_the_bits_are_those_of_the_host(name, scope):
 
                 strategy.run(on_replica)
 
-            found = []
+            history = []
             with sos.Driver(
                 model, optimizer, update_masks=make_update()
             ) as driver:
                 for i in range(10):
                     step(tf.constant(i))
                     driver.step()
-                    found.append(masks(model))
-        return found, [keras.ops.convert_to_numpy(v) for v in model.variables]
+                    history.append(masks(model))
+        return history, [keras.ops.convert_to_numpy(v) for v in model.variables]
 
     on_device, variables = trained(CompiledMaskUpdate)
     on_host, expected = trained(lambda: update_masks)
-    for found, wanted in zip(on_device, on_host, strict=True):
-        for one, other in zip(found, wanted, strict=True):
+    for step_masks, other_masks in zip(on_device, on_host, strict=True):
+        for one, other in zip(step_masks, other_masks, strict=True):
             np.testing.assert_array_equal(one, other)
     for one, other in zip(variables, expected, strict=True):
         assert one.tobytes() == other.tobytes()
     # Updates were made at 2, 4, 6, 8 and 9, of which the first is 20 %.
-    zeros = [np.mean([m == 0 for m in found]) for found in on_device]
+    zeros = [np.mean([m == 0 for m in each]) for each in on_device]
     assert zeros[0] == 0 < zeros[1] == zeros[2] < 1
     if name != "pattern":
         assert zeros[-1] > zeros[1]

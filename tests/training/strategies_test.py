@@ -8,7 +8,9 @@ import tensorflow as tf
 from sos.errors import UsageError, WorkerLostError
 from sos.training import strategies, tpu_check
 from sos.training.strategies import gather, is_chief, make_strategy
+from sos.training.trainer import Trainer
 from tests.support import techniques
+from tests.support.toy_task import ToyTask
 
 TWO_WORKERS = {"worker": ["localhost:2222", "localhost:2223"]}
 
@@ -226,13 +228,13 @@ def test_a_process_by_itself_is_the_chief(name, tf_config):
 @pytest.mark.parametrize(
     "make", [techniques.two_replicas, tf.distribute.get_strategy]
 )
-def test_a_process_by_itself_hears_what_it_says(make):
+def test_gather_in_one_process_returns_its_values(make):
     # Whatever the number of its replicas; exact in float64.
     values = [1.0 / 3.0, 2.0**53 - 1, -0.0]
-    found = gather(make(), values)
-    assert found.dtype == np.float64
-    assert found.shape == (1, 3)
-    assert found.tobytes() == np.array([values]).tobytes()
+    gathered = gather(make(), values)
+    assert gathered.dtype == np.float64
+    assert gathered.shape == (1, 3)
+    assert gathered.tobytes() == np.array([values]).tobytes()
 
 
 # Lost workers.
@@ -293,3 +295,10 @@ def test_lost_worker_errors_leaves_others_unchanged(error):
     ):
         raise error
     assert raised.value is error
+
+
+def test_default_strategy_of_tensorflow_trains_and_evaluates():
+    trainer = Trainer(ToyTask(), strategy=tf.distribute.get_strategy())
+    trainer.train(2)
+    assert trainer.step == 2
+    assert np.isfinite(trainer.evaluate().metrics["loss"])

@@ -74,7 +74,7 @@ def test_the_process_is_left_as_it_was():
 
 
 @pytest.mark.parametrize("replicas", [0, -1, 1.5, "2", None])
-def test_a_wrong_number_of_replicas_is_refused(replicas):
+def test_a_wrong_number_of_replicas_raises(replicas):
     with pytest.raises(UsageError, match=r"at least 1.*replicas="):
         tpu_check.deviceless_strategy(replicas)
 
@@ -215,12 +215,12 @@ PLANTED = {
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_violations_are_caught(trace, name):
     step, expected = PLANTED[name]
-    found = tpu_check.violations(trace(step))
-    assert len(found) == len(expected), found
+    lines = tpu_check.violations(trace(step))
+    assert len(lines) == len(expected), lines
     for operation, more in expected.items():
         (line,) = [
             line
-            for line in found
+            for line in lines
             if re.match(rf"(Stateless)?{re.escape(operation)}:", line)
         ]
         assert more in line
@@ -296,14 +296,14 @@ def without_cluster(x):
     return x + 1
 
 
-def test_a_function_without_a_cluster_is_refused():
+def test_a_function_without_a_cluster_raises():
     function = without_cluster.get_concrete_function(IMAGES)
     for checks in (tpu_check.check, tpu_check.violations):
         with pytest.raises(UsageError, match="contains no TPU cluster"):
             checks(function)
 
 
-def test_a_cluster_of_another_strategy_is_refused():
+def test_a_cluster_of_another_strategy_raises():
     mirrored = techniques.two_replicas()
 
     @tf.function
@@ -315,7 +315,7 @@ def test_a_cluster_of_another_strategy_is_refused():
 
 
 @pytest.mark.parametrize("function", [without_cluster, len, None])
-def test_what_is_not_traced_is_refused(function):
+def test_a_function_that_is_not_traced_raises(function):
     with pytest.raises(TypeError, match="get_concrete_function"):
         tpu_check.check(function)
 

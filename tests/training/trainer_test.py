@@ -13,11 +13,12 @@ from sos.errors import (
     CheckpointError,
     NonFiniteLossError,
     Stopped,
+    TaskError,
     UsageError,
 )
 from sos.training.checkpoints import Checkpoints
 from sos.training.task import Task
-from sos.training.trainer import Action, Trainer
+from sos.training.trainer import Action, LoopLength, Trainer
 from tests.support import techniques, toy_task
 from tests.support.toy_task import OrderedTask, ToyTask
 
@@ -75,11 +76,11 @@ class StopAt:
         return self._signum if self._trainer.step >= self._step else None
 
 
-def same_bits(found, expected):
+def same_bits(values, expected):
     """Compares the values of two trainers."""
-    assert found.keys() == expected.keys()
+    assert values.keys() == expected.keys()
     for name, value in expected.items():
-        assert found[name].tobytes() == value.tobytes(), name
+        assert values[name].tobytes() == value.tobytes(), name
 
 
 # Actions, and the lengths of loops.
@@ -223,26 +224,26 @@ def test_the_updates_are_those_of_a_driver():
     assert len(expected) == 2
     for name, mask in techniques.sparse_state(trainer.model).items():
         np.testing.assert_array_equal(mask, expected[name])
-    for found, wanted in zip(
+    for variable, other in zip(
         trainer.model.trainable_variables, variables, strict=True
     ):
-        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(variable, other, rtol=1e-4, atol=1e-5)
 
 
 def test_loops_end_where_something_is_due(tmp_path):
     trainer = make_trainer(steps_per_loop=10)
     checkpoints = make_checkpoints(trainer, tmp_path, keep=99)
-    records, acted = [], []
+    summaries, acted = [], []
     trainer.train(
         30,
         checkpoints=checkpoints,
         save_every=8,
         actions=[Action(call=lambda t: acted.append(t.step), at=(5, 26, 99))],
-        on_summary=[records.append],
+        on_summary=[summaries.append],
     )
     # One step is traced, one is measured.
     ends = [1, 2, 5, 8, 10, 16, 20, 24, 26, 30]
-    assert [record.step for record in records] == ends
+    assert [summary.step for summary in summaries] == ends
     assert checkpoints.steps() == [8, 16, 24, 30]
     assert acted == [5, 26]
 
@@ -264,15 +265,17 @@ def test_actions_are_called_in_order_after_the_save(tmp_path):
             Action(call=note("a"), every=4, at_end=True),
             Action(call=note("never")),
         ],
-        on_summary=[lambda record: done.append((record.step, "record", None))],
+        on_summary=[
+            lambda summary: done.append((summary.step, "summary", None))
+        ],
     )
     assert [each for each in done if each[0] in (2, 4, 6)] == [
-        (2, "record", None),
+        (2, "summary", None),
         (2, "b", []),
-        (4, "record", None),
+        (4, "summary", None),
         (4, "b", [4]),
         (4, "a", [4]),
-        (6, "record", None),
+        (6, "summary", None),
         (6, "b", [6]),
         (6, "a", [6]),
     ]
@@ -319,27 +322,27 @@ def test_loops_are_bounded_in_seconds():
     trainer = timed_trainer(
         seconds, steps_per_loop=100, max_seconds_per_loop=10.0
     )
-    records = []
-    trainer.train(20, on_summary=[records.append])
+    summaries = []
+    trainer.train(20, on_summary=[summaries.append])
     # The first step, which is traced, is ignored; then 5 steps of 2 seconds;
     # one loop is too long when steps take longer.
     ends = [1, 2, 7, 12, 17, 18, 19, 20]
-    assert [record.step for record in records] == ends
-    assert [r.seconds for r in records] == [100, 2, 10, 10, 150, 30, 30, 30]
+    assert [summary.step for summary in summaries] == ends
+    assert [r.seconds for r in summaries] == [100, 2, 10, 10, 150, 30, 30, 30]
     assert trainer.seconds == 100 + 11 * 2 + 8 * 30
-    assert records[2].examples_per_second == pytest.approx(8 / 2)
-    assert records[2].seconds_left == pytest.approx(2 * 13)
-    assert records[-1].seconds_left == 0
+    assert summaries[2].examples_per_second == pytest.approx(8 / 2)
+    assert summaries[2].seconds_left == pytest.approx(2 * 13)
+    assert summaries[-1].seconds_left == 0
     # Unknown while tracing.
-    assert records[0].examples_per_second is None
-    assert records[0].seconds_left is None
+    assert summaries[0].examples_per_second is None
+    assert summaries[0].seconds_left is None
 
 
 def test_loops_of_fast_steps_are_bounded_in_steps():
     trainer = timed_trainer(lambda step: 1e-3, steps_per_loop=6)
-    records = []
-    trainer.train(20, on_summary=[records.append])
-    assert [record.step for record in records] == [1, 2, 6, 12, 18, 20]
+    summaries = []
+    trainer.train(20, on_summary=[summaries.append])
+    assert [summary.step for summary in summaries] == [1, 2, 6, 12, 18, 20]
 
 
 # What is computed does not depend on how.
@@ -608,7 +611,7 @@ def test_an_interrupt_before_a_mask_update_does_not_lose_it(at):
     same_bits(toy_task.values(trainer), uninterrupted("MagnitudePruning"))
 
 
-def test_micro_batches_are_resumed_too(tmp_path):
+def test_accumulated_gradients_are_resumed_too(tmp_path):
     first, second = (
         toy("VariationalDropout", gradient_accumulation_steps=2)
         for _ in range(2)
@@ -726,27 +729,27 @@ def test_a_loss_that_is_not_finite_names_its_step_and_saves_nothing(
 ):
     trainer = spoiled(7, technique=technique, replicas=replicas)
     checkpoints = make_checkpoints(trainer, tmp_path)
-    records = []
+    summaries = []
     with pytest.raises(NonFiniteLossError, match="in step 8; .* rate") as error:
         trainer.train(
             12,
             checkpoints=checkpoints,
             save_every=6,
-            on_summary=[records.append],
+            on_summary=[summaries.append],
         )
     assert error.value.step == 7
     assert isinstance(error.value, ArithmeticError)
-    # The last good one is there, and nothing was told of the bad loop.
+    # The last good one is there, and the bad loop has no summary.
     assert checkpoints.steps() == [6]
-    assert [record.step for record in records] == [1, 2, 6]
+    assert [summary.step for summary in summaries] == [1, 2, 6]
     assert trainer.restore(checkpoints) == 6
     assert trainer.steps.weights_are_finite()
     # Nothing of it is left in what comes next.
-    trainer.train(7, on_summary=[records.append])
-    assert np.isfinite(records[-1].metrics["loss"])
+    trainer.train(7, on_summary=[summaries.append])
+    assert np.isfinite(summaries[-1].metrics["loss"])
 
 
-def test_a_loss_without_any_weight_is_told(caplog):
+def test_a_loss_without_any_weight_is_logged(caplog):
     x, y = techniques.normal(24, 6, seed=1), techniques.normal(24, 2, seed=2)
     weight = np.r_[np.ones(8), np.zeros(8), np.ones(8)].astype(np.float32)
     task = OrderedTask(
@@ -782,8 +785,8 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     trainer = make_trainer()
     checkpoints = make_checkpoints(trainer, tmp_path)
 
-    def spoil(record):
-        if record.step == 4:
+    def spoil(summary):
+        if summary.step == 4:
             trainer.model.weights[0].assign_add(tf.fill((6, 16), np.inf))
 
     with pytest.raises(NonFiniteLossError, match="weight .* by step 4;"):
@@ -844,15 +847,15 @@ def test_evaluation_sees_every_example_once(replicas, batch_size):
     )
     for done in (0, 2):
         trainer.train(done)
-        record = trainer.evaluate(9)
-        assert record.metrics == expected_metrics(trainer)
-        assert (record.kind, record.step, record.total_steps) == (
+        summary = trainer.evaluate(9)
+        assert summary.metrics == expected_metrics(trainer)
+        assert (summary.kind, summary.step, summary.total_steps) == (
             "eval",
             done,
             9,
         )
         # Again, as all of it was taken.
-        assert trainer.evaluate().metrics == record.metrics
+        assert trainer.evaluate().metrics == summary.metrics
     assert trainer.evaluate().total_steps == 2
 
 
@@ -913,7 +916,7 @@ def test_workers_with_other_numbers_of_evaluation_batches_raise():
 
 
 class ScoredTask(ToyTask):
-    """Has evaluators, which record the models that they are called with."""
+    """Has evaluators, which keep the models that they are called with."""
 
     def __init__(self, *arguments, names=("above", "zeros"), **options):
         super().__init__(*arguments, **options)
@@ -1002,34 +1005,39 @@ def test_a_copy_of_another_model_raises():
 # Export.
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
-def test_export_writes_what_the_task_serves(replicas, monkeypatch):
-    class Served(ToyTask):
-        def serving(self, model):
-            module = tf.Module()
-            module.weights = [
-                keras.ops.convert_to_numpy(v) for v in model.weights
-            ]
-            module.types = [type(layer) for layer in model.layers]
-            return module
+class ServedTask(ToyTask):
+    """Serves probabilities, too."""
 
-    written = {}
-    monkeypatch.setattr(
-        sos.export,
-        "export_model",
-        lambda module, path: written.update({path: module}),
-        raising=False,
-    )
-    trainer = make_trainer(task=Served("MagnitudePruning"), replicas=replicas)
+    def serving(self, model):
+        module = super().serving(model)
+        assert not sos.wrappers.base.find_wrappers(module.model)
+
+        @tf.function(input_signature=[tf.TensorSpec([None, 6])])
+        def probabilities(x):
+            return {"p": tf.nn.softmax(module(x))}
+
+        module.signatures["probabilities"] = probabilities
+        return module
+
+
+@pytest.mark.parametrize(
+    ("technique", "replicas"),
+    [("MagnitudePruning", 1), ("L0Regularization", 2)],
+)
+def test_export_writes_what_the_task_serves(technique, replicas, tmp_path):
+    task = ServedTask(technique, batch_norm=True)
+    trainer = make_trainer(task=task, replicas=replicas)
     trainer.train(2)
-    trainer.export("somewhere")
-    (module,) = written.values()
-    assert module.types[0] is keras.layers.Dense
-    assert [np.mean(w == 0) for w in module.weights[::2]] == [0.5, 0.5]
-    (_, weight), *_ = trainer.steps.sparse_weights
-    kernel = keras.ops.convert_to_numpy(weight.variable)
-    kept = module.weights[0] != 0
-    np.testing.assert_array_equal(module.weights[0][kept], kernel[kept])
+    trainer.export(tmp_path / "exported")
+    loaded = tf.saved_model.load(str(tmp_path / "exported"))
+    x = task.points[toy_task.EXAMPLES :]
+    expected = trainer.model(x, training=False)
+    np.testing.assert_allclose(loaded(x), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        loaded.signatures["probabilities"](tf.constant(x))["p"],
+        tf.nn.softmax(expected),
+        rtol=1e-5,
+    )
 
 
 def test_export_of_an_invalid_module_raises():
@@ -1067,13 +1075,15 @@ def test_the_record_of_an_evaluation():
     trainer = make_trainer("MagnitudePruning")
     trainer.train(2)
     seconds = trainer.seconds
-    record = trainer.evaluate()
-    assert record.sparsity == sos.sparsity_report(trainer.model).sparsity == 0.5
-    assert record.learning_rate is None
-    assert record.penalty is None
-    assert record.examples_per_second is None
-    assert record.seconds_left is None
-    assert record.seconds > 0
+    summary = trainer.evaluate()
+    assert (
+        summary.sparsity == sos.sparsity_report(trainer.model).sparsity == 0.5
+    )
+    assert summary.learning_rate is None
+    assert summary.penalty is None
+    assert summary.examples_per_second is None
+    assert summary.seconds_left is None
+    assert summary.seconds > 0
     assert trainer.seconds == seconds
 
 
@@ -1082,29 +1092,29 @@ def test_the_record_of_an_evaluation():
 
 def test_records_tell_of_the_loop():
     trainer = make_trainer("MagnitudePruning", steps_per_loop=4)
-    records = []
-    trainer.train(8, on_summary=[records.append])
-    for record, begin in zip(records, [0, 1, 2, 4], strict=True):
-        assert record.kind == "train"
-        assert record.total_steps == 8
-        assert set(record.metrics) == {"loss", "accuracy"}
+    summaries = []
+    trainer.train(8, on_summary=[summaries.append])
+    for summary, begin in zip(summaries, [0, 1, 2, 4], strict=True):
+        assert summary.kind == "train"
+        assert summary.total_steps == 8
+        assert set(summary.metrics) == {"loss", "accuracy"}
         # Accuracies of so many examples.
-        count = record.metrics["accuracy"] * 8 * (record.step - begin)
+        count = summary.metrics["accuracy"] * 8 * (summary.step - begin)
         assert abs(count - round(count)) < 1e-3
-        assert record.seconds > 0
-        assert record.penalty is None
-        assert record.weight_penalty == {}
-        assert record.sparsity == 0.5
-        assert list(record.weight_sparsity.values()) == [0.5, 0.5]
-        assert [p[-8:] for p in record.weight_sparsity] == [
+        assert summary.seconds > 0
+        assert summary.penalty is None
+        assert summary.weight_penalty == {}
+        assert summary.sparsity == 0.5
+        assert list(summary.weight_sparsity.values()) == [0.5, 0.5]
+        assert [p[-8:] for p in summary.weight_sparsity] == [
             "a/kernel",
             "b/kernel",
         ]
         schedule = keras.optimizers.schedules.CosineDecay(0.02, 100)
-        assert record.learning_rate == pytest.approx(
-            float(schedule(record.step))
+        assert summary.learning_rate == pytest.approx(
+            float(schedule(summary.step))
         )
-    assert sum(r.seconds for r in records) == pytest.approx(trainer.seconds)
+    assert sum(r.seconds for r in summaries) == pytest.approx(trainer.seconds)
 
 
 @pytest.mark.parametrize("name", ["L0Regularization", "VariationalDropout"])
@@ -1113,18 +1123,18 @@ def test_records_tell_penalties_as_they_stand_in_the_loss(name):
     trainer = make_trainer(name, ramp=ramp, penalty_weight=0.01)
     # An evaluation has none, before and after.
     assert trainer.evaluate().penalty is None
-    records, expected = [], []
+    summaries, expected = [], []
 
-    def note(record):
-        records.append(record)
+    def note(summary):
+        summaries.append(summary)
         expected.append(float(sum(trainer.model.losses)))
 
     trainer.train(6, on_summary=[note])
-    for record, penalty in zip(records, expected, strict=True):
-        assert record.penalty == pytest.approx(penalty, rel=1e-5)
+    for summary, penalty in zip(summaries, expected, strict=True):
+        assert summary.penalty == pytest.approx(penalty, rel=1e-5)
         assert penalty > 0
-        assert sum(record.weight_penalty.values()) == record.penalty
-        assert list(record.weight_penalty) == list(record.weight_sparsity)
+        assert sum(summary.weight_penalty.values()) == summary.penalty
+        assert list(summary.weight_penalty) == list(summary.weight_sparsity)
     assert trainer.evaluate().penalty is None
 
 
@@ -1132,12 +1142,12 @@ def test_records_of_a_dense_model_have_no_sparsity():
     trainer = make_trainer(
         optimizer=lambda: keras.optimizers.SGD(0.25, momentum=0.9)
     )
-    records = []
-    trainer.train(3, on_summary=[records.append])
-    assert records[-1].sparsity is None
-    assert records[-1].penalty is None
-    assert records[-1].weight_sparsity == {}
-    assert records[-1].learning_rate == 0.25
+    summaries = []
+    trainer.train(3, on_summary=[summaries.append])
+    assert summaries[-1].sparsity is None
+    assert summaries[-1].penalty is None
+    assert summaries[-1].weight_sparsity == {}
+    assert summaries[-1].learning_rate == 0.25
 
 
 # Checkpoints of a trainer.
@@ -1181,7 +1191,7 @@ def test_initialize_is_called_when_nothing_is_restored(replicas, tmp_path):
     assert task.calls == 1
 
 
-def test_workers_that_see_other_checkpoints_are_refused(tmp_path):
+def test_workers_that_see_other_checkpoints_raise(tmp_path):
     trainer = make_trainer(gather=second_worker([-1.0]))
     checkpoints = make_checkpoints(trainer, tmp_path)
     trainer.save(checkpoints)
@@ -1189,7 +1199,7 @@ def test_workers_that_see_other_checkpoints_are_refused(tmp_path):
         trainer.restore(checkpoints)
 
 
-def test_a_checkpoint_of_another_task_is_refused(tmp_path):
+def test_a_checkpoint_of_another_task_raises(tmp_path):
     trainer = make_trainer("MagnitudePruning")
     trainer.save(make_checkpoints(trainer, tmp_path))
     other = make_trainer("MagnitudePruning", seed=1)
@@ -1232,9 +1242,11 @@ def test_changes_since_the_checkpoint_are_logged(tmp_path, caplog):
 
 def test_another_number_of_hosts_is_logged(tmp_path, caplog):
     class TwoHosts(Checkpoints):
-        def save(self, *arguments, notes, **kwargs):
-            assert notes["hosts"] == 1
-            super().save(*arguments, notes={**notes, "hosts": 2}, **kwargs)
+        def save(self, *arguments, metadata, **kwargs):
+            assert metadata["hosts"] == 1
+            super().save(
+                *arguments, metadata={**metadata, "hosts": 2}, **kwargs
+            )
 
     trainer = make_trainer()
     checkpoints = TwoHosts(tmp_path, configuration=trainer.configuration())
@@ -1245,7 +1257,7 @@ def test_another_number_of_hosts_is_logged(tmp_path, caplog):
     assert "the order of the examples may differ" in text
 
 
-# What is refused.
+# Invalid arguments.
 
 
 def test_a_task_without_evaluation_data_cannot_be_evaluated():
@@ -1267,7 +1279,7 @@ def test_a_task_without_evaluation_data_cannot_be_evaluated():
     ],
     ids=str,
 )
-def test_loops_of_nothing_are_refused(arguments):
+def test_loops_of_nothing_raise(arguments):
     ((name, value),) = arguments.items()
     with pytest.raises(ValueError, match=f"Received: .*{name}={value}"):
         make_trainer(**arguments)
