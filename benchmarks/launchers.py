@@ -6,8 +6,8 @@ The same runs of configs/fashion_mnist.py (two sparsities or penalties of three
 techniques, and dense ones) are trained in three ways, each from an empty
 directory and including the start of its processes:
 
-- by worker processes, one for each core, that share compiled steps among their
-  runs: how `sos.experiments.launchers.LocalLauncher` works by default;
+- by worker processes that share compiled steps among their runs, as many as
+  `sos.experiments.launchers.LocalLauncher` starts by default;
 - by one worker process with all cores;
 - each by a process of its own, one after the other.
 
@@ -15,7 +15,6 @@ It takes about seven minutes on two cores.
 """
 
 import argparse
-import os
 import pathlib
 import tempfile
 import time
@@ -95,9 +94,10 @@ def main() -> None:
             f"Received: {', '.join(sorted(unknown))}"
         )
     configs = make_configs(flags.steps, flags.seeds, names)
-    cores = len(os.sched_getaffinity(0))
+    workers = LocalLauncher().workers
+    default = f"default, {workers} workers"
     ways: dict[str, Callable[[], float]] = {
-        f"{cores} workers": lambda: launch(configs, cores),
+        default: lambda: launch(configs, workers),
         "one worker": lambda: launch(configs, 1),
         "a process a run": lambda: sum(
             launch([config], 1) for config in configs
@@ -107,7 +107,7 @@ def main() -> None:
     for _ in range(flags.repeats):
         for name, way in ways.items():
             seconds[name].append(way())
-    least = min(seconds[f"{cores} workers"])
+    least = min(seconds[default])
     print_report(
         f"{len(configs)} runs of {flags.steps} steps",
         {

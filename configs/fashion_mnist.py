@@ -38,6 +38,8 @@ from sos.experiments.config import parse_argument
 
 #: Values that replace those of a config, as its nested mappings have them.
 Overrides = dict[str, Any]
+#: By name, what a technique overrides in a config without one.
+Techniques = Mapping[str, Callable[[ml_collections.ConfigDict], Overrides]]
 
 _TRAIN_EXAMPLES = {"fashion_mnist": 6_000, "fashion_mnist_full": 60_000}
 
@@ -68,26 +70,30 @@ def sweep(config: ml_collections.ConfigDict) -> Iterator[Overrides]:
 
 
 def make_config(
-    arg: str, config: ml_collections.ConfigDict
+    arg: str,
+    config: ml_collections.ConfigDict,
+    techniques: Techniques | None = None,
 ) -> ml_collections.ConfigDict:
     """Completes a config by what an argument asks for.
 
     Args:
         arg: As for `get_config`.
         config: The config without a technique.
+        techniques: The techniques, by default `TECHNIQUES`.
 
     Returns:
         The config.
     """
+    techniques = techniques or TECHNIQUES
     name, values = parse_argument(arg, default="dense")
-    if name not in TECHNIQUES:
+    if name not in techniques:
         raise UsageError(
-            f"The technique must be one of {', '.join(TECHNIQUES)}. "
+            f"The technique must be one of {', '.join(techniques)}. "
             f"Received: {name!r}"
         )
     for key in ("seed", "train_steps"):
         config[key] = values.pop(key, config[key])
-    overrides = TECHNIQUES[name](config)
+    overrides = techniques[name](config)
     overrides["sparsity"].update(values)
     config.update(overrides)
     return config
@@ -100,16 +106,29 @@ def make_sweep(
     sparsities: Sequence[float],
     variational_dropout: Sequence[float],
     l0: Sequence[float],
+    techniques: Techniques | None = None,
 ) -> Iterator[Overrides]:
     """Yields the overrides of a study.
 
     Args:
-        config: The config that they override.
+        config: The config that they override, without a technique.
         seeds: Seeds of each point.
         sparsities: Final sparsities of the pruning techniques.
         variational_dropout: Penalty weights, in units of 1 / training examples.
         l0: Penalty weights of L0, in the same units.
+        techniques: The techniques, by default `TECHNIQUES`.
+
+    Raises:
+        UsageError: If the config has a technique.
     """
+    if config.sparsity.technique is not None:
+        # What it changes beside `sparsity` would be in all runs.
+        raise UsageError(
+            "The sweep chooses the techniques: leave out the one that follows "
+            "the colon of --config, or select runs with --select. Received: "
+            f"{config.sparsity.technique}"
+        )
+    techniques = techniques or TECHNIQUES
     examples = _TRAIN_EXAMPLES[config.data.name]
     pruning = [{"sparsity": sparsity} for sparsity in sparsities]
     grids = {
@@ -126,7 +145,7 @@ def make_sweep(
     for name, grid in grids.items():
         for values in grid:
             for seed in seeds:
-                overrides = TECHNIQUES[name](config)
+                overrides = techniques[name](config)
                 overrides["sparsity"].update(values)
                 yield {**overrides, "seed": seed}
 
@@ -199,7 +218,7 @@ def _l0(config: ml_collections.ConfigDict) -> Overrides:
     }
 
 
-TECHNIQUES: Mapping[str, Callable[[ml_collections.ConfigDict], Overrides]] = {
+TECHNIQUES: Techniques = {
     "dense": _dense,
     "magnitude": _magnitude,
     "magnitude_dense_first": _magnitude_dense_first,

@@ -39,9 +39,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.data.name = "fashion_mnist_full"
     # Eight and a half epochs.
     config.train_steps = 4000
-    config = fashion_mnist.make_config(arg, config)
-    config.update(_for_long_training(config.to_dict()))
-    return config
+    return fashion_mnist.make_config(arg, config, TECHNIQUES)
 
 
 def sweep(config: ml_collections.ConfigDict) -> Iterator[Overrides]:
@@ -53,22 +51,30 @@ def sweep(config: ml_collections.ConfigDict) -> Iterator[Overrides]:
     Args:
         config: The config that they override.
     """
-    for overrides in fashion_mnist.make_sweep(
+    return fashion_mnist.make_sweep(
         config,
         seeds=(0, 1, 2),
         sparsities=(0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99),
         variational_dropout=(0.1, 0.3, 1.0, 2.0, 4.0, 8.0, 16.0),
         l0=(1.0, 3.0, 6.0, 12.0, 25.0, 50.0, 100.0),
-    ):
-        yield {**overrides, **_for_long_training(overrides)}
+        techniques=TECHNIQUES,
+    )
 
 
-def _for_long_training(overrides: Overrides) -> Overrides:
-    """Returns the values that differ from those of the short study."""
-    sparsity = overrides["sparsity"]
-    if sparsity["technique"] == "VariationalDropout":
-        # There are steps enough to come from the technique's default.
-        return {"sparsity": {**sparsity, "initial_log_sigma2": -10.0}}
-    if sparsity["technique"] == "L0Regularization":
-        return {"learning_rate": {"technique_multiplier": 3.0}}
-    return {}
+def _variational_dropout(config: ml_collections.ConfigDict) -> Overrides:
+    overrides = fashion_mnist.TECHNIQUES["variational_dropout"](config)
+    # There are steps enough to come from the technique's default.
+    del overrides["sparsity"]["initial_log_sigma2"]
+    return overrides
+
+
+def _l0(config: ml_collections.ConfigDict) -> Overrides:
+    overrides = fashion_mnist.TECHNIQUES["l0"](config)
+    return {**overrides, "learning_rate": {"technique_multiplier": 3.0}}
+
+
+TECHNIQUES = {
+    **fashion_mnist.TECHNIQUES,
+    "variational_dropout": _variational_dropout,
+    "l0": _l0,
+}

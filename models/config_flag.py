@@ -11,9 +11,11 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from sos.errors import UsageError
+
 _NAME = "config"
 
-#: Gives the overrides of each run of a sweep.
+#: Returns the overrides of each run of a sweep.
 Sweep = Callable[[ml_collections.ConfigDict], Iterable[Mapping[str, Any]]]
 
 
@@ -91,6 +93,8 @@ class ConfigFlag:
         try:
             self._module = _import(file)
             config = self._module.get_config(*([argument] if colon else []))
+        except UsageError as error:
+            _fail(f"--{_NAME}={path}: {error}")
         # A config file is a program, and may fail with anything.
         except Exception as error:
             text = " ".join(str(error).split())
@@ -142,7 +146,7 @@ def _forget_config() -> None:
 
 
 def _check_name(argument: str, config: ml_collections.ConfigDict) -> None:
-    """Refuses an override of an entry that the config does not have."""
+    """Ends the program if an override's entry is not in the config."""
     match = re.match(rf"--?(?:no)?{_NAME}\.([^=]+)", argument)
     if match is None:
         return

@@ -7,7 +7,8 @@ For example, the study on Fashion-MNIST with fewer steps than it has:
 
 Each run has a directory of its own in the work directory. Stop the sweep at any
 time and start it again: what is finished is not repeated, and runs in progress
-go on where they were. It writes results.csv, tradeoff.png and layerwise.png.
+go on where they were. It writes results.csv and layerwise.png and, of a task
+with the metric accuracy, tradeoff.png.
 """
 
 import os
@@ -88,6 +89,11 @@ def _run(arguments: Sequence[str]) -> None:
         raise UsageError(
             "--workdir must name a directory. Received: an empty text"
         )
+    if "://" in _WORKDIR.value:
+        raise UsageError(
+            "--workdir must be a local directory, as the table and the figures "
+            f"are written there. Received: {_WORKDIR.value}"
+        )
     config = _CONFIG.config
     configs = sweeps.select(
         sweeps.expand(config, _CONFIG.sweep(config)), _SELECT.value
@@ -99,6 +105,9 @@ def _run(arguments: Sequence[str]) -> None:
     results.check_outputs(workdir)
     progress = SweepProgress()
     launcher = LocalLauncher(_WORKERS.value)
+    # The networks are built here to learn their size. This process would take
+    # the memory of a GPU for it, which a worker needs.
+    tf.config.set_visible_devices([], "GPU")
     options = {"save_checkpoints_steps": _SAVE_CHECKPOINTS_STEPS.value}
     use = sweeps.estimate_disk_use(
         configs, workdir, workers=launcher.workers, **options
@@ -130,15 +139,17 @@ def _report(
     runs = results.collect(workdir, names)
     if not runs:
         return
-    table = workdir / results.TABLE
-    results.write_table(table, runs)
-    tradeoff = workdir / results.TRADEOFF
-    figures.save_tradeoff(tradeoff, runs)
-    layerwise = workdir / results.LAYERWISE
-    figures.save_layerwise(layerwise, runs, _LAYERWISE_SPARSITY.value)
+    written = [workdir / results.TABLE]
+    results.write_table(written[-1], runs)
+    # Tasks have other metrics, too.
+    if all("accuracy" in run.result.metrics for run in runs):
+        written.append(workdir / results.TRADEOFF)
+        figures.save_tradeoff(written[-1], runs)
+    written.append(workdir / results.LAYERWISE)
+    figures.save_layerwise(written[-1], runs, _LAYERWISE_SPARSITY.value)
     progress.console.print(summary_table(runs))
     progress.console.print()
-    for path in (table, tradeoff, layerwise):
+    for path in written:
         progress.console.print(f"Wrote {path}", soft_wrap=True)
 
 

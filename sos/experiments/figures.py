@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 import sos
 from sos.experiments.results import FinishedRun
 from sos.experiments.runs import Result
-from sos.files import atomic_write
+from sos.files import atomic_write, storage_errors
 
 # Colours that people with any kind of colour blindness can tell apart (Okabe
 # and Ito 2008), each with a marker, so that grey prints do as well.
@@ -28,13 +28,13 @@ _DENSE_COLOUR = "#444444"
 # In percent. Both figures draw sparsity by the logarithm of the density, on
 # which 90, 95 and 98 % are as far from each other as 50, 75 and 90 %.
 _SPARSITIES = (0, 30, 50, 70, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9)
-# What a layer without any weight left is drawn at, and its axis ends at.
+# A layer without any weight left is drawn here, where the axis ends.
 _LEAST_DENSITY = 1e-3
 _ACCURACIES = (
     *(0, 20, 30, 40, 50, 60, 70, 75, 80, 82, 84, 86, 88, 90, 91, 92, 93, 94),
     *(95, 96, 97, 98, 99, 99.5),
 )
-# What a model without a mistake is drawn at.
+# A model without a mistake is drawn here.
 _LEAST_ERROR = 1e-3
 _STYLE = {
     "axes.axisbelow": True,
@@ -95,7 +95,10 @@ def save_tradeoff(path: Path, runs: Iterable[FinishedRun]) -> None:
 
     Args:
         path: The PNG file; it is complete or, on an error, as it was before.
-        runs: Finished runs.
+        runs: Finished runs, with the metric "accuracy".
+
+    Raises:
+        StorageError: If the file cannot be written.
     """
     techniques = _techniques(runs)
     with matplotlib.rc_context(_STYLE):
@@ -134,6 +137,9 @@ def save_layerwise(
         path: The PNG file; it is complete or, on an error, as it was before.
         runs: Finished runs.
         sparsity: The overall sparsity at which to compare, in [0, 1].
+
+    Raises:
+        StorageError: If the file cannot be written.
     """
     techniques = [
         dataclasses.replace(
@@ -409,8 +415,8 @@ def _name_layers(axes: Axes, sizes: Mapping[str, int]) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    try:
-        with atomic_write(path) as temporary:
-            figure.savefig(temporary, format="png")
-    except OSError as error:
-        raise OSError(f"{path} could not be written: {error}") from error
+    with (
+        storage_errors(f"{path} could not be written"),
+        atomic_write(path) as temporary,
+    ):
+        figure.savefig(temporary, format="png")

@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,6 +80,9 @@ class LocalLauncher:
 
     A worker builds and traces once what its runs share, so runs of one compile
     signature go to one worker as long as there are others for the rest.
+
+    Workers import the program's main module again, so start a sweep under
+    `if __name__ == "__main__":`.
 
     Args:
         workers: Number of processes; by default one for each GPU or, without
@@ -218,15 +221,15 @@ class _Pool:
         process = context.Process(
             target=_work, args=(theirs, index, threads), daemon=True
         )
+        # It unblocks signals when it is started.
+        resource_tracker.ensure_running()
         # The terminal sends Ctrl-C to all processes; this one stops the others.
-        handler = None
-        if threading.current_thread() is threading.main_thread():
-            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # They inherit the mask, and here the signal waits.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process.start()
         finally:
-            if handler is not None:
-                signal.signal(signal.SIGINT, handler)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
         self._workers[index] = _Worker(process, pipe, threads)
 

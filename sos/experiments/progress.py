@@ -1,7 +1,7 @@
-"""What a sweep shows in the terminal: progress, time left, and a summary."""
+"""Terminal output of a sweep: progress, time left, and a summary."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -27,18 +27,26 @@ class SweepProgress:
     Args:
         console: Where to write; by default the standard output.
         quiet: Whether to show nothing.
+        clock: Returns the time in seconds, from any origin.
     """
 
     def __init__(
-        self, console: Console | None = None, *, quiet: bool = False
+        self,
+        console: Console | None = None,
+        *,
+        quiet: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.console = console or Console(highlight=False, quiet=quiet)
+        # Labels and paths may hold brackets.
+        self.console = console or Console(
+            highlight=False, markup=False, quiet=quiet
+        )
+        self._clock = clock
         self._configs: dict[str, Mapping[str, Any]] = {}
         self._steps: dict[str, int] = {}
         self._finished: set[str] = set()
         self._running: dict[str, None] = {}
         self._waiting = False
-        self.clock = time.monotonic
 
     def add(
         self, config: Mapping[str, Any], result: Result | None = None
@@ -65,7 +73,7 @@ class SweepProgress:
                 f"{'.' if done < total else ': nothing to train.'}"
             )
         self._bar = ProgressBar(self.console)
-        self._begin = self._line_time = self.clock()
+        self._begin = self._line_time = self._clock()
         self._steps_before = self._done_steps()
         return self
 
@@ -86,9 +94,9 @@ class SweepProgress:
             step: The step that it is resumed from.
         """
         self._running[name] = None
-        self._steps[name] = step
         # They were made before, and say nothing of the speed.
-        self._steps_before += step
+        self._steps_before += step - self._steps[name]
+        self._steps[name] = step
         self._show()
 
     def update(self, name: str, summary: Summary) -> None:
@@ -123,8 +131,8 @@ class SweepProgress:
             parts.append(f"loss {result.metrics['loss']:.4f}")
         if result.sparsity is not None:
             parts.append(f"sparsity {result.sparsity:6.2%}")
-        self.console.print("  ".join(parts), soft_wrap=True)
-        self._line_time = self.clock()
+        self.console.print("  ".join(parts), soft_wrap=True, markup=False)
+        self._line_time = self._clock()
         self._show()
 
     def fail(self, name: str, reason: str) -> None:
@@ -156,7 +164,7 @@ class SweepProgress:
         made = self._done_steps() - self._steps_before
         if made < 1:
             return None
-        elapsed = self.clock() - self._begin
+        elapsed = self._clock() - self._begin
         return elapsed / made * (self._total_steps() - self._done_steps())
 
     def _total_steps(self) -> int:
@@ -177,7 +185,7 @@ class SweepProgress:
             f"{len(self._finished)} of {len(self._configs)} runs",
             seconds_left=left,
         )
-        now = self.clock()
+        now = self._clock()
         if (
             not self.console.is_terminal
             and now - self._line_time > _LINE_INTERVAL
@@ -186,7 +194,9 @@ class SweepProgress:
             text = f"{self._done_steps():,} of {self._total_steps():,} steps"
             if left is not None:
                 text += f", {format_duration(left)} left"
-            self.console.print(f"{text}: {running}", soft_wrap=True)
+            self.console.print(
+                f"{text}: {running}", soft_wrap=True, markup=False
+            )
 
 
 def describe(config: Mapping[str, Any]) -> str:
@@ -194,7 +204,7 @@ def describe(config: Mapping[str, Any]) -> str:
     technique = config["sparsity"]["technique"]
     parts = [config_lib.label(config)]
     parts += [
-        f"{config['sparsity'][name]:.4g}"
+        config_lib.value_text(config["sparsity"][name])
         for name in config_lib.required_hyperparameters(technique)
     ]
     return f"{' '.join(parts)}, seed {config['seed']}"
@@ -246,7 +256,7 @@ def summary_table(runs: Sequence[FinishedRun]) -> Table:
 
 
 def _percent(values: Sequence[float | None]) -> str:
-    """The mean and, of several values, half their range, in percent."""
+    """Returns the mean and, of several values, half their range, in percent."""
     if any(value is None for value in values):
         return ""
     text = f"{sum(values) / len(values):.2%}"

@@ -8,11 +8,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import tensorflow as tf
+
 import sos
 from sos.errors import StorageError
 from sos.experiments import config as config_lib
 from sos.experiments.runs import Result, read_config, read_result
-from sos.files import atomic_write
+from sos.files import atomic_write, storage_errors
 
 TABLE = "results.csv"
 TRADEOFF = "tradeoff.png"
@@ -47,9 +49,10 @@ class FinishedRun:
 
     @property
     def point(self) -> tuple:
-        """What runs have in common that differ in their seeds alone."""
+        """A key that is the same for runs which differ in their seeds alone."""
         values = config_lib.flatten(self.config)
-        del values["seed"]
+        for name in ("seed", *config_lib.NOT_IDENTIFYING):
+            values.pop(name, None)
         return (self.label, *(f"{k}={v}" for k, v in sorted(values.items())))
 
     @property
@@ -57,7 +60,7 @@ class FinishedRun:
         """Values of the hyperparameters without a default, for people."""
         sparsity = self.config["sparsity"]
         return ", ".join(
-            f"{sparsity[name]:.4g}"
+            config_lib.value_text(sparsity[name])
             for name in config_lib.required_hyperparameters(self.technique)
         )
 
@@ -73,7 +76,7 @@ def collect(
     ```
 
     Args:
-        workdir: Directory of runs.
+        workdir: Directory of runs; `gs://` works too.
         names: Names of the runs to read; by default all.
 
     Returns:
@@ -82,29 +85,37 @@ def collect(
 
     Raises:
         StorageError: If a file is damaged or cannot be read.
+        UsageError: If a technique is not registered, and importing the task
+            does not register it.
     """
-    workdir = Path(workdir).expanduser()
+    workdir = os.path.expanduser(os.fspath(workdir))
     if names is None:
-        names = sorted(p.name for p in workdir.glob("*") if p.is_dir())
+        names = []
+        if tf.io.gfile.isdir(workdir):
+            names = [n.rstrip("/") for n in tf.io.gfile.listdir(workdir)]
     runs = []
     for name in names:
-        directory = os.fspath(workdir / name)
+        directory = os.path.join(workdir, name)
         config, result = read_config(directory), read_result(directory)
         if config is not None and result is not None:
-            runs.append(FinishedRun(name=name, config=config, result=result))
+            run = FinishedRun(name=name, config=config, result=result)
+            if run.technique not in (None, *sos.techniques()):
+                # One of the user's own.
+                config_lib.load_task(config["task"])
+            runs.append(run)
     return sorted(runs, key=_order)
 
 
 def _order(run: FinishedRun) -> tuple:
-    techniques = [None, *sos.techniques()]
     sparsity = run.config["sparsity"]
+    hyperparameters = [
+        sparsity[name]
+        for name in config_lib.required_hyperparameters(run.technique)
+    ]
     return (
-        techniques.index(run.technique),
+        [None, *sos.techniques()].index(run.technique),
         run.label,
-        [
-            sparsity[name]
-            for name in config_lib.required_hyperparameters(run.technique)
-        ],
+        hyperparameters,
         run.config["seed"],
         run.name,
     )
@@ -147,12 +158,14 @@ def write_table(path: Path, runs: Sequence[FinishedRun]) -> None:
         runs: Finished runs.
 
     Raises:
-        StorageError: If there is a file that is no such table.
+        StorageError: If there is a file that is not such a table, or it cannot
+            be written.
     """
     _check_table(path)
     table = rows(runs)
     columns = dict.fromkeys(name for row in table for name in row)
     with (
+        storage_errors(f"{path} could not be written"),
         atomic_write(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8") as file,
     ):

@@ -302,6 +302,19 @@ def test_config_file_argument_and_sweep_give_the_same_run():
     assert config_lib.run_name(config_lib.resolve(one)) in names
 
 
+def test_config_file_argument_of_a_long_training_is_used():
+    argument = "variational_dropout,initial_log_sigma2=-3.0"
+    config = fashion_mnist_full.get_config(argument)
+    assert config.sparsity.initial_log_sigma2 == -3.0
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_config_file_sweep_of_one_technique_raises(file):
+    config = file.get_config("l0")
+    with pytest.raises(UsageError, match="L0Regularization"):
+        list(file.sweep(config))
+
+
 def test_config_file_unknown_technique_raises():
     with pytest.raises(UsageError, match="magnitude_dense_first"):
         fashion_mnist.get_config("magic")

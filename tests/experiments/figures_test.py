@@ -1,4 +1,6 @@
 import dataclasses
+import errno
+import os
 
 import matplotlib.colors
 import matplotlib.image
@@ -7,6 +9,7 @@ import pytest
 
 import sos
 from configs import fashion_mnist
+from sos.errors import StorageError
 from sos.experiments import figures, sweeps
 from sos.experiments.config import plain, run_name
 from sos.experiments.results import FinishedRun
@@ -289,6 +292,16 @@ def test_few_techniques_can_be_drawn(draw, results, kept):
     few = [run for run in results if run.technique in kept]
     draw(figures.save_tradeoff, few)
     draw(figures.save_layerwise, few, 0.9)
+
+
+def test_figure_without_room_raises(results, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match=r"figure\.png .*No space"):
+        figures.save_tradeoff(tmp_path / "figure.png", results)
+    assert not list(tmp_path.iterdir())
 
 
 def test_results_without_layers_can_be_drawn(draw, results):

@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from sos.experiments import progress
-from sos.experiments.config import plain, run_name
+from sos.experiments.config import plain, resolve, run_name
 from sos.experiments.results import FinishedRun
 from sos.training.reporting import Summary
 from tests.support.results import make_result
@@ -113,10 +113,11 @@ def test_sweep_progress_names_what_was_finished_before(toy_configs):
     assert "10 of 10 runs were finished before" in console.file.getvalue()
 
 
-def test_sweep_progress_time_left_is_that_of_the_steps_left(sweep, toy_configs):
+def test_sweep_progress_time_left_is_that_of_the_steps_left(toy_configs):
     now = 1000.0
-    shown, _ = sweep
-    shown.clock = lambda: now
+    shown = progress.SweepProgress(quiet=True, clock=lambda: now)
+    for config in toy_configs:
+        shown.add(config)
     name = run_name(toy_configs[0])
     with shown:
         assert shown.seconds_left() is None
@@ -127,6 +128,30 @@ def test_sweep_progress_time_left_is_that_of_the_steps_left(sweep, toy_configs):
         now += 5.0
         shown.finish(name, make_result())
         assert shown.seconds_left() == pytest.approx(10.0 / 8 * 108)
+        # Another process is at step 10 of the next run, and this one waits.
+        for _ in range(3):
+            shown.begin(run_name(toy_configs[1]), step=10)
+            shown.wait(run_name(toy_configs[1]))
+        assert shown.seconds_left() == pytest.approx(10.0 / 8 * 98)
+
+
+def test_sweep_progress_label_with_brackets_is_shown(toy_configs):
+    console = Console(file=io.StringIO(), width=120)
+    shown = progress.SweepProgress(console)
+    config = resolve({**plain(toy_configs[0]), "label": "N:M [/2:4]"})
+    shown.add(config)
+    with shown:
+        shown.begin(run_name(config))
+        shown.finish(run_name(config), make_result())
+    assert "N:M [/2:4], seed 0" in console.file.getvalue()
+
+
+def test_describe_hyperparameter_may_be_a_text(toy_configs, monkeypatch):
+    config = plain(toy_configs[2])
+    config["sparsity"]["sparsity"] = "2:4"
+    assert progress.describe(config) == "magnitude pruning 2:4, seed 0"
+    run = FinishedRun(name="x", config=config, result=make_result())
+    assert run.hyperparameters == "2:4"
 
 
 def test_sweep_progress_failures_are_shown(sweep, toy_configs):

@@ -1,12 +1,26 @@
 import csv
+import dataclasses
+import errno
+import json
 import os
 import shutil
 
 import pytest
 
-from sos.errors import StorageError
+import sos
+from sos import registry
+from sos.errors import StorageError, UsageError
 from sos.experiments import results
 from sos.experiments.config import run_name
+
+OWN_TECHNIQUE = """
+import sos
+from tests.support.toy_experiment import ToyExperiment as Task
+
+@sos.register
+class OwnTechnique(sos.FixedMask):
+    pass
+"""
 
 
 def read_table(path):
@@ -39,7 +53,34 @@ def test_collect_unfinished_run_is_left_out(copy):
     runs = results.collect(copy)
     (copy / runs[0].name / "result.json").unlink()
     (copy / "something else").mkdir()
+    (copy / "results.csv").write_text("name,label\n")
     assert results.collect(copy) == runs[1:]
+
+
+def test_collect_unknown_technique_is_registered_by_its_task(
+    copy, tmp_path, monkeypatch
+):
+    (tmp_path / "own_technique.py").write_text(OWN_TECHNIQUE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_techniques", sos.techniques())
+    run = results.collect(copy)[0]
+    config = {
+        **run.config,
+        "task": "own_technique:Task",
+        "sparsity": {"technique": "OwnTechnique", "rules": []},
+    }
+    (copy / run.name / "config.json").write_text(json.dumps(config))
+    assert results.collect(copy)[-1].label == "own technique"
+    config["sparsity"]["technique"] = "Nowhere"
+    (copy / run.name / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="Nowhere"):
+        results.collect(copy)
+
+
+def test_point_is_the_same_for_seeds_and_whatever_is_kept(finished):
+    first, second, other = results.collect(finished)[:3]
+    kept = dataclasses.replace(second, config={**second.config, "keep": "all"})
+    assert first.point == second.point == kept.point != other.point
 
 
 def test_collect_damaged_result_raises(copy):
@@ -91,6 +132,23 @@ def test_write_table_other_file_raises_and_keeps_it(finished, tmp_path):
     with pytest.raises(StorageError, match="would be lost"):
         results.write_table(path, results.collect(finished))
     assert path.read_text() == "mine\n1\n"
+
+
+def test_write_table_without_room_raises_and_keeps_the_file(
+    finished, tmp_path, monkeypatch
+):
+    runs = results.collect(finished)
+    path = tmp_path / "results.csv"
+    results.write_table(path, runs)
+    before = path.read_text()
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match=r"results\.csv .*No space"):
+        results.write_table(path, runs[:1])
+    assert path.read_text() == before
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import pytest
 from absl import flags
 
 from models.config_flag import ConfigFlag
+from tests.support import processes
 
 FILE = """
 import ml_collections
@@ -111,6 +112,14 @@ def test_config_flag_file_that_fails_ends_the_program(
     assert "\n" not in message
     for part in parts:
         assert part in message
+
+
+def test_config_flag_usage_error_is_the_message(parse):
+    with pytest.raises(SystemExit) as end:
+        parse(f"--config={processes.ROOT}/configs/fashion_mnist.py:magic")
+    message = str(end.value.code)
+    assert "configs/fashion_mnist.py:magic: The technique must be" in message
+    assert "cannot be loaded" not in message
 
 
 def test_config_flag_without_config_ends_the_program(parse):

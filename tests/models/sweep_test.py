@@ -1,9 +1,9 @@
 """The command line of `models.sweep`."""
 
 import csv
-import os
 import shutil
 import signal
+import time
 
 import matplotlib.image
 import pytest
@@ -30,7 +30,7 @@ def sweep(workdir, *arguments, **options):
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """A work directory in which three runs are finished, and the output."""
+    """A work directory in which four runs are finished, and the output."""
     workdir = tmp_path_factory.mktemp("study") / "work"
     with sweep(workdir, "--select=(dense|sparsity-0.9_).*seed-0") as program:
         assert program.wait() == 0, program.output
@@ -135,9 +135,6 @@ def test_sweep_killed_leaves_no_worker(tmp_path):
 
     def size_is_stable():
         before = log.stat().st_size
-        os.sched_yield()
-        import time
-
         time.sleep(3)
         return log.stat().st_size == before
 
@@ -152,6 +149,8 @@ def test_sweep_killed_leaves_no_worker(tmp_path):
         (["--select=("], ["regular expression"]),
         (["--workers=0"], ["workers", "0"]),
         (["more"], ["only flags", "more"]),
+        (["--workdir=gs://bucket/runs"], ["local", "gs://bucket/runs"]),
+        (["--config=configs/fashion_mnist.py:l0"], ["L0Regularization"]),
         (["--config.sparsity.technique=None", "--config.seeds=1"], ["seeds"]),
     ],
 )
