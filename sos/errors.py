@@ -27,6 +27,10 @@ class UsageError(ReportedError, ValueError):
     """An argument, a flag, a config or the environment is invalid."""
 
 
+class ArgumentError(ReportedError, TypeError):
+    """An argument is unknown, missing, or excludes another one."""
+
+
 class TaskError(UsageError):
     """A task returned something that the engine cannot use."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 
 from sos import arguments
-from sos.errors import UsageError
+from sos.errors import ArgumentError, UsageError
 from sos.registry import get_technique
 from sos.wrappers.base import LAYER_ARGUMENTS, SparseWrapper
 from sos.wrappers.selection import unique, why_dense
@@ -74,7 +74,7 @@ def make_plan(
     """
     rules = _as_dict(rules)
     if technique is None and hyperparameters:
-        raise TypeError(
+        raise ArgumentError(
             "Hyperparameters need a `technique`. Received: technique=None, "
             f"{arguments.received(hyperparameters)}"
         )
@@ -164,7 +164,7 @@ def _as_dict(rules: Rules | None) -> dict[str, Rule]:
         isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs
     )
     if not valid:
-        raise TypeError(
+        raise ArgumentError(
             "`rules` must be a dictionary from regular expressions on weight "
             "paths to None, a technique or a dictionary of hyperparameters, "
             'or a list of such pairs, as in `[("embedding", None)]`. '
@@ -216,7 +216,7 @@ def _resolve_rule(
                 f"Received: {overrides!r}"
             )
     if not isinstance(rule, str | type):
-        raise TypeError(
+        raise ArgumentError(
             f"The rule {pattern!r} must be None, a technique or its name, or a "
             f"dictionary of hyperparameters. Received: {rule!r}"
         )
@@ -225,8 +225,8 @@ def _resolve_rule(
             get_technique(rule) is get_technique(technique)
         )
         return _resolve(rule, overrides, hyperparameters if inherits else {})
-    except TypeError as error:
-        raise TypeError(f"The rule {pattern!r}: {error}") from error
+    except ArgumentError as error:
+        raise ArgumentError(f"The rule {pattern!r}: {error}") from error
     except ValueError as error:
         raise UsageError(f"The rule {pattern!r}: {error}") from error
 
@@ -238,7 +238,7 @@ def _resolve(
     technique = get_technique(technique)
     reserved = {"include", "paths", "name"} & set(values)
     if reserved:
-        raise TypeError(
+        raise ArgumentError(
             "In a whole model, `rules` choose the weights, and layers keep "
             f"their names. Received: {sorted(reserved)}"
         )
@@ -265,7 +265,7 @@ def _check_names(technique: type, values: dict[str, Any]) -> None:
         if name not in (*known, *objects, *LAYER_ARGUMENTS)
     }
     if unknown:
-        raise TypeError(
+        raise ArgumentError(
             f"{technique.__name__} has no hyperparameter "
             f"{arguments.quoted(unknown)}. "
             f"Valid hyperparameters: {list(known)}"
@@ -286,7 +286,7 @@ def _check_complete(
         if default is arguments.REQUIRED and name not in full
     ]
     if missing:
-        raise TypeError(
+        raise ArgumentError(
             f"{technique.__name__} needs {arguments.quoted(missing)}. "
             f"Received: {arguments.received(received) or 'nothing'}"
         )

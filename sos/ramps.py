@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from sos.arguments import check_integer
 from sos.configurable import Configurable
-from sos.errors import UsageError
+from sos.errors import ArgumentError, UsageError
 
 
 @keras.saving.register_keras_serializable(package="sos")
@@ -156,7 +156,7 @@ def _integer_step(step: tf.Tensor | int) -> tf.Tensor:
     """Returns the step as an int64 tensor; raises if it is a fraction."""
     step = tf.convert_to_tensor(step)
     if not step.dtype.is_integer:
-        raise TypeError(
+        raise ArgumentError(
             "`step` must be an integer, such as `optimizer.iterations`. "
             f"Received: step={step} of dtype {step.dtype.name}"
         )
@@ -203,7 +203,7 @@ def make_ramp(
     ConstantRamp()
     """
     if not isinstance(ramp, Ramp | str):
-        raise TypeError(
+        raise ArgumentError(
             f"`ramp` must be one of {sorted(_RAMPS)} or a `Ramp`, such as "
             "`sos.LinearRamp(begin_step=1000, end_step=5000)`; a function of "
             "your own becomes one by deriving from `Ramp`. "

@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from sos.arguments import check_integer, check_number
-from sos.errors import UsageError
+from sos.errors import ArgumentError, UsageError
 
 
 def _import_tfmot_schedules() -> ModuleType:
@@ -83,7 +83,7 @@ class Schedule:
 
     def __init__(self, inner: PruningSchedule):
         if not isinstance(inner, PruningSchedule):
-            raise TypeError(
+            raise ArgumentError(
                 "`inner` must be a tfmot pruning schedule, such as "
                 "`sos.PolynomialDecay(0.0, 0.9, begin_step=1000, "
                 "end_step=5000)`, or an object of a class derived from "
@@ -224,7 +224,7 @@ class Schedule:
         """
         cls = type(self.inner)
         if cls not in _TARGETS:
-            raise TypeError(
+            raise ArgumentError(
                 f"The sparsity of a `{cls.__name__}` cannot be replaced, as "
                 "only tfmot's own schedules are known here. Give the weight a "
                 "schedule of its own, not a sparsity. Received: "
@@ -316,7 +316,7 @@ def as_schedule(schedule: Schedule | PruningSchedule) -> Schedule:
         return schedule
     if isinstance(schedule, PruningSchedule):
         return Schedule(schedule)
-    raise TypeError(
+    raise ArgumentError(
         "`schedule` must be a `Schedule` or a tfmot pruning schedule, such as "
         "`sos.PolynomialDecay(0.0, 0.9, begin_step=1000, end_step=5000)` or "
         "`sos.ConstantSparsity(0.9, begin_step=0)`. Received: "

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from sos.errors import UsageError
+from sos.errors import ArgumentError, UsageError
 from sos.plan import Notes, Rules, can_take_apart, make_plan
 from sos.wrappers.base import SparseWrapper, core, find_wrappers
 
@@ -198,7 +198,7 @@ def strip(model: keras.Model) -> keras.Model:
             without it.
     """
     if not isinstance(model, keras.layers.Layer):
-        raise TypeError(
+        raise ArgumentError(
             "`strip` takes a Keras 3 model or layer. "
             f"Received: model={model!r} of type {type(model).__name__}"
         )
@@ -251,7 +251,7 @@ def _check_model(model: Any) -> None:
             else "A model of `tf_keras`, or of `tf.keras` under "
             "TF_USE_LEGACY_KERAS, is one of Keras 2."
         )
-        raise TypeError(
+        raise ArgumentError(
             f"`sparsify` takes a model of Keras 3 ({keras.__version__} here). "
             f"{advice} Received: {model!r} of type "
             f"{module}.{type(model).__name__}"
@@ -274,7 +274,7 @@ def _check_model(model: Any) -> None:
         if getattr(type(model), name) is not getattr(keras.Model, name)
     ]
     if own:
-        raise TypeError(
+        raise ArgumentError(
             f"The model {model.name!r} of class {type(model).__name__} has a "
             f"`{own[0]}` of its own, which a copy would lose. Wrap its layers "
             "where it makes them, as in "
@@ -317,7 +317,7 @@ def _clone_layer(layer: keras.layers.Layer) -> keras.layers.Layer:
         else:
             new = type(layer).from_config(config)
     except (NotImplementedError, TypeError, ValueError) as error:
-        raise TypeError(
+        raise ArgumentError(
             f"The layer {layer.name!r} of class {type(layer).__name__} cannot "
             "be copied. Give the class a `get_config` that holds the arguments "
             "of its `__init__`, or use `copy=False`, which makes the model "

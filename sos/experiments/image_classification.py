@@ -170,7 +170,9 @@ class ImageClassification(ExperimentTask):
         optimizer = make_optimizer(
             self.config.optimizer.to_dict(),
             learning_rate=make_learning_rate(
-                rate, train_steps=self.config.train_steps
+                rate,
+                train_steps=self.config.train_steps,
+                batch_size=self.batch_size,
             ),
             multipliers=[(variable, multiplier) for variable in added],
             no_weight_decay=[*vectors, *added],

@@ -429,8 +429,5 @@ def _configure_tensorflow(index: int, threads: int) -> None:
         tf.config.threading.set_inter_op_parallelism_threads(threads)
     # The same run gives the same bits.
     tf.config.experimental.enable_op_determinism()
-    # This graph rewriter fails on noise between a bias and its activation, with
-    # an error message and no other effect.
-    tf.config.optimizer.set_experimental_options({"remapping": False})
     # Several kinds of runs are traced, of which TensorFlow warns.
     tf.get_logger().setLevel("ERROR")

@@ -8,7 +8,7 @@ import keras
 import ml_collections
 
 import sos
-from sos.errors import UsageError
+from sos.errors import ReportedError, UsageError
 from sos.experiments import config as config_lib
 from sos.training.task import Task
 
@@ -96,7 +96,7 @@ class ExperimentTask(Task):
             arguments["seed"] = self.config.seed
         try:
             return sos.sparsify(model, copy=False, **arguments)
-        except (TypeError, ValueError) as error:
+        except ReportedError as error:
             raise UsageError(f"`config.sparsity`: {error}") from error
 
 

@@ -166,9 +166,6 @@ def make_strategy() -> tf.distribute.Strategy:
     """
     if DETERMINISTIC.value:
         tf.config.experimental.enable_op_determinism()
-    # This graph rewriter fails on noise between a bias and its activation, with
-    # an error message and no other effect.
-    tf.config.optimizer.set_experimental_options({"remapping": False})
     return strategies.make_strategy(STRATEGY.value, tpu=TPU.value)
 
 

@@ -45,25 +45,28 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "constant": {
         "base": None,
         "base_batch_size": None,
+        "reference_steps": None,
         "warmup_steps": 0,
     },
     "cosine": {
         "base": None,
         "base_batch_size": None,
+        "reference_steps": None,
         "warmup_steps": 0,
         "alpha": 0.0,
     },
     "piecewise": {
         "base": None,
         "base_batch_size": None,
+        "reference_steps": None,
         "warmup_steps": 0,
         "boundaries": (),
         "factors": (),
-        "reference_steps": None,
     },
     "rsqrt": {
         "base": None,
         "base_batch_size": None,
+        "reference_steps": None,
         "warmup_steps": 8000,
         "hidden_size": None,
     },
@@ -91,8 +94,8 @@ def defaults(schedule: str) -> dict[str, Any]:
     - `boundaries` and `factors` ("piecewise"): increasing steps, not
       necessarily integers, and for each the factor of the *base* rate from
       there on.
-    - `reference_steps` ("piecewise"): the training length that `warmup_steps`
-      and `boundaries` are meant for. They are multiplied by
+    - `reference_steps`: the training length that `warmup_steps` and
+      `boundaries` are meant for. They are multiplied by
       train_steps / reference_steps. None: they are not scaled.
     - `hidden_size` ("rsqrt"): the width d of the model; 1 leaves the factor
       d^-1/2 out. Must be set.
@@ -179,7 +182,14 @@ def make_learning_rate(
             )
         base *= check_integer("batch_size", batch_size, minimum=1)
         base /= check_integer("base_batch_size", base_batch_size, minimum=1)
-    return _MAKERS[name](base, train_steps, **entries)
+    scale = fractions.Fraction(1)
+    reference_steps = entries.pop("reference_steps")
+    if reference_steps is not None:
+        reference_steps = check_number(
+            "reference_steps", reference_steps, _POSITIVE
+        )
+        scale = train_steps / fractions.Fraction(reference_steps)
+    return _MAKERS[name](base, train_steps, scale, **entries)
 
 
 @keras.saving.register_keras_serializable(package="sos")
@@ -284,17 +294,27 @@ class InverseSquareRoot(keras.optimizers.schedules.LearningRateSchedule):
 
 
 def _constant(
-    base: float, train_steps: int, *, warmup_steps: Any
+    base: float,
+    train_steps: int,
+    scale: fractions.Fraction,
+    *,
+    warmup_steps: Any,
 ) -> WarmupPiecewise:
     del train_steps
     warmup_steps = check_number("warmup_steps", warmup_steps, _NOT_NEGATIVE)
-    return WarmupPiecewise(base, warmup_steps)
+    return WarmupPiecewise(base, _scaled(warmup_steps, scale))
 
 
 def _cosine(
-    base: float, train_steps: int, *, warmup_steps: Any, alpha: Any
+    base: float,
+    train_steps: int,
+    scale: fractions.Fraction,
+    *,
+    warmup_steps: Any,
+    alpha: Any,
 ) -> keras.optimizers.schedules.CosineDecay:
     warmup_steps = check_number("warmup_steps", warmup_steps, _NOT_NEGATIVE)
+    warmup_steps = _scaled(warmup_steps, scale)
     alpha = check_number("alpha", alpha, "[0, 1]")
     if warmup_steps >= train_steps:
         raise UsageError(
@@ -318,12 +338,13 @@ def _cosine(
 def _piecewise(
     base: float,
     train_steps: int,
+    scale: fractions.Fraction,
     *,
     warmup_steps: Any,
     boundaries: Any,
     factors: Any,
-    reference_steps: Any,
 ) -> WarmupPiecewise:
+    del train_steps
     warmup_steps = check_number("warmup_steps", warmup_steps, _NOT_NEGATIVE)
     boundaries = _numbers("boundaries", boundaries)
     factors = _numbers("factors", factors)
@@ -343,15 +364,9 @@ def _piecewise(
             "`warmup_steps` must not exceed the first of `boundaries`. "
             f"Received: warmup_steps={warmup_steps}, boundaries={boundaries}"
         )
-    scale = fractions.Fraction(1)
-    if reference_steps is not None:
-        reference_steps = check_number(
-            "reference_steps", reference_steps, _POSITIVE
-        )
-        scale = train_steps / fractions.Fraction(reference_steps)
     return WarmupPiecewise(
         base,
-        float(fractions.Fraction(warmup_steps) * scale),
+        _scaled(warmup_steps, scale),
         # A factor holds from the first whole step that is not before its
         # boundary. Fractions are exact: no rounding error adds a step.
         [math.ceil(fractions.Fraction(b) * scale) for b in boundaries],
@@ -360,10 +375,16 @@ def _piecewise(
 
 
 def _rsqrt(
-    base: float, train_steps: int, *, warmup_steps: Any, hidden_size: Any
+    base: float,
+    train_steps: int,
+    scale: fractions.Fraction,
+    *,
+    warmup_steps: Any,
+    hidden_size: Any,
 ) -> InverseSquareRoot:
     del train_steps
     warmup_steps = check_number("warmup_steps", warmup_steps, _POSITIVE)
+    warmup_steps = _scaled(warmup_steps, scale)
     hidden_size = check_integer("hidden_size", hidden_size, minimum=1)
     return InverseSquareRoot(
         base / math.sqrt(warmup_steps * hidden_size), warmup_steps
@@ -376,6 +397,10 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "piecewise": _piecewise,
     "rsqrt": _rsqrt,
 }
+
+
+def _scaled(steps: float, scale: fractions.Fraction) -> float:
+    return float(fractions.Fraction(steps) * scale)
 
 
 def _entries(config: Any) -> dict[str, Any]:

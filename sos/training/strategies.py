@@ -39,7 +39,8 @@ def make_strategy(
     """Returns a strategy by name, or the default for this machine.
 
     Call it before anything else uses TensorFlow's devices: a process cannot
-    join other workers later.
+    join other workers later. It also turns off a graph rewriter of TensorFlow
+    ("remapping") that fails on variational dropout.
 
     Args:
         name: "tpu"; "mirrored", over all GPUs of this machine (or all logical
@@ -66,6 +67,9 @@ def make_strategy(
             "`tpu` is for the strategy tpu only. "
             f"Received: tpu={tpu!r} with strategy={name!r}"
         )
+    # This graph rewriter fails on noise between a bias and its activation, with
+    # an error message and no other effect.
+    tf.config.optimizer.set_experimental_options({"remapping": False})
     if name is None:
         name = _name_for_this_machine(tpu)
     if name == "tpu":

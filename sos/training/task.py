@@ -470,6 +470,14 @@ def check_figures(
 
 
 def check_serving(task: Any, module: Any) -> None:
-    """Raises `TaskError` unless `serving` returned a `tf.Module`."""
+    """Raises `TaskError` unless `serving` returned a module to export."""
     if not isinstance(module, tf.Module):
         _raise(task, "serving", "return a tf.Module", _with_type(module))
+    if not hasattr(module, "signatures"):
+        _raise(
+            task,
+            "serving",
+            "return a module with `signatures`, functions by name, such as "
+            "`sos.export.ServingModule`",
+            f"a {type(module).__name__} without `signatures`",
+        )

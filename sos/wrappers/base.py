@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from sos import arguments, noise
 from sos.clock import Clock
-from sos.errors import UsageError
+from sos.errors import ArgumentError, UsageError
 from sos.wrappers import calling, selection
 from sos.wrappers.settings import Settings
 from sos.wrappers.sparse_weight import SparseWeight, SparseWeights
@@ -66,7 +66,7 @@ class SparseWrapper(keras.layers.Wrapper):
         unknown = set(kwargs) - {"trainable"}
         if unknown:
             known = arguments.defaults(type(self), keras.layers.Wrapper)
-            raise TypeError(
+            raise ArgumentError(
                 f"{type(self).__name__} has no argument "
                 f"{', '.join(map(repr, sorted(unknown)))}. "
                 f"Its arguments: {sorted(known)}"
@@ -544,7 +544,7 @@ def _check_layer(layer: Any, technique: str) -> None:
             "with `import keras` in the place of `tf_keras` or a `tf.keras` "
             "under TF_USE_LEGACY_KERAS."
         )
-    raise TypeError(
+    raise ArgumentError(
         f"{technique} wraps Keras 3 layers. {advice} "
         f"Received: layer={layer!r} of type {module}.{type(layer).__name__}"
     )

@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from sos import arguments
-from sos.errors import UsageError
+from sos.errors import ArgumentError, UsageError
 from sos.rankings import PerTensorRanking, Ranking
 from sos.schedules import (
     PruningSchedule,
@@ -173,7 +173,7 @@ class PruningWrapper(MaskedWrapper):
         schedule = self._make_schedule(schedule, numbers)
         ranking = PerTensorRanking() if ranking is None else ranking
         if not isinstance(ranking, Ranking):
-            raise TypeError(
+            raise ArgumentError(
                 "`ranking` must be a `sos.Ranking`. "
                 f"Received: ranking={ranking!r}"
             )
@@ -239,7 +239,7 @@ class PruningWrapper(MaskedWrapper):
         if schedule is None:
             if sparsity is None:
                 numbers = arguments.changed(numbers, cls._number_defaults())
-                raise TypeError(
+                raise ArgumentError(
                     f"{cls.__name__} needs `sparsity`, the fraction of zeros "
                     "to end with, such as `sparsity=0.9`, or a `schedule`. "
                     f"Received: {arguments.received(numbers) or 'neither'}"
@@ -248,7 +248,7 @@ class PruningWrapper(MaskedWrapper):
         schedule = as_schedule(schedule)
         excess = {k: v for k, v in numbers.items() if k != "sparsity"}
         if excess:
-            raise TypeError(
+            raise ArgumentError(
                 f"A `schedule` excludes {arguments.quoted(excess)}: give "
                 f"{cls.__name__} the schedule or its numbers. "
                 f"Received: {arguments.received(excess)}, schedule={schedule}"

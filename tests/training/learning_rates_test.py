@@ -286,6 +286,19 @@ def test_base_batch_size_scales_the_base_with_the_batch_size():
     np.testing.assert_array_equal(found, np.float32(0.4))
 
 
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "rsqrt"])
+def test_reference_steps_scale_the_warmup(schedule):
+    entries = {"schedule": schedule, "base": 1.0}
+    if schedule == "rsqrt":
+        entries["hidden_size"] = 1
+    scaled = {**entries, "warmup_steps": 10, "reference_steps": 100}
+    steps = [0, 5, 10, 20, 40, 150]
+    np.testing.assert_array_equal(
+        rates(scaled, steps, train_steps=200),
+        rates({**entries, "warmup_steps": 20}, steps, train_steps=200),
+    )
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
@@ -295,7 +308,7 @@ def test_base_batch_size_scales_the_base_with_the_batch_size():
         (0.1, ["0.1", "'base'"]),
         (
             {**EXAMPLES["constant"], "alpha": 1},
-            ["'alpha'", "'base', 'base_batch_size', 'warmup_steps'"],
+            ["'alpha'", "'reference_steps', 'warmup_steps'"],
         ),
         ({"schedule": "constant"}, ["`base`", "base=None"]),
         ({"schedule": "constant", "base": 0.0}, ["(0, inf)"]),

@@ -314,10 +314,15 @@ def test_figures_become_python_floats():
 
 
 def test_serving_must_return_a_module():
-    task_lib.check_serving(ToyTask(), tf.Module())
+    task = ToyTask()
+    task_lib.check_serving(task, task.serving(task.build_model()))
     check_raises(
-        lambda: task_lib.check_serving(ToyTask(), len),
+        lambda: task_lib.check_serving(task, len),
         "ToyTask.serving` must return a tf.Module",
+    )
+    check_raises(
+        lambda: task_lib.check_serving(task, tf.Module()),
+        "ToyTask.serving` must return a module with `signatures`",
     )
 
 
