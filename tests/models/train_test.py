@@ -204,6 +204,38 @@ def test_train_techniques_never_meet_in_one_directory(main, tmp_path):
     assert names[1].startswith("magnitude_pruning_sparsity-0.9_seed-0_")
 
 
+@pytest.mark.slow
+def test_train_two_workers_train_one_run(tmp_path):
+    def run(log):
+        programs = [
+            processes.Program(
+                "models.train",
+                CONFIG,
+                "--config.batch_size=16",
+                f"--workdir={tmp_path}/work",
+                log=tmp_path / f"{log}-{worker}.txt",
+                environment={"TF_CONFIG": cluster},
+            )
+            for worker, cluster in enumerate(processes.cluster(2))
+        ]
+        for program in programs:
+            assert program.wait() == 0, program.output
+        return programs
+
+    run("first")
+    directory = only_run(tmp_path / "work")
+    assert processes.checkpoint_steps(directory) == [0, 4]
+    steps = [record["step"] for record in processes.records(directory)]
+    assert steps == [1, 2, 4, 4]
+    result = (directory / "result.json").read_text()
+    for program in run("again"):
+        assert "The run is finished" in program.output
+    # As if the chief had been killed before it wrote the result.
+    (directory / "result.json").unlink()
+    run("last")
+    assert (directory / "result.json").read_text() == result
+
+
 def test_train_itself_writes_nothing_but_its_progress(tmp_path):
     output = processes.succeed(
         "models.train",
