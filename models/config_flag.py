@@ -83,7 +83,7 @@ class ConfigFlag:
         if path is None:
             _fail(f"A config is needed, such as --{_NAME}=configs/NAME.py")
         if flags.FLAGS["verbosity"].using_default_value:
-            # TensorFlow logs much about its checkpoints.
+            # TensorFlow logs every save and every sum over workers.
             logging.set_verbosity(logging.WARNING)
         return rest
 

@@ -27,7 +27,7 @@ with startup.quiet():
     tf.config.list_physical_devices()
 
 import ml_collections
-from absl import app, flags, logging
+from absl import app, flags
 
 from models.config_flag import ConfigFlag
 from sos.errors import UsageError
@@ -41,8 +41,6 @@ from sos.training.trainer import Trainer
 
 _CONFIG = ConfigFlag()
 flags.adopt_module_key_flags(training_flags)
-# TensorFlow logs every save and every sum over workers.
-flags.FLAGS.set_default("verbosity", logging.WARNING)
 
 
 def main(argv: Sequence[str]) -> None:

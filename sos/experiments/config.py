@@ -55,7 +55,8 @@ def base_config() -> ml_collections.ConfigDict:
           the task reads.
         - `batch_size`: examples in one optimizer step, over all replicas.
         - `train_steps`: number of optimizer steps.
-        - `seed`: seed of initial weights, order of the data and noise.
+        - `seed`: seed of initial weights, order of the data and noise; `run`
+          also passes it to `keras.utils.set_random_seed`.
         - `sparsity`: the arguments of `sos.sparsify`: `technique` (None for a
           dense model), `rules` as a mapping or as pairs of a regular expression
           and a rule, and the technique's hyperparameters

@@ -153,6 +153,8 @@ def run(
             print(f"The run is finished: {path}", file=sys.stderr, flush=True)
         return result
     with _dtype_policy(config.dtype_policy):
+        # For initializers and layers that have no seed of their own.
+        keras.utils.set_random_seed(config.seed)
         trainer = (make_trainer or _make_trainer)(config)
         if mode == "export":
             path = main.export(trainer, options)

@@ -36,7 +36,7 @@ class StopAt:
             self.requested = signal.SIGTERM
 
 
-def refuse(config):
+def fail(config):
     raise AssertionError("Nothing was to be trained.")
 
 
@@ -106,7 +106,7 @@ def test_run_dense_network_has_no_sparsity(finished):
 
 def test_run_finished_run_is_not_repeated(one):
     result = run(
-        toy_experiment.config("magnitude"), one.parent, make_trainer=refuse
+        toy_experiment.config("magnitude"), one.parent, make_trainer=fail
     )
     assert result == read_result(str(one))
 
@@ -149,11 +149,11 @@ def test_run_new_entry_with_default_resumes_to_the_same_bits(
     assert stored["model"]["depth"] == 1
 
 
-def test_run_changed_default_is_refused_with_the_difference(one, monkeypatch):
+def test_run_changed_default_raises_with_the_difference(one, monkeypatch):
     before = {p: p.read_bytes() for p in one.rglob("*") if p.is_file()}
     add_default(monkeypatch, "model.units", 32)
     with pytest.raises(UsageError, match=r"model\.units: 16 saved, 32 now"):
-        run(toy_experiment.config("magnitude"), one.parent, make_trainer=refuse)
+        run(toy_experiment.config("magnitude"), one.parent, make_trainer=fail)
     assert {p: p.read_bytes() for p in one.rglob("*") if p.is_file()} == before
 
 
@@ -177,7 +177,7 @@ def test_run_keep_decides_which_checkpoints_stay(keep, steps, tmp_path):
     run(
         toy_experiment.config("dense", keep="all"),
         tmp_path,
-        make_trainer=refuse,
+        make_trainer=fail,
     )
 
 
@@ -206,7 +206,7 @@ def test_run_in_use_raises(tmp_path):
 def test_run_damaged_file_raises(one, name, content):
     (one / name).write_bytes(content)
     with pytest.raises(StorageError, match=f"{name} is damaged"):
-        run(toy_experiment.config("magnitude"), one.parent, make_trainer=refuse)
+        run(toy_experiment.config("magnitude"), one.parent, make_trainer=fail)
 
 
 def test_run_workdir_that_is_a_file_raises(tmp_path):
@@ -262,7 +262,7 @@ def test_run_eval_mode_finished_run_without_checkpoints_returns(one):
     result = run(
         toy_experiment.config("magnitude"),
         one.parent,
-        make_trainer=refuse,
+        make_trainer=fail,
         mode="eval",
     )
     assert result == read_result(str(one))

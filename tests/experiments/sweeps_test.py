@@ -71,7 +71,7 @@ def test_select_without_match_raises(toy_configs, pattern):
     assert repr(pattern) in str(error.value)
 
 
-class Refuse:
+class NoLauncher:
     """A launcher that expects nothing to train."""
 
     def launch(self, configs, workdir, *, progress, stop=None, **options):
@@ -80,7 +80,7 @@ class Refuse:
 
 
 def test_run_sweep_finished_runs_are_returned(toy_configs, finished):
-    made = sweeps.run_sweep(toy_configs, finished, launcher=Refuse())
+    made = sweeps.run_sweep(toy_configs, finished, launcher=NoLauncher())
     assert [result.step for result in made] == 10 * [12]
 
 
@@ -88,13 +88,13 @@ def test_run_sweep_changed_default_raises(toy_configs, copy, monkeypatch):
     add_default(monkeypatch, "model.units", 32)
     configs = sweeps.expand(toy_experiment.CONFIG, [{}])
     with pytest.raises(UsageError, match=r"model\.units: 16 saved, 32 now"):
-        sweeps.run_sweep(configs, copy, launcher=Refuse())
+        sweeps.run_sweep(configs, copy, launcher=NoLauncher())
 
 
 def test_run_sweep_new_label_and_entry_reach_the_results(copy, monkeypatch):
     add_default(monkeypatch, "model.depth", 1)
     configs = sweeps.expand(toy_experiment.CONFIG, [{"label": "plain"}])
-    sweeps.run_sweep(configs, copy, launcher=Refuse())
+    sweeps.run_sweep(configs, copy, launcher=NoLauncher())
     (found,) = results.collect(copy, [run_name(configs[0])])
     assert found.label == "plain"
     assert found.config["model"] == {"units": 16, "depth": 1}

@@ -91,7 +91,7 @@ def test_train_mistake_is_one_line(main, tmp_path, arguments, parts):
     assert "Traceback" not in err
     for part in parts:
         assert part in lines[0]
-    assert not list((tmp_path / "work").rglob("checkpoints"))
+    assert not (tmp_path / "work").exists()
 
 
 def test_train_bug_has_its_traceback(main, monkeypatch):
@@ -124,7 +124,14 @@ def test_train_modes_train_evaluate_and_export(main, tmp_path):
     assert result["metrics"] == record["metrics"]
     assert result["sparsity"] == record["sparsity"]
 
-    assert main(*QUICK, "--mode=export")[0] == 0
+    code, out, err = main(*QUICK)
+    assert (code, out) == (0, "")
+    assert err.splitlines()[1:] == [
+        f"The run is finished: {directory}/result.json"
+    ]
+
+    code, out, _ = main(*QUICK, "--mode=export")
+    assert (code, out) == (0, f"Wrote {directory}/export/4\n")
     served = tf.saved_model.load(str(directory / "export" / "4"))
     assert served(tf.zeros((3, 28, 28, 1))).shape == (3, 10)
 
@@ -195,6 +202,38 @@ def test_train_techniques_never_meet_in_one_directory(main, tmp_path):
     assert len(names) == 2
     assert names[0].startswith("dense_seed-0_")
     assert names[1].startswith("magnitude_pruning_sparsity-0.9_seed-0_")
+
+
+@pytest.mark.slow
+def test_train_two_workers_train_one_run(tmp_path):
+    def run(log):
+        programs = [
+            processes.Program(
+                "models.train",
+                CONFIG,
+                "--config.batch_size=16",
+                f"--workdir={tmp_path}/work",
+                log=tmp_path / f"{log}-{worker}.txt",
+                environment={"TF_CONFIG": cluster},
+            )
+            for worker, cluster in enumerate(processes.cluster(2))
+        ]
+        for program in programs:
+            assert program.wait() == 0, program.output
+        return programs
+
+    run("first")
+    directory = only_run(tmp_path / "work")
+    assert processes.checkpoint_steps(directory) == [0, 4]
+    steps = [record["step"] for record in processes.records(directory)]
+    assert steps == [1, 2, 4, 4]
+    result = (directory / "result.json").read_text()
+    for program in run("again"):
+        assert "The run is finished" in program.output
+    # As if the chief had been killed before it wrote the result.
+    (directory / "result.json").unlink()
+    run("last")
+    assert (directory / "result.json").read_text() == result
 
 
 def test_train_itself_writes_nothing_but_its_progress(tmp_path):

@@ -88,7 +88,7 @@ def jobs():
 
 @dataclasses.dataclass(frozen=True)
 class Kill:
-    """What is known of a kill.
+    """A kill of a training.
 
     Attributes:
         moment: "starting", "training" or "saving", as was aimed at.
@@ -110,7 +110,7 @@ def uninterrupted(job, workdir):
     """
     begin = time.monotonic()
     with job.start(workdir) as program:
-        program.wait_until(lambda: steps_told(program))
+        program.wait_until(lambda: printed_step(program))
         seconds = time.monotonic() - begin
         assert program.wait() == 0, program.output
     return job.values(workdir), seconds
@@ -173,8 +173,8 @@ def killed(
     return job.values(workdir)
 
 
-def steps_told(program):
-    """The last step that a program has told of, 0 before the first."""
+def printed_step(program):
+    """The last step that a program has printed, 0 before the first."""
     steps = re.findall(r"^step ([\d,]+)/", program.output, re.MULTILINE)
     return int(steps[-1].replace(",", "")) if steps else 0
 
@@ -183,7 +183,7 @@ def _wait_for_steps(program, steps):
     """Waits until so many steps are made; False if the program ended before."""
     first = 0
     while program.running:
-        step = steps_told(program)
+        step = printed_step(program)
         first = first or step
         if first and step >= min(first + steps, STEPS - 1):
             return True

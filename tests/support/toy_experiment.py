@@ -61,7 +61,6 @@ class ToyExperiment(ExperimentTask):
         self._eval = {"x": points[48:], "y": labels[48:]}
 
     def build_model(self):
-        keras.utils.set_random_seed(self.config.seed)
         model = keras.Sequential(
             [
                 keras.Input((6,)),

@@ -140,8 +140,8 @@ def test_signals_stop_it_and_it_goes_on(finished, tmp_path):
     _, expected, _ = finished(JOB.name)
     for signum, code in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
         with JOB.start(tmp_path) as program:
-            program.wait_until(lambda p=program: killing.steps_told(p) >= 2)
-            before = killing.steps_told(program)
+            program.wait_until(lambda p=program: killing.printed_step(p) >= 2)
+            before = killing.printed_step(program)
             program.stop(signum)
             assert program.wait() == code, program.output
         (step,) = re.findall(
@@ -153,7 +153,7 @@ def test_signals_stop_it_and_it_goes_on(finished, tmp_path):
         # The loop that was running was the last one.
         assert before <= int(step) < STEPS
         assert saved(tmp_path)[-1] == int(step)
-        assert killing.steps_told(program) == int(step)
+        assert killing.printed_step(program) == int(step)
         assert "Traceback" not in program.output
     output = go_on(tmp_path, expected)
     assert f"Continuing from the checkpoint of step {step}." in output
