@@ -16,7 +16,6 @@ import time
 import traceback
 from collections.abc import Sequence
 from multiprocessing import connection, resource_tracker
-from pathlib import Path
 from typing import Any, Protocol
 
 import ml_collections
@@ -50,7 +49,7 @@ class Launcher(Protocol):
     def launch(
         self,
         configs: Sequence[ml_collections.ConfigDict],
-        workdir: Path,
+        workdir: str | os.PathLike,
         *,
         progress: SweepProgress,
         stop: StopSource | None = None,
@@ -108,7 +107,7 @@ class LocalLauncher:
     def launch(
         self,
         configs: Sequence[ml_collections.ConfigDict],
-        workdir: Path,
+        workdir: str | os.PathLike,
         *,
         progress: SweepProgress,
         stop: StopSource | None = None,

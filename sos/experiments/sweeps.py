@@ -1,9 +1,9 @@
 """Sweeps: many runs of one config, with values that differ."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import ml_collections
@@ -120,7 +120,7 @@ def select(
 
 def estimate_disk_use(
     configs: Sequence[ml_collections.ConfigDict],
-    workdir: Path,
+    workdir: str | os.PathLike,
     *,
     workers: int,
     keep_checkpoint_max: int = 5,
@@ -170,7 +170,7 @@ def estimate_disk_use(
 
 def run_sweep(
     configs: Sequence[ml_collections.ConfigDict],
-    workdir: Path,
+    workdir: str | os.PathLike,
     *,
     launcher: Launcher | None = None,
     progress: SweepProgress | None = None,
