@@ -95,9 +95,8 @@ def _run(arguments: Sequence[str]) -> None:
             f"are written there. Received: {_WORKDIR.value}"
         )
     config = _CONFIG.config
-    configs = sweeps.select(
-        sweeps.expand(config, _CONFIG.sweep(config)), _SELECT.value
-    )
+    all_configs = sweeps.expand(config, _CONFIG.sweep(config))
+    configs = sweeps.select(all_configs, _SELECT.value)
     if _LIST.value:
         print(*map(run_name, configs), sep="\n")
         return
@@ -129,7 +128,8 @@ def _run(arguments: Sequence[str]) -> None:
                 **options,
             )
     finally:
-        _report(progress, workdir, [run_name(config) for config in configs])
+        # Also of runs that are not selected now.
+        _report(progress, workdir, [run_name(c) for c in all_configs])
 
 
 def _report(

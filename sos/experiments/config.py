@@ -218,7 +218,9 @@ def label(config: Mapping[str, Any]) -> str:
     if config["label"]:
         return config["label"]
     technique = config["sparsity"]["technique"]
-    return _snake_case(technique).replace("_", " ") if technique else "dense"
+    if technique is None:
+        return "by rules" if config["sparsity"]["rules"] else "dense"
+    return _snake_case(technique).replace("_", " ")
 
 
 def value_text(value: Any, *, digits: int = 4) -> str:
@@ -444,14 +446,17 @@ def _check_sparsity(sparsity: Mapping[str, Any], train_steps: int) -> None:
             + " and ".join(f"`config.sparsity.{name}`" for name in missing)
             + "."
         )
-    end = sparsity.get("end_step")
-    # `sos.sparsify` checks the type.
-    if isinstance(end, int) and end > train_steps:
-        raise UsageError(
-            "`config.sparsity.end_step` must not be after the last step, or "
-            "the technique would not reach its final sparsity or penalty. "
-            f"Received: end_step={end}, train_steps={train_steps}"
-        )
+    # `sos.sparsify` checks the form of rules.
+    rules = [rule[-1] for rule in sparsity["rules"] if rule]
+    for entries in (sparsity, *rules):
+        end = entries.get("end_step") if isinstance(entries, Mapping) else None
+        # `sos.sparsify` checks the type.
+        if isinstance(end, int) and end > train_steps:
+            raise UsageError(
+                "An `end_step` in `config.sparsity` must not be after the last "
+                "step, or the technique would not reach its final sparsity or "
+                f"penalty. Received: end_step={end}, train_steps={train_steps}"
+            )
 
 
 def _canonical(value: Any) -> Any:

@@ -112,7 +112,8 @@ def save_tradeoff(path: Path, runs: Iterable[FinishedRun]) -> None:
                 _draw_curve(axes, technique)
         axes.set_xlabel("Sparsity reached (density on a log scale)")
         axes.set_ylabel("Test accuracy (error on a log scale)")
-        if techniques:
+        # Of models without any weight left there is none.
+        if axes.get_legend_handles_labels()[0]:
             axes.legend(
                 loc="lower left",
                 title=_seeds_note(techniques),
@@ -192,9 +193,12 @@ def _techniques(runs: Iterable[FinishedRun]) -> list[_Technique]:
     variants: dict[str | None, int] = {}
     techniques = []
     for label, run in first.items():
-        dense = run.technique is None
-        # The same in every study, whatever other techniques are in it.
-        place = 0 if dense else registered.index(run.technique)
+        dense = run.result.sparsity is None
+        # The same in every study, whatever other techniques are in it. Rules
+        # alone come after all techniques.
+        place = len(registered)
+        if run.technique in registered:
+            place = registered.index(run.technique)
         variant = variants.setdefault(run.technique, 0)
         variants[run.technique] += 1
         colour = _COLOURS[place % len(_COLOURS)]

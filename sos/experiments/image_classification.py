@@ -209,7 +209,7 @@ def classification_metrics(
 
     Args:
         logits: Of shape [batch, classes].
-        labels: int32 of shape [batch].
+        labels: Integers of shape [batch].
         weights: float32 of shape [batch]; None for ones.
 
     Returns:
@@ -218,6 +218,7 @@ def classification_metrics(
         float32.
     """
     logits = tf.cast(logits, tf.float32)
+    labels = tf.cast(labels, tf.int32)
     losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
     answers = tf.argmax(logits, axis=-1, output_type=labels.dtype)
     correct = tf.cast(answers == labels, tf.float32)

@@ -248,20 +248,24 @@ class _Pool:
         Raises:
             Stopped: Always.
         """
-        self._stopping = True
         running = {w.job.name for w in self._workers.values() if w.job}
         # One signal for all processes may have stopped workers already.
         running |= self._stopped
-        for worker in self._workers.values():
-            worker.process.terminate()
-        # A worker whose pipe is full could not end if nobody read it.
-        while self._workers:
-            self._receive()
+        self._stop_workers()
         raise Stopped(
             signum,
             None,
             f"{len(self._stopped)} of {len(running)} runs in progress saved",
         )
+
+    def _stop_workers(self) -> None:
+        """Lets all workers save their runs and end."""
+        self._stopping = True
+        for worker in self._workers.values():
+            worker.process.terminate()
+        # A worker whose pipe is full could not end if nobody read it.
+        while self._workers:
+            self._receive()
 
     def close(self) -> None:
         """Ends all workers."""
@@ -330,9 +334,12 @@ class _Pool:
             # It has not read a job that was sent meanwhile.
             self._pending += [job] if job else []
             self._replace(index)
-        elif kind == "failed":
+        elif kind == "failed" or self._stopping:
             self._fail(job, content)
         else:
+            # A bug, which other runs are likely to meet: show it at once, but
+            # lose nothing of them.
+            self._stop_workers()
             raise RuntimeError(f"The run {job.name} failed:\n{content}")
 
     def _fail(self, job: _Job, reason: str) -> None:

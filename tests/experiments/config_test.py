@@ -318,3 +318,17 @@ def test_config_file_sweep_of_one_technique_raises(file):
 def test_config_file_unknown_technique_raises():
     with pytest.raises(UsageError, match="magnitude_dense_first"):
         fashion_mnist.get_config("magic")
+
+
+def test_resolve_end_step_of_a_rule_after_training_raises():
+    rules = [["^a/", {"end_step": 13}]]
+    sparsity = {**toy_experiment.TECHNIQUES["magnitude"], "rules": rules}
+    with pytest.raises(UsageError, match="end_step=13, train_steps=12"):
+        resolved(sparsity=sparsity)
+
+
+def test_label_of_rules_alone_is_not_dense():
+    rules = [["^a/", toy_experiment.TECHNIQUES["magnitude"]]]
+    config = resolved(sparsity={"technique": None, "rules": rules})
+    assert config_lib.label(config) == "by rules"
+    assert config_lib.label(resolved()) == "dense"

@@ -174,3 +174,18 @@ def test_local_launcher_without_runs_starts_no_process(tmp_path):
 def test_local_launcher_without_workers_raises(workers):
     with pytest.raises(UsageError, match=f"workers={workers}"):
         LocalLauncher(workers)
+
+
+def test_local_launcher_bug_in_a_run_saves_the_others(tmp_path):
+    broken, good = sweeps.expand(
+        toy_experiment.CONFIG,
+        [
+            {"task": "tests.support.toy_experiment:Broken"},
+            {"train_steps": 1_000_000},
+        ],
+    )
+    with pytest.raises(RuntimeError, match="ZeroDivisionError: a bug"):
+        launch([good, broken], tmp_path)
+    log = pathlib.Path(run_directory(good, tmp_path), "train.jsonl")
+    if log.exists() and log.read_text():
+        assert processes.checkpoint_steps(log.parent)[-1] > 0

@@ -2,7 +2,6 @@
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from sos.experiments import ExperimentTask
 from sos.experiments.image_classification import classification_metrics
@@ -113,15 +112,13 @@ class WithoutEvaluation(ToyExperiment):
     eval_dataset = ExperimentTask.eval_dataset
 
 
+class Broken(ToyExperiment):
+    """Has a bug."""
+
+    def build_model(self):
+        raise ZeroDivisionError("a bug")
+
+
 def config(technique="dense", **overrides):
     """A config of the toy task, not resolved."""
     return {**CONFIG, "sparsity": TECHNIQUES[technique], **overrides}
-
-
-def host_values(trainer):
-    """Copies of all variables, by place and name."""
-    variables = [*trainer.model.variables, *trainer.optimizer.variables]
-    return {
-        f"{i} {v.name}": tf.convert_to_tensor(v.value).numpy().copy()
-        for i, v in enumerate(variables)
-    }
