@@ -112,8 +112,8 @@ def select(
     ]
     if not selected:
         raise UsageError(
-            f"The expression {pattern!r} matches no run of the sweep: "
-            + ", ".join(names)
+            f"The expression {pattern!r} matches none of the {len(names)} runs "
+            f"of the sweep. The first are {', '.join(names[:3])}"
         )
     return selected
 
