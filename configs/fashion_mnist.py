@@ -13,7 +13,18 @@ or `make study`, which installs everything first. One run of it:
 Before the comma stands one of the techniques below; after it, hyperparameters
 of the technique, `seed` and `train_steps`.
 
-EXPECTED
+Expected test accuracy in percent, the mean of two seeds:
+
+    sparsity                        50    80    90    95    98
+    magnitude                      85.9  86.3  85.2  84.0  78.0
+    magnitude, first layer dense   86.1  86.2  86.0  85.2  82.1
+    random                         86.4  85.4  83.4  77.6  49.8
+    variational dropout, about     86.6  86.6  85.9  85.0  82.4
+    L0, about                      86.5  86.6  86.2  85.8  85.3
+
+and 86.9 for the dense network. On 4,000 test images the standard error of an
+accuracy is 0.6 points; at 98 % that of magnitude pruning varies by several
+points between seeds. The study takes about STUDYTIME minutes on 2 CPU cores.
 
 The batch size, the number of steps, the optimizer and the learning rate are the
 same for all techniques, and all make every layer sparse unless their label says
