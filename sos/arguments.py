@@ -88,6 +88,11 @@ def quoted(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
+def listed(values: Iterable[Any]) -> str:
+    """Returns values for a message: 'a', 'b', 1."""
+    return ", ".join(map(repr, values))
+
+
 def check_number(
     name: str, value: Any, interval: str = "(-inf, inf)", meaning: str = ""
 ) -> float:

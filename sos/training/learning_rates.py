@@ -32,7 +32,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from sos.arguments import check_integer, check_number
+from sos.arguments import check_integer, check_number, listed
 from sos.errors import UsageError
 
 # Intervals of valid numbers.
@@ -108,7 +108,7 @@ def defaults(schedule: str) -> dict[str, Any]:
     """
     if not isinstance(schedule, str) or schedule not in _DEFAULTS:
         raise UsageError(
-            f"`schedule` must be one of {_quoted(names())}. "
+            f"`schedule` must be one of {listed(names())}. "
             f"Received: schedule={schedule!r}"
         )
     return dict(_DEFAULTS[schedule])
@@ -166,7 +166,7 @@ def make_learning_rate(
     if unknown:
         raise UsageError(
             f"The learning rate schedule {name!r} has the entries "
-            f"{_quoted(valid)}. Received: {_quoted(unknown)}"
+            f"{listed(valid)}. Received: {listed(unknown)}"
         )
     entries = {**valid, **entries}
     train_steps = check_integer("train_steps", train_steps, minimum=1)
@@ -425,7 +425,3 @@ def _numbers(entry: str, values: Any) -> list[float]:
             f"`{entry}` must be a list of numbers. Received: {entry}={values!r}"
         )
     return [check_number(entry, value, _NOT_NEGATIVE) for value in values]
-
-
-def _quoted(words: Any) -> str:
-    return ", ".join(repr(word) for word in words)

@@ -21,6 +21,7 @@ from typing import Any
 
 import keras
 
+from sos.arguments import listed
 from sos.errors import UsageError
 from sos.wrappers.base import find_wrappers
 
@@ -82,8 +83,8 @@ def make_optimizer(
             else ""
         )
         raise UsageError(
-            f"The optimizer {name!r} has the arguments {_quoted(valid)}."
-            f"{advice} Received: {_quoted(unknown)}"
+            f"The optimizer {name!r} has the arguments {listed(valid)}."
+            f"{advice} Received: {listed(unknown)}"
         )
     optimizer_class = _classes()[name.lower()]
     if _is_real(learning_rate):
@@ -128,7 +129,7 @@ def defaults(name: str) -> dict[str, Any]:
     key = name.lower() if isinstance(name, str) else None
     if key not in classes:
         raise UsageError(
-            f"`name` must be one of {_quoted(classes)}. Received: name={name!r}"
+            f"`name` must be one of {listed(classes)}. Received: name={name!r}"
         )
     return _arguments(classes[key])
 
@@ -333,7 +334,3 @@ def _arguments(
 
 def _is_real(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _quoted(words: Iterable[str]) -> str:
-    return ", ".join(repr(word) for word in words)
