@@ -31,9 +31,8 @@ def lora_base(layer: keras.layers.Layer) -> keras.Variable | None:
     """Returns the weight that an enabled LoRA adapter froze, if any."""
     if not getattr(layer, "lora_enabled", False):
         return None
-    return getattr(layer, "_kernel", None) or getattr(
-        layer, "_embeddings", None
-    )
+    name = "_kernel" if hasattr(layer, "_kernel") else "_embeddings"
+    return getattr(layer, name)
 
 
 def kernel(layer: keras.layers.Layer) -> keras.Variable:
@@ -41,7 +40,7 @@ def kernel(layer: keras.layers.Layer) -> keras.Variable:
 
     Where adapters are possible, `layer.kernel` is their sum, not a variable.
     """
-    return vars(layer).get("_kernel", None) or layer.kernel
+    return layer._kernel if hasattr(layer, "_kernel") else layer.kernel
 
 
 def embeddings(layer: keras.layers.Layer) -> keras.Variable:

@@ -14,9 +14,10 @@ from rich.table import Table
 
 from sos.files import atomic_write
 from sos.multiply_adds import uses_by_variable
-from sos.plan import can_take_apart, leaves
+from sos import keras_compat, uses
 from sos.wrappers.base import find_wrappers
-from sos.wrappers.selection import why_dense
+from sos.wrappers.selection import dense_reasons
+from sos.wrappers.sparse_layer import owners, plain_class
 
 #: The keys of a row, in order.
 FIELDS = (
@@ -200,15 +201,14 @@ def sparsity_report(model: keras.layers.Layer) -> SparsityReport:
     sparse = {}
     state = set()
     for wrapper in find_wrappers(model):
-        own = {id(v) for v in wrapper.weights}
-        state |= own - {id(v) for v in wrapper.layer.weights}
+        state |= {id(v) for v in keras_compat.own_variables(wrapper)}
         for weight, value in wrapper.evaluation_weights().items():
             sparse[id(weight.variable)] = (wrapper, weight, value)
-    number_of_uses = {}
-    if can_take_apart(model):
-        number_of_uses = uses_by_variable(model, leaves(model))
+    number_of_uses = uses_by_variable(model)
+    whole = _sampled_as_a_whole(model)
     notes = getattr(model, "sparsity_notes", None)
     trainable = {id(v) for v in model.trainable_weights}
+    reasons = dense_reasons(model)
     rows = []
     for variable in model.weights:
         if id(variable) in state:
@@ -217,8 +217,14 @@ def sparsity_report(model: keras.layers.Layer) -> SparsityReport:
             id(variable), (None, None, variable)
         )
         note = notes.get(variable) if notes is not None else None
-        if note is None and wrapper is None:
-            note = _reason(variable, id(variable) in trainable)
+        if wrapper is not None:
+            samples = wrapper.samples_outputs and id(variable) in whole
+            note = "sampled as a whole" if samples else None
+        elif note is None:
+            unwrapped = (
+                "not wrapped" if id(variable) in trainable else "not trainable"
+            )
+            note = reasons.get(id(variable), unwrapped)
         path = weight.path if weight is not None else variable.path
         # Whether Keras puts it there depends on how the model was made.
         path = path.removeprefix(f"{model.name}/")
@@ -245,9 +251,19 @@ def sparsity_report(model: keras.layers.Layer) -> SparsityReport:
     return SparsityReport(model.name, rows)
 
 
-def _reason(variable: keras.Variable, trainable: bool) -> str:
-    unwrapped = "not wrapped" if trainable else "not trainable"
-    return why_dense(variable) or unwrapped
+def _sampled_as_a_whole(model: keras.layers.Layer) -> set[int]:
+    """Returns the weights whose use by their layer is not described."""
+    return {
+        id(variable)
+        for owner, variable in owners(model)
+        if uses.describer(plain_class(owner)) is None
+        or isinstance(
+            owner,
+            keras.layers.RNN
+            | keras.layers.SeparableConv1D
+            | keras.layers.SeparableConv2D,
+        )
+    }
 
 
 def _is_vector(row: dict[str, Any]) -> bool:
