@@ -1,5 +1,6 @@
 """Copies models and layers with all their state."""
 
+import copy
 import re
 import tempfile
 from collections.abc import Callable
@@ -47,9 +48,29 @@ def copy_model(
         if not isinstance(layer, SparseLayer)
     }
     with keras.saving.custom_object_scope(classes):
-        copy = _clone(source, replace)
-    _copy_state(source, copy)
-    return copy
+        new = _clone(source, replace)
+        if not _shares_alike(source, new):
+            # Layers refer to each other. In a file, Keras keeps that.
+            new = copy.deepcopy(source)
+    _copy_state(source, new)
+    return new
+
+
+def _shares_alike(
+    source: keras.layers.Layer, target: keras.layers.Layer
+) -> bool:
+    """Returns whether layers and weights are shared in both models alike."""
+    layers = [_plain_layers(source), _plain_layers(target)]
+    if len(layers[0]) != len(layers[1]):
+        return False
+    pairs = [
+        (id(old), id(new))
+        for before, after in zip(*layers, strict=True)
+        for old, new in zip(
+            _variables(before), _variables(after), strict=False
+        )
+    ]
+    return len(set(pairs)) == len({old for old, _ in pairs})
 
 
 def _clone(layer: keras.layers.Layer, replace: _Replace) -> keras.layers.Layer:
@@ -114,18 +135,21 @@ def _copy_state(
     """Copies all state between two models of one configuration."""
     layers = [_plain_layers(source), _plain_layers(target)]
     classes = [[_class_name(layer) for layer in part] for part in layers]
-    if classes[0] != classes[1]:
+    if classes[0] != classes[1] or not _shares_alike(source, target):
         raise UsageError(
             f"The copy of {source.name!r} of class {_class_name(source)} holds "
-            "other layers. Its `get_config` may lack an argument of its "
-            "`__init__`, or layers that are shared are made twice. Use "
+            "other layers, or shares other weights between them. Its "
+            "`get_config` may lack an argument of its `__init__`. Use "
             "`copy=False`, which makes the model itself sparse. "
             f"Expected: {classes[0]}. Received: {classes[1]}"
         )
     for old, new in zip(*layers, strict=True):
+        _check_variables(old, new)
+    for old, new in zip(*layers, strict=True):
         _copy_through_files(old, new)
     for old, new in zip(*layers, strict=True):
-        _copy_variables(old, new)
+        for before, after in zip(_variables(old), _variables(new), strict=True):
+            after.assign(before)
     # From the outside in, as setting it on a layer sets it on all inside.
     for old, new in zip(*layers, strict=True):
         if new.trainable != old.trainable:
@@ -169,7 +193,7 @@ def _copy_through_files(
             target.load_assets(directory)
 
 
-def _copy_variables(
+def _check_variables(
     source: keras.layers.Layer, target: keras.layers.Layer
 ) -> None:
     before, after = _variables(source), _variables(target)
@@ -183,8 +207,6 @@ def _copy_variables(
             f"Expected: {[_kind(v) for v in before]}. "
             f"Received: {[_kind(v) for v in after]}"
         )
-    for old, new in zip(before, after, strict=True):
-        new.assign(old)
 
 
 def _variables(layer: keras.layers.Layer) -> list[keras.Variable]:

@@ -12,7 +12,9 @@ from sos import keras_compat, uses
 from sos.wrappers.sparse_layer import is_unit, plain_class, plain_weights
 
 
-def uses_by_variable(model: keras.layers.Layer) -> dict[int, int]:
+def uses_by_variable(
+    model: keras.layers.Layer, inputs: Any = None
+) -> dict[int, int]:
     """Counts the multiply-adds that each element of a weight takes part in.
 
     They come from the registered descriptions of calls (`sos.register_use`). A
@@ -22,6 +24,8 @@ def uses_by_variable(model: keras.layers.Layer) -> dict[int, int]:
 
     Args:
         model: A model that knows its inputs, or was built from shapes.
+        inputs: Inputs to count for, of any batch size; by default of the sizes
+            that the model knows.
 
     Returns:
         The numbers for one example by `id` of the weight, without those that
@@ -39,7 +43,7 @@ def uses_by_variable(model: keras.layers.Layer) -> dict[int, int]:
 
     try:
         with _observed(model, count):
-            _trace(model)
+            _trace(model, inputs)
     except Exception:
         # The code of a model may need more than a batch of one example of a
         # guessed dtype. A count is not worth an error.
@@ -47,9 +51,10 @@ def uses_by_variable(model: keras.layers.Layer) -> dict[int, int]:
     return {key: times for key, times in result.items() if times is not None}
 
 
-def _trace(model: keras.layers.Layer) -> None:
+def _trace(model: keras.layers.Layer, inputs: Any) -> None:
     """Calls a model symbolically on one example."""
-    inputs = getattr(model, "input", None)
+    if inputs is None:
+        inputs = getattr(model, "input", None)
     if inputs is not None:
         inputs = keras.tree.map_structure(_one, inputs)
         # That of `keras.Operation` goes through all calls.
@@ -68,8 +73,9 @@ def _trace(model: keras.layers.Layer) -> None:
     keras.Operation.compute_output_spec(model, **arguments)
 
 
-def _one(tensor: keras.KerasTensor) -> keras.KerasTensor:
-    return keras.KerasTensor((1, *tensor.shape[1:]), dtype=tensor.dtype)
+def _one(tensor: Any) -> keras.KerasTensor:
+    dtype = keras.backend.standardize_dtype(tensor.dtype)
+    return keras.KerasTensor((1, *tensor.shape[1:]), dtype=dtype)
 
 
 @contextmanager

@@ -172,7 +172,9 @@ class SparsityReport:
         return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
-def sparsity_report(model: keras.layers.Layer) -> SparsityReport:
+def sparsity_report(
+    model: keras.layers.Layer, inputs: Any = None
+) -> SparsityReport:
     """Reports the sparsity of every weight of a model.
 
     Nonzeros are those of the evaluation weights: of log alpha and threshold
@@ -180,6 +182,9 @@ def sparsity_report(model: keras.layers.Layer) -> SparsityReport:
 
     Args:
         model: A Keras 3 model or layer, sparse or plain, built.
+        inputs: Arrays or symbolic tensors for which multiply-adds are counted,
+            as the model takes them. By default those of one example of the
+            sizes that the model knows; a language model knows no length.
 
     Returns:
         The report.
@@ -204,7 +209,7 @@ def sparsity_report(model: keras.layers.Layer) -> SparsityReport:
         state |= {id(v) for v in keras_compat.own_variables(wrapper)}
         for weight, value in wrapper.evaluation_weights().items():
             sparse[id(weight.variable)] = (wrapper, weight, value)
-    number_of_uses = uses_by_variable(model)
+    number_of_uses = uses_by_variable(model, inputs)
     whole = _sampled_as_a_whole(model)
     notes = getattr(model, "sparsity_notes", None)
     trainable = {id(v) for v in model.trainable_weights}

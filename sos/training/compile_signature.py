@@ -14,10 +14,10 @@ import keras
 import numpy as np
 
 from sos.plan import can_take_apart
-from sos.surgery import SparseModel
 from sos.training.checkpoints import canonical_path, variable_specs
 from sos.training.optimizers import traced_config
 from sos.wrappers.base import SparseWrapper
+from sos.wrappers.sparse_layer import SparseLayer
 
 
 class _Unknown:
@@ -81,11 +81,12 @@ def _layer_properties(layer: keras.layers.Layer) -> dict[str, Any]:
     if config is None or not _is_complete(config, layer):
         return {**properties, "config": _Unknown()}
     ignored = set()
-    if isinstance(layer, keras.layers.Wrapper):
+    if isinstance(layer, keras.layers.Wrapper | SparseWrapper):
         # Wrapped layers are compared by themselves.
         ignored.add("layer")
-    if isinstance(layer, SparseModel):
-        ignored.add("wrapper")
+    if isinstance(layer, SparseLayer):
+        # So are techniques.
+        ignored.add("sparse")
     if isinstance(layer, SparseWrapper):
         # Schedules are not traced, and some hyperparameters are variables.
         ignored |= {"schedule", "ranking", *layer.settings.values()}

@@ -248,11 +248,20 @@ def complete(layer: keras.layers.Layer) -> None:
         return
     pending, record.pending = record.pending, []
     owner_of = {id(v): owner for owner, v in owners(layer)}
-    weights: list[SparseWeight] = []
+    # Of layers that share a weight, each has it in its configuration.
+    known = {
+        id(weight.variable): weight
+        for inner in keras_compat.all_layers(layer)
+        if is_technique(inner)
+        for weight in inner.sparse_weights
+    }
+    weights = list(known.values())
     for entry in pending:
         by_owner: dict[int, tuple[keras.layers.Layer, dict[int, str]]] = {}
         for index, path in entry["paths"].items():
             variable = variables[int(index)]
+            if id(variable) in known:
+                continue
             owner = owner_of[id(variable)]
             places = [id(v) for v in plain_weights(owner)]
             _, paths = by_owner.setdefault(id(owner), (owner, {}))
