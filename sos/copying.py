@@ -66,9 +66,7 @@ def _shares_alike(
     pairs = [
         (id(old), id(new))
         for before, after in zip(*layers, strict=True)
-        for old, new in zip(
-            _variables(before), _variables(after), strict=False
-        )
+        for old, new in zip(_variables(before), _variables(after), strict=False)
     ]
     return len(set(pairs)) == len({old for old, _ in pairs})
 
@@ -129,9 +127,7 @@ def _clone_graph(model: keras.Model, replace: _Replace) -> keras.Model:
     )
 
 
-def _copy_state(
-    source: keras.layers.Layer, target: keras.layers.Layer
-) -> None:
+def _copy_state(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
     """Copies all state between two models of one configuration."""
     layers = [_plain_layers(source), _plain_layers(target)]
     classes = [[_class_name(layer) for layer in part] for part in layers]

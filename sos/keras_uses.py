@@ -170,9 +170,7 @@ def _depthwise_convolution(layer: Any, inputs: Any, **kwargs: Any) -> Use:
 
 
 @register_use(_layers.SeparableConv1D, _layers.SeparableConv2D)
-def _separable_convolution(
-    layer: Any, inputs: Any, **kwargs: Any
-) -> list[Use]:
+def _separable_convolution(layer: Any, inputs: Any, **kwargs: Any) -> list[Use]:
     # A product of two weights, so that its outputs are not normal.
     positions = _output_positions(layer, inputs)
     return [

@@ -10,8 +10,8 @@ import keras
 from sos import arguments
 from sos.errors import ArgumentError, UsageError
 from sos.registry import get_technique
-from sos.wrappers.base import LAYER_ARGUMENTS, SparseWrapper
 from sos.wrappers import selection
+from sos.wrappers.base import LAYER_ARGUMENTS, SparseWrapper
 from sos.wrappers.selection import dense_reasons, unique
 from sos.wrappers.sparse_layer import owners
 
@@ -138,7 +138,8 @@ def make_plan(
     if not assignments:
         raise UsageError(
             f"Nothing in the model {model.name!r} is left to make sparse. "
-            f"Its trainable weights of rank 2 or more: {list(eligible.values())}. "
+            "Its trainable weights of rank 2 or more: "
+            f"{list(eligible.values())}. "
             f"Received: technique={technique!r}, rules={rules!r}"
         )
     return list(assignments.values()), notes

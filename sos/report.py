@@ -12,9 +12,9 @@ import rich.box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
+from sos import keras_compat, uses
 from sos.files import atomic_write
 from sos.multiply_adds import uses_by_variable
-from sos import keras_compat, uses
 from sos.wrappers.base import find_wrappers
 from sos.wrappers.selection import dense_reasons
 from sos.wrappers.sparse_layer import owners, plain_class

@@ -19,6 +19,7 @@ from sos.wrappers.sparse_layer import (
 )
 from sos.wrappers.sparse_weight import SparseWeight
 
+
 def sparsify(
     model: keras.Model,
     technique: type | str | None = None,
@@ -103,9 +104,7 @@ def sparsify(
         if reason is not None:
             sparse_reasons.add(new, reason)
     weights = [
-        weight
-        for assignment in plan
-        for weight in _attach(after, assignment)
+        weight for assignment in plan for weight in _attach(after, assignment)
     ]
     bind(sparse, weights)
     sparse.sparsity_notes = sparse_reasons

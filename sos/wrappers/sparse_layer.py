@@ -11,7 +11,7 @@ model that use it.
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -368,9 +368,7 @@ def _bind(
     done[id(layer)] = found = {}
     if not is_technique(layer):
         found.update(
-            (id(v), weights[id(v)])
-            for v in _held_by(layer)
-            if id(v) in weights
+            (id(v), weights[id(v)]) for v in _held_by(layer) if id(v) in weights
         )
     if not is_unit(layer):
         for inner in keras_compat.sublayers(layer):
@@ -469,5 +467,3 @@ def _technique_class(config: dict[str, Any]) -> type:
             f"before loading. Received: registered_name={name!r}"
         )
     return technique
-
-
