@@ -12,8 +12,8 @@ from sos.errors import ArgumentError, UsageError
 from sos.wrappers.sparse_layer import (
     SparseLayer,
     graph_classes,
-    is_technique,
 )
+from sos.wrappers.sparse_weight import is_technique
 
 _Replace = Callable[[keras.layers.Layer], keras.layers.Layer]
 

@@ -8,10 +8,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from sos import noise
+from sos import keras_compat, noise
 from sos.errors import UsageError
 from sos.keras_compat import SubstitutionScope
-from sos.wrappers.sparse_weight import SparseWeight
+from sos.wrappers.sparse_weight import SparseWeight, is_technique
 
 _local = threading.local()
 
@@ -182,10 +182,12 @@ def sampled(model: keras.layers.Layer, seed: int | tf.Tensor) -> Iterator[None]:
 
 
 def _sparse_weights(model: keras.layers.Layer) -> list[SparseWeight]:
-    # Here, as the base of the techniques needs this module.
-    from sos.wrappers.base import find_wrappers
-
-    return [w for t in find_wrappers(model) for w in t.sparse_weights]
+    return [
+        weight
+        for layer in keras_compat.all_layers(model)
+        if is_technique(layer)
+        for weight in layer.sparse_weights
+    ]
 
 
 class _Held:

@@ -8,6 +8,7 @@ sparse. Every reference to the layer stays valid, and so do the methods of a
 model that use it.
 """
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +21,7 @@ from sos import keras_compat, uses
 from sos.errors import UsageError
 from sos.wrappers import calling
 from sos.wrappers.effective import EffectiveWeights
-from sos.wrappers.sparse_weight import SparseWeight
+from sos.wrappers.sparse_weight import SparseWeight, is_technique
 
 #: Where a sparse layer's record is; hidden from Keras's tracking.
 _RECORD = "_sparse_record"
@@ -130,11 +131,6 @@ class SparseLayer:
 keras.saving.register_keras_serializable("sos", "SparseLayer")(SparseLayer)
 
 
-def is_technique(layer: keras.layers.Layer) -> bool:
-    """Returns whether a layer is a technique, or wrapper, of `sos`."""
-    return hasattr(type(layer), "training_weight")
-
-
 def plain_class(layer: keras.layers.Layer) -> type:
     """Returns the class that a layer has, or had before it was sparse."""
     return getattr(layer, "plain_class", type(layer))
@@ -217,7 +213,11 @@ def attach(
             "the like. Rename it."
         )
     record = make_sparse(owner)
-    new = technique.from_owner(owner, paths, arguments)
+    with contextlib.ExitStack() as stack:
+        # Variables of the technique are named like those of the layer.
+        for name in owner.path.split("/")[:-1]:
+            stack.enter_context(keras.name_scope(name))
+        new = technique.from_owner(owner, paths, arguments)
     # An attribute for each, as TensorFlow's checkpoints leave lists out.
     with keras_compat.unlocked(owner):
         setattr(owner, f"technique_{len(record.techniques)}", new)
