@@ -143,9 +143,9 @@ def _checkpoint_prefix(path: Path) -> str:
 class _Checkpoint:
     """The sparse weights in a checkpoint, found without the model.
 
-    A checkpoint holds the graph of the attributes of the objects in it. Layers
-    that a technique wraps are those with an attribute `layer` beside variables
-    with the names of the techniques' states. Slots of optimizers are in other
+    A checkpoint holds the graph of the attributes of the objects in it. A
+    technique has variables with the names of its states. It is a wrapper, with
+    an attribute `layer`, or in the list `techniques` of its layer. Slots of optimizers are in other
     objects and so do not count.
     """
 
@@ -170,8 +170,13 @@ class _Checkpoint:
             ValueError: If the checkpoint holds none.
         """
         rows = []
+        nodes: dict[tuple[str, ...], int] = {}
         for path, node in self._walk(0):
+            nodes[tuple(path)] = node
             children = self._children(node)
+            if path[-2:-1] == ["techniques"]:
+                path = path[:-2]
+                children["layer"] = nodes[tuple(path)]
             if "layer" not in children:
                 continue
             for name, child in children.items():

@@ -10,7 +10,6 @@ model that use it.
 
 import functools
 import inspect
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -22,8 +21,6 @@ from sos.errors import UsageError
 from sos.wrappers import calling
 from sos.wrappers.effective import EffectiveWeights
 from sos.wrappers.sparse_weight import SparseWeight
-
-_local = threading.local()
 
 #: Where a sparse layer's record is; hidden from Keras's tracking.
 _RECORD = "_sparse_record"
@@ -83,15 +80,12 @@ class SparseLayer:
     def get_config(self) -> dict[str, Any]:
         """Returns the layer's own configuration with its techniques."""
         plain = self.plain_class
-        # What the layer holds is plain in there: the techniques of all weights
-        # below are in this configuration.
-        with plain_configs():
+        # The techniques of all weights below are in this configuration.
+        with as_plain(keras_compat.all_layers(self)[1:]):
             config = dict(plain.get_config(self))
         config[_KEY] = {
             "class": _class_config(plain),
-            "techniques": []
-            if getattr(_local, "plain", 0)
-            else technique_configs(self),
+            "techniques": technique_configs(self),
         }
         return config
 
@@ -318,13 +312,41 @@ def technique_configs(layer: keras.layers.Layer) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def plain_configs() -> Iterator[None]:
-    """Leaves the techniques out of the configurations of sparse layers."""
-    _local.plain = getattr(_local, "plain", 0) + 1
+def as_plain(layers: Iterable[keras.layers.Layer]) -> Iterator[None]:
+    """Gives sparse layers their own classes back while they are serialised.
+
+    Args:
+        layers: Layers, sparse or not.
+
+    Yields:
+        Nothing.
+    """
+    changed = [
+        (layer, type(layer)) for layer in layers if _RECORD in vars(layer)
+    ]
     try:
+        for layer, cls in changed:
+            layer.__class__ = cls.plain_class
         yield
     finally:
-        _local.plain -= 1
+        for layer, cls in changed:
+            layer.__class__ = cls
+
+
+def serialize_wrapped(layer: keras.layers.Layer) -> dict[str, Any]:
+    """Returns the configuration of a layer without a wrapper's techniques.
+
+    Args:
+        layer: The layer in a wrapper.
+    """
+    wrapped = [
+        inner
+        for inner in keras_compat.all_layers(layer)
+        if _RECORD in vars(inner)
+        and not any(w.technique.attached for w in inner.sparse_weights)
+    ]
+    with as_plain(wrapped):
+        return keras.saving.serialize_keras_object(layer)
 
 
 def make_sparse(layer: keras.layers.Layer) -> _Record:
