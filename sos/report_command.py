@@ -145,8 +145,8 @@ class _Checkpoint:
 
     A checkpoint holds the graph of the attributes of the objects in it. A
     technique has variables with the names of its states. It is a wrapper, with
-    an attribute `layer`, or in the list `techniques` of its layer. Slots of optimizers are in other
-    objects and so do not count.
+    an attribute `layer`, or an attribute `technique_0` of its layer. Slots of
+    optimizers are in other objects and so do not count.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -174,8 +174,8 @@ class _Checkpoint:
         for path, node in self._walk(0):
             nodes[tuple(path)] = node
             children = self._children(node)
-            if path[-2:-1] == ["techniques"]:
-                path = path[:-2]
+            if re.fullmatch(r"technique_\d+", "".join(path[-1:])):
+                path = path[:-1]
                 children["layer"] = nodes[tuple(path)]
             if "layer" not in children:
                 continue

@@ -45,6 +45,8 @@ class _Record:
     def __init__(self) -> None:
         #: Sparse weights in the layer and below, by `id` of the variable.
         self.weights: dict[int, SparseWeight] = {}
+        #: Techniques of weights that the layer owns.
+        self.techniques: list[Any] = []
         #: Techniques of a configuration whose weights are not there yet.
         self.pending: list[dict[str, Any]] = []
 
@@ -54,10 +56,14 @@ class SparseLayer:
 
     Attributes:
         plain_class: The class of the layer before it was made sparse.
-        techniques: The techniques of the weights that the layer itself owns.
     """
 
     plain_class: type = keras.layers.Layer
+
+    @property
+    def techniques(self) -> tuple[Any, ...]:
+        """The techniques of the weights that the layer itself owns."""
+        return tuple(vars(self)[_RECORD].techniques)
 
     @property
     def sparse_weights(self) -> tuple[SparseWeight, ...]:
@@ -203,16 +209,19 @@ def attach(
     Returns:
         The sparse weights.
     """
-    new = technique.from_owner(owner, paths, arguments)
-    techniques = list(vars(owner).get("techniques", ()))
-    if not techniques and hasattr(owner, "techniques"):
+    record = vars(owner).get(_RECORD)
+    if record is None and hasattr(owner, "techniques"):
         raise UsageError(
             f"The layer {owner.name!r} of class {type(owner).__name__} has an "
             "attribute `techniques` of its own, where `sos` keeps masks and "
             "the like. Rename it."
         )
+    record = make_sparse(owner)
+    new = technique.from_owner(owner, paths, arguments)
+    # An attribute for each, as TensorFlow's checkpoints leave lists out.
     with keras_compat.unlocked(owner):
-        owner.techniques = [*techniques, new]
+        setattr(owner, f"technique_{len(record.techniques)}", new)
+    record.techniques.append(new)
     return new.sparse_weights
 
 
