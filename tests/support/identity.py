@@ -191,7 +191,7 @@ def assert_identity(
     if whole:
         assert isinstance(sparse, type(dense))
         assert sparse.name == dense.name
-        assert [x.name for x in sparse.layers] == [x.name for x in dense.layers]
+        assert names(sparse) == names(dense)
     assert_same_state(dense, sparse)
     assert find_wrappers(sparse)
     for model in (dense, sparse):
