@@ -16,6 +16,7 @@ from sos.wrappers.sparse_layer import (
 from sos.wrappers.sparse_weight import is_technique
 
 _Replace = Callable[[keras.layers.Layer], keras.layers.Layer]
+_Copies = dict[int, keras.layers.Layer]
 
 
 def copy_model(
@@ -48,7 +49,7 @@ def copy_model(
         if not isinstance(layer, SparseLayer)
     }
     with keras.saving.custom_object_scope(classes):
-        new = _clone(source, replace)
+        new = _clone(source, replace, {})
         if not _shares_alike(source, new):
             # Layers refer to each other. In a file, Keras keeps that.
             new = copy.deepcopy(source)
@@ -71,10 +72,24 @@ def _shares_alike(
     return len(set(pairs)) == len({old for old, _ in pairs})
 
 
-def _clone(layer: keras.layers.Layer, replace: _Replace) -> keras.layers.Layer:
-    """Makes a layer of the same class and configuration, built."""
+def _clone(
+    layer: keras.layers.Layer, replace: _Replace, copies: _Copies
+) -> keras.layers.Layer:
+    """Makes a layer of the same class and configuration, built.
+
+    Args:
+        layer: The layer.
+        replace: As for `copy_model`.
+        copies: The copies that there are, by the `id` of the layer: one layer
+            may be called twice, or be part of two submodels.
+    """
+    if id(layer) in copies:
+        return copies[id(layer)]
     if type(layer) in graph_classes():
-        return _clone_graph(layer, replace)
+        new = _clone_graph(layer, replace, copies)
+        _copy_policies(layer, new)
+        copies[id(layer)] = new
+        return new
     try:
         config = layer.get_config()
         if isinstance(layer, keras.layers.Lambda):
@@ -93,23 +108,42 @@ def _clone(layer: keras.layers.Layer, replace: _Replace) -> keras.layers.Layer:
         ) from error
     # Not part of a configuration, so that Keras's own copies lose it.
     keras_compat.copy_remat_mode(layer, new)
+    _copy_policies(layer, new)
     if not new.built and (build := layer.get_build_config()):
         new.build_from_config(build)
         new.built = True  # As Keras says when it loads a layer.
+        _copy_policies(layer, new)
+    copies[id(layer)] = new
     return new
 
 
-def _clone_graph(model: keras.Model, replace: _Replace) -> keras.Model:
+def _copy_policies(
+    source: keras.layers.Layer, target: keras.layers.Layer
+) -> None:
+    """Copies the dtype policies of a layer and of those inside.
+
+    Layers that a layer makes itself, and models, have the policy that is the
+    default where they are made. It must be right before variables are made.
+    """
+    layers = [_plain_layers(source), _plain_layers(target)]
+    if [_class_name(x) for x in layers[0]] != [
+        _class_name(x) for x in layers[1]
+    ]:
+        return  # Some of them are made when the layer is built.
+    for old, new in zip(*layers, strict=True):
+        if new.dtype_policy != old.dtype_policy:
+            new.dtype_policy = old.dtype_policy
+
+
+def _clone_graph(
+    model: keras.Model, replace: _Replace, copies: _Copies
+) -> keras.Model:
     """Makes a Sequential or functional model of copied layers."""
-    copies: dict[int, keras.layers.Layer] = {}
 
     def clone(operation: keras.Operation) -> keras.Operation:
         if not isinstance(operation, keras.layers.Layer):
             return operation.__class__.from_config(operation.get_config())
-        layer = replace(operation)
-        if id(layer) not in copies:
-            copies[id(layer)] = _clone(layer, replace)
-        return copies[id(layer)]
+        return _clone(replace(operation), replace, copies)
 
     inputs = None
     if not isinstance(model, keras.Sequential):

@@ -55,6 +55,16 @@ def copy_remat_mode(
     target._remat_mode = source._remat_mode
 
 
+def reduced(state: tuple) -> tuple:
+    """Returns what `pickle` needs of a layer, without the layer's class.
+
+    Args:
+        state: What Keras returns, which names the class of the layer. A
+            generated class cannot be found by its name.
+    """
+    return (keras.layers.Layer._unpickle_model, *state[1:])
+
+
 def accept_training(layer: keras.layers.Layer) -> None:
     """Lets Keras hand `training` to a layer whose `call` was replaced.
 
@@ -117,6 +127,21 @@ class SubstitutionScope(keras.StatelessScope):
         super().__init__(collect_losses=True)
         self._outer = None
         self._outer_substitution = None
+
+    def hand_on_losses(self, layer: keras.layers.Layer) -> None:
+        """Gives the collected losses to the layers that added them.
+
+        Args:
+            layer: The layer that was called in the scope, which is closed.
+        """
+        if self._outer is not None:
+            if self._outer.collect_losses:
+                self._outer.losses.extend(self.losses)
+        elif self.losses:
+            for inner in layer._flatten_layers():
+                inner._losses += [
+                    x for x in self.losses if id(x) in inner._loss_ids
+                ]
 
     def substitute(self, variable: keras.Variable) -> tf.Tensor | None:
         """Returns the value that a variable is to have, None for its own."""

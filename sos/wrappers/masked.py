@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from sos import arguments
+from sos import arguments, keras_compat
 from sos.errors import ArgumentError, UsageError
 from sos.rankings import PerTensorRanking, Ranking
 from sos.schedules import (
@@ -37,8 +37,18 @@ class MaskedWrapper(SparseWrapper):
 
     def training_weight(self, weight: SparseWeight) -> tf.Tensor:
         """The masked weight."""
-        value = weight.value
-        return value * tf.cast(weight.state["mask"].value, value.dtype)
+        mask = weight.state["mask"].value
+        if id(weight.variable) in self._tables():
+            return _masked_table(weight.value, mask)
+        return weight.value * tf.cast(mask, weight.value.dtype)
+
+    def _tables(self) -> set[int]:
+        """Returns the variables in which layers look rows up, by their `id`."""
+        return {
+            id(keras_compat.embeddings(layer))
+            for layer in keras_compat.all_layers(self.layer)
+            if isinstance(layer, keras.layers.Embedding)
+        }
 
     def assigned_weight(
         self, weight: SparseWeight, value: tf.Tensor
@@ -70,6 +80,26 @@ class MaskedWrapper(SparseWrapper):
         ]
         for weight, array in zip(weights, arrays, strict=True):
             weight.state["mask"].assign(array)
+
+
+@tf.custom_gradient
+def _masked_table(value: tf.Tensor, mask: tf.Tensor) -> tuple:
+    """Masks a table of which a few rows are looked up.
+
+    The gradient of a look-up has these rows alone, which optimizers update as
+    in a dense layer. That of a product would have all.
+    """
+
+    def grad(upstream: tf.Tensor | tf.IndexedSlices) -> tuple:
+        if not isinstance(upstream, tf.IndexedSlices):
+            return upstream * tf.cast(mask, upstream.dtype), None
+        rows = tf.cast(tf.gather(mask, upstream.indices), upstream.dtype)
+        gradient = tf.IndexedSlices(
+            upstream.values * rows, upstream.indices, upstream.dense_shape
+        )
+        return gradient, None
+
+    return value * tf.cast(mask, value.dtype), grad
 
 
 def _check_mask(weight: SparseWeight, mask: Any) -> Any:

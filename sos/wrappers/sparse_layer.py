@@ -110,6 +110,30 @@ class SparseLayer:
             apply_configs(layer, sparse["techniques"])
         return layer
 
+    def __reduce__(self) -> tuple:
+        """Returns what `pickle` and `copy.deepcopy` need."""
+        return keras_compat.reduced(super().__reduce__())
+
+    def rematerialized_call(
+        self, layer_call: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Returns a `call` that is computed again in the backward pass.
+
+        TensorFlow allows no keyword arguments there, and plain layers without
+        `training` get none.
+        """
+        if "training" not in kwargs:
+            return super().rematerialized_call(layer_call, *args, **kwargs)
+        training = kwargs.pop("training")
+        call = super().rematerialized_call(
+            functools.partial(layer_call, training=training), *args, **kwargs
+        )
+
+        def without_training(*args: Any, training: Any, **kwargs: Any) -> Any:
+            return call(*args, **kwargs)
+
+        return without_training
+
     def save_own_variables(self, store: Any) -> None:
         """Saves the layer's own variables.
 
@@ -243,6 +267,8 @@ def complete(layer: keras.layers.Layer) -> None:
         layer: A sparse layer.
     """
     record = vars(layer)[_RECORD]
+    if not layer.built:
+        return  # The cell of a recurrent layer may be, which has the weights.
     variables = plain_weights(layer)
     last = max(
         (int(i) for entry in record.pending for i in entry["paths"]), default=-1
@@ -454,8 +480,7 @@ def _call(layer: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
             if isinstance(layer, keras.layers.RNN):
                 scope.compute_all()
             outputs = plain.call(layer, *args, **kwargs)
-    for loss in scope.losses:
-        layer.add_loss(loss)
+    scope.hand_on_losses(layer)
     return outputs
 
 
