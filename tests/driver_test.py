@@ -413,19 +413,32 @@ def test_an_optimizer_that_never_moves_raises_at_the_end():
     assert not any(w.clock.bound for w in model.layers)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: keras.optimizers.SGD(gradient_accumulation_steps=4),
-        lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()),
-    ],
-    ids=["accumulation", "loss_scaling"],
-)
-def test_an_optimizer_with_a_reason_to_stand_still_does_not_raise(make):
+def test_an_optimizer_that_accumulates_may_stand_still():
     model, _ = model_with_record(techniques.Staircase())
-    with sos.Driver(model, make()) as driver:
+    optimizer = keras.optimizers.SGD(gradient_accumulation_steps=4)
+    with sos.Driver(model, optimizer) as driver:
         for _ in range(3):
             driver.step()
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_an_optimizer_that_only_overflows_may_stand_still(used):
+    model, _ = model_with_record(techniques.Staircase())
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())
+    optimizer.build(model.trainable_variables)
+
+    def loop():
+        with sos.Driver(model, optimizer) as driver:
+            for _ in range(3):
+                if used:
+                    optimizer.dynamic_scale.assign(optimizer.dynamic_scale / 2)
+                driver.step()
+
+    if used:
+        loop()
+        return
+    with pytest.raises(RuntimeError, match="stood still"):
+        loop()
 
 
 def test_an_optimizer_restored_to_a_smaller_step_may_end():
