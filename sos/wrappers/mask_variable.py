@@ -58,7 +58,8 @@ class MaskVariable(keras.Variable):
             rounded = np.rint(array)
         wrong = (rounded != 0) & (rounded != 1)
         if rounded is not array:
-            wrong |= np.abs(array - rounded) > _TOLERANCE
+            with np.errstate(invalid="ignore"):  # infinity - infinity
+                wrong |= np.abs(array - rounded) > _TOLERANCE
         if wrong.any():
             examples = np.unique(array[wrong])[:3].tolist()
             raise UsageError(
