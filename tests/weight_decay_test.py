@@ -46,6 +46,11 @@ def check(model, before, steps):
         np.testing.assert_allclose(new, old * 0.95**steps, rtol=1e-5)
 
 
+def _one_for_all():
+    optimizer = DecayOnly()
+    return lambda variable: optimizer
+
+
 OPTIMIZERS = {
     "itself": DecayOnly,
     "accumulation": lambda: DecayOnly(gradient_accumulation_steps=2),
@@ -55,9 +60,7 @@ OPTIMIZERS = {
     "map": lambda: keras.optimizers.MultiOptimizer(
         keras.optimizers.OptimizerMap(DecayOnly(), {".*/kernel": DecayOnly()})
     ),
-    "function": lambda: keras.optimizers.MultiOptimizer(
-        lambda variable, made=DecayOnly(): made
-    ),
+    "function": lambda: keras.optimizers.MultiOptimizer(_one_for_all()),
 }
 
 
