@@ -17,6 +17,7 @@ from sos.schedules import (
     make_schedule,
 )
 from sos.wrappers.base import SparseWrapper
+from sos.wrappers.mask_variable import MaskVariable
 from sos.wrappers.sparse_weight import SparseWeight
 
 
@@ -33,7 +34,10 @@ class MaskedWrapper(SparseWrapper):
 
     def build_weight(self, weight: SparseWeight) -> None:
         """Adds the mask."""
-        self.add_weight_state(weight, "mask", dtype="uint8", initializer="ones")
+        mask = self.add_weight_state(
+            weight, "mask", dtype="uint8", initializer="ones"
+        )
+        mask.__class__ = MaskVariable
 
     def training_weight(self, weight: SparseWeight) -> tf.Tensor:
         """The masked weight."""
