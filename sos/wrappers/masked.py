@@ -9,13 +9,14 @@ import tensorflow as tf
 
 from sos import arguments
 from sos.errors import ArgumentError, UsageError
-from sos.rankings import PerTensorRanking, Ranking
+from sos.rankings import PerTensorRanking, Ranking, undecided
 from sos.schedules import (
     PruningSchedule,
     Schedule,
     as_schedule,
     make_schedule,
 )
+from sos.wrappers import dead_weights
 from sos.wrappers.base import SparseWrapper
 from sos.wrappers.sparse_weight import SparseWeight
 
@@ -142,7 +143,8 @@ class PruningWrapper(MaskedWrapper):
     #: an accumulated gradient, costs another all-reduce of the weight.
     uses_gradient = False
 
-    #: A weight once pruned stays so.
+    #: A weight once pruned stays so. Give the pruned ones the lowest scores, as
+    #: `RandomPruning` does: the others are then ranked among themselves.
     cumulative = False
 
     def __init__(
@@ -278,7 +280,8 @@ class PruningWrapper(MaskedWrapper):
 
         Returns:
             Scores of the weight's shape, of any floating dtype and sign. The
-            elements with the highest scores are kept.
+            elements with the highest scores are kept. Where all are equal, the
+            weight keeps its mask.
         """
         raise NotImplementedError(
             f"{type(self).__name__} must override `scores`."
@@ -373,11 +376,17 @@ def update_masks(updates: dict[PruningWrapper, float]) -> None:
     """Ranks weights and sets their masks.
 
     Every ranking is called once with all tensors that it applies to, so that it
-    may rank over the whole model. Call it outside of `strategy.run`; all
+    may rank over the whole model. A weight whose scores are all equal keeps its
+    mask (`sos.rankings.undecided`). Call it outside of `strategy.run`; all
     replicas get the same bits.
 
     Args:
         updates: The sparsity to reach, by wrapper.
+
+    Warns:
+        UserWarning: If a weight keeps its mask because its scores are all
+            equal, or its sparsity would leave or has left nothing of it. Each
+            weight is named once.
 
     Raises:
         ValueError: If a score is NaN, or scores or masks have a wrong shape or
@@ -415,9 +424,27 @@ def update_masks(updates: dict[PruningWrapper, float]) -> None:
             raise ValueError(
                 f"The masks of {paths} could not be updated: {error}"
             ) from error
-        results.extend(zip(ranked, masks, strict=True))
-    for (wrapper, weight, _), mask in results:
+        unchanged = undecided(ranking, scores, masks)
+        results.extend(zip(ranked, masks, unchanged, strict=True))
+    for (wrapper, weight, _), mask, unchanged in results:
+        if unchanged:
+            mask = weight.state["mask"].value
         wrapper.assign_mask(weight, mask)
+    # Last, as a warning may be an error.
+    left = _any_left([weight for (_, weight, _), _, _ in results])
+    for ((wrapper, weight, sparsity), _, unchanged), any_left in zip(
+        results, left, strict=True
+    ):
+        dead_weights.after_update(
+            wrapper, weight, sparsity, undecided=unchanged, any_left=any_left
+        )
+
+
+def _any_left(weights: Sequence[SparseWeight]) -> list[bool]:
+    # In one transfer from an accelerator.
+    masks = [weight.state["mask"].value for weight in weights]
+    found = [tf.reduce_any(tf.cast(mask, tf.bool)) for mask in masks]
+    return tf.stack(found).numpy().tolist() if found else []
 
 
 def _checked_scores(wrapper: PruningWrapper, weight: SparseWeight) -> Any:
