@@ -28,7 +28,7 @@ _warned: weakref.WeakKeyDictionary[
 ] = weakref.WeakKeyDictionary()
 
 
-def dead_weights(model: keras.layers.Layer) -> list[str]:
+def find_dead_weights(model: keras.layers.Layer) -> list[str]:
     """Returns the paths of the sparse weights that evaluate to zeros alone.
 
     It works for every technique: what counts is the evaluation weight. With a
