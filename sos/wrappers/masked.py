@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from sos import arguments
@@ -431,19 +432,26 @@ def update_masks(updates: dict[PruningWrapper, float]) -> None:
             mask = weight.state["mask"].value
         wrapper.assign_mask(weight, mask)
     # Last, as a warning may be an error.
-    left = _any_left([weight for (_, weight, _), _, _ in results])
     for ((wrapper, weight, sparsity), _, unchanged), any_left in zip(
-        results, left, strict=True
+        results, _any_left(results), strict=True
     ):
         dead_weights.after_update(
             wrapper, weight, sparsity, undecided=unchanged, any_left=any_left
         )
 
 
-def _any_left(weights: Sequence[SparseWeight]) -> list[bool]:
+def _any_left(results: list[tuple]) -> list[bool]:
+    """Returns which masks keep any element after they were set."""
+    found = []
+    for (wrapper, weight, _), mask, unchanged in results:
+        if unchanged or wrapper.cumulative:
+            mask = weight.state["mask"].value
+        found.append(
+            mask.any()
+            if isinstance(mask, np.ndarray)
+            else tf.reduce_any(tf.cast(mask, tf.bool))
+        )
     # In one transfer from an accelerator.
-    masks = [weight.state["mask"].value for weight in weights]
-    found = [tf.reduce_any(tf.cast(mask, tf.bool)) for mask in masks]
     return tf.stack(found).numpy().tolist() if found else []
 
 

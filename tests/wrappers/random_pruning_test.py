@@ -30,6 +30,7 @@ def prune(wrapper, sparsity):
 SHARED = wrap((9, 7))
 
 
+@pytest.mark.filterwarnings("ignore:A sparsity of .* leaves none")
 @hypothesis.settings(max_examples=40)
 @hypothesis.given(
     st.lists(st.floats(0, 1), min_size=1, max_size=6), st.integers(0, 1000)
