@@ -111,11 +111,9 @@ def values(model, *ends):
     return [np.float64(the_only(named, end)) for end in ends]
 
 
-def sample(model, inputs, step=0, **kwargs):
+def sample(model, inputs, **kwargs):
     """Outputs of one training call, as float32."""
-    optimizer = keras.optimizers.SGD()
-    optimizer.iterations.assign(step)
-    with sos.Driver(model, optimizer):
+    with sos.Driver(model, keras.optimizers.SGD()):
         function = tf.function(lambda x: model(x, training=True), **kwargs)
         return np.float32(tf.cast(function(inputs), tf.float32))
 
@@ -164,19 +162,13 @@ def test_equal_tokens_get_noise_of_their_own(make):
             "log_sigma2"
         ].assign(np.full((TOKENS, WIDTH), SILENT))
     x = equal_tokens(make, 3)
-    outputs = sample(model, x)
-    plain = np.float32(plain_model(make)(x))
+    outputs, after = samples(model, x, 2)
+    plain = np.float64(plain_model(make)(x))
     if make is embedding:
-        outputs, plain = outputs - plain, plain - plain
-    assert distinct(np.round(plain.reshape(-1, WIDTH), 4)) == 1
+        outputs, after, plain = outputs - plain, after - plain, plain - plain
+    assert np.ptp(plain.reshape(-1, WIDTH), axis=0).max() < 1e-3
     assert distinct(np.round(outputs.reshape(-1, WIDTH), 2)) == 3 * TOKENS
-    # The same step has the same noise, the next another.
-    again = sample(model, x)
-    if make is embedding:
-        again = again - np.float32(plain_model(make)(x))
-    np.testing.assert_allclose(again, outputs, atol=1e-5)
-    after = sample(model, x, step=1)
-    assert np.abs(after - sample(model, x)).min() > 0
+    assert np.abs(after - outputs).min() > 0
 
 
 def replicas(model, strategy, inputs):
@@ -236,26 +228,26 @@ def attention_moments(model, value_variance, output_variance):
     return outputs, shared + own, shared
 
 
-CONDITIONS = [
-    pytest.param("float32", {}, id="float32"),
-    pytest.param("mixed_bfloat16", {}, id="bfloat16"),
-    pytest.param("mixed_float16", {}, id="float16"),
-    pytest.param(
-        "float32", {"jit_compile": True}, id="jit", marks=pytest.mark.slow
-    ),
-    pytest.param(
-        "mixed_bfloat16",
-        {"jit_compile": True},
-        id="bfloat16-jit",
-        marks=pytest.mark.slow,
-    ),
-]
-
-
-@pytest.mark.parametrize("loaded", [False, True], ids=["new", "loaded"])
-@pytest.mark.parametrize("dtype, options", CONDITIONS)
+@pytest.mark.parametrize(
+    "dtype, loaded, jit_compile",
+    [
+        pytest.param("float32", False, False, id="float32"),
+        pytest.param("float32", True, False, id="loaded"),
+        pytest.param("mixed_bfloat16", False, False, id="bfloat16"),
+        pytest.param("mixed_float16", False, False, id="float16"),
+        pytest.param("float32", True, True, id="jit", marks=pytest.mark.slow),
+        pytest.param("mixed_bfloat16", True, True, id="jit bfloat16"),
+        pytest.param(
+            "mixed_float16",
+            True,
+            True,
+            id="jit float16",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
 def test_attention_has_the_moments_of_the_theory(
-    dtype, options, loaded, tmp_path
+    dtype, loaded, jit_compile, tmp_path
 ):
     plain = plain_model(mha, dtype)
     model = sparsify(plain)
@@ -264,7 +256,7 @@ def test_attention_has_the_moments_of_the_theory(
         model.save(tmp_path / "model.keras")
         model = keras.models.load_model(tmp_path / "model.keras")
     batch = 4_000
-    outputs = sample(model, equal_tokens(mha, batch), **options)
+    outputs = sample(model, equal_tokens(mha, batch), jit_compile=jit_compile)
     mean, variance, covariance = attention_moments(plain, *variances)
     # Of kernels in bfloat16, which have 8 bits.
     bias = 0.0 if dtype == "float32" else 0.03
@@ -281,7 +273,7 @@ def test_attention_over_many_steps_has_the_moments_of_the_theory():
     plain = plain_model(mha)
     model = sparsify(plain)
     variances = make_noisy(model, "value/kernel", "output/kernel")
-    outputs = samples(model, equal_tokens(mha, 1), 2_000)[:, 0, 0]
+    outputs = samples(model, equal_tokens(mha, 1), 1_000)[:, 0, 0]
     mean, variance, _ = attention_moments(plain, *variances)
     assert_moments(outputs, mean, variance)
     # One step knows nothing of the next.
@@ -293,7 +285,7 @@ def test_attention_over_many_steps_has_the_moments_of_the_theory():
 def slope_squares(model, x, end):
     """Outputs of a plain model, and squared derivatives by one weight."""
     variable = the_only({v.path: v for v in model.trainable_variables}, end)
-    with tf.GradientTape() as tape:
+    with tf.GradientTape(persistent=True) as tape:
         outputs = model(x)[0]
     slopes = tape.jacobian(outputs, variable.value, experimental_use_pfor=False)
     return np.float64(outputs), np.float64(slopes) ** 2
