@@ -11,6 +11,7 @@ with startup.quiet():
         Schedule,
     )
 
+from sos import keras_uses as keras_uses
 from sos.arguments import REQUIRED
 from sos.callbacks import SparsityCallback
 from sos.driver import Driver, set_all
@@ -26,8 +27,10 @@ from sos.registry import (
 )
 from sos.report import SparsityReport, sparsity_report
 from sos.surgery import sparsify, strip
+from sos.uses import LinearMap, LookUp, Use, check_use, register_use
 from sos.version import __version__
 from sos.wrappers.base import SparseWrapper
+from sos.wrappers.effective import frozen, sampled
 from sos.wrappers.fixed_mask import FixedMask
 from sos.wrappers.l0 import L0Regularization
 from sos.wrappers.magnitude import MagnitudePruning
@@ -46,7 +49,9 @@ __all__ = [
     "Driver",
     "FixedMask",
     "L0Regularization",
+    "LinearMap",
     "LinearRamp",
+    "LookUp",
     "MagnitudePruning",
     "MaskedWrapper",
     "PenalizedWrapper",
@@ -63,12 +68,17 @@ __all__ = [
     "SparseWrapper",
     "SparsityCallback",
     "SparsityReport",
+    "Use",
     "VariationalDropout",
     "__version__",
     "call_label",
+    "check_use",
     "export_model",
+    "frozen",
     "hyperparameters",
     "register",
+    "register_use",
+    "sampled",
     "select_hyperparameters",
     "set_all",
     "sparsify",

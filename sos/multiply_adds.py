@@ -1,165 +1,114 @@
-"""How often each weight of a model is used for one example."""
+"""Counts how often each weight of a model is used for one example."""
 
+import functools
 import inspect
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import keras
 
-from sos.wrappers.base import core
-from sos.wrappers.selection import why_dense
-
-_CONV = (
-    keras.layers.Conv1D,
-    keras.layers.Conv2D,
-    keras.layers.Conv3D,
-    keras.layers.DepthwiseConv1D,
-    keras.layers.DepthwiseConv2D,
-    keras.layers.SeparableConv1D,
-    keras.layers.SeparableConv2D,
-)
-_RECURRENT = (
-    keras.layers.SimpleRNN,
-    keras.layers.LSTM,
-    keras.layers.GRU,
-)
-_CONV_TRANSPOSE = (
-    keras.layers.Conv1DTranspose,
-    keras.layers.Conv2DTranspose,
-    keras.layers.Conv3DTranspose,
-)
+from sos import keras_compat, uses
+from sos.wrappers.sparse_layer import is_unit, plain_class, plain_weights
 
 
 def uses_by_variable(
-    model: keras.Model, layers: list[keras.layers.Layer]
+    model: keras.layers.Layer, inputs: Any = None
 ) -> dict[int, int]:
-    """How many multiply-adds each element of a weight takes part in.
+    """Counts the multiply-adds that each element of a weight takes part in.
 
-    A layer that is called several times counts several times. Borders are
-    counted as if they were not padded away, as is usual.
+    They come from the registered descriptions of calls (`sos.register_use`). A
+    layer that is called several times counts several times, and so do layers
+    inside others. Borders are counted as if they were not padded away, as is
+    usual.
 
     Args:
-        model: A Sequential or functional model.
-        layers: The layers in it, or in models in it, to look at.
+        model: A model that knows its inputs, or was built from shapes.
+        inputs: Inputs to count for, of any batch size; by default of the sizes
+            that the model knows.
 
     Returns:
         The numbers for one example by `id` of the weight, without those that
-        are not known: of layers of an unknown kind, or for inputs of unknown
-        size.
+        are not known: of layers that are not described, or for inputs of
+        unknown size.
     """
     result: dict[int, int | None] = {}
 
-    def count(layer: Any, inputs: list, outputs: Any) -> None:
-        for variable in layer.weights:
-            if why_dense(variable) is not None:
-                continue
-            before = result.get(id(variable), 0)
-            times = _known_uses(layer, variable, inputs, outputs)
+    def count(described: list[uses.Use]) -> None:
+        for use in described:
+            before = result.get(id(use.weight), 0)
+            times = use.positions()
             known = times is not None and before is not None
-            result[id(variable)] = before + times if known else None
+            result[id(use.weight)] = before + times if known else None
 
-    # With a batch size of its own, as Keras would else take the shapes that it
-    # remembers and not go through the layers.
-    inputs = [
-        keras.KerasTensor((1, *x.shape[1:]), dtype=x.dtype)
-        for x in model.inputs
-    ]
     try:
-        with _observed(layers, count):
-            model.compute_output_spec(inputs)
-    except (ValueError, TypeError):
-        # A model whose operations have another batch size written into them.
+        with _observed(model, count):
+            _trace(model, inputs)
+    except Exception:
+        # The code of a model may need more than a batch of one example of a
+        # guessed dtype. A count is not worth an error.
         return {}
     return {key: times for key, times in result.items() if times is not None}
 
 
+def _trace(model: keras.layers.Layer, inputs: Any) -> None:
+    """Calls a model symbolically on one example."""
+    if inputs is None:
+        inputs = getattr(model, "input", None)
+    if inputs is not None:
+        inputs = keras.tree.map_structure(_one, inputs)
+        # That of `keras.Operation` goes through all calls.
+        keras.Operation.compute_output_spec(model, inputs)
+        return
+    shapes = model.get_build_config()
+    if not shapes:
+        return
+    names = list(inspect.signature(model.call).parameters)
+    if list(shapes) == ["input_shape"]:
+        shapes = {names[0]: shapes["input_shape"]}
+    arguments = {
+        name.removesuffix("_shape"): _one(keras.KerasTensor(shape))
+        for name, shape in shapes.items()
+    }
+    keras.Operation.compute_output_spec(model, **arguments)
+
+
+def _one(tensor: Any) -> keras.KerasTensor:
+    dtype = keras.backend.standardize_dtype(tensor.dtype)
+    return keras.KerasTensor((1, *tensor.shape[1:]), dtype=dtype)
+
+
 @contextmanager
-def _observed(
-    layers: list[keras.layers.Layer], count: Callable
-) -> Iterator[None]:
-    """Hands the shapes of every symbolic call of a layer to `count`."""
+def _observed(model: keras.layers.Layer, count: Callable) -> Iterator[None]:
+    """Hands the descriptions of all calls in a model to `count`."""
+    layers = list(_units(model, set()))
 
-    def observe(layer: keras.layers.Layer) -> Callable:
-        compute = layer.compute_output_spec
-        signature = inspect.signature(core(layer).call)
-
+    def observe(layer: keras.layers.Layer, call: Callable) -> Callable:
+        @functools.wraps(call)
         def observed(*args: Any, **kwargs: Any) -> Any:
-            outputs = compute(*args, **kwargs)
-            kwargs.pop("training", None)
-            given = signature.bind(*args, **kwargs).arguments.values()
-            count(core(layer), [_shapes(x) for x in given], _shapes(outputs))
-            return outputs
+            given = {k: v for k, v in kwargs.items() if k != "training"}
+            count(uses.describe(plain_class(layer), layer, *args, **given))
+            return call(*args, **kwargs)
 
         return observed
 
     try:
         for layer in layers:
-            layer.compute_output_spec = observe(layer)
+            object.__setattr__(layer, "call", observe(layer, layer.call))
         yield
     finally:
         for layer in layers:
-            vars(layer).pop("compute_output_spec", None)
+            vars(layer).pop("call", None)
 
 
-def _shapes(value: Any) -> Any:
-    return keras.tree.map_structure(lambda x: getattr(x, "shape", None), value)
-
-
-def _known_uses(
-    layer: keras.layers.Layer, variable: Any, inputs: list, outputs: Any
-) -> int | None:
-    try:
-        return _uses(layer, variable, inputs, outputs)
-    except (TypeError, IndexError, AttributeError):
-        # A None among the sizes, or shapes of another form than foreseen.
-        return None
-
-
-def _uses(
-    layer: keras.layers.Layer, variable: Any, inputs: list, outputs: Any
-) -> int | None:
-    """The number for one call; `inputs` are the shapes by argument."""
-    if isinstance(layer, keras.layers.Embedding):
-        return 0
-    if isinstance(layer, _CONV_TRANSPOSE):
-        return math.prod(_positions(layer, inputs[0]))
-    if isinstance(layer, _CONV):
-        return math.prod(_positions(layer, outputs))
-    if isinstance(layer, keras.layers.Dense):
-        return math.prod(outputs[1:-1])
-    if isinstance(layer, keras.layers.EinsumDense):
-        data, _, kernel = layer.equation.partition("->")[0].partition(",")
-        head, _, tail = data.partition("...")
-        between = len(inputs[0]) - len(head) - len(tail)
-        axes = [*head, *["..."] * between, *tail]
-        return math.prod(
-            size
-            for axis, size in list(zip(axes, inputs[0], strict=True))[1:]
-            if axis not in kernel
-        )
-    if isinstance(layer, keras.layers.TimeDistributed):
-        inner = [_without_time(inputs[0])]
-        each = _uses(layer.layer, variable, inner, _without_time(outputs))
-        return None if each is None else inputs[0][1] * each
-    if isinstance(layer, keras.layers.MultiHeadAttention):
-        of_value = any(
-            f"/{name}/" in variable.path for name in ("key", "value")
-        )
-        return math.prod(inputs[1 if of_value else 0][1:-1])
-    if isinstance(layer, keras.layers.Bidirectional):
-        layer = layer.forward_layer
-    if isinstance(layer, _RECURRENT):
-        return inputs[0][1]
-    return None
-
-
-def _positions(layer: Any, shape: tuple) -> tuple:
-    if layer.data_format == "channels_first":
-        return shape[2:]
-    return shape[1:-1]
-
-
-def _without_time(shape: tuple) -> tuple:
-    return (shape[0], *shape[2:])
+def _units(
+    layer: keras.layers.Layer, seen: set[int]
+) -> Iterator[keras.layers.Layer]:
+    if id(layer) in seen:
+        return
+    seen.add(id(layer))
+    if uses.describer(plain_class(layer)) is not None and plain_weights(layer):
+        yield layer
+    if not is_unit(layer):
+        for inner in keras_compat.sublayers(layer):
+            yield from _units(inner, seen)

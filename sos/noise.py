@@ -56,6 +56,29 @@ def current_label() -> str:
     return getattr(_scope, "label", "")
 
 
+@contextlib.contextmanager
+def posterior_sample(seed: int | tf.Tensor) -> Iterator[None]:
+    """Draws noise by the number of a sample, in the place of a step.
+
+    Args:
+        seed: The number, an integer or int32 scalar.
+
+    Yields:
+        Nothing.
+    """
+    outer = current_sample()
+    _scope.sample = tf.cast(seed, tf.int32)
+    try:
+        yield
+    finally:
+        _scope.sample = outer
+
+
+def current_sample() -> tf.Tensor | None:
+    """Returns the number of the open `posterior_sample`, if any."""
+    return getattr(_scope, "sample", None)
+
+
 def text_id(text: str) -> int:
     """A 31-bit number that is the same for a text in every process."""
     digest = hashlib.blake2s(text.encode(), digest_size=4).digest()

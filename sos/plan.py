@@ -1,6 +1,6 @@
-"""Plans which layers of a model are wrapped, and with which technique."""
+"""Plans which weights of a model get which technique."""
 
-import functools
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,8 +10,10 @@ import keras
 from sos import arguments
 from sos.errors import ArgumentError, UsageError
 from sos.registry import get_technique
+from sos.wrappers import selection
 from sos.wrappers.base import LAYER_ARGUMENTS, SparseWrapper
-from sos.wrappers.selection import unique, why_dense
+from sos.wrappers.selection import dense_reasons, unique
+from sos.wrappers.sparse_layer import owners
 
 Rule = None | type | str | Mapping[str, Any]
 Rules = Mapping[str, Rule] | Sequence[tuple[str, Rule]]
@@ -38,17 +40,20 @@ class Notes:
         return self._notes.get(id(variable))
 
 
-class WrapSpec:
-    """One wrapper to be put around a layer."""
+@dataclasses.dataclass
+class Assignment:
+    """One technique for weights of one layer.
 
-    def __init__(self, technique: type, arguments: dict[str, Any]) -> None:
-        self.technique = technique
-        self.arguments = arguments
-        self.paths: dict[int, str] = {}
+    Attributes:
+        technique: The class of the technique.
+        arguments: The arguments of its constructor.
+        paths: The paths of the weights by their position in
+            `sparse_layer.owners` of the model.
+    """
 
-    def wrap(self, layer: keras.layers.Layer) -> SparseWrapper:
-        """Puts the wrapper around a layer."""
-        return self.technique(layer, paths=self.paths, **self.arguments)
+    technique: type
+    arguments: dict[str, Any]
+    paths: dict[int, str] = dataclasses.field(default_factory=dict)
 
 
 def make_plan(
@@ -56,7 +61,7 @@ def make_plan(
     technique: type | str | None,
     rules: Rules | None,
     hyperparameters: dict[str, Any],
-) -> tuple[dict[int, list[WrapSpec]], Notes]:
+) -> tuple[list[Assignment], Notes]:
     """Chooses a technique, or a reason to stay dense, for every weight.
 
     Args:
@@ -66,7 +71,7 @@ def make_plan(
         hyperparameters: As for `sparsify`.
 
     Returns:
-        The wrappers of each layer by its id, and why weights stay dense.
+        What is to be attached, and why weights stay dense.
 
     Raises:
         UsageError: If a value is invalid, or rules and model do not fit.
@@ -86,73 +91,58 @@ def make_plan(
         for pattern, rule in rules.items()
     }
     notes = Notes()
-    plan: dict[int, list[WrapSpec]] = {}
     used: dict[str, list[str]] = {pattern: [] for pattern in rules}
-    eligible: list[str] = []
-    chosen: list[tuple[WrapSpec, int, int]] = []
-    owners: dict[int, keras.layers.Layer] = {}
-    for layer in leaves(model):
-        trainable = {id(v) for v in layer.trainable_weights}
-        specs: dict[int, WrapSpec] = {}
-        for index, variable in enumerate(layer.weights):
-            owner = owners.setdefault(id(variable), layer)
-            if owner is not layer:
-                raise UsageError(
-                    f"The layers {owner.name!r} and {layer.name!r} share the "
-                    f"weight {variable.path!r}, which copies or wrappers of "
-                    "two layers could not. Use one layer object in both "
-                    "places, or a subclassed model, which is wrapped as a "
-                    "whole."
-                )
-            reason = why_dense(variable)
-            if id(variable) not in trainable:
-                reason = "not trainable"
-            if reason is not None:
-                notes.add(variable, reason)
-                continue
-            # Without the model's own name, which Keras may have made up.
-            path = variable.path.removeprefix(f"{model.name}/")
-            eligible.append(path)
-            matches = [p for p in rules if re.search(p, path)]
-            if len(matches) > 1:
-                raise UsageError(
-                    f"More than one rule matches the weight {path!r}: "
-                    f"{matches}. Make the regular expressions narrower."
-                )
-            choice = default
-            if matches:
-                used[matches[0]].append(path)
-                choice = resolved[matches[0]]
-            if choice is None:
-                rule = f"rule {matches[0]!r}" if matches else "no rule"
-                notes.add(variable, f"left dense by {rule}")
-                continue
-            # Weights of one layer with the same rule share a wrapper.
-            spec = specs.setdefault(id(choice), WrapSpec(*choice))
-            chosen.append((spec, index, len(eligible) - 1))
-            if layer is model or not _is_keras_layer(layer):
-                notes.add(
-                    variable, f"{type(layer).__name__} wrapped as a whole"
-                )
-        if specs:
-            plan[id(layer)] = list(specs.values())
+    eligible: dict[int, str] = {}
+    assignments: dict[tuple[int, int], Assignment] = {}
+    reasons = dense_reasons(model)
+    can_be_sparse = selection.eligible(model)
+    for position, (owner, variable) in enumerate(owners(model)):
+        reason = reasons.get(id(variable))
+        if id(variable) not in can_be_sparse:
+            reason = "not trainable"
+        if reason is not None:
+            notes.add(variable, reason)
+            continue
+        # Without the model's own name, which Keras may have made up.
+        path = variable.path.removeprefix(f"{model.name}/")
+        eligible[position] = path
+        matches = [p for p in rules if re.search(p, path)]
+        if len(matches) > 1:
+            raise UsageError(
+                f"More than one rule matches the weight {path!r}: "
+                f"{matches}. Make the regular expressions narrower."
+            )
+        choice = default
+        if matches:
+            used[matches[0]].append(path)
+            choice = resolved[matches[0]]
+        if choice is None:
+            rule = f"rule {matches[0]!r}" if matches else "no rule"
+            notes.add(variable, f"left dense by {rule}")
+            continue
+        # Weights of one layer with the same rule share a technique.
+        key = (id(owner), id(choice))
+        assignment = assignments.setdefault(key, Assignment(*choice))
+        assignment.paths[position] = path
     # Two nested models may hold layers of equal names.
-    names = unique(dict(enumerate(eligible)))
-    for spec, index, place in chosen:
-        spec.paths[index] = names[place]
+    names = unique(eligible)
+    for assignment in assignments.values():
+        for position in assignment.paths:
+            assignment.paths[position] = names[position]
     for pattern, paths in used.items():
         if not paths:
             raise UsageError(
                 f"The rule {pattern!r} matches none of the trainable weights "
-                f"of rank 2 or more, which are: {eligible}"
+                f"of rank 2 or more, which are: {list(eligible.values())}"
             )
-    if not plan:
+    if not assignments:
         raise UsageError(
             f"Nothing in the model {model.name!r} is left to make sparse. "
-            f"Its trainable weights of rank 2 or more: {eligible}. "
+            "Its trainable weights of rank 2 or more: "
+            f"{list(eligible.values())}. "
             f"Received: technique={technique!r}, rules={rules!r}"
         )
-    return plan, notes
+    return list(assignments.values()), notes
 
 
 def _as_dict(rules: Rules | None) -> dict[str, Rule]:
@@ -245,7 +235,7 @@ def _resolve(
     _check_names(technique, values)
     full = technique.resolve_hyperparameters(values, inherited)
     _check_complete(technique, full, {**inherited, **values})
-    # The constructor checks the values before any layer is wrapped. This layer
+    # The constructor checks the values before a layer is changed. This layer
     # has a name, so as not to use up one of Keras's automatic names.
     technique(keras.layers.Dense(1, name="check"), **full)
     return technique, full
@@ -290,33 +280,3 @@ def _check_complete(
             f"{technique.__name__} needs {arguments.quoted(missing)}. "
             f"Received: {arguments.received(received) or 'nothing'}"
         )
-
-
-@functools.cache
-def _functional_class() -> type:
-    # Keras does not export the class of functional models.
-    inputs = keras.Input((1,), name="check_input")
-    return type(keras.Model(inputs, inputs, name="check"))
-
-
-def can_take_apart(layer: Any) -> bool:
-    """Returns whether a model is nothing but a list or graph of layers."""
-    return any(
-        isinstance(layer, cls) and type(layer).call is cls.call
-        for cls in (keras.Sequential, _functional_class())
-    )
-
-
-def _is_keras_layer(layer: keras.layers.Layer) -> bool:
-    return type(layer).__module__.split(".")[0] == "keras"
-
-
-def leaves(model: keras.Model) -> list[keras.layers.Layer]:
-    """Returns the layers that are wrapped one by one, each once, in order."""
-    if not can_take_apart(model):
-        return [model]
-    layers: dict[int, keras.layers.Layer] = {}
-    for layer in model.layers:
-        for leaf in leaves(layer):
-            layers[id(leaf)] = leaf
-    return list(layers.values())

@@ -12,11 +12,12 @@ import rich.box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
+from sos import keras_compat, uses
 from sos.files import atomic_write
 from sos.multiply_adds import uses_by_variable
-from sos.plan import can_take_apart, leaves
 from sos.wrappers.base import find_wrappers
-from sos.wrappers.selection import why_dense
+from sos.wrappers.selection import dense_reasons
+from sos.wrappers.sparse_layer import owners, plain_class
 
 #: The keys of a row, in order.
 FIELDS = (
@@ -171,7 +172,9 @@ class SparsityReport:
         return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
-def sparsity_report(model: keras.layers.Layer) -> SparsityReport:
+def sparsity_report(
+    model: keras.layers.Layer, inputs: Any = None
+) -> SparsityReport:
     """Reports the sparsity of every weight of a model.
 
     Nonzeros are those of the evaluation weights: of log alpha and threshold
@@ -179,6 +182,9 @@ def sparsity_report(model: keras.layers.Layer) -> SparsityReport:
 
     Args:
         model: A Keras 3 model or layer, sparse or plain, built.
+        inputs: Arrays or symbolic tensors for which multiply-adds are counted,
+            as the model takes them. By default those of one example of the
+            sizes that the model knows; a language model knows no length.
 
     Returns:
         The report.
@@ -200,15 +206,14 @@ def sparsity_report(model: keras.layers.Layer) -> SparsityReport:
     sparse = {}
     state = set()
     for wrapper in find_wrappers(model):
-        own = {id(v) for v in wrapper.weights}
-        state |= own - {id(v) for v in wrapper.layer.weights}
+        state |= {id(v) for v in keras_compat.own_variables(wrapper)}
         for weight, value in wrapper.evaluation_weights().items():
             sparse[id(weight.variable)] = (wrapper, weight, value)
-    number_of_uses = {}
-    if can_take_apart(model):
-        number_of_uses = uses_by_variable(model, leaves(model))
+    number_of_uses = uses_by_variable(model, inputs)
+    whole = _sampled_as_a_whole(model)
     notes = getattr(model, "sparsity_notes", None)
     trainable = {id(v) for v in model.trainable_weights}
+    reasons = dense_reasons(model)
     rows = []
     for variable in model.weights:
         if id(variable) in state:
@@ -217,8 +222,14 @@ def sparsity_report(model: keras.layers.Layer) -> SparsityReport:
             id(variable), (None, None, variable)
         )
         note = notes.get(variable) if notes is not None else None
-        if note is None and wrapper is None:
-            note = _reason(variable, id(variable) in trainable)
+        if wrapper is not None:
+            samples = wrapper.samples_outputs and id(variable) in whole
+            note = "sampled as a whole" if samples else None
+        elif note is None:
+            unwrapped = (
+                "not wrapped" if id(variable) in trainable else "not trainable"
+            )
+            note = reasons.get(id(variable), unwrapped)
         path = weight.path if weight is not None else variable.path
         # Whether Keras puts it there depends on how the model was made.
         path = path.removeprefix(f"{model.name}/")
@@ -245,9 +256,19 @@ def sparsity_report(model: keras.layers.Layer) -> SparsityReport:
     return SparsityReport(model.name, rows)
 
 
-def _reason(variable: keras.Variable, trainable: bool) -> str:
-    unwrapped = "not wrapped" if trainable else "not trainable"
-    return why_dense(variable) or unwrapped
+def _sampled_as_a_whole(model: keras.layers.Layer) -> set[int]:
+    """Returns the weights whose use by their layer is not described."""
+    return {
+        id(variable)
+        for owner, variable in owners(model)
+        if uses.describer(plain_class(owner)) is None
+        or isinstance(
+            owner,
+            keras.layers.RNN
+            | keras.layers.SeparableConv1D
+            | keras.layers.SeparableConv2D,
+        )
+    }
 
 
 def _is_vector(row: dict[str, Any]) -> bool:

@@ -13,11 +13,14 @@ from typing import Any
 import keras
 import numpy as np
 
-from sos.plan import can_take_apart
-from sos.surgery import SparseModel
 from sos.training.checkpoints import canonical_path, variable_specs
 from sos.training.optimizers import traced_config
 from sos.wrappers.base import SparseWrapper
+from sos.wrappers.sparse_layer import (
+    SparseLayer,
+    graph_classes,
+    plain_class,
+)
 
 
 class _Unknown:
@@ -81,20 +84,28 @@ def _layer_properties(layer: keras.layers.Layer) -> dict[str, Any]:
     if config is None or not _is_complete(config, layer):
         return {**properties, "config": _Unknown()}
     ignored = set()
-    if isinstance(layer, keras.layers.Wrapper):
+    if isinstance(layer, keras.layers.Wrapper | SparseWrapper):
         # Wrapped layers are compared by themselves.
         ignored.add("layer")
-    if isinstance(layer, SparseModel):
-        ignored.add("wrapper")
+    if isinstance(layer, SparseLayer):
+        # So are techniques.
+        ignored.add("sparse")
     if isinstance(layer, SparseWrapper):
         # Schedules are not traced, and some hyperparameters are variables.
         ignored |= {"schedule", "ranking", *layer.settings.values()}
-    if not _is_users(type(layer)):
+    if not _is_users(plain_class(layer)):
         # A seed in a variable. A user's layer may have traced it.
         ignored.add("seed")
     if _is_graph(layer, config):
         config = {**config, **_graph(layer, config)}
     return {**properties, **_plain(config, ignored)}
+
+
+def _is_only_a_graph(cls: type) -> bool:
+    return any(
+        issubclass(cls, base) and cls.call is base.call
+        for base in graph_classes()
+    )
 
 
 def _is_users(cls: type) -> bool:
@@ -108,7 +119,7 @@ def _is_complete(config: Mapping[str, Any], instance: Any) -> bool:
     Keras's.
     """
     arguments = set()
-    for cls in itertools.takewhile(_is_users, type(instance).__mro__):
+    for cls in itertools.takewhile(_is_users, plain_class(instance).__mro__):
         if "__init__" in vars(cls):
             arguments |= {
                 parameter.name
@@ -126,7 +137,7 @@ def _is_graph(instance: Any, config: Mapping[str, Any]) -> bool:
     """Returns whether a configuration lists the operations of a model."""
     operations = config.get("layers")
     return (
-        can_take_apart(instance)
+        _is_only_a_graph(plain_class(instance))
         and isinstance(operations, list)
         and all(
             isinstance(operation, dict) and "class_name" in operation

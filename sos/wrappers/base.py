@@ -9,10 +9,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from sos import arguments, noise
+from sos import arguments, keras_compat, noise
 from sos.clock import Clock
 from sos.errors import ArgumentError, UsageError
-from sos.wrappers import calling, selection
+from sos.uses import LinearMap, LookUp
+from sos.wrappers import calling, selection, sparse_layer
+from sos.wrappers.effective import effective_value
 from sos.wrappers.settings import Settings
 from sos.wrappers.sparse_weight import SparseWeight, SparseWeights
 
@@ -20,16 +22,19 @@ from sos.wrappers.sparse_weight import SparseWeight, SparseWeights
 LAYER_ARGUMENTS = ("include", "paths", "name", "trainable")
 
 
-class SparseWrapper(keras.layers.Wrapper):
-    """Runs a layer with effective weights in the place of its own.
+class SparseWrapper(keras.layers.Layer):
+    """Makes weights of a layer sparse; the base of all techniques.
 
-    The wrapped layer's weights stay dense variables. In a call the layer sees
-    effective weights that the technique computes from them, through
+    The layer's weights stay dense variables. In a call the layer sees effective
+    weights that the technique computes from them, through
     `keras.StatelessScope`: pruned weights may come back, and the gradient of a
     weight is that of the effective one.
 
-    A technique overrides `build_weight`, `training_weight` and
-    `evaluation_weight`, and if it adds to the loss, `penalty`.
+    A technique is a wrapper around a layer, as in
+    `sos.MagnitudePruning(keras.layers.Dense(8), sparsity=0.9)`, or part of one
+    that `sos.sparsify` made sparse, in `layer.techniques`. It overrides
+    `build_weight`, `training_weight` and `evaluation_weight`, and where it
+    samples outputs rather than weights, `use_output`.
 
     Args:
         layer: The Keras 3 layer (or model) to wrap. Wrap an RNN, not its cell.
@@ -50,6 +55,10 @@ class SparseWrapper(keras.layers.Wrapper):
     #: Whether training calls need the step of a bound clock.
     needs_clock = True
 
+    #: Whether `training_weight` draws from a distribution of the weight, which
+    #: `sos.sampled` draws from too.
+    has_posterior = False
+
     def __init__(
         self,
         layer: keras.layers.Layer,
@@ -59,13 +68,15 @@ class SparseWrapper(keras.layers.Wrapper):
         name: str | None = None,
         **kwargs: Any,
     ) -> None:
+        owner = layer if isinstance(layer, sparse_layer.Owner) else None
+        layer = owner.layer if owner else layer
         _check_layer(layer, type(self).__name__)
         # With a float32 policy and no autocasting, the dense weights are read
         # here in the dtype in which they are stored, and the wrapped layer
         # opens a scope of its own policy. The inputs pass untouched.
         unknown = set(kwargs) - {"trainable"}
         if unknown:
-            known = arguments.defaults(type(self), keras.layers.Wrapper)
+            known = arguments.defaults(type(self), keras.layers.Layer)
             raise ArgumentError(
                 f"{type(self).__name__} has no argument "
                 f"{', '.join(map(repr, sorted(unknown)))}. "
@@ -74,17 +85,15 @@ class SparseWrapper(keras.layers.Wrapper):
         # Keras reads the signature of `call` when the layer is made.
         self.call = calling.call_like(self, layer)
         super().__init__(
-            layer,
             name=name or layer.name,
             dtype="float32",
             autocast=False,
             **kwargs,
         )
-        # A layer made under `keras.RematScope` would get no gradients of the
-        # weights that a call maps in: this one is computed again in its place.
-        for inner in layer._flatten_layers():
-            self._remat_mode = self._remat_mode or inner._remat_mode
-            inner._remat_mode = None
+        if owner is None:
+            self.layer = layer
+        else:
+            self._owner = owner
         self.include = selection.check_patterns(include)
         self._paths = None
         if paths is not None:
@@ -168,6 +177,48 @@ class SparseWrapper(keras.layers.Wrapper):
         """
         return self.training_weight(weight)
 
+    def use_output(
+        self, weight: SparseWeight, use: LinearMap | LookUp
+    ) -> tf.Tensor | None:
+        """The outputs of a call in training whose use of a weight is known.
+
+        A technique overrides it to sample outputs in the place of weights.
+
+        Args:
+            weight: The weight.
+            use: What the call does with it.
+
+        Returns:
+            The outputs of the call, through `use.finish`; None to make the call
+            with `training_weight`.
+        """
+        return None
+
+    def assigned_weight(
+        self, weight: SparseWeight, value: tf.Tensor
+    ) -> tf.Tensor:
+        """The dense weight after a layer assigned to its effective one.
+
+        Layers that project a weight in their `call`, such as
+        `keras.layers.SpectralNormalization`, do that.
+
+        Args:
+            weight: The weight.
+            value: What the layer assigned.
+
+        Returns:
+            A tensor of the weight's shape.
+
+        Raises:
+            UsageError: If the technique cannot take a value back.
+        """
+        raise UsageError(
+            f"The layer {self.layer.name!r} assigns to its weight "
+            f"{weight.path} in its call. {type(self).__name__} cannot turn a "
+            "sample of a weight back into its parameters. Leave this weight "
+            "dense by a rule, or use a technique with masks."
+        )
+
     def weights_changed(self) -> None:
         """Called after the dense weights were set from another model."""
 
@@ -176,6 +227,16 @@ class SparseWrapper(keras.layers.Wrapper):
         return None
 
     # What a technique uses.
+
+    @property
+    def attached(self) -> bool:
+        """Whether the technique is part of its layer, not a wrapper."""
+        return "_owner" in vars(self)
+
+    @property
+    def samples_outputs(self) -> bool:
+        """Whether the technique overrides `use_output`."""
+        return type(self).use_output is not SparseWrapper.use_output
 
     @property
     def sparse_weights(self) -> tuple[SparseWeight, ...]:
@@ -268,6 +329,10 @@ class SparseWrapper(keras.layers.Wrapper):
         Returns:
             A key for `tf.random.stateless_*`, int32 of shape [2].
         """
+        sample = noise.current_sample()
+        if sample is not None:
+            name = f"{weight.path}:{kind}:posterior"
+            return noise.key(self.setting("seed"), name, sample)
         label = noise.current_label() if per_call else ""
         return noise.key(
             self.setting("seed"),
@@ -285,17 +350,8 @@ class SparseWrapper(keras.layers.Wrapper):
                 args = (kwargs.pop(first),)
         if not self.sparse_weights:
             if not calling.fully_built(self.layer):
-                # Keras hands a wrapper's `build` the first shape alone, but
-                # attention needs all of them by name. Calling the layer on
-                # symbolic inputs builds it as Keras would without the wrapper.
-                self.layer(
-                    *keras.tree.map_structure(calling.symbolic, args),
-                    **{
-                        name: keras.tree.map_structure(calling.symbolic, value)
-                        for name, value in kwargs.items()
-                        if name != "training"
-                    },
-                )
+                # Keras hands `build` the first shape alone.
+                calling.build_symbolically(self.layer, args, kwargs)
             # Not left to Keras, which may hold a loaded layer for built.
             self.build()
         return super().__call__(*args, **kwargs)
@@ -312,22 +368,24 @@ class SparseWrapper(keras.layers.Wrapper):
         """
         if not self.layer.built:
             self.layer.build(input_shape)
-        weights = core(self.layer).weights
+        weights = sparse_layer.plain_weights(core(self.layer))
         if self._paths is None:
             self._paths = self._choose_paths()
         self._sparse.items = [
-            SparseWeight(weights[index], path)
+            SparseWeight(weights[index], path, self)
             for index, path in self._paths.items()
         ]
         self.settings.build(self)
         for weight in self.sparse_weights:
             self.build_weight(weight)
         self.weights_changed()
+        if not self.attached:
+            sparse_layer.bind(self.layer, self.sparse_weights)
 
     def call(
         self, inputs: Any, *args: Any, training: bool = False, **kwargs: Any
     ) -> Any:
-        """Calls the wrapped layer with effective weights.
+        """Calls the wrapped layer, which reads effective weights.
 
         Args:
             inputs: First input of the wrapped layer.
@@ -342,78 +400,32 @@ class SparseWrapper(keras.layers.Wrapper):
             RuntimeError: In training, if no driver has bound the clock.
         """
         if training:
-            self._check_driven()
-            return self.training_call(inputs, *args, training=True, **kwargs)
-        return self.call_layer(
-            self.evaluation_weights(), inputs, *args, training=False, **kwargs
-        )
-
-    def training_call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Calls the wrapped layer as in training; arguments as in `call`.
-
-        A technique overrides it if effective weights alone do not do.
-        """
-        effective = {
-            weight: self.training_weight(weight)
-            for weight in self.sparse_weights
-        }
-        return self.call_layer(effective, inputs, *args, **kwargs)
+            self.check_driven()
+        return self.layer(inputs, *args, training=bool(training), **kwargs)
 
     def evaluation_weights(self) -> dict[SparseWeight, tf.Tensor]:
         """The effective weights in evaluation, in the dtypes of the weights."""
         return {
-            weight: tf.cast(self.evaluation_weight(weight), weight.value.dtype)
+            weight: effective_value(weight, training=False)
             for weight in self.sparse_weights
         }
 
-    def call_layer(
-        self,
-        effective: Mapping[SparseWeight, tf.Tensor],
-        inputs: Any,
-        *args: Any,
-        zeroed: Sequence[keras.Variable] = (),
-        collect_losses: bool = True,
-        **kwargs: Any,
-    ) -> Any:
-        """Calls the wrapped layer with other values for some of its weights.
+    def check_driven(self) -> None:
+        """Raises if a call in training would not count.
 
-        Args:
-            effective: The values by weight.
-            inputs: First input of the wrapped layer.
-            *args: Its other inputs.
-            zeroed: Variables that the layer is to see as zeros.
-            collect_losses: Whether losses that the layer adds in the call, such
-                as activity regularisation, are handed on.
-            **kwargs: Its other keyword arguments.
-
-        Returns:
-            The wrapped layer's outputs.
+        Raises:
+            RuntimeError: If no driver has bound the clock.
         """
-        # All variables are mapped, not only the replaced ones: the innermost
-        # scope hides the mappings of the scopes around it.
-        mapping = {id(v): (v, v.value) for v in self.layer.variables}
-        for weight, value in effective.items():
-            mapping[id(weight.variable)] = (weight.variable, value)
-        for variable in zeroed:
-            mapping[id(variable)] = (variable, tf.zeros_like(variable.value))
-        scope = keras.StatelessScope(
-            state_mapping=list(mapping.values()), collect_losses=collect_losses
-        )
-        given = {
-            name: scope.get_current_value(variable)
-            for name, (variable, _) in mapping.items()
-        }
-        with scope:
-            outputs = self.layer(inputs, *args, **kwargs)
-        # What the call assigned (batch statistics, states of generators) was
-        # kept in the scope and has to reach the variables.
-        for variable in self.layer.non_trainable_variables:
-            value = scope.get_current_value(variable)
-            if value is not None and value is not given.get(id(variable)):
-                variable.assign(value)
-        for loss in scope.losses:
-            self.add_loss(loss)
-        return outputs
+        if self.needs_clock and not self.clock.bound:
+            raise RuntimeError(
+                f"The layer {self.name!r} ({type(self).__name__}) was called "
+                "in training, but nothing drives its clock, so that it would "
+                "not be made sparse. Pass `callbacks=[sos.SparsityCallback()]` "
+                "to every `fit`, or train inside "
+                "`with sos.Driver(model, optimizer) as driver:` and call "
+                "`driver.step()` after every step. For samples of the weights "
+                "at inference, open `sos.sampled(model, seed=...)`."
+            )
 
     def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
         """That of the wrapped layer."""
@@ -444,12 +456,67 @@ class SparseWrapper(keras.layers.Wrapper):
         """The layer's configuration, which `from_config` takes."""
         config = super().get_config()
         del config["dtype"]
+        config.update(self.settings.values())
+        if self.attached:
+            # The layer's configuration says which weights.
+            for name in ("name", "trainable"):
+                config.pop(name, None)
+            return config
+        config["layer"] = keras.saving.serialize_keras_object(self.layer)
         config["include"] = self.include
         if self._paths is not None:
             # JSON has only text as keys.
             config["paths"] = {str(i): p for i, p in self._paths.items()}
-        config.update(self.settings.values())
         return config
+
+    @classmethod
+    def arguments_from_config(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """Turns entries of a configuration into arguments of the constructor.
+
+        A technique overrides it where `get_config` serialises an object.
+
+        Args:
+            config: A configuration, without a layer.
+        """
+        return dict(config)
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: Any = None
+    ) -> "SparseWrapper":
+        """Makes the wrapper from its configuration."""
+        config = dict(config)
+        layer = keras.saving.deserialize_keras_object(
+            config.pop("layer"), custom_objects
+        )
+        return cls(layer, **cls.arguments_from_config(config))
+
+    @classmethod
+    def from_owner(
+        cls,
+        layer: keras.layers.Layer,
+        paths: Mapping[int, str],
+        arguments: Mapping[str, Any],
+    ) -> "SparseWrapper":
+        """Makes a technique that is part of a layer.
+
+        Args:
+            layer: The layer, built.
+            paths: The paths of the weights by their index in the layer.
+            arguments: Arguments of the constructor.
+        """
+        technique = cls(sparse_layer.Owner(layer), paths=paths, **arguments)
+        technique.build()
+        return technique
+
+    def __getattr__(self, name: str) -> Any:
+        """Returns the layer that the technique is part of, as `layer`."""
+        # Not a property: Keras follows all attributes that it can list.
+        if name == "layer" and "_owner" in vars(self):
+            return self._owner.layer
+        raise AttributeError(
+            f"{type(self).__name__!r} object has no attribute {name!r}"
+        )
 
     def get_build_config(self) -> dict[str, Any]:
         """That of the wrapped layer, as it may need more than one shape."""
@@ -463,37 +530,28 @@ class SparseWrapper(keras.layers.Wrapper):
         if self.sparse_weights or self._paths is None:
             return
         # A layer without a `build` method gets its weights when it is called.
-        if max(self._paths) < len(core(self.layer).weights):
+        layer = core(self.layer)
+        if max(self._paths) < len(sparse_layer.plain_weights(layer)):
             self.build()
 
     # Details.
-
-    def _check_driven(self) -> None:
-        if self.needs_clock and not self.clock.bound:
-            raise RuntimeError(
-                f"The layer {self.name!r} ({type(self).__name__}) was called "
-                "in training, but nothing drives its clock, so that it would "
-                "not be made sparse. Pass `callbacks=[sos.SparsityCallback()]` "
-                "to every `fit`, or train inside "
-                "`with sos.Driver(model, optimizer) as driver:` and call "
-                "`driver.step()` after every step."
-            )
 
     def _choose_paths(self) -> dict[int, str]:
         """Applies `include`, or the default, to the built layer's weights."""
         taken = set()
         for inner in find_wrappers(self.layer):
-            taken |= {id(v) for v in inner.weights}
-            taken -= {id(v) for v in inner.layer.weights}
             taken |= {id(w.variable) for w in inner.sparse_weights}
-        trainable = {id(v) for v in self.layer.trainable_weights}
+        layer = core(self.layer)
+        eligible = selection.eligible(layer)
         available = {
             index: variable
-            for index, variable in enumerate(core(self.layer).weights)
-            if id(variable) in trainable - taken
+            for index, variable in enumerate(sparse_layer.plain_weights(layer))
+            if id(variable) in eligible - taken
         }
         try:
-            return selection.choose(available, self.include)
+            return selection.choose(
+                available, self.include, selection.dense_reasons(layer)
+            )
         except UsageError as error:
             raise UsageError(
                 f"{type(self).__name__} found nothing to make sparse in the "
@@ -517,10 +575,9 @@ def find_wrappers(layer: keras.layers.Layer) -> list[SparseWrapper]:
     Returns:
         The wrappers in it, itself included, each once.
     """
-    # Keras has no public way to walk the layers that any layer holds.
     wrappers = [
         inner
-        for inner in layer._flatten_layers()
+        for inner in keras_compat.all_layers(layer)
         if isinstance(inner, SparseWrapper)
     ]
     order = {id(v): i for i, v in enumerate(layer.weights)}

@@ -3,11 +3,12 @@
 import functools
 import inspect
 from collections.abc import Callable
-from inspect import Parameter
 from typing import Any
 
 import keras
 import tensorflow as tf
+
+from sos import keras_compat
 
 
 def fully_built(layer: keras.layers.Layer) -> bool:
@@ -16,7 +17,7 @@ def fully_built(layer: keras.layers.Layer) -> bool:
     A layer without a `build` method may call itself built before it was called
     and its sublayers have weights.
     """
-    return all(inner.built for inner in layer._flatten_layers())
+    return all(inner.built for inner in keras_compat.all_layers(layer))
 
 
 def call_like(
@@ -27,18 +28,35 @@ def call_like(
     By the signature Keras tells tensors from flags among keyword arguments,
     and fills in masks.
     """
-    signature = inspect.signature(layer.call)
-    parameters = list(signature.parameters.values())
-    if "training" not in signature.parameters:
-        last = bool(parameters) and parameters[-1].kind == Parameter.VAR_KEYWORD
-        training = Parameter("training", Parameter.KEYWORD_ONLY, default=False)
-        parameters.insert(len(parameters) - last, training)
     call = functools.partial(type(wrapper).call, wrapper)
-    call.__signature__ = signature.replace(parameters=parameters)
+    call.__signature__ = keras_compat.with_training(
+        inspect.signature(layer.call)
+    )
     return call
 
 
-def symbolic(value: Any) -> Any:
+def build_symbolically(call: Callable, args: tuple, kwargs: dict) -> None:
+    """Builds a layer, and what it holds, as a call of it would.
+
+    Attention needs the shapes of all its inputs by name, and a layer without a
+    `build` method gets its weights in its first call.
+
+    Args:
+        call: The layer, or its `__call__`.
+        args: Arguments of the call.
+        kwargs: Its keyword arguments.
+    """
+    call(
+        *keras.tree.map_structure(_symbolic, args),
+        **{
+            name: keras.tree.map_structure(_symbolic, value)
+            for name, value in kwargs.items()
+            if name != "training"
+        },
+    )
+
+
+def _symbolic(value: Any) -> Any:
     """A symbolic tensor like a tensor or array; anything else as it is."""
     if (
         isinstance(value, keras.KerasTensor)

@@ -9,7 +9,7 @@ import tensorflow as tf
 from sos import noise
 from sos.arguments import check_number
 from sos.registry import register
-from sos.wrappers import linear
+from sos.uses import LinearMap, LookUp
 from sos.wrappers.penalized import PenalizedWrapper
 from sos.wrappers.sparse_weight import SparseWeight
 
@@ -70,8 +70,8 @@ class L0Regularization(PenalizedWrapper):
 
     Every weight is multiplied by a hard-concrete gate (Louizos et al. 2018)
     with beta 2/3, gamma -0.1 and zeta 1.1. In training one gate is drawn for
-    each weight and step and shared by the batch; an embedding draws one for
-    each occurrence, as in Gale et al. 2019. In evaluation the gate is
+    each weight and step and shared by the batch; a look-up draws one for each
+    occurrence, as in Gale et al. 2019. In evaluation the gate is
     deterministic. The penalty is the expected number of nonzero gates.
 
     Args:
@@ -82,6 +82,8 @@ class L0Regularization(PenalizedWrapper):
             with probability 0.1 before it is stretched.
         **kwargs: As for `PenalizedWrapper`.
     """
+
+    has_posterior = True
 
     def __init__(
         self,
@@ -123,18 +125,17 @@ class L0Regularization(PenalizedWrapper):
         """The expected number of nonzero gates."""
         return tf.reduce_sum(expected_l0(weight.state["log_alpha"].value))
 
-    def training_call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Draws a gate per occurrence for an embedding, else per weight."""
-        if not linear.is_embedding(self):
-            return super().training_call(inputs, *args, **kwargs)
-        (weight,) = self.sparse_weights
-        theta, log_alpha = linear.look_up(
-            inputs, weight.value, weight.state["log_alpha"].value
+    def use_output(
+        self, weight: SparseWeight, use: LinearMap | LookUp
+    ) -> tf.Tensor | None:
+        """Draws a gate per occurrence for a look-up, else per weight."""
+        if not isinstance(use, LookUp):
+            return None
+        theta, log_alpha = use.rows(
+            weight.value, weight.state["log_alpha"].value
         )
-        gate = sample_gate(
-            log_alpha, self.noise_key(weight, "occurrence", per_call=True)
-        )
-        return tf.cast(theta * gate, self.layer.compute_dtype)
+        key = self.noise_key(weight, "occurrence", per_call=True)
+        return use.finish(theta * sample_gate(log_alpha, key))
 
     def get_config(self) -> dict[str, Any]:
         """The layer's configuration, which `from_config` takes."""

@@ -40,6 +40,13 @@ class MaskedWrapper(SparseWrapper):
         value = weight.value
         return value * tf.cast(weight.state["mask"].value, value.dtype)
 
+    def assigned_weight(
+        self, weight: SparseWeight, value: tf.Tensor
+    ) -> tf.Tensor:
+        """What was assigned where the mask is 1, the dense weight elsewhere."""
+        kept = tf.cast(weight.state["mask"].value, tf.bool)
+        return tf.where(kept, tf.cast(value, weight.value.dtype), weight.value)
+
     def set_masks(self, masks: Sequence[Any]) -> None:
         """Sets the masks. Call it outside of `strategy.run`.
 
@@ -348,16 +355,12 @@ class PruningWrapper(MaskedWrapper):
         }
 
     @classmethod
-    def from_config(
-        cls, config: dict[str, Any], custom_objects: Any = None
-    ) -> "PruningWrapper":
-        """Makes the layer from its configuration."""
-        config = dict(config)
+    def arguments_from_config(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """Turns entries of a configuration into arguments."""
+        config = super().arguments_from_config(config)
         for name in ("schedule", "ranking"):
-            config[name] = keras.saving.deserialize_keras_object(
-                config[name], custom_objects
-            )
-        return super().from_config(config, custom_objects)
+            config[name] = keras.saving.deserialize_keras_object(config[name])
+        return config
 
 
 def _sum_over_replicas(gradient: tf.Tensor) -> tf.Tensor:

@@ -169,15 +169,11 @@ class PenalizedWrapper(SparseWrapper):
         }
 
     @classmethod
-    def from_config(
-        cls, config: dict[str, Any], custom_objects: Any = None
-    ) -> "PenalizedWrapper":
-        """Makes the layer from its configuration."""
-        config = dict(config)
-        config["ramp"] = keras.saving.deserialize_keras_object(
-            config["ramp"], custom_objects
-        )
-        return super().from_config(config, custom_objects)
+    def arguments_from_config(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """Turns entries of a configuration into arguments."""
+        config = super().arguments_from_config(config)
+        config["ramp"] = keras.saving.deserialize_keras_object(config["ramp"])
+        return config
 
 
 class _Penalty(keras.Regularizer):

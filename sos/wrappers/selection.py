@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from sos import keras_compat
 from sos.errors import UsageError
 
 
@@ -15,8 +16,53 @@ def why_dense(variable: keras.Variable) -> str | None:
     if len(variable.shape) < 2:
         return f"rank {len(variable.shape)}"
     # Attention and GRU have biases of rank 2, norms over several axes scales.
-    vectors = {"bias": "bias", "beta": "norm", "gamma": "norm"}
+    vectors = {
+        "bias": "bias",
+        "beta": "norm",
+        "gamma": "norm",
+        "lora_kernel_a": "LoRA adapter",
+        "lora_kernel_b": "LoRA adapter",
+        "lora_embeddings_a": "LoRA adapter",
+        "lora_embeddings_b": "LoRA adapter",
+    }
     return vectors.get(variable.name)
+
+
+def dense_reasons(layer: keras.layers.Layer) -> dict[int, str]:
+    """Returns why weights of a model are not made sparse by default.
+
+    Args:
+        layer: A layer or model.
+
+    Returns:
+        The reasons by `id` of the weight.
+    """
+    reasons = {}
+    for inner in keras_compat.all_layers(layer):
+        for variable in keras_compat.own_variables(inner):
+            reason = why_dense(variable)
+            if reason is None and isinstance(inner, keras.layers.PReLU):
+                reason = "PReLU slope"
+            if reason is not None:
+                reasons[id(variable)] = reason
+    return reasons
+
+
+def eligible(layer: keras.layers.Layer) -> set[int]:
+    """Returns the `id` of each weight that a technique can make sparse.
+
+    These are the trainable ones, and those that a LoRA adapter froze.
+    """
+    bases = [
+        keras_compat.lora_base(inner)
+        for inner in keras_compat.all_layers(layer)
+        if inner.trainable
+    ]
+    return {
+        id(variable)
+        for variable in [*layer.trainable_weights, *bases]
+        if variable is not None
+    }
 
 
 def check_patterns(include: Any) -> list[str] | None:
@@ -46,14 +92,17 @@ def check_patterns(include: Any) -> list[str] | None:
 
 
 def choose(
-    available: Mapping[int, keras.Variable], include: Sequence[str] | None
+    available: Mapping[int, keras.Variable],
+    include: Sequence[str] | None,
+    reasons: Mapping[int, str],
 ) -> dict[int, str]:
     """Chooses the weights to make sparse.
 
     Args:
         available: The weights to choose from, by their position in the layer.
-        include: Regular expressions to search for in their paths; None for the
-            default, `why_dense`.
+        include: Regular expressions to search for in their paths; None for all
+            that have no reason to stay dense.
+        reasons: From `dense_reasons`.
 
     Returns:
         The paths of the chosen weights by position.
@@ -69,7 +118,7 @@ def choose(
         ).is_floating
     }
     if include is None:
-        chosen = {i for i, v in available.items() if why_dense(v) is None}
+        chosen = {i for i, v in available.items() if id(v) not in reasons}
         if not chosen:
             _fail("has rank 2 or more and is not a bias", available, include)
     else:

@@ -1,31 +1,39 @@
-"""A weight of a wrapped layer, with what its technique adds."""
+"""A weight of a layer, with what its technique adds."""
+
+from typing import Any
 
 import keras
 import tensorflow as tf
 
+from sos import keras_compat
+
 
 class SparseWeight:
-    """One weight of the wrapped layer, with what its technique adds to it.
+    """One weight of a layer, with what its technique adds to it.
 
     A plain object: Keras would count variables that it finds in lists or
     dictionaries of a layer twice.
 
     Attributes:
-        variable: The weight, a `keras.Variable` of the wrapped layer. Its value
-            is never changed to apply sparsity.
+        variable: The weight, a `keras.Variable` of the layer. Its value is
+            never changed to apply sparsity.
         path: Its path, in the original model where there was one.
+        technique: The technique that makes it sparse.
         state: The technique's variables for this weight by name.
     """
 
-    def __init__(self, variable: keras.Variable, path: str) -> None:
+    def __init__(
+        self, variable: keras.Variable, path: str, technique: Any
+    ) -> None:
         self.variable = variable
         self.path = path
+        self.technique = technique
         self.state: dict[str, keras.Variable] = {}
 
     @property
     def value(self) -> tf.Tensor:
         """The dense weight, in the dtype in which it is stored."""
-        return tf.convert_to_tensor(self.variable.value)
+        return keras_compat.stored_value(self.variable)
 
 
 class SparseWeights:

@@ -9,7 +9,7 @@ import tensorflow as tf
 from sos import noise
 from sos.arguments import check_number
 from sos.registry import register
-from sos.wrappers import linear
+from sos.uses import LinearMap, LookUp
 from sos.wrappers.penalized import PenalizedWrapper
 from sos.wrappers.settings import Setting
 from sos.wrappers.sparse_weight import SparseWeight
@@ -71,9 +71,10 @@ class VariationalDropout(PenalizedWrapper):
 
     Sparse variational dropout (Molchanov et al. 2017) as in Gale et al. 2019:
     every weight is a Gaussian with mean theta, which is the wrapped layer's
-    weight, and variance sigma^2. Linear layers and embeddings are sampled
-    through their outputs (local reparameterisation), with noise of its own for
-    each output element; other layers sample their weights, once per step. In
+    weight, and variance sigma^2. Linear maps and look-ups (`sos.register_use`),
+    also inside attention and other layers, are sampled through their outputs
+    (local reparameterisation), with noise of its own for each output element;
+    other weights are sampled as a whole, once per step. In
     evaluation a weight is theta where log alpha = log(sigma^2 / theta^2) is
     below the threshold, and zero elsewhere.
 
@@ -94,6 +95,7 @@ class VariationalDropout(PenalizedWrapper):
         UsageError: If a number is out of range.
     """
 
+    has_posterior = True
     threshold = Setting("float32")
 
     def __init__(
@@ -152,13 +154,44 @@ class VariationalDropout(PenalizedWrapper):
             log_alpha = tf.clip_by_value(log_alpha, -limit, limit)
         return tf.reduce_sum(kl_divergence(log_alpha))
 
-    def training_call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Samples outputs where the layer allows it, else weights."""
-        if linear.is_embedding(self):
-            return self._sample_rows(inputs)
-        if linear.is_linear(self):
-            return self._sample_outputs(inputs, *args, **kwargs)
-        return super().training_call(inputs, *args, **kwargs)
+    def use_output(
+        self, weight: SparseWeight, use: LinearMap | LookUp
+    ) -> tf.Tensor:
+        """Samples outputs: noise of its own for every one of them.
+
+        For a linear map f that is local reparameterisation (Kingma et al. 2015,
+        equation 6): the outputs are normal with mean f(x; theta) and variance
+        f(x^2; sigma^2).
+        """
+        theta, log_sigma2 = self._parameters(weight)
+        if isinstance(use, LookUp):
+            theta, log_sigma2 = use.rows(theta, log_sigma2)
+            variance = self._variance(theta, log_sigma2)
+            return use.finish(self._sample(weight, "rows", theta, variance))
+        variance = self._variance(theta, log_sigma2)
+        inputs, scale = use.inputs, 1.0
+        if inputs.dtype == tf.float16:
+            # Variances of e^-10 and less would underflow, squares overflow.
+            largest = tf.reduce_max(tf.abs(inputs)) + tf.cast(1e-4, tf.float16)
+            largest = tf.stop_gradient(largest)
+            deviation = tf.stop_gradient(tf.sqrt(tf.reduce_max(variance)))
+            squares = tf.square(inputs / largest)
+            scale = tf.square(tf.cast(largest, tf.float32) * deviation)
+            variance = variance / tf.square(deviation)
+        else:
+            squares = tf.square(inputs)
+        mean = use(theta, inputs)
+        spread = use(variance, squares)
+        # No signal, no gradient: that of the root is so steep at zero that it
+        # would be infinite in float16, and times the squares' zeros NaN.
+        spread = tf.where(spread > 0, spread, tf.zeros_like(spread))
+        outputs = self._sample(
+            weight,
+            "output",
+            tf.cast(mean, tf.float32),
+            tf.cast(spread, tf.float32) * scale,
+        )
+        return use.finish(tf.cast(outputs, mean.dtype))
 
     def get_config(self) -> dict[str, Any]:
         """The layer's configuration, which `from_config` takes."""
@@ -189,70 +222,13 @@ class VariationalDropout(PenalizedWrapper):
         least, most = math.exp(-limit) * square, math.exp(limit) * square
         return tf.minimum(tf.maximum(variance, least), most)
 
-    def _sample_rows(self, indices: Any) -> tf.Tensor:
-        (weight,) = self.sparse_weights
-        theta, log_sigma2 = linear.look_up(indices, *self._parameters(weight))
-        variance = self._variance(theta, log_sigma2)
-        outputs = self._sample(weight, theta, variance)
-        return tf.cast(outputs, self.layer.compute_dtype)
-
-    def _sample_outputs(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Local reparameterisation (Kingma et al. 2015, equation 6).
-
-        The output is normal with mean f(x; theta) + bias and variance
-        f(x^2; sigma^2), where f is the layer's linear map.
-        """
-        (weight,) = self.sparse_weights
-        theta, log_sigma2 = self._parameters(weight)
-        variance = self._variance(theta, log_sigma2)
-        inputs = tf.cast(inputs, self.layer.compute_dtype)
-        scale = 1.0
-        if self.layer.compute_dtype == "float16":
-            # Variances of e^-10 and less would underflow, squares overflow.
-            largest = tf.reduce_max(tf.abs(inputs)) + tf.cast(1e-4, tf.float16)
-            largest = tf.stop_gradient(largest)
-            deviation = tf.stop_gradient(tf.sqrt(tf.reduce_max(variance)))
-            squares = tf.square(inputs / largest)
-            scale = tf.square(tf.cast(largest, tf.float32) * deviation)
-            variance = variance / tf.square(deviation)
-        else:
-            squares = tf.square(inputs)
-        with linear.without_activation(self.layer) as activation:
-            mean = self.call_layer(
-                {weight: theta}, inputs, *args, collect_losses=False, **kwargs
-            )
-            spread = self.call_layer(
-                {weight: variance},
-                squares,
-                *args,
-                zeroed=linear.biases(self.layer),
-                collect_losses=False,
-                **kwargs,
-            )
-        # No signal, no gradient: that of the root is so steep at zero that it
-        # would be infinite in float16, and times the squares' zeros NaN.
-        spread = tf.where(spread > 0, spread, tf.zeros_like(spread))
-        outputs = self._sample(
-            weight,
-            tf.cast(mean, tf.float32),
-            tf.cast(spread, tf.float32) * scale,
-        )
-        outputs = tf.cast(outputs, mean.dtype)
-        if activation is not None:
-            outputs = activation(outputs)
-        self._regularize_activity(outputs)
-        return outputs
-
     def _sample(
-        self, weight: SparseWeight, mean: tf.Tensor, variance: tf.Tensor
+        self,
+        weight: SparseWeight,
+        kind: str,
+        mean: tf.Tensor,
+        variance: tf.Tensor,
     ) -> tf.Tensor:
-        key = self.noise_key(weight, "output", per_call=True)
+        key = self.noise_key(weight, kind, per_call=True)
         sample = noise.normal(tf.shape(mean), key)
         return mean + tf.sqrt(variance + EPSILON) * sample
-
-    def _regularize_activity(self, outputs: tf.Tensor) -> None:
-        """Adds the activity loss that Keras adds in an ordinary call."""
-        regularizer = self.layer.activity_regularizer
-        if regularizer is not None:
-            batch = tf.cast(tf.shape(outputs)[0], outputs.dtype)
-            self.add_loss(tf.math.divide_no_nan(regularizer(outputs), batch))

@@ -1,0 +1,186 @@
+"""Everything private of Keras that `sos` uses; each name has a test."""
+
+import inspect
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+_local = threading.local()
+
+
+def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """Returns a layer and all layers that it holds, each once."""
+    return layer._flatten_layers()
+
+
+def sublayers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """Returns the layers that a layer holds itself."""
+    return list(layer._layers)
+
+
+def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """Returns the weights that a layer holds itself, not in its sublayers."""
+    return [*layer._trainable_variables, *layer._non_trainable_variables]
+
+
+def lora_base(layer: keras.layers.Layer) -> keras.Variable | None:
+    """Returns the weight that an enabled LoRA adapter froze, if any."""
+    if not getattr(layer, "lora_enabled", False):
+        return None
+    name = "_kernel" if hasattr(layer, "_kernel") else "_embeddings"
+    return getattr(layer, name)
+
+
+def kernel(layer: keras.layers.Layer) -> keras.Variable:
+    """Returns the kernel variable of a dense or convolutional layer.
+
+    Where adapters are possible, `layer.kernel` is their sum, not a variable.
+    """
+    return layer._kernel if hasattr(layer, "_kernel") else layer.kernel
+
+
+def embeddings(layer: keras.layers.Layer) -> keras.Variable:
+    """Returns the table of an embedding, without an adapter."""
+    return layer._embeddings
+
+
+def copy_remat_mode(
+    source: keras.layers.Layer, target: keras.layers.Layer
+) -> None:
+    """Copies how a layer is rematerialised, which no configuration holds."""
+    target._remat_mode = source._remat_mode
+
+
+def accept_training(layer: keras.layers.Layer) -> None:
+    """Lets Keras hand `training` to a layer whose `call` was replaced.
+
+    Keras reads the signature of `call` when the layer is made.
+    """
+    layer._call_signature = with_training(layer._call_signature)
+    layer.call_signature_parameters = list(layer._call_signature.parameters)
+    layer._call_has_training_arg = True
+    layer._call_has_context_arg["training"] = True
+
+
+def with_training(signature: inspect.Signature) -> inspect.Signature:
+    """Returns a signature that has the parameter `training`."""
+    if "training" in signature.parameters:
+        return signature
+    parameters = list(signature.parameters.values())
+    kind = inspect.Parameter.VAR_KEYWORD
+    last = bool(parameters) and parameters[-1].kind == kind
+    training = inspect.Parameter(
+        "training", inspect.Parameter.KEYWORD_ONLY, default=None
+    )
+    parameters.insert(len(parameters) - last, training)
+    return signature.replace(parameters=parameters)
+
+
+def training_of_call(layer: keras.layers.Layer) -> bool:
+    """Returns the `training` of the Keras call that is running."""
+    missing = object()
+    context = layer._get_call_context()
+    training = context.get_value("training", missing)
+    if training is missing:
+        # No call was running, and Keras has opened one for this layer.
+        layer._maybe_reset_call_context()
+        return False
+    return bool(training)
+
+
+@contextmanager
+def unlocked(layer: keras.layers.Layer) -> Iterator[None]:
+    """Lets a built layer get further variables and sublayers."""
+    locked = layer._tracker.locked
+    layer._tracker.unlock()
+    try:
+        yield
+    finally:
+        if locked:
+            layer._tracker.lock()
+
+
+class SubstitutionScope(keras.StatelessScope):
+    """Gives some variables other values, and changes nothing else.
+
+    Unlike in Keras's own scope, what is assigned inside reaches its variable at
+    once: batch statistics, states of recurrent layers, metrics. Scopes nest.
+
+    A subclass overrides `substitute` and `assigned_value`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(collect_losses=True)
+        self._outer = None
+        self._outer_substitution = None
+
+    def substitute(self, variable: keras.Variable) -> tf.Tensor | None:
+        """Returns the value that a variable is to have, None for its own."""
+        raise NotImplementedError
+
+    def assigned_value(self, variable: keras.Variable, value: Any) -> Any:
+        """Returns what is assigned to a variable where `value` was to be."""
+        raise NotImplementedError
+
+    def get_current_value(self, variable: keras.Variable) -> tf.Tensor | None:
+        """Returns the value for Keras, None for the variable's own."""
+        if not getattr(_local, "reads_stored", False):
+            _local.reads_stored = True
+            try:
+                value = self.substitute(variable)
+            finally:
+                _local.reads_stored = False
+            if value is not None:
+                return value
+        if self._outer is None:
+            return None
+        return self._outer.get_current_value(variable)
+
+    def add_update(self, update: tuple) -> None:
+        """Assigns to a variable as if this scope were not there."""
+        variable, value = update
+        value = self.assigned_value(variable, value)
+        self.__exit__(None, None, None)
+        try:
+            variable.assign(value)
+        finally:
+            self.__enter__()
+
+    def __enter__(self) -> "SubstitutionScope":
+        """Opens the scope."""
+        super().__enter__()
+        self._outer = self.original_scope
+        self._outer_substitution = getattr(_local, "scope", None)
+        _local.scope = self
+        return self
+
+    def __exit__(self, *args: Any, **kwargs: Any) -> None:
+        """Closes the scope."""
+        _local.scope = self._outer_substitution
+        super().__exit__(*args, **kwargs)
+
+
+def stored_value(variable: keras.Variable) -> tf.Tensor:
+    """Returns the value of a variable in the dtype in which it is stored.
+
+    Neither a `SubstitutionScope` nor the dtype policy of a layer that is being
+    called changes it; the mapping of a plain `keras.StatelessScope` does.
+    """
+    scope = getattr(_local, "scope", None)
+    if scope is None:
+        return tf.convert_to_tensor(variable.value)
+    before = getattr(_local, "reads_stored", False)
+    _local.reads_stored = True
+    try:
+        value = scope.get_current_value(variable)
+    finally:
+        _local.reads_stored = before
+    if value is None:
+        value = variable._value
+    if value is None:  # Not initialised: Keras is only after shapes.
+        value = variable.value
+    return tf.convert_to_tensor(value)

@@ -1,0 +1,303 @@
+"""Describes what calls of Keras's own layers do with their weights."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from sos import keras_compat, uses
+from sos.uses import LinearMap, LookUp, Use, register_use
+
+_layers = keras.layers
+
+
+def _product(sizes: Any) -> int | None:
+    """Returns the product of sizes, None where one is not known."""
+    sizes = list(sizes)
+    return None if None in sizes else math.prod(sizes)
+
+
+def _spatial(layer: Any, shape: tuple) -> int | None:
+    channels_first = layer.data_format == "channels_first"
+    return _product(shape[2:] if channels_first else shape[1:-1])
+
+
+def _finish(layer: Any, adapter: Callable[[], Any] | None = None) -> Callable:
+    """Returns a function that adds adapter and bias, then the activation."""
+
+    def finish(outputs: Any) -> Any:
+        if adapter is not None:
+            outputs = keras.ops.add(outputs, adapter())
+        if layer.bias is not None:
+            bias = layer.bias
+            if getattr(layer, "data_format", "") == "channels_first":
+                ones = (1,) * (len(outputs.shape) - 2)
+                bias = keras.ops.reshape(bias, (1, -1, *ones))
+            outputs = keras.ops.add(outputs, bias)
+        if layer.activation is not None:
+            outputs = layer.activation(outputs)
+        return outputs
+
+    return finish
+
+
+def _low_rank(layer: Any, first: Any, second: Any) -> Any:
+    scale = layer.lora_alpha / layer.lora_rank
+    product = scale * keras.ops.matmul(first, second)
+    return keras.ops.cast(product, layer.compute_dtype)
+
+
+def _kernel_use(
+    layer: Any,
+    inputs: Any,
+    function: Callable[[Any, Any], Any],
+    positions: Callable[[], int | None],
+) -> Use:
+    if getattr(layer, "quantization_mode", None) is not None:
+        return None
+    inputs = keras.ops.cast(inputs, layer.compute_dtype)
+    adapter = None
+    if getattr(layer, "lora_enabled", False):
+
+        def adapter() -> Any:
+            kernel = _low_rank(layer, layer.lora_kernel_a, layer.lora_kernel_b)
+            return function(kernel, inputs)
+
+    return LinearMap(
+        keras_compat.kernel(layer),
+        inputs=inputs,
+        function=function,
+        finish=_finish(layer, adapter),
+        positions=positions,
+    )
+
+
+@register_use(_layers.Dense)
+def _dense(layer: Any, inputs: Any, **kwargs: Any) -> Use:
+    return _kernel_use(
+        layer,
+        inputs,
+        lambda kernel, x: keras.ops.matmul(x, kernel),
+        lambda: _product(inputs.shape[1:-1]),
+    )
+
+
+@register_use(_layers.EinsumDense)
+def _einsum_dense(layer: Any, inputs: Any, **kwargs: Any) -> Use:
+    def positions() -> int | None:
+        data, _, kernel = layer.equation.partition("->")[0].partition(",")
+        head, _, tail = data.partition("...")
+        between = len(inputs.shape) - len(head) - len(tail)
+        axes = [*head, *["..."] * between, *tail]
+        pairs = list(zip(axes, inputs.shape, strict=True))[1:]
+        return _product(size for axis, size in pairs if axis not in kernel)
+
+    return _kernel_use(
+        layer,
+        inputs,
+        lambda kernel, x: keras.ops.einsum(layer.equation, x, kernel),
+        positions,
+    )
+
+
+def _output_positions(layer: Any, inputs: Any) -> Callable[[], int | None]:
+    return lambda: _spatial(
+        layer, layer.compute_output_shape(tuple(inputs.shape))
+    )
+
+
+@register_use(_layers.Conv1D, _layers.Conv2D, _layers.Conv3D)
+def _convolution(layer: Any, inputs: Any, **kwargs: Any) -> Use:
+    def function(kernel: Any, x: Any) -> Any:
+        padding = layer.padding
+        if padding == "causal":
+            before = layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
+            widths = [[0, 0], [before, 0], [0, 0]]
+            if layer.data_format == "channels_first":
+                widths = [[0, 0], [0, 0], [before, 0]]
+            x, padding = keras.ops.pad(x, widths), "valid"
+        return keras.ops.conv(
+            x,
+            kernel,
+            strides=list(layer.strides),
+            padding=padding,
+            dilation_rate=layer.dilation_rate,
+            data_format=layer.data_format,
+        )
+
+    return _kernel_use(
+        layer, inputs, function, _output_positions(layer, inputs)
+    )
+
+
+@register_use(
+    _layers.Conv1DTranspose, _layers.Conv2DTranspose, _layers.Conv3DTranspose
+)
+def _transposed_convolution(layer: Any, inputs: Any, **kwargs: Any) -> Use:
+    def function(kernel: Any, x: Any) -> Any:
+        return keras.ops.conv_transpose(
+            x,
+            kernel,
+            strides=list(layer.strides),
+            padding=layer.padding,
+            output_padding=layer.output_padding,
+            dilation_rate=layer.dilation_rate,
+            data_format=layer.data_format,
+        )
+
+    return _kernel_use(
+        layer, inputs, function, lambda: _spatial(layer, inputs.shape)
+    )
+
+
+@register_use(_layers.DepthwiseConv1D, _layers.DepthwiseConv2D)
+def _depthwise_convolution(layer: Any, inputs: Any, **kwargs: Any) -> Use:
+    def function(kernel: Any, x: Any) -> Any:
+        return keras.ops.depthwise_conv(
+            x,
+            kernel,
+            strides=layer.strides,
+            padding=layer.padding,
+            dilation_rate=layer.dilation_rate,
+            data_format=layer.data_format,
+        )
+
+    return _kernel_use(
+        layer, inputs, function, _output_positions(layer, inputs)
+    )
+
+
+@register_use(_layers.SeparableConv1D, _layers.SeparableConv2D)
+def _separable_convolution(layer: Any, inputs: Any, **kwargs: Any) -> list[Use]:
+    # A product of two weights, so that its outputs are not normal.
+    positions = _output_positions(layer, inputs)
+    return [
+        Use(layer.depthwise_kernel, positions),
+        Use(layer.pointwise_kernel, positions),
+    ]
+
+
+@register_use(_layers.Embedding)
+def _embedding(layer: Any, inputs: Any, **kwargs: Any) -> Use:
+    if layer.quantization_mode is not None:
+        return None
+    indices = keras.ops.cast(inputs, "int32")
+
+    def finish(rows: Any) -> Any:
+        if layer.lora_enabled:
+            first = tf.gather(
+                tf.convert_to_tensor(layer.lora_embeddings_a), indices
+            )
+            rows = rows + tf.cast(
+                _low_rank(layer, first, layer.lora_embeddings_b), rows.dtype
+            )
+        return keras.ops.cast(rows, layer.compute_dtype)
+
+    return LookUp(
+        keras_compat.embeddings(layer), indices=indices, finish=finish
+    )
+
+
+@register_use(_layers.ReversibleEmbedding)
+def _reversible_embedding(
+    layer: Any, inputs: Any, reverse: bool = False, **kwargs: Any
+) -> Use:
+    if layer.quantization_mode is not None:
+        return None
+    if not reverse:
+        look_up = _embedding(layer, inputs)
+
+        def finish_rows(rows: Any) -> Any:
+            outputs = look_up.finish(rows)
+            # This layer leaves masking to its `call`.
+            mask = _layers.Embedding.compute_mask(layer, inputs)
+            if mask is not None:
+                outputs._keras_mask = mask
+            return outputs
+
+        return LookUp(
+            look_up.weight, indices=look_up.indices, finish=finish_rows
+        )
+    tied = layer.tie_weights
+    if tied and layer.lora_enabled:
+        return Use(
+            keras_compat.embeddings(layer),
+            lambda: _product(inputs.shape[1:-1]),
+        )
+
+    def function(table: Any, x: Any) -> Any:
+        return keras.ops.matmul(
+            x, keras.ops.transpose(table) if tied else table
+        )
+
+    def finish(logits: Any) -> Any:
+        cap = layer.logit_soft_cap
+        if cap is None:
+            return logits
+        return keras.ops.multiply(
+            keras.ops.tanh(keras.ops.divide(logits, cap)), cap
+        )
+
+    return LinearMap(
+        keras_compat.embeddings(layer) if tied else layer.reverse_embeddings,
+        inputs=keras.ops.cast(
+            inputs, layer.reverse_dtype or layer.compute_dtype
+        ),
+        function=function,
+        finish=finish,
+        positions=lambda: _product(inputs.shape[1:-1]),
+    )
+
+
+@register_use(_layers.TimeDistributed)
+def _time_distributed(
+    layer: Any, inputs: Any, mask: Any = None, **kwargs: Any
+) -> Use | list[Use] | None:
+    """Describes the layer inside for all timesteps at once.
+
+    Noise that is drawn inside would be the same at all timesteps.
+    """
+    inner = layer.layer
+    steps = inputs.shape[1]
+    if mask is not None or steps is None and None in inputs.shape[2:]:
+        return None
+    one = uses.describe(type(inner), inner, inputs[:, 0])
+
+    def positions(use: Use) -> Callable[[], int | None]:
+        return lambda: _product([steps, use.positions()])
+
+    if len(one) != 1 or not isinstance(one[0], LinearMap | LookUp):
+        return [Use(use.weight, positions(use)) for use in one]
+    times = keras.ops.shape(inputs)[:2]
+
+    def flat(x: Any) -> Any:
+        return keras.ops.reshape(x, (-1, *x.shape[2:]))
+
+    def unflat(x: Any) -> Any:
+        return keras.ops.reshape(x, (*times, *x.shape[1:]))
+
+    (use,) = uses.describe(type(inner), inner, flat(inputs))
+    if isinstance(use, LookUp):
+        return LookUp(
+            use.weight,
+            indices=unflat(use.indices),
+            finish=lambda rows: unflat(use.finish(flat(rows))),
+        )
+    return LinearMap(
+        use.weight,
+        inputs=unflat(use.inputs),
+        function=lambda weight, x: unflat(use.function(weight, flat(x))),
+        finish=lambda outputs: unflat(use.finish(flat(outputs))),
+        positions=positions(one[0]),
+    )
+
+
+@register_use(_layers.SimpleRNN, _layers.LSTM, _layers.GRU)
+def _recurrent(layer: Any, sequences: Any, **kwargs: Any) -> list[Use]:
+    # One weight for all timesteps: only whole weights can be sampled.
+    return [
+        Use(variable, lambda: sequences.shape[1])
+        for variable in (layer.cell.kernel, layer.cell.recurrent_kernel)
+    ]

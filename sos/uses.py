@@ -1,0 +1,240 @@
+"""Describes what a call of a layer does with a weight.
+
+Techniques that sample on activations ask for it: variational dropout draws
+noise for every output of a linear map and for every row that is looked up, and
+L0 regularisation gates for every occurrence in a look-up. Multiply-adds are
+counted by it as well.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from sos.errors import ArgumentError, UsageError
+
+F = TypeVar("F", bound=Callable)
+
+
+def _unknown() -> None:
+    return None
+
+
+def _unchanged(outputs: tf.Tensor) -> tf.Tensor:
+    return outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """A use of a weight of which no more is known than its cost.
+
+    Attributes:
+        weight: The weight.
+        positions: Returns how many times the call multiplies each element of
+            the weight for one example, None where that is not known.
+    """
+
+    weight: keras.Variable
+    positions: Callable[[], int | None] = _unknown
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearMap(Use):
+    """The call returns `finish(function(weight, inputs))`.
+
+    Attributes:
+        weight: The weight.
+        inputs: The inputs of the linear map, a floating-point tensor.
+        function: `function(weight, inputs)`, linear in both. It gets tensors of
+            the shapes of `weight` and `inputs` and their dtype.
+        finish: Turns the outputs of `function` into those of the call, such as
+            by a bias and an activation.
+        positions: As for `Use`.
+    """
+
+    inputs: Any = None
+    function: Callable[[Any, Any], Any] = None
+    finish: Callable[[Any], Any] = _unchanged
+
+    def __call__(self, weight: tf.Tensor, inputs: tf.Tensor) -> tf.Tensor:
+        """Applies `function` with a weight in the dtype of the inputs."""
+        return self.function(tf.cast(weight, inputs.dtype), inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class LookUp(Use):
+    """The call returns `finish(rows of the weight)`.
+
+    Attributes:
+        weight: The table, of shape [rows, units].
+        indices: Which rows, int32 of any shape.
+        finish: Turns float32 rows of shape [*indices.shape, units] into the
+            outputs of the call, such as by a cast to the layer's dtype.
+        positions: 0, as a look-up multiplies nothing.
+    """
+
+    indices: Any = None
+    finish: Callable[[Any], Any] = _unchanged
+    positions: Callable[[], int | None] = lambda: 0
+
+    def rows(self, *tables: tf.Tensor) -> list[tf.Tensor]:
+        """Looks the rows of tables up.
+
+        Args:
+            *tables: Tensors of the shape of `weight`.
+
+        Returns:
+            For each table a float32 tensor of shape [*indices.shape, units].
+        """
+        return [
+            tf.cast(tf.gather(table, self.indices), tf.float32)
+            for table in tables
+        ]
+
+
+_describers: dict[type, Callable[..., Any]] = {}
+
+
+def register_use(*classes: type) -> Callable[[F], F]:
+    """Registers what the calls of layer classes do with a weight.
+
+    The decorated function gets the layer and the arguments of one call, and
+    returns a `sos.LinearMap`, a `sos.LookUp`, a `sos.Use`, a list of these, or
+    None where nothing is known. It holds for subclasses too, unless they
+    override `call`. It runs inside the call, so that other weights, such as a
+    bias, read as they do there.
+
+    Without a registration, techniques sample whole weights, once per step.
+
+    Args:
+        *classes: Layer classes.
+
+    Returns:
+        A decorator, which returns the function.
+
+    Raises:
+        TypeError: If a class is not one of Keras layers.
+
+    Example:
+    >>> import keras, sos
+    >>> class Scaled(keras.layers.Layer):
+    ...     def build(self, shape):
+    ...         self.kernel = self.add_weight(shape=(shape[-1], 4))
+    ...
+    ...     def call(self, inputs):
+    ...         return 2 * keras.ops.matmul(inputs, self.kernel)
+    >>> @sos.register_use(Scaled)
+    ... def describe(layer, inputs):
+    ...     return sos.LinearMap(
+    ...         layer.kernel,
+    ...         inputs=inputs,
+    ...         function=lambda kernel, x: keras.ops.matmul(x, kernel),
+    ...         finish=lambda outputs: 2 * outputs,
+    ...         positions=lambda: 1,
+    ...     )
+    >>> sos.check_use(Scaled(), keras.ops.ones((2, 3)))
+    """
+    for cls in classes:
+        if not (isinstance(cls, type) and issubclass(cls, keras.layers.Layer)):
+            raise ArgumentError(
+                "`register_use` takes classes of Keras 3 layers. "
+                f"Received: {cls!r}"
+            )
+
+    def decorate(describe: F) -> F:
+        for cls in classes:
+            _describers[cls] = describe
+        return describe
+
+    return decorate
+
+
+def describer(cls: type) -> Callable[..., Any] | None:
+    """Returns the function that describes the calls of a layer class."""
+    for base in cls.__mro__:
+        if base in _describers:
+            return _describers[base] if cls.call is base.call else None
+    return None
+
+
+def describe(
+    cls: type, layer: keras.layers.Layer, *args: Any, **kwargs: Any
+) -> list[Use]:
+    """Returns what one call of a layer does with its weights.
+
+    Args:
+        cls: The class whose call it is: the layer's, or what that was before
+            the layer was made sparse.
+        layer: The layer.
+        *args: The arguments of the call.
+        **kwargs: Its keyword arguments.
+    """
+    function = describer(cls)
+    uses = None if function is None else function(layer, *args, **kwargs)
+    if uses is None:
+        return []
+    return list(uses) if isinstance(uses, list | tuple) else [uses]
+
+
+def check_use(layer: keras.layers.Layer, *args: Any, **kwargs: Any) -> None:
+    """Checks a registration against what the layer really computes.
+
+    Args:
+        layer: A layer whose class is registered.
+        *args: Arguments of a call, eager tensors.
+        **kwargs: Keyword arguments of the call.
+
+    Raises:
+        UsageError: If the class is not registered, the described outputs are
+            not those of the layer, or a function is not linear.
+    """
+    expected = layer(*args, **kwargs)
+    cls = getattr(layer, "plain_class", type(layer))
+    uses = describe(cls, layer, *args, **kwargs)
+    if not uses:
+        raise UsageError(
+            f"Calls of {cls.__name__} are not described for these arguments. "
+            "Register a function with `@sos.register_use`."
+        )
+    for use in uses:
+        if not isinstance(use, LinearMap | LookUp):
+            continue
+        weight = tf.convert_to_tensor(use.weight.value)
+        if isinstance(use, LookUp):
+            outputs = use.finish(use.rows(weight)[0])
+        else:
+            outputs = use.finish(use(weight, use.inputs))
+            _check_linear(cls, use, weight)
+        _check_close(cls, "outputs", outputs, expected)
+
+
+def _check_linear(cls: type, use: LinearMap, weight: tf.Tensor) -> None:
+    other = tf.reverse(use.inputs, [0]) + 1
+    both = use(weight, use.inputs + other)
+    each = use(weight, use.inputs) + use(weight, other)
+    _check_close(cls, "sum of two inputs", both, each)
+    _check_close(
+        cls,
+        "outputs at a weight twice as large",
+        use(2 * weight, use.inputs),
+        2 * use(weight, use.inputs),
+    )
+
+
+def _check_close(cls: type, name: str, received: Any, expected: Any) -> None:
+    received = keras.ops.convert_to_numpy(keras.ops.cast(received, "float32"))
+    expected = keras.ops.convert_to_numpy(keras.ops.cast(expected, "float32"))
+    scale = np.abs(expected).max(initial=1e-6)
+    equal = received.shape == expected.shape and np.allclose(
+        received, expected, rtol=0.02, atol=0.02 * scale
+    )
+    if not equal:
+        raise UsageError(
+            f"The description of {cls.__name__} does not fit its call: the "
+            f"{name} differ. Received: shape {received.shape}, first values "
+            f"{received.ravel()[:4]}. Expected: shape {expected.shape}, "
+            f"{expected.ravel()[:4]}"
+        )

@@ -1,0 +1,236 @@
+"""The values with which weights take part in a call."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from sos import noise
+from sos.errors import UsageError
+from sos.keras_compat import SubstitutionScope
+from sos.wrappers.sparse_weight import SparseWeight
+
+_local = threading.local()
+
+
+class EffectiveWeights(SubstitutionScope):
+    """Lets a layer read its sparse weights as their effective values.
+
+    They are computed where they are read, so that a block that is
+    rematerialised computes them again, with their gradient.
+
+    Args:
+        weights: The sparse weights by the `id` of their variables.
+        training: Whether they read as in training.
+    """
+
+    def __init__(
+        self, weights: Mapping[int, SparseWeight], training: bool
+    ) -> None:
+        super().__init__()
+        self._weights = weights
+        self._training = training
+        self._values: dict[int, tf.Tensor] = {}
+
+    def compute_all(self) -> None:
+        """Computes all values now, for a layer that reads them in a loop."""
+        for weight in self._weights.values():
+            key = id(weight.variable)
+            # Through the scope, which hides itself from the computation.
+            self._values[key] = self.get_current_value(weight.variable)
+
+    def substitute(self, variable: keras.Variable) -> tf.Tensor | None:
+        """Returns the effective value of a sparse weight."""
+        weight = self._weights.get(id(variable))
+        if weight is None:
+            return None
+        value = self._values.get(id(variable))
+        if value is not None:
+            return value
+        return effective_value(weight, self._training)
+
+    def assigned_value(self, variable: keras.Variable, value: Any) -> Any:
+        """Returns the dense value for an effective one that was assigned."""
+        weight = self._weights.get(id(variable))
+        if weight is None:
+            return value
+        self._values.pop(id(variable), None)
+        return weight.technique.assigned_weight(weight, value)
+
+
+def effective_value(weight: SparseWeight, training: bool) -> tf.Tensor:
+    """Returns the effective value of a weight, in the weight's dtype.
+
+    Args:
+        weight: The weight.
+        training: Whether as in training.
+
+    Raises:
+        UsageError: In training, inside `sos.frozen` or `sos.sampled`.
+        RuntimeError: In training, if no driver has bound the clock.
+    """
+    technique = weight.technique
+    value = _held_value(weight, training)
+    if value is None and training:
+        technique.check_driven()
+        value = technique.training_weight(weight)
+    elif value is None:
+        value = technique.evaluation_weight(weight)
+    return tf.cast(value, weight.value.dtype)
+
+
+@contextlib.contextmanager
+def frozen(model: keras.layers.Layer) -> Iterator[None]:
+    """Computes the evaluation weights of a model once, for the calls inside.
+
+    Otherwise every call computes them again, which at a batch of one token
+    costs more than the call itself. Decoding loops open it:
+
+    ```
+    @tf.function
+    def decode(tokens):
+        with sos.frozen(model):
+            for _ in tf.range(length):
+                tokens = step(model, tokens)
+        return tokens
+    ```
+
+    Inside, weights that code reads for itself (`layer.kernel`) read as
+    evaluation weights too. Scopes nest.
+
+    Args:
+        model: A model with sparse layers, or one without.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UsageError: If a layer is called as in training inside, or a function
+            that is traced inside would keep values that were computed outside
+            of it.
+    """
+    with _held(model, lambda weight: effective_value(weight, False), "frozen"):
+        yield
+
+
+@contextlib.contextmanager
+def sampled(model: keras.layers.Layer, seed: int | tf.Tensor) -> Iterator[None]:
+    """Draws one sample of the weights' posterior, for the calls inside.
+
+    All calls inside see the same weights: under variational dropout theta +
+    sigma * noise, under L0 regularisation weights times sampled gates. The
+    layers run as in inference. Masks are no distribution, so that masked
+    weights are as in evaluation.
+
+    Args:
+        model: A model with sparse layers of which one technique has a
+            posterior.
+        seed: Number of the sample, an integer or int32 scalar. Equal seeds
+            give equal weights.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UsageError: If no technique in the model has a posterior, the scope is
+            opened outside of the replicas of a `tf.distribute.Strategy`, or as
+            for `sos.frozen`.
+
+    Example:
+    >>> import keras, numpy as np, sos
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    >>> sparse = sos.sparsify(
+    ...     model, "VariationalDropout", penalty_weight=1e-3
+    ... )
+    >>> outputs = []
+    >>> for seed in range(20):
+    ...     with sos.sampled(sparse, seed=seed):
+    ...         outputs.append(sparse(np.ones((3, 4))))
+    >>> bool(np.std(outputs, axis=0).min() > 0)
+    True
+    """
+    weights = _sparse_weights(model)
+    if not any(weight.technique.has_posterior for weight in weights):
+        raise UsageError(
+            "`sampled` needs a technique with a posterior over weights, such "
+            "as VariationalDropout or L0Regularization. The techniques of "
+            f"{model.name!r}: "
+            f"{sorted({type(w.technique).__name__ for w in weights})}"
+        )
+    if (
+        tf.distribute.has_strategy()
+        and tf.distribute.in_cross_replica_context()
+    ):
+        raise UsageError(
+            "`sampled` must be opened in the function that runs on the "
+            "replicas: other threads do not see it. Move the scope into the "
+            "function that `strategy.run` calls."
+        )
+
+    def sample(weight: SparseWeight) -> tf.Tensor:
+        if not weight.technique.has_posterior:
+            return effective_value(weight, False)
+        with noise.posterior_sample(seed):
+            value = weight.technique.training_weight(weight)
+        return tf.cast(value, weight.value.dtype)
+
+    with _held(model, sample, "sampled"):
+        yield
+
+
+def _sparse_weights(model: keras.layers.Layer) -> list[SparseWeight]:
+    # Here, as the base of the techniques needs this module.
+    from sos.wrappers.base import find_wrappers
+
+    return [w for t in find_wrappers(model) for w in t.sparse_weights]
+
+
+class _Held:
+    """Values that hold for all calls inside a scope."""
+
+    def __init__(self, name: str, values: dict[int, tf.Tensor]) -> None:
+        self.name = name
+        self.values = values
+
+
+@contextlib.contextmanager
+def _held(
+    model: keras.layers.Layer,
+    compute: Callable[[SparseWeight], tf.Tensor],
+    name: str,
+) -> Iterator[None]:
+    weights = {id(w.variable): w for w in _sparse_weights(model)}
+    values = {key: compute(weight) for key, weight in weights.items()}
+    outer = getattr(_local, "held", ())
+    _local.held = (_Held(name, values), *outer)
+    try:
+        with EffectiveWeights(weights, training=False):
+            yield
+    finally:
+        _local.held = outer
+
+
+def _held_value(weight: SparseWeight, training: bool) -> tf.Tensor | None:
+    for held in getattr(_local, "held", ()):
+        value = held.values.get(id(weight.variable))
+        if value is None:
+            continue
+        if training:
+            raise UsageError(
+                f"The weight {weight.path} was used with `training=True` "
+                f"inside `sos.{held.name}`, whose weights are those of "
+                "inference. Close the scope before training."
+            )
+        if hasattr(value, "numpy") and not tf.executing_eagerly():
+            raise UsageError(
+                f"A `tf.function` was traced inside `sos.{held.name}`, and "
+                "would keep the values that the weights have now. Open the "
+                "scope inside the function. For methods that compile a "
+                "function of their own (`predict`, `generate`), use the model "
+                "without the scope, or `sos.strip` it."
+            )
+        return value
+    return None

@@ -1,0 +1,469 @@
+"""Layers that are sparse in place, and keep their class.
+
+The class of such a layer becomes a generated subclass of its own, as in
+`torch.nn.utils.parametrize`: `call` runs with effective weights, and the
+configuration holds the techniques, so that whatever Keras copies by its
+configuration (`clone_model`, sub-models, `.keras` files, `copy.deepcopy`) stays
+sparse. Every reference to the layer stays valid, and so do the methods of a
+model that use it.
+"""
+
+import functools
+import inspect
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+
+from sos import keras_compat, uses
+from sos.errors import UsageError
+from sos.wrappers import calling
+from sos.wrappers.effective import EffectiveWeights
+from sos.wrappers.sparse_weight import SparseWeight
+
+_local = threading.local()
+
+#: Where a sparse layer's record is; hidden from Keras's tracking.
+_RECORD = "_sparse_record"
+#: The key of the sparsity in a layer's configuration.
+_KEY = "sparse"
+
+
+class Owner:
+    """Refers to the layer that owns a technique.
+
+    A technique that is handed one in the place of a layer is part of that
+    layer. Keras must not find the way back: it would never end.
+    """
+
+    def __init__(self, layer: keras.layers.Layer) -> None:
+        self.layer = layer
+
+
+class _Record:
+    """What a sparse layer knows beyond its own class."""
+
+    def __init__(self) -> None:
+        #: Sparse weights in the layer and below, by `id` of the variable.
+        self.weights: dict[int, SparseWeight] = {}
+        #: Techniques of a configuration whose weights are not there yet.
+        self.pending: list[dict[str, Any]] = []
+
+
+class SparseLayer:
+    """In front of the class of every layer that is sparse in place.
+
+    Attributes:
+        plain_class: The class of the layer before it was made sparse.
+        techniques: The techniques of the weights that the layer itself owns.
+    """
+
+    plain_class: type = keras.layers.Layer
+
+    @property
+    def sparse_weights(self) -> tuple[SparseWeight, ...]:
+        """The sparse weights of the layer and of the layers in it."""
+        return tuple(vars(self)[_RECORD].weights.values())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Builds what is not built, as its weights get techniques."""
+        if vars(self)[_RECORD].pending:
+            if not calling.fully_built(self):
+                calling.build_symbolically(super().__call__, args, kwargs)
+            complete(self)
+        return super().__call__(*args, **kwargs)
+
+    def build_from_config(self, config: dict[str, Any]) -> None:
+        """Builds the layer as it was built."""
+        super().build_from_config(config)
+        complete(self)
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the layer's own configuration with its techniques."""
+        plain = self.plain_class
+        # What the layer holds is plain in there: the techniques of all weights
+        # below are in this configuration.
+        with plain_configs():
+            config = dict(plain.get_config(self))
+        config[_KEY] = {
+            "class": _class_config(plain),
+            "techniques": []
+            if getattr(_local, "plain", 0)
+            else technique_configs(self),
+        }
+        return config
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: Any = None
+    ) -> keras.layers.Layer:
+        """Makes the layer from its configuration."""
+        config = dict(config)
+        sparse = config.pop(_KEY)
+        layer = keras.saving.deserialize_keras_object(
+            {**sparse["class"], "config": config}, custom_objects
+        )
+        if sparse["techniques"]:
+            apply_configs(layer, sparse["techniques"])
+        return layer
+
+    def save_own_variables(self, store: Any) -> None:
+        """Saves the layer's own variables.
+
+        Keras would add adapters to the kernel, which has a mask.
+        """
+        if getattr(self, "lora_enabled", False):
+            keras.layers.Layer.save_own_variables(self, store)
+        else:
+            super().save_own_variables(store)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Loads the layer's own variables."""
+        if getattr(self, "lora_enabled", False):
+            keras.layers.Layer.load_own_variables(self, store)
+        else:
+            super().load_own_variables(store)
+
+
+keras.saving.register_keras_serializable("sos", "SparseLayer")(SparseLayer)
+
+
+def is_technique(layer: keras.layers.Layer) -> bool:
+    """Returns whether a layer is a technique, or wrapper, of `sos`."""
+    return hasattr(type(layer), "training_weight")
+
+
+def plain_class(layer: keras.layers.Layer) -> type:
+    """Returns the class that a layer has, or had before it was sparse."""
+    return getattr(layer, "plain_class", type(layer))
+
+
+def is_unit(layer: keras.layers.Layer) -> bool:
+    """Returns whether a layer's call is looked at as a whole.
+
+    That is so for calls that are described, and for recurrent layers, whose
+    cells would compute effective weights at every timestep.
+    """
+    return uses.describer(plain_class(layer)) is not None or isinstance(
+        layer, keras.layers.RNN
+    )
+
+
+@functools.cache
+def graph_classes() -> tuple[type, ...]:
+    """Returns the classes of models that only call their layers."""
+    # Keras does not export the class of functional models.
+    inputs = keras.Input((1,), name="check_input")
+    functional = type(keras.Model(inputs, inputs, name="check"))
+    return (keras.Sequential, functional)
+
+
+def plain_weights(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """Returns the weights of a layer without the variables of techniques."""
+    state = {
+        id(variable)
+        for inner in keras_compat.all_layers(layer)
+        if is_technique(inner)
+        for variable in keras_compat.own_variables(inner)
+    }
+    return [v for v in layer.weights if id(v) not in state]
+
+
+def owners(
+    layer: keras.layers.Layer,
+) -> Iterator[tuple[keras.layers.Layer, keras.Variable]]:
+    """Goes through the weights of a model with the layers that own them.
+
+    Args:
+        layer: A layer or model.
+
+    Yields:
+        Each weight once, with the layer that a technique becomes part of.
+    """
+    seen: set[int] = set()
+    for inner in _parts(layer):
+        for variable in _held_by(inner):
+            if id(variable) not in seen:
+                seen.add(id(variable))
+                yield inner, variable
+
+
+def attach(
+    technique: type,
+    owner: keras.layers.Layer,
+    paths: Mapping[int, str],
+    arguments: Mapping[str, Any],
+) -> tuple[SparseWeight, ...]:
+    """Makes a technique part of the layer that owns its weights.
+
+    `bind` then makes the calls use it.
+
+    Args:
+        technique: The class of the technique.
+        owner: The layer, built.
+        paths: The paths of the weights by their index in `plain_weights`.
+        arguments: Arguments of the technique.
+
+    Returns:
+        The sparse weights.
+    """
+    new = technique.from_owner(owner, paths, arguments)
+    techniques = list(vars(owner).get("techniques", ()))
+    if not techniques and hasattr(owner, "techniques"):
+        raise UsageError(
+            f"The layer {owner.name!r} of class {type(owner).__name__} has an "
+            "attribute `techniques` of its own, where `sos` keeps masks and "
+            "the like. Rename it."
+        )
+    with keras_compat.unlocked(owner):
+        owner.techniques = [*techniques, new]
+    return new.sparse_weights
+
+
+def bind(layer: keras.layers.Layer, weights: Iterable[SparseWeight]) -> None:
+    """Lets all calls in a model use the effective values of sparse weights.
+
+    Args:
+        layer: A layer or model that holds the weights.
+        weights: The sparse weights.
+    """
+    by_id = {id(weight.variable): weight for weight in weights}
+    _bind(layer, by_id, {})
+
+
+def complete(layer: keras.layers.Layer) -> None:
+    """Attaches the techniques of a configuration, once the weights are there.
+
+    Args:
+        layer: A sparse layer.
+    """
+    record = vars(layer)[_RECORD]
+    variables = plain_weights(layer)
+    last = max(
+        (int(i) for entry in record.pending for i in entry["paths"]), default=-1
+    )
+    if not record.pending or len(variables) <= last:
+        return
+    pending, record.pending = record.pending, []
+    owner_of = {id(v): owner for owner, v in owners(layer)}
+    # Of layers that share a weight, each has it in its configuration.
+    known = {
+        id(weight.variable): weight
+        for inner in keras_compat.all_layers(layer)
+        if is_technique(inner)
+        for weight in inner.sparse_weights
+    }
+    weights = list(known.values())
+    for entry in pending:
+        by_owner: dict[int, tuple[keras.layers.Layer, dict[int, str]]] = {}
+        for index, path in entry["paths"].items():
+            variable = variables[int(index)]
+            if id(variable) in known:
+                continue
+            owner = owner_of[id(variable)]
+            places = [id(v) for v in plain_weights(owner)]
+            _, paths = by_owner.setdefault(id(owner), (owner, {}))
+            paths[places.index(id(variable))] = path
+        technique = _technique_class(entry["technique"])
+        arguments = technique.arguments_from_config(
+            entry["technique"]["config"]
+        )
+        for owner, paths in by_owner.values():
+            weights += attach(technique, owner, paths, arguments)
+    bind(layer, weights)
+
+
+def apply_configs(
+    layer: keras.layers.Layer, configs: list[dict[str, Any]]
+) -> None:
+    """Makes a layer sparse as configurations say, as soon as it is built.
+
+    Args:
+        layer: A layer, built or not.
+        configs: From `technique_configs` of a layer like it.
+    """
+    make_sparse(layer).pending = configs
+    build = layer.build
+
+    @functools.wraps(build)
+    def build_and_complete(*args: Any, **kwargs: Any) -> None:
+        build(*args, **kwargs)
+        complete(layer)
+
+    # Keras has put an attribute of this name there when the layer was made.
+    object.__setattr__(layer, "build", build_and_complete)
+    complete(layer)
+
+
+def technique_configs(layer: keras.layers.Layer) -> list[dict[str, Any]]:
+    """Returns the configurations of the techniques in and below a layer."""
+    position = {id(v): i for i, v in enumerate(plain_weights(layer))}
+    entries: dict[int, dict[str, Any]] = {}
+    for weight in vars(layer)[_RECORD].weights.values():
+        technique = weight.technique
+        if not technique.attached:
+            continue  # It is in the configuration of a wrapper.
+        if id(technique) not in entries:
+            entries[id(technique)] = {
+                "technique": keras.saving.serialize_keras_object(technique),
+                "paths": {},
+            }
+            # How Keras would build it; its layer builds it.
+            entries[id(technique)]["technique"].pop("build_config", None)
+        index = str(position[id(weight.variable)])
+        entries[id(technique)]["paths"][index] = weight.path
+    return list(entries.values())
+
+
+@contextmanager
+def plain_configs() -> Iterator[None]:
+    """Leaves the techniques out of the configurations of sparse layers."""
+    _local.plain = getattr(_local, "plain", 0) + 1
+    try:
+        yield
+    finally:
+        _local.plain -= 1
+
+
+def make_sparse(layer: keras.layers.Layer) -> _Record:
+    """Gives a layer the generated subclass of its class, and its record."""
+    if _RECORD not in vars(layer):
+        object.__setattr__(layer, _RECORD, _Record())
+        layer.__class__ = _sparse_class(type(layer))
+        keras_compat.accept_training(layer)
+    return vars(layer)[_RECORD]
+
+
+def _parts(
+    layer: keras.layers.Layer, seen: set[int] | None = None
+) -> Iterator[keras.layers.Layer]:
+    """Goes through the layers that techniques can be part of."""
+    seen = set() if seen is None else seen
+    if id(layer) in seen:
+        return
+    seen.add(id(layer))
+    if not is_technique(layer):
+        yield layer
+    if not is_unit(layer):
+        for inner in keras_compat.sublayers(layer):
+            yield from _parts(inner, seen)
+
+
+def _held_by(layer: keras.layers.Layer) -> list[keras.Variable]:
+    if is_unit(layer):
+        return plain_weights(layer)
+    return keras_compat.own_variables(layer)
+
+
+def _bind(
+    layer: keras.layers.Layer,
+    weights: dict[int, SparseWeight],
+    done: dict[int, dict[int, SparseWeight]],
+) -> dict[int, SparseWeight]:
+    """Returns the sparse weights in and below a layer."""
+    if id(layer) in done:
+        return done[id(layer)]
+    done[id(layer)] = found = {}
+    if not is_technique(layer):
+        found.update(
+            (id(v), weights[id(v)]) for v in _held_by(layer) if id(v) in weights
+        )
+    if not is_unit(layer):
+        for inner in keras_compat.sublayers(layer):
+            found.update(_bind(inner, weights, done))
+    calls_only = type(layer) in graph_classes() or is_technique(layer)
+    if found and not calls_only:
+        make_sparse(layer).weights.update(found)
+    return found
+
+
+@functools.cache
+def _sparse_class(plain: type) -> type:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _call(self, args, kwargs)
+
+    call.__signature__ = keras_compat.with_training(
+        inspect.signature(plain.call)
+    )
+    call.__doc__ = plain.call.__doc__
+    new = type(
+        f"Sparse{plain.__name__}",
+        (SparseLayer, plain),
+        {
+            "call": call,
+            "plain_class": plain,
+            "__doc__": plain.__doc__,
+            "__module__": __name__,
+        },
+    )
+    # All under one name: whichever of them Keras finds has the `from_config`
+    # that knows them all.
+    return keras.saving.register_keras_serializable("sos", "SparseLayer")(new)
+
+
+def _call(layer: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Calls a layer's own `call` with effective weights."""
+    plain = layer.plain_class
+    record = vars(layer)[_RECORD]
+    training = kwargs.get("training")
+    if "training" not in inspect.signature(plain.call).parameters:
+        kwargs.pop("training", None)
+    if not record.weights:
+        return plain.call(layer, *args, **kwargs)
+    if training is None:
+        training = keras_compat.training_of_call(layer)
+    scope = EffectiveWeights(record.weights, bool(training))
+    with scope:
+        outputs = None
+        if training:
+            outputs = _described_outputs(layer, args, kwargs)
+        if outputs is None:
+            if isinstance(layer, keras.layers.RNN):
+                scope.compute_all()
+            outputs = plain.call(layer, *args, **kwargs)
+    for loss in scope.losses:
+        layer.add_loss(loss)
+    return outputs
+
+
+def _described_outputs(
+    layer: Any, args: tuple, kwargs: dict[str, Any]
+) -> Any | None:
+    """Returns what techniques compute of a described call, or None."""
+    weights = vars(layer)[_RECORD].weights
+    if not any(w.technique.samples_outputs for w in weights.values()):
+        return None
+    described = uses.describe(layer.plain_class, layer, *args, **kwargs)
+    if len(described) != 1:
+        return None
+    (use,) = described
+    weight = weights.get(id(use.weight))
+    if weight is None or not isinstance(use, uses.LinearMap | uses.LookUp):
+        return None
+    return weight.technique.use_output(weight, use)
+
+
+def _class_config(cls: type) -> dict[str, Any]:
+    """Returns how Keras finds a class in a file."""
+    public = getattr(keras.layers, cls.__name__, None) is cls
+    return {
+        "module": "keras.layers" if public else cls.__module__,
+        "class_name": cls.__name__,
+        "registered_name": None
+        if public
+        else keras.saving.get_registered_name(cls),
+    }
+
+
+def _technique_class(config: dict[str, Any]) -> type:
+    name = config["registered_name"]
+    technique = keras.saving.get_registered_object(name)
+    if technique is None:
+        raise UsageError(
+            f"The technique {config['class_name']!r} is not known. Import the "
+            "module that defines it and decorate it with `@sos.register` "
+            f"before loading. Received: registered_name={name!r}"
+        )
+    return technique
