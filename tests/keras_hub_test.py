@@ -121,7 +121,7 @@ def test_causal_lm_sparse_keeps_class_and_methods(gpt2):
     assert isinstance(sparse, models.GPT2CausalLM)
     assert isinstance(sparse.backbone, models.GPT2Backbone)
     embedding = sparse.backbone.token_embedding
-    assert isinstance(embedding, keras_hub.layers.ReversibleEmbedding)
+    assert isinstance(embedding, keras.layers.ReversibleEmbedding)
     assert embedding.sparse_weights
     for layer in sparse.backbone.transformer_layers:
         assert isinstance(layer, keras_hub.layers.TransformerDecoder)
