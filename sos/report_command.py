@@ -143,10 +143,10 @@ def _checkpoint_prefix(path: Path) -> str:
 class _Checkpoint:
     """The sparse weights in a checkpoint, found without the model.
 
-    A checkpoint holds the graph of the attributes of the objects in it. Layers
-    that a technique wraps are those with an attribute `layer` beside variables
-    with the names of the techniques' states. Slots of optimizers are in other
-    objects and so do not count.
+    A checkpoint holds the graph of the attributes of the objects in it. A
+    technique has variables with the names of its states. It is a wrapper, with
+    an attribute `layer`, or an attribute `technique_0` of its layer. Slots of
+    optimizers are in other objects and so do not count.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -170,8 +170,13 @@ class _Checkpoint:
             ValueError: If the checkpoint holds none.
         """
         rows = []
+        nodes: dict[tuple[str, ...], int] = {}
         for path, node in self._walk(0):
+            nodes[tuple(path)] = node
             children = self._children(node)
+            if re.fullmatch(r"technique_\d+", "".join(path[-1:])):
+                path = path[:-1]
+                children["layer"] = nodes[tuple(path)]
             if "layer" not in children:
                 continue
             for name, child in children.items():

@@ -10,11 +10,11 @@ from sos.errors import ArgumentError, UsageError
 from sos.plan import Assignment, Notes, Rules, make_plan
 from sos.wrappers.base import SparseWrapper, core, find_wrappers
 from sos.wrappers.sparse_layer import (
+    as_plain,
     attach,
     bind,
     graph_classes,
     owners,
-    plain_configs,
     plain_weights,
 )
 from sos.wrappers.sparse_weight import SparseWeight
@@ -167,7 +167,7 @@ def strip(model: keras.Model) -> keras.Model:
             "wrappers first."
         )
     _check_wrappers(model)
-    with plain_configs():
+    with as_plain(keras_compat.all_layers(model)):
         plain = copy_model(model, replace=core)
     pairs = zip(
         plain_weights(core(model)), plain_weights(core(plain)), strict=True

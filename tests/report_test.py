@@ -68,7 +68,7 @@ def test_numbers_by_hand():
     rows = {row["weight"]: row for row in report.rows}
     assert len(rows) == len(model.weights) == 6
     _, lstm, last = sparse.layers
-    kernel = np.asarray(lstm.layer.cell.kernel)
+    kernel = np.asarray(lstm.cell.kernel)
     mask = np.asarray(lstm.sparse_weights[0].state["mask"])
     nonzeros = np.count_nonzero(kernel * mask)
     row = rows["lstm/lstm_cell/kernel"]
@@ -97,8 +97,8 @@ def test_numbers_by_hand():
     (last_value,) = last.evaluation_weights().values()
     zeros = 64 - nonzeros + np.sum(np.asarray(last_value) == 0)
     assert report.sparsity == pytest.approx(zeros / (64 + 8))
-    others = [model.layers[0].embeddings, lstm.layer.cell.recurrent_kernel]
-    others += [lstm.layer.cell.bias, last.layer.bias]
+    others = [model.layers[0].embeddings, lstm.cell.recurrent_kernel]
+    others += [lstm.cell.bias, last.bias]
     zeros += sum(np.sum(np.asarray(v) == 0) for v in others)
     size = sum(np.size(v) for v in model.weights)
     assert report.model_sparsity == pytest.approx(zeros / size)

@@ -462,7 +462,7 @@ class SparseWrapper(keras.layers.Layer):
             for name in ("name", "trainable"):
                 config.pop(name, None)
             return config
-        config["layer"] = keras.saving.serialize_keras_object(self.layer)
+        config["layer"] = sparse_layer.serialize_wrapped(self.layer)
         config["include"] = self.include
         if self._paths is not None:
             # JSON has only text as keys.

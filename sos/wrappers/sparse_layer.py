@@ -10,7 +10,6 @@ model that use it.
 
 import functools
 import inspect
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -22,8 +21,6 @@ from sos.errors import UsageError
 from sos.wrappers import calling
 from sos.wrappers.effective import EffectiveWeights
 from sos.wrappers.sparse_weight import SparseWeight
-
-_local = threading.local()
 
 #: Where a sparse layer's record is; hidden from Keras's tracking.
 _RECORD = "_sparse_record"
@@ -48,6 +45,8 @@ class _Record:
     def __init__(self) -> None:
         #: Sparse weights in the layer and below, by `id` of the variable.
         self.weights: dict[int, SparseWeight] = {}
+        #: Techniques of weights that the layer owns.
+        self.techniques: list[Any] = []
         #: Techniques of a configuration whose weights are not there yet.
         self.pending: list[dict[str, Any]] = []
 
@@ -57,10 +56,14 @@ class SparseLayer:
 
     Attributes:
         plain_class: The class of the layer before it was made sparse.
-        techniques: The techniques of the weights that the layer itself owns.
     """
 
     plain_class: type = keras.layers.Layer
+
+    @property
+    def techniques(self) -> tuple[Any, ...]:
+        """The techniques of the weights that the layer itself owns."""
+        return tuple(vars(self)[_RECORD].techniques)
 
     @property
     def sparse_weights(self) -> tuple[SparseWeight, ...]:
@@ -83,15 +86,12 @@ class SparseLayer:
     def get_config(self) -> dict[str, Any]:
         """Returns the layer's own configuration with its techniques."""
         plain = self.plain_class
-        # What the layer holds is plain in there: the techniques of all weights
-        # below are in this configuration.
-        with plain_configs():
+        # The techniques of all weights below are in this configuration.
+        with as_plain(keras_compat.all_layers(self)[1:]):
             config = dict(plain.get_config(self))
         config[_KEY] = {
             "class": _class_config(plain),
-            "techniques": []
-            if getattr(_local, "plain", 0)
-            else technique_configs(self),
+            "techniques": technique_configs(self),
         }
         return config
 
@@ -209,16 +209,19 @@ def attach(
     Returns:
         The sparse weights.
     """
-    new = technique.from_owner(owner, paths, arguments)
-    techniques = list(vars(owner).get("techniques", ()))
-    if not techniques and hasattr(owner, "techniques"):
+    record = vars(owner).get(_RECORD)
+    if record is None and hasattr(owner, "techniques"):
         raise UsageError(
             f"The layer {owner.name!r} of class {type(owner).__name__} has an "
             "attribute `techniques` of its own, where `sos` keeps masks and "
             "the like. Rename it."
         )
+    record = make_sparse(owner)
+    new = technique.from_owner(owner, paths, arguments)
+    # An attribute for each, as TensorFlow's checkpoints leave lists out.
     with keras_compat.unlocked(owner):
-        owner.techniques = [*techniques, new]
+        setattr(owner, f"technique_{len(record.techniques)}", new)
+    record.techniques.append(new)
     return new.sparse_weights
 
 
@@ -318,13 +321,41 @@ def technique_configs(layer: keras.layers.Layer) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def plain_configs() -> Iterator[None]:
-    """Leaves the techniques out of the configurations of sparse layers."""
-    _local.plain = getattr(_local, "plain", 0) + 1
+def as_plain(layers: Iterable[keras.layers.Layer]) -> Iterator[None]:
+    """Gives sparse layers their own classes back while they are serialised.
+
+    Args:
+        layers: Layers, sparse or not.
+
+    Yields:
+        Nothing.
+    """
+    changed = [
+        (layer, type(layer)) for layer in layers if _RECORD in vars(layer)
+    ]
     try:
+        for layer, cls in changed:
+            layer.__class__ = cls.plain_class
         yield
     finally:
-        _local.plain -= 1
+        for layer, cls in changed:
+            layer.__class__ = cls
+
+
+def serialize_wrapped(layer: keras.layers.Layer) -> dict[str, Any]:
+    """Returns the configuration of a layer without a wrapper's techniques.
+
+    Args:
+        layer: The layer in a wrapper.
+    """
+    wrapped = [
+        inner
+        for inner in keras_compat.all_layers(layer)
+        if _RECORD in vars(inner)
+        and not any(w.technique.attached for w in inner.sparse_weights)
+    ]
+    with as_plain(wrapped):
+        return keras.saving.serialize_keras_object(layer)
 
 
 def make_sparse(layer: keras.layers.Layer) -> _Record:
