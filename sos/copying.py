@@ -61,7 +61,7 @@ def _shares_alike(
     source: keras.layers.Layer, target: keras.layers.Layer
 ) -> bool:
     """Returns whether layers and weights are shared in both models alike."""
-    layers = [_plain_layers(source), _plain_layers(target)]
+    layers = [_layers_with_state(source), _layers_with_state(target)]
     if len(layers[0]) != len(layers[1]):
         return False
     pairs = [
@@ -113,6 +113,11 @@ def _clone(
         new.build_from_config(build)
         new.built = True  # As Keras says when it loads a layer.
         _copy_policies(layer, new)
+    # The graph may call a layer inside by itself.
+    inside = [keras_compat.all_layers(x) for x in (layer, new)]
+    if len(inside[0]) == len(inside[1]):
+        for old, copied in zip(*inside, strict=True):
+            copies.setdefault(id(old), copied)
     copies[id(layer)] = new
     return new
 
@@ -163,7 +168,7 @@ def _clone_graph(
 
 def _copy_state(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
     """Copies all state between two models of one configuration."""
-    layers = [_plain_layers(source), _plain_layers(target)]
+    layers = [_layers_with_state(source), _layers_with_state(target)]
     classes = [[_class_name(layer) for layer in part] for part in layers]
     if classes[0] != classes[1] or not _shares_alike(source, target):
         raise UsageError(
@@ -195,6 +200,22 @@ def _plain_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
         inner
         for inner in keras_compat.all_layers(layer)
         if not is_technique(inner)
+    ]
+
+
+def _layers_with_state(
+    layer: keras.layers.Layer,
+) -> list[keras.layers.Layer]:
+    """Returns the layers of which a copy copies more than a configuration.
+
+    Preprocessing layers may make others when they are first called.
+    """
+    return [
+        inner
+        for inner in _plain_layers(layer)
+        if _variables(inner)
+        or hasattr(inner, "load_assets")
+        or not inner.trainable
     ]
 
 
