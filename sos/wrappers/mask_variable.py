@@ -51,7 +51,13 @@ class MaskVariable(keras.Variable):
                 return value
             if dtype == "bool":
                 return value
+            if dtype == "uint8" and tf.executing_eagerly():
+                # Only a number leaves the device.
+                if int(tf.reduce_max(value)) <= 1:
+                    return value
         array = keras.ops.convert_to_numpy(value)
+        if array.dtype == np.uint8 and array.max(initial=0) <= 1:
+            return array
         rounded = array
         if array.dtype.kind not in "bui":
             array = np.asarray(array, "float64")

@@ -75,6 +75,11 @@ class SparseLayer:
         """Builds what is not built, as its weights get techniques."""
         if vars(self)[_RECORD].pending:
             if not calling.fully_built(self):
+                if calling.is_symbolic(args, kwargs):
+                    # A call more would be a node more in the model's graph.
+                    outputs = super().__call__(*args, **kwargs)
+                    complete(self)
+                    return outputs
                 calling.build_symbolically(super().__call__, args, kwargs)
             complete(self)
         return super().__call__(*args, **kwargs)
@@ -113,26 +118,6 @@ class SparseLayer:
     def __reduce__(self) -> tuple:
         """Returns what `pickle` and `copy.deepcopy` need."""
         return keras_compat.reduced(super().__reduce__())
-
-    def rematerialized_call(
-        self, layer_call: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Returns a `call` that is computed again in the backward pass.
-
-        TensorFlow allows no keyword arguments there, and plain layers without
-        `training` get none.
-        """
-        if "training" not in kwargs:
-            return super().rematerialized_call(layer_call, *args, **kwargs)
-        training = kwargs.pop("training")
-        call = super().rematerialized_call(
-            functools.partial(layer_call, training=training), *args, **kwargs
-        )
-
-        def without_training(*args: Any, training: Any, **kwargs: Any) -> Any:
-            return call(*args, **kwargs)
-
-        return without_training
 
     def save_own_variables(self, store: Any) -> None:
         """Saves the layer's own variables.
