@@ -114,7 +114,7 @@ def _clone(
         new.built = True  # As Keras says when it loads a layer.
         _copy_policies(layer, new)
     # The graph may call a layer inside by itself.
-    inside = [keras_compat.all_layers(x) for x in (layer, new)]
+    inside = [_plain_layers(x) for x in (layer, new)]
     if len(inside[0]) == len(inside[1]):
         for old, copied in zip(*inside, strict=True):
             copies.setdefault(id(old), copied)
