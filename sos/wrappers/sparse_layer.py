@@ -20,7 +20,7 @@ import keras
 from sos import keras_compat, uses
 from sos.errors import UsageError
 from sos.wrappers import calling
-from sos.wrappers.effective import EffectiveWeights
+from sos.wrappers.effective import EffectiveWeights, check_training
 from sos.wrappers.sparse_weight import SparseWeight, is_technique
 
 #: Where a sparse layer's record is; hidden from Keras's tracking.
@@ -483,6 +483,7 @@ def _described_outputs(
     weight = weights.get(id(use.weight))
     if weight is None or not isinstance(use, uses.LinearMap | uses.LookUp):
         return None
+    check_training(weight)
     return weight.technique.use_output(weight, use)
 
 
