@@ -135,6 +135,23 @@ def test_training_of_call_is_that_of_the_call_around():
     assert found == [False, True, True]
 
 
+def test_is_after_shapes_in_symbolic_calls_alone():
+    seen = []
+
+    class Watch(layers.Layer):
+        def call(self, inputs):
+            seen.append(keras_compat.is_after_shapes())
+            return inputs
+
+    watch = Watch()
+    model = keras.Sequential([keras.Input((2,)), watch])
+    assert seen and all(seen)
+    seen.clear()
+    model(np.ones((1, 2)))
+    tf.function(watch)(tf.ones((1, 2)))
+    assert len(seen) == 2 and not any(seen)
+
+
 def test_unlocked_layer_takes_sublayers():
     layer = layers.Dense(2)
     layer.build((None, 3))

@@ -456,6 +456,9 @@ def _call(layer: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         return plain.call(layer, *args, **kwargs)
     if training is None:
         training = keras_compat.training_of_call(layer)
+    # No driver runs while a model is put together, as by the default of
+    # `training` in a `call`.
+    training = training and not keras_compat.is_after_shapes()
     scope = EffectiveWeights(record.weights, bool(training))
     with scope:
         outputs = None
