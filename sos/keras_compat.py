@@ -189,6 +189,14 @@ class SubstitutionScope(keras.StatelessScope):
         super().__exit__(*args, **kwargs)
 
 
+def substitution_scope() -> SubstitutionScope | None:
+    """Returns the innermost scope, if it is a `SubstitutionScope`."""
+    probe = keras.StatelessScope(initialize_variables=False)
+    with probe:
+        scope = probe.original_scope
+    return scope if isinstance(scope, SubstitutionScope) else None
+
+
 def stored_value(variable: keras.Variable) -> tf.Tensor:
     """Returns the value of a variable in the dtype in which it is stored.
 

@@ -25,15 +25,26 @@ class EffectiveWeights(SubstitutionScope):
     Args:
         weights: The sparse weights by the `id` of their variables.
         training: Whether they read as in training.
+        whole: Whether the layers in the layer read through this scope, and open
+            none of their own.
     """
 
     def __init__(
-        self, weights: Mapping[int, SparseWeight], training: bool
+        self,
+        weights: Mapping[int, SparseWeight],
+        training: bool,
+        *,
+        whole: bool = False,
     ) -> None:
         super().__init__()
         self._weights = weights
         self._training = training
+        self.whole = whole
         self._values: dict[int, tf.Tensor] = {}
+
+    def holds(self, weights: Mapping[int, SparseWeight]) -> bool:
+        """Returns whether all these weights read as effective ones here."""
+        return self._weights.keys() >= weights.keys()
 
     def compute_all(self) -> None:
         """Computes all values now, for a layer that reads them in a loop."""

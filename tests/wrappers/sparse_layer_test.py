@@ -1,0 +1,60 @@
+"""Calls of sparse layers, from wherever they are made."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import sos
+
+
+def inputs(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape).astype("float32")
+
+
+@pytest.mark.parametrize(
+    ("technique", "arguments"),
+    [
+        ("FixedMask", {"sparsity": 0.75}),
+        ("L0Regularization", {"penalty_weight": 1.0}),
+    ],
+)
+def test_layer_inside_of_unit_called_by_itself_reads_sparse(
+    technique, arguments
+):
+    model = keras.Sequential(
+        [
+            keras.Input((3, 5)),
+            layers.LSTM(4, return_sequences=True, name="lstm"),
+            layers.TimeDistributed(layers.Dense(6), name="distributed"),
+        ]
+    )
+    sparse = sos.sparsify(model, technique, **arguments)
+    plain = sos.strip(sparse)
+    states = [tf.ones((2, 4)), tf.ones((2, 4))]
+    for name, inner, args in [
+        ("lstm", "cell", (inputs(2, 5), states)),
+        ("distributed", "layer", (inputs(2, 4),)),
+    ]:
+        received, expected = (
+            tf.nest.flatten(getattr(m.get_layer(name), inner)(*args))[0]
+            for m in (sparse, plain)
+        )
+        np.testing.assert_array_equal(received, expected)
+
+
+def test_time_distributed_shared_layer_noise_differs_by_timestep():
+    x = keras.Input((4, 3))
+    shared = layers.Dense(5, name="shared")
+    both = [layers.TimeDistributed(shared)(x), shared(x[:, 0])]
+    sparse = sos.sparsify(
+        keras.Model(x, both),
+        "VariationalDropout",
+        copy=False,
+        penalty_weight=1.0,
+        initial_log_sigma2=0.0,
+    )
+    with sos.Driver(sparse, keras.optimizers.SGD()):
+        outputs, _ = sparse(np.ones((1, 4, 3), "float32"), training=True)
+    assert len(np.unique(np.round(outputs[0, :, 0], 5))) == 4
