@@ -58,3 +58,27 @@ def test_time_distributed_shared_layer_noise_differs_by_timestep():
     with sos.Driver(sparse, keras.optimizers.SGD()):
         outputs, _ = sparse(np.ones((1, 4, 3), "float32"), training=True)
     assert len(np.unique(np.round(outputs[0, :, 0], 5))) == 4
+
+
+@pytest.mark.parametrize(
+    "technique", ["VariationalDropout", "L0Regularization"]
+)
+def test_look_up_negative_indices_counts_from_the_end(technique):
+    layer = layers.Embedding(6, 3)
+    wrapper = getattr(sos, technique)(layer, penalty_weight=1.0)
+    wrapper(np.array([[0]]))
+    layer.embeddings.assign(1e3 * (1 + np.arange(18.0).reshape(6, 3)))
+    with sos.Driver(wrapper, keras.optimizers.SGD()):
+        received = wrapper(np.array([[-1]]), training=True)[0, 0]
+        expected = wrapper(np.array([[5]]), training=True)[0, 0]
+    np.testing.assert_array_equal(received, expected)
+
+
+def test_reversible_embedding_float32_inputs_of_mixed_policy_keep_dtype():
+    layer = layers.ReversibleEmbedding(6, 3, dtype="mixed_bfloat16")
+    wrapper = sos.VariationalDropout(layer, penalty_weight=1.0)
+    wrapper(np.array([[0]]))
+    expected = layer(inputs(1, 2, 3), reverse=True).dtype
+    with sos.Driver(wrapper, keras.optimizers.SGD()):
+        received = wrapper(inputs(1, 2, 3), reverse=True, training=True).dtype
+    assert received == expected == tf.float32
