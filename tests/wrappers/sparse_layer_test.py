@@ -82,3 +82,62 @@ def test_reversible_embedding_float32_inputs_of_mixed_policy_keep_dtype():
     with sos.Driver(wrapper, keras.optimizers.SGD()):
         received = wrapper(inputs(1, 2, 3), reverse=True, training=True).dtype
     assert received == expected == tf.float32
+
+
+def variational() -> keras.Model:
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3)])
+    return sos.sparsify(
+        model,
+        "VariationalDropout",
+        penalty_weight=1.0,
+        initial_log_sigma2=0.0,
+    )
+
+
+def test_sampled_predict_compiled_before_raises_and_is_kept():
+    model = variational()
+    before = model.predict(inputs(2, 4), verbose=0)
+    function = model.predict_function
+    with (
+        pytest.raises(ValueError, match="traced inside `sos.sampled`"),
+        sos.sampled(model, seed=1),
+    ):
+        model.predict(inputs(2, 4), verbose=0)
+    assert model.predict_function is function
+    after = model.predict(inputs(2, 4), verbose=0)
+    np.testing.assert_array_equal(before, after)
+
+
+def test_sampled_predict_that_runs_eagerly_samples():
+    model = variational()
+    model.compile(run_eagerly=True)
+    mean = model.predict(inputs(2, 4), verbose=0)
+    with sos.sampled(model, seed=1):
+        received = model.predict(inputs(2, 4), verbose=0)
+        expected = model(inputs(2, 4))
+    np.testing.assert_allclose(received, expected, rtol=1e-6)
+    assert np.abs(received - mean).max() > 0.1
+
+
+def test_sampled_model_on_replicas_raises_outside_of_them():
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        model = variational()
+    with (
+        pytest.raises(ValueError, match="on the replicas"),
+        sos.sampled(model, seed=1),
+    ):
+        model.predict(inputs(2, 4), verbose=0)
+
+
+def test_sampled_on_replicas_draws_one_model():
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        model = variational()
+
+    def call() -> tf.Tensor:
+        with sos.sampled(model, seed=1):
+            return model(inputs(2, 4))
+
+    first, second = tf.function(strategy.run)(call).values
+    np.testing.assert_array_equal(first, second)
