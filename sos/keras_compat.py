@@ -120,6 +120,40 @@ def unlocked(layer: keras.layers.Layer) -> Iterator[None]:
             layer._tracker.lock()
 
 
+@contextmanager
+def without_compiled_functions(model: keras.layers.Layer) -> Iterator[None]:
+    """Lets `predict` and the like compile again what they call.
+
+    A function that was compiled before the scope knows nothing of it.
+
+    Args:
+        model: A model.
+    """
+    names = ("test_function", "predict_function", "generate_function")
+    before = [
+        (inner, name, getattr(inner, name))
+        for inner in all_layers(model)
+        for name in names
+        if getattr(inner, name, None) is not None
+    ]
+    try:
+        for inner, name, _ in before:
+            setattr(inner, name, None)
+        yield
+    finally:
+        for inner, name, function in before:
+            setattr(inner, name, function)
+
+
+def is_distributed(variable: keras.Variable) -> bool:
+    """Returns whether a variable has a copy on each of several replicas."""
+    value = variable._value
+    return (
+        isinstance(value, tf.distribute.DistributedValues)
+        and len(value.values) > 1
+    )
+
+
 class SubstitutionScope(keras.StatelessScope):
     """Gives some variables other values, and changes nothing else.
 
@@ -193,6 +227,14 @@ class SubstitutionScope(keras.StatelessScope):
         """Closes the scope."""
         _local.scope = self._outer_substitution
         super().__exit__(*args, **kwargs)
+
+
+def substitution_scope() -> SubstitutionScope | None:
+    """Returns the innermost scope, if it is a `SubstitutionScope`."""
+    probe = keras.StatelessScope(initialize_variables=False)
+    with probe:
+        scope = probe.original_scope
+    return scope if isinstance(scope, SubstitutionScope) else None
 
 
 def stored_value(variable: keras.Variable) -> tf.Tensor:

@@ -187,9 +187,7 @@ def _embedding(layer: Any, inputs: Any, **kwargs: Any) -> Use:
 
     def finish(rows: Any) -> Any:
         if layer.lora_enabled:
-            first = tf.gather(
-                tf.convert_to_tensor(layer.lora_embeddings_a), indices
-            )
+            first = keras.ops.take(layer.lora_embeddings_a, indices, axis=0)
             rows = rows + tf.cast(
                 _low_rank(layer, first, layer.lora_embeddings_b), rows.dtype
             )
@@ -240,11 +238,13 @@ def _reversible_embedding(
             keras.ops.tanh(keras.ops.divide(logits, cap)), cap
         )
 
+    dtype = layer.reverse_dtype
+    if dtype is None:
+        # This layer does not cast its inputs.
+        dtype = keras.backend.result_type(inputs.dtype, layer.compute_dtype)
     return LinearMap(
         keras_compat.embeddings(layer) if tied else layer.reverse_embeddings,
-        inputs=keras.ops.cast(
-            inputs, layer.reverse_dtype or layer.compute_dtype
-        ),
+        inputs=keras.ops.cast(inputs, dtype),
         function=function,
         finish=finish,
         positions=lambda: _product(inputs.shape[1:-1]),
@@ -260,10 +260,11 @@ def _time_distributed(
     Noise that is drawn inside would be the same at all timesteps.
     """
     inner = layer.layer
+    cls = getattr(inner, "plain_class", type(inner))
     steps = inputs.shape[1]
     if mask is not None or steps is None and None in inputs.shape[2:]:
         return None
-    one = uses.describe(type(inner), inner, inputs[:, 0])
+    one = uses.describe(cls, inner, inputs[:, 0])
 
     def positions(use: Use) -> Callable[[], int | None]:
         return lambda: _product([steps, use.positions()])
@@ -278,7 +279,7 @@ def _time_distributed(
     def unflat(x: Any) -> Any:
         return keras.ops.reshape(x, (*times, *x.shape[1:]))
 
-    (use,) = uses.describe(type(inner), inner, flat(inputs))
+    (use,) = uses.describe(cls, inner, flat(inputs))
     if isinstance(use, LookUp):
         return LookUp(
             use.weight,

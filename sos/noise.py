@@ -152,6 +152,9 @@ def normal(shape: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
 
 
 def _replica_id() -> tf.Tensor:
+    if current_sample() is not None:
+        # A sample of the posterior is one model, equal on all replicas.
+        return tf.constant(0)
     context = tf.distribute.get_replica_context()
     # Outside `strategy.run` there is one program and so one stream.
     replica = 0 if context is None else context.replica_id_in_sync_group

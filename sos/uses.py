@@ -90,7 +90,7 @@ class LookUp(Use):
             For each table a float32 tensor of shape [*indices.shape, units].
         """
         return [
-            tf.cast(tf.gather(table, self.indices), tf.float32)
+            tf.cast(keras.ops.take(table, self.indices, axis=0), tf.float32)
             for table in tables
         ]
 

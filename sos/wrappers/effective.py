@@ -25,15 +25,26 @@ class EffectiveWeights(SubstitutionScope):
     Args:
         weights: The sparse weights by the `id` of their variables.
         training: Whether they read as in training.
+        whole: Whether the layers in the layer read through this scope, and open
+            none of their own.
     """
 
     def __init__(
-        self, weights: Mapping[int, SparseWeight], training: bool
+        self,
+        weights: Mapping[int, SparseWeight],
+        training: bool,
+        *,
+        whole: bool = False,
     ) -> None:
         super().__init__()
         self._weights = weights
         self._training = training
+        self.whole = whole
         self._values: dict[int, tf.Tensor] = {}
+
+    def holds(self, weights: Mapping[int, SparseWeight]) -> bool:
+        """Returns whether all these weights read as effective ones here."""
+        return self._weights.keys() >= weights.keys()
 
     def compute_all(self) -> None:
         """Computes all values now, for a layer that reads them in a loop."""
@@ -180,14 +191,19 @@ def sampled(model: keras.layers.Layer, seed: int | tf.Tensor) -> Iterator[None]:
             f"{model.name!r}: "
             f"{sorted({type(w.technique).__name__ for w in weights})}"
         )
-    if (
+    on_replica = (
         tf.distribute.has_strategy()
-        and tf.distribute.in_cross_replica_context()
+        and not tf.distribute.in_cross_replica_context()
+    )
+    if not on_replica and (
+        tf.distribute.has_strategy()
+        or any(keras_compat.is_distributed(w.variable) for w in weights)
     ):
         raise UsageError(
             "`sampled` must be opened in the function that runs on the "
             "replicas: other threads do not see it. Move the scope into the "
-            "function that `strategy.run` calls."
+            "function that `strategy.run` calls, or `predict` and the like "
+            "with a model made without a strategy."
         )
 
     def sample(weight: SparseWeight) -> tf.Tensor:
@@ -197,7 +213,10 @@ def sampled(model: keras.layers.Layer, seed: int | tf.Tensor) -> Iterator[None]:
             value = weight.technique.training_weight(weight)
         return tf.cast(value, weight.value.dtype)
 
-    with _held(model, sample, "sampled"):
+    with (
+        keras_compat.without_compiled_functions(model),
+        _held(model, sample, "sampled"),
+    ):
         yield
 
 

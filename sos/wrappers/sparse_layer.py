@@ -412,9 +412,9 @@ def _bind(
         found.update(
             (id(v), weights[id(v)]) for v in _held_by(layer) if id(v) in weights
         )
-    if not is_unit(layer):
-        for inner in keras_compat.sublayers(layer):
-            found.update(_bind(inner, weights, done))
+    # In a unit too: a decoder may call the cell of a recurrent layer itself.
+    for inner in keras_compat.sublayers(layer):
+        found.update(_bind(inner, weights, done))
     calls_only = type(layer) in graph_classes() or is_technique(layer)
     if found and not calls_only:
         make_sparse(layer).weights.update(found)
@@ -452,14 +452,22 @@ def _call(layer: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     training = kwargs.get("training")
     if "training" not in inspect.signature(plain.call).parameters:
         kwargs.pop("training", None)
-    if not record.weights:
+    unit = keras_compat.substitution_scope()
+    in_unit = isinstance(unit, EffectiveWeights) and unit.whole
+    if not record.weights or in_unit and unit.holds(record.weights):
         return plain.call(layer, *args, **kwargs)
     if training is None:
         training = keras_compat.training_of_call(layer)
+<<<<<<< HEAD
     # No driver runs while a model is put together, as by the default of
     # `training` in a `call`.
     training = training and not keras_compat.is_after_shapes()
     scope = EffectiveWeights(record.weights, bool(training))
+=======
+    scope = EffectiveWeights(
+        record.weights, bool(training), whole=is_unit(layer)
+    )
+>>>>>>> review
     with scope:
         outputs = None
         if training:

@@ -1,0 +1,143 @@
+"""Calls of sparse layers, from wherever they are made."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import sos
+
+
+def inputs(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape).astype("float32")
+
+
+@pytest.mark.parametrize(
+    ("technique", "arguments"),
+    [
+        ("FixedMask", {"sparsity": 0.75}),
+        ("L0Regularization", {"penalty_weight": 1.0}),
+    ],
+)
+def test_layer_inside_of_unit_called_by_itself_reads_sparse(
+    technique, arguments
+):
+    model = keras.Sequential(
+        [
+            keras.Input((3, 5)),
+            layers.LSTM(4, return_sequences=True, name="lstm"),
+            layers.TimeDistributed(layers.Dense(6), name="distributed"),
+        ]
+    )
+    sparse = sos.sparsify(model, technique, **arguments)
+    plain = sos.strip(sparse)
+    states = [tf.ones((2, 4)), tf.ones((2, 4))]
+    for name, inner, args in [
+        ("lstm", "cell", (inputs(2, 5), states)),
+        ("distributed", "layer", (inputs(2, 4),)),
+    ]:
+        received, expected = (
+            tf.nest.flatten(getattr(m.get_layer(name), inner)(*args))[0]
+            for m in (sparse, plain)
+        )
+        np.testing.assert_array_equal(received, expected)
+
+
+def test_time_distributed_shared_layer_noise_differs_by_timestep():
+    x = keras.Input((4, 3))
+    shared = layers.Dense(5, name="shared")
+    both = [layers.TimeDistributed(shared)(x), shared(x[:, 0])]
+    sparse = sos.sparsify(
+        keras.Model(x, both),
+        "VariationalDropout",
+        copy=False,
+        penalty_weight=1.0,
+        initial_log_sigma2=0.0,
+    )
+    with sos.Driver(sparse, keras.optimizers.SGD()):
+        outputs, _ = sparse(np.ones((1, 4, 3), "float32"), training=True)
+    assert len(np.unique(np.round(outputs[0, :, 0], 5))) == 4
+
+
+@pytest.mark.parametrize(
+    "technique", ["VariationalDropout", "L0Regularization"]
+)
+def test_look_up_negative_indices_counts_from_the_end(technique):
+    layer = layers.Embedding(6, 3)
+    wrapper = getattr(sos, technique)(layer, penalty_weight=1.0)
+    wrapper(np.array([[0]]))
+    layer.embeddings.assign(1e3 * (1 + np.arange(18.0).reshape(6, 3)))
+    with sos.Driver(wrapper, keras.optimizers.SGD()):
+        received = wrapper(np.array([[-1]]), training=True)[0, 0]
+        expected = wrapper(np.array([[5]]), training=True)[0, 0]
+    np.testing.assert_array_equal(received, expected)
+
+
+def test_reversible_embedding_float32_inputs_of_mixed_policy_keep_dtype():
+    layer = layers.ReversibleEmbedding(6, 3, dtype="mixed_bfloat16")
+    wrapper = sos.VariationalDropout(layer, penalty_weight=1.0)
+    wrapper(np.array([[0]]))
+    expected = layer(inputs(1, 2, 3), reverse=True).dtype
+    with sos.Driver(wrapper, keras.optimizers.SGD()):
+        received = wrapper(inputs(1, 2, 3), reverse=True, training=True).dtype
+    assert received == expected == tf.float32
+
+
+def variational() -> keras.Model:
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3)])
+    return sos.sparsify(
+        model,
+        "VariationalDropout",
+        penalty_weight=1.0,
+        initial_log_sigma2=0.0,
+    )
+
+
+def test_sampled_predict_compiled_before_raises_and_is_kept():
+    model = variational()
+    before = model.predict(inputs(2, 4), verbose=0)
+    function = model.predict_function
+    with (
+        pytest.raises(ValueError, match="traced inside `sos.sampled`"),
+        sos.sampled(model, seed=1),
+    ):
+        model.predict(inputs(2, 4), verbose=0)
+    assert model.predict_function is function
+    after = model.predict(inputs(2, 4), verbose=0)
+    np.testing.assert_array_equal(before, after)
+
+
+def test_sampled_predict_that_runs_eagerly_samples():
+    model = variational()
+    model.compile(run_eagerly=True)
+    mean = model.predict(inputs(2, 4), verbose=0)
+    with sos.sampled(model, seed=1):
+        received = model.predict(inputs(2, 4), verbose=0)
+        expected = model(inputs(2, 4))
+    np.testing.assert_allclose(received, expected, rtol=1e-6)
+    assert np.abs(received - mean).max() > 0.1
+
+
+def test_sampled_model_on_replicas_raises_outside_of_them():
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        model = variational()
+    with (
+        pytest.raises(ValueError, match="on the replicas"),
+        sos.sampled(model, seed=1),
+    ):
+        model.predict(inputs(2, 4), verbose=0)
+
+
+def test_sampled_on_replicas_draws_one_model():
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        model = variational()
+
+    def call() -> tf.Tensor:
+        with sos.sampled(model, seed=1):
+            return model(inputs(2, 4))
+
+    first, second = tf.function(strategy.run)(call).values
+    np.testing.assert_array_equal(first, second)
