@@ -138,9 +138,9 @@ def checked_step(action):
         except Failure:
             raise
         except Exception as error:
-            name = action.__name__.replace("_", " ")
             traceback.print_exc()
-            raise Failure(f"{name}: {type(error).__name__}") from error
+            name = type(error).__name__
+            raise Failure(f"{action.__name__}: {name}") from error
 
     return run
 
@@ -229,13 +229,13 @@ def without_dropout(model):
 def sample(make, x, technique):
     """Finds how the weights are sampled in training.
 
-    Weights are made random one after the other, the others certain. All
-    examples are equal, so that their outputs differ only if they do not share a
-    sample.
+    Weights are made random one after the other, the others certain. Each
+    example is there twice, so that its outputs differ only if the two do not
+    share a sample.
 
     Args:
         make: Makes the plain model.
-        x: Inputs, which are replaced by copies of the first example.
+        x: Inputs, of which the first two examples are used.
         technique: A technique of `NOISE`.
 
     Returns:
@@ -246,12 +246,17 @@ def sample(make, x, technique):
     arguments = {"clip_log_alpha": None}
     if technique is not sos.VariationalDropout:
         arguments = {}
+    # In place, as dropout is in the configurations of which copies are made.
     sparse = sos.sparsify(
-        without_dropout(make()), technique, penalty_weight=1e-3, **arguments
+        without_dropout(make()),
+        technique,
+        copy=False,
+        penalty_weight=1e-3,
+        **arguments,
     )
     name, certain, random = NOISE[technique]
     weights = [w for x in find_wrappers(sparse) for w in x.sparse_weights]
-    x = keras.tree.map_structure(lambda v: np.repeat(v[:1], len(v), 0), x)
+    x = keras.tree.map_structure(lambda v: np.repeat(v[:2], 2, 0), x)
     function = tf.function(lambda: sparse(x, training=True))
 
     def outputs():
@@ -261,7 +266,7 @@ def sample(make, x, technique):
         ]
 
     def spread(values):
-        return max(np.ptp(y, axis=0).max(initial=0) for y in values)
+        return max(np.abs(y[::2] - y[1::2]).max(initial=0) for y in values)
 
     for weight in weights:
         state = weight.state[name]
@@ -286,13 +291,23 @@ def sample(make, x, technique):
 
 
 def short(paths):
-    """Some paths by their ends, which differ."""
-    parts = [[re.sub(r"_\d+$", "", p) for p in x.split("/")] for x in paths]
-    for length in range(1, 4):
+    """Some paths by their ends, as far as they differ."""
+    parts = [path.split("/") for path in paths]
+    # Keras numbers what it makes, with all that was made before.
+    numbers = {}
+    for part in parts:
+        for name in part[-2:-1]:
+            base = re.sub(r"_\d+$", "", name)
+            others = numbers.setdefault(base, [])
+            if name not in others:
+                others.append(name)
+            number = others.index(name)
+            part[-2] = f"{base}_{number}" if number else base
+    for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):
             break
-    return ", ".join(f"`{name}`" for name in dict.fromkeys(names))
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def family_cell(make, x, compile_model, technique, of=None):
