@@ -44,7 +44,7 @@ TEST_REQUIRES = [
     "tensorboard>=2.20,<3",
     # Statistical tests of the random techniques.
     "scipy>=1.13,<2",
-    # Models that nobody wrote for this package: the tests make tiny ones sparse.
+    # Models that nobody wrote for this package: tests make tiny ones sparse.
     # Only on test machines, as it brings tensorflow-text and clients of model
     # hubs. Its models change from one minor release to the next.
     "keras-hub>=0.32,<0.33",

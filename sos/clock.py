@@ -22,6 +22,9 @@ class Clock:
     def __init__(self) -> None:
         self._optimizer = None
         self._owner = None
+        #: Whether a gradient of the layer's penalty was computed, or traced,
+        #: while an optimizer was bound.
+        self.penalty_trained = False
 
     @property
     def bound(self) -> bool:
@@ -29,6 +32,10 @@ class Clock:
         if self._owner is not None and self._owner() is None:
             self.unbind()
         return self._optimizer is not None
+
+    def bound_by_another(self, owner: Any) -> bool:
+        """Returns whether an owner other than this one has bound it."""
+        return self.bound and self._owner is not None and not self._is(owner)
 
     @property
     def step(self) -> tf.Tensor:
@@ -59,11 +66,25 @@ class Clock:
             optimizer: A Keras optimizer.
             owner: Who binds it, held weakly: a clock whose owner was lost in an
                 error counts as not bound.
+
+        Raises:
+            RuntimeError: If another owner has bound it.
         """
+        if self.bound_by_another(owner):
+            raise RuntimeError("The clock is bound by another owner.")
         self._optimizer = optimizer
         self._owner = None if owner is None else weakref.ref(owner)
 
-    def unbind(self) -> None:
-        """Forgets the optimizer."""
+    def unbind(self, owner: Any = None) -> None:
+        """Forgets the optimizer.
+
+        Args:
+            owner: Who unbinds it. If another owner has bound it, it stays so.
+        """
+        if owner is not None and self.bound_by_another(owner):
+            return
         self._optimizer = None
         self._owner = None
+
+    def _is(self, owner: Any) -> bool:
+        return self._owner is not None and self._owner() is owner

@@ -12,10 +12,11 @@ from sos.errors import ArgumentError, UsageError
 from sos.wrappers.sparse_layer import (
     SparseLayer,
     graph_classes,
-    is_technique,
 )
+from sos.wrappers.sparse_weight import is_technique
 
 _Replace = Callable[[keras.layers.Layer], keras.layers.Layer]
+_Copies = dict[int, keras.layers.Layer]
 
 
 def copy_model(
@@ -48,7 +49,7 @@ def copy_model(
         if not isinstance(layer, SparseLayer)
     }
     with keras.saving.custom_object_scope(classes):
-        new = _clone(source, replace)
+        new = _clone(source, replace, {})
         if not _shares_alike(source, new):
             # Layers refer to each other. In a file, Keras keeps that.
             new = copy.deepcopy(source)
@@ -60,7 +61,7 @@ def _shares_alike(
     source: keras.layers.Layer, target: keras.layers.Layer
 ) -> bool:
     """Returns whether layers and weights are shared in both models alike."""
-    layers = [_plain_layers(source), _plain_layers(target)]
+    layers = [_layers_with_state(source), _layers_with_state(target)]
     if len(layers[0]) != len(layers[1]):
         return False
     pairs = [
@@ -71,10 +72,24 @@ def _shares_alike(
     return len(set(pairs)) == len({old for old, _ in pairs})
 
 
-def _clone(layer: keras.layers.Layer, replace: _Replace) -> keras.layers.Layer:
-    """Makes a layer of the same class and configuration, built."""
+def _clone(
+    layer: keras.layers.Layer, replace: _Replace, copies: _Copies
+) -> keras.layers.Layer:
+    """Makes a layer of the same class and configuration, built.
+
+    Args:
+        layer: The layer.
+        replace: As for `copy_model`.
+        copies: The copies that there are, by the `id` of the layer: one layer
+            may be called twice, or be part of two submodels.
+    """
+    if id(layer) in copies:
+        return copies[id(layer)]
     if type(layer) in graph_classes():
-        return _clone_graph(layer, replace)
+        new = _clone_graph(layer, replace, copies)
+        _copy_policies(layer, new)
+        copies[id(layer)] = new
+        return new
     try:
         config = layer.get_config()
         if isinstance(layer, keras.layers.Lambda):
@@ -93,23 +108,47 @@ def _clone(layer: keras.layers.Layer, replace: _Replace) -> keras.layers.Layer:
         ) from error
     # Not part of a configuration, so that Keras's own copies lose it.
     keras_compat.copy_remat_mode(layer, new)
+    _copy_policies(layer, new)
     if not new.built and (build := layer.get_build_config()):
         new.build_from_config(build)
         new.built = True  # As Keras says when it loads a layer.
+        _copy_policies(layer, new)
+    # The graph may call a layer inside by itself.
+    inside = [_plain_layers(x) for x in (layer, new)]
+    if len(inside[0]) == len(inside[1]):
+        for old, copied in zip(*inside, strict=True):
+            copies.setdefault(id(old), copied)
+    copies[id(layer)] = new
     return new
 
 
-def _clone_graph(model: keras.Model, replace: _Replace) -> keras.Model:
+def _copy_policies(
+    source: keras.layers.Layer, target: keras.layers.Layer
+) -> None:
+    """Copies the dtype policies of a layer and of those inside.
+
+    Layers that a layer makes itself, and models, have the policy that is the
+    default where they are made. It must be right before variables are made.
+    """
+    layers = [_plain_layers(source), _plain_layers(target)]
+    if [_class_name(x) for x in layers[0]] != [
+        _class_name(x) for x in layers[1]
+    ]:
+        return  # Some of them are made when the layer is built.
+    for old, new in zip(*layers, strict=True):
+        if new.dtype_policy != old.dtype_policy:
+            new.dtype_policy = old.dtype_policy
+
+
+def _clone_graph(
+    model: keras.Model, replace: _Replace, copies: _Copies
+) -> keras.Model:
     """Makes a Sequential or functional model of copied layers."""
-    copies: dict[int, keras.layers.Layer] = {}
 
     def clone(operation: keras.Operation) -> keras.Operation:
         if not isinstance(operation, keras.layers.Layer):
             return operation.__class__.from_config(operation.get_config())
-        layer = replace(operation)
-        if id(layer) not in copies:
-            copies[id(layer)] = _clone(layer, replace)
-        return copies[id(layer)]
+        return _clone(replace(operation), replace, copies)
 
     inputs = None
     if not isinstance(model, keras.Sequential):
@@ -129,7 +168,7 @@ def _clone_graph(model: keras.Model, replace: _Replace) -> keras.Model:
 
 def _copy_state(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
     """Copies all state between two models of one configuration."""
-    layers = [_plain_layers(source), _plain_layers(target)]
+    layers = [_layers_with_state(source), _layers_with_state(target)]
     classes = [[_class_name(layer) for layer in part] for part in layers]
     if classes[0] != classes[1] or not _shares_alike(source, target):
         raise UsageError(
@@ -161,6 +200,22 @@ def _plain_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
         inner
         for inner in keras_compat.all_layers(layer)
         if not is_technique(inner)
+    ]
+
+
+def _layers_with_state(
+    layer: keras.layers.Layer,
+) -> list[keras.layers.Layer]:
+    """Returns the layers of which a copy copies more than a configuration.
+
+    Preprocessing layers may make others when they are first called.
+    """
+    return [
+        inner
+        for inner in _plain_layers(layer)
+        if _variables(inner)
+        or hasattr(inner, "load_assets")
+        or not inner.trainable
     ]
 
 

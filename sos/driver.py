@@ -7,9 +7,14 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from sos.advice import warn
+from sos.arguments import listed
+from sos.held_masks import HeldMasks
 from sos.schedules import as_schedule
+from sos.weight_decay import decayed_techniques, exclude_techniques
 from sos.wrappers.base import SparseWrapper, find_wrappers
 from sos.wrappers.masked import PruningWrapper, update_masks
+from sos.wrappers.penalized import PenalizedWrapper
 from sos.wrappers.sparse_weight import SparseWeight
 
 
@@ -30,6 +35,13 @@ class Driver:
     outside trains on with the masks that it finds. `model.losses` holds the
     penalties while the driver runs; between `pause` and `resume` they are zero,
     as the loss of an evaluation should have it.
+
+    Training that would not count is an error or a `SparsityWarning`, at the
+    latest when the scope ends: an optimizer that stands still, a second driver
+    of the same layers, masks that a new optimizer's counter would make dense
+    (they are kept), penalties that are in no loss. The variables that
+    techniques add, such as log alpha, are excluded from the optimizer's weight
+    decay.
 
     Args:
         model: A model with sparse layers, built.
@@ -92,8 +104,10 @@ class Driver:
         self._update_masks = update_masks
         self._wrappers = wrappers
         self._last: int | None = None
-        self._first: int | None = None
+        self._held: HeldMasks | None = None
+        self._mark: tuple[float, ...] = ()
         self._calls = 0
+        self._moved = False
 
     @property
     def iterations(self) -> int:
@@ -104,7 +118,9 @@ class Driver:
         """Binds the clocks and makes the mask update of this step, if due.
 
         Masks of ones are brought to what the schedule had for the last update
-        before this step: a checkpoint may have been saved just before it.
+        before this step: a checkpoint may have been saved just before it. Masks
+        with more zeros than the schedule has yet are kept until it reaches
+        their sparsity, with a warning.
 
         Args:
             up_to_date: Whether the masks, and gradients that were gathered for
@@ -112,20 +128,29 @@ class Driver:
                 its optimizer step. Nothing is due then.
 
         Raises:
+            RuntimeError: If another driver updates one of the layers.
             ValueError: If a schedule is finer than `steps_per_block`, or a
                 technique needs gradients before the first step.
         """
-        for wrapper in self._pruning_wrappers():
+        for wrapper in self.pruning_wrappers():
             wrapper.schedule.check_block(self._steps_per_block)
         self.resume()
-        self._last = self.iterations
-        self._first, self._calls = self._last, 0
-        if up_to_date:
-            return
-        self._catch_up(self._last)
-        # After a restart this repeats the update of the checkpoint's step: the
-        # same weights give the same masks.
-        self._update(self._last - 1, self._last)
+        try:
+            exclude_techniques(self.model, self.optimizer)
+            step = self.iterations
+            self._mark, self._calls = self._progress(), 0
+            self._moved, self._held = False, None
+            if not up_to_date:
+                self._catch_up(step)
+                self._held = HeldMasks(self.pruning_wrappers(), step)
+                # After a restart this repeats the update of the checkpoint's
+                # step: the same weights give the same masks.
+                self._update(step - 1, step)
+            self._last = step
+        except BaseException:
+            # Otherwise the traceback would hold the layers.
+            self.pause()
+            raise
 
     def step(self) -> None:
         """Makes the mask updates that are due since the last call.
@@ -158,7 +183,7 @@ class Driver:
                 "checkpoints before the driver starts; in `fit`, list "
                 "`BackupAndRestore` before `SparsityCallback`."
             )
-        self._last = now
+        self._last, self._moved = now, True
         self._update(last, now)
 
     def next_update(self, until: int) -> int | None:
@@ -175,7 +200,7 @@ class Driver:
         # Layers share them. Not by their configurations, which a user's own
         # ones need not have.
         schedules = {
-            id(w.schedule.inner): w.schedule for w in self._pruning_wrappers()
+            id(w.schedule.inner): w.schedule for w in self.pruning_wrappers()
         }
         due = [
             steps[0]
@@ -187,12 +212,103 @@ class Driver:
     def pause(self) -> None:
         """Unbinds the clocks: penalties are zero until `resume`."""
         for wrapper in self._wrappers:
-            wrapper.clock.unbind()
+            wrapper.clock.unbind(owner=self)
 
     def resume(self) -> None:
-        """Binds the clocks to the optimizer."""
+        """Binds the clocks to the optimizer.
+
+        Raises:
+            RuntimeError: If another driver has bound one of them.
+        """
+        taken = [w for w in self._wrappers if w.clock.bound_by_another(self)]
+        if taken:
+            raise RuntimeError(
+                "The masks and penalties of these layers are updated by "
+                "another `sos.Driver`, which has not stopped: "
+                f"{listed(w.name for w in taken[:3])}"
+                f"{' and more' * (len(taken) > 3)}. Use one at a time: "
+                "`sos.SparsityCallback` with `fit`, or one "
+                "`with sos.Driver(model, optimizer)` around a loop. A driver "
+                "without `with` ends at `driver.stop()`."
+            )
         for wrapper in self._wrappers:
             wrapper.clock.bind(self.optimizer, owner=self)
+
+    def pruning_wrappers(self) -> list[PruningWrapper]:
+        """Returns the layers whose masks follow a schedule."""
+        return [w for w in self._wrappers if isinstance(w, PruningWrapper)]
+
+    def driven_by_another(self) -> bool:
+        """Returns whether another driver has bound the clocks."""
+        return all(w.clock.bound_by_another(self) for w in self._wrappers)
+
+    def forget_penalties(self) -> None:
+        """Forgets which penalties took part in training until now."""
+        for wrapper in self._wrappers:
+            wrapper.clock.penalty_trained = False
+
+    def check_progress(self) -> None:
+        """Raises if the optimizer stood still since the last check.
+
+        Raises:
+            RuntimeError: If it stood still although `step` was called often
+                enough for a step of the optimizer.
+        """
+        progress = self._progress()
+        if progress != self._mark:
+            self._mark, self._calls = progress, 0
+            return
+        patience = self.optimizer.gradient_accumulation_steps or 1
+        needed = any(wrapper.needs_clock for wrapper in self._wrappers)
+        if self._calls < patience or not needed:
+            return
+        raise RuntimeError(
+            f"The optimizer that counts the steps, {self.optimizer.name!r} "
+            f"({type(self.optimizer).__name__}), stood still at step "
+            f"{self.iterations} through {self._calls} calls of the training "
+            "step, so that nothing was pruned or ramped. Name the optimizer "
+            "that trains the sparse layers: `sos.Driver(model, optimizer)` in "
+            "a loop, `sos.SparsityCallback(optimizer=...)` in `fit`, which "
+            "counts the steps of `model.optimizer` by default. A model whose "
+            "`train_step` uses optimizers of its own, as GANs do, needs it."
+        )
+
+    def check_effect(self) -> None:
+        """Warns of penalties without effect and of decayed variables.
+
+        Call it after some steps of training.
+        """
+        silent = [
+            wrapper
+            for wrapper in self._wrappers
+            if isinstance(wrapper, PenalizedWrapper)
+            and wrapper.penalty_weight > 0
+            and not wrapper.clock.penalty_trained
+            and any(
+                variable.trainable
+                for weight in wrapper.sparse_weights
+                for variable in weight.state.values()
+            )
+        ]
+        if silent:
+            warn(
+                f"The penalties of {_names(silent)} have no effect: no "
+                "gradient of them was computed. Add `sum(model.losses)` to the "
+                "loss. A model with a `compute_loss` or `train_step` of its "
+                "own has to do so, too; a `keras.distillation.Distiller` adds "
+                "`sum(student.losses)` in an overridden `compute_loss`. With "
+                "`penalty_weight=0` there is no penalty."
+            )
+        decayed = decayed_techniques(self.model, self.optimizer)
+        if decayed:
+            warn(
+                f"The weight decay of the optimizer {self.optimizer.name!r} "
+                f"acts on {listed(v.path for v in decayed[:3])}"
+                f"{' and more' * (len(decayed) > 3)}, which pulls weights to "
+                "zero without any penalty. They were excluded when training "
+                "began: call `optimizer.exclude_from_weight_decay`, or set a "
+                "`weight_decay`, before."
+            )
 
     def stop(self) -> None:
         """Unbinds the clocks: training calls raise from now on."""
@@ -227,30 +343,38 @@ class Driver:
         self.stop()
         if error is not None or last is None:
             return
+        if self.iterations == last:
+            self.check_progress()
         missed = self.iterations - last
-        patience = self.optimizer.gradient_accumulation_steps or 1
-        scaled = isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer)
-        # Under loss scaling, overflows may hold the optimizer back for long.
-        if self._calls >= patience and last == self._first and not scaled:
-            raise RuntimeError(
-                f"The optimizer stood still at step {last} through "
-                f"{self._calls} calls of `driver.step()`, so that nothing was "
-                "pruned or ramped. Give `sos.Driver` the optimizer that trains "
-                "the model."
-            )
         if missed > 0:
             raise RuntimeError(
                 f"The optimizer made {missed} steps after the last "
                 "`driver.step()`, whose mask updates are lost. Call "
                 "`driver.step()` after every training step."
             )
+        if self._moved:
+            self.check_effect()
+
+    def _progress(self) -> tuple[float, ...]:
+        """Returns numbers that differ if the optimizer was used in between."""
+        optimizer = self.optimizer
+        numbers = [self.iterations]
+        # Overflows hold the counter back, but change the scale.
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            numbers.append(optimizer.built)
+            if optimizer.built:
+                numbers.append(optimizer.dynamic_scale)
+                numbers.append(optimizer.step_counter)
+        return tuple(
+            float(keras.ops.convert_to_numpy(number)) for number in numbers
+        )
 
     def _pruning_wrappers(self) -> list[PruningWrapper]:
         return [w for w in self._wrappers if isinstance(w, PruningWrapper)]
 
     def _catch_up(self, now: int) -> None:
         updates = {}
-        for wrapper in self._pruning_wrappers():
+        for wrapper in self.pruning_wrappers():
             if wrapper.schedule.due(now):
                 continue
             if all(_is_dense(weight) for weight in wrapper.sparse_weights):
@@ -263,7 +387,7 @@ class Driver:
         updates: dict[PruningWrapper, float] = {}
         # Layers share schedules, and asking a user's own one may be slow.
         due_of: dict[int, list[int]] = {}
-        for wrapper in self._pruning_wrappers():
+        for wrapper in self.pruning_wrappers():
             schedule = wrapper.schedule
             if id(schedule) not in due_of:
                 due_of[id(schedule)] = schedule.due_steps(after, until)
@@ -276,6 +400,8 @@ class Driver:
                     f"that were due at {due}. Call `driver.step()` after every "
                     "training step, or choose a larger `frequency`."
                 )
+            if due and self._held and self._held.holds(wrapper, due[-1]):
+                continue
             if due and until == 0 and wrapper.uses_gradient:
                 raise ValueError(
                     f"{type(wrapper).__name__} ranks weights by gradients, and "
@@ -285,6 +411,12 @@ class Driver:
             if due:
                 updates[wrapper] = schedule.sparsity(due[-1])
         self._update_masks(updates)
+
+
+def _names(wrappers: list[SparseWrapper]) -> str:
+    shown = listed(wrapper.name for wrapper in wrappers[:3])
+    more = len(wrappers) - 3
+    return f"{shown} and {more} more" if more > 0 else shown
 
 
 def _is_dense(weight: SparseWeight) -> bool:

@@ -2,7 +2,7 @@
 
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,6 +53,16 @@ def copy_remat_mode(
 ) -> None:
     """Copies how a layer is rematerialised, which no configuration holds."""
     target._remat_mode = source._remat_mode
+
+
+def reduced(state: tuple) -> tuple:
+    """Returns what `pickle` needs of a layer, without the layer's class.
+
+    Args:
+        state: What Keras returns, which names the class of the layer. A
+            generated class cannot be found by its name.
+    """
+    return (keras.layers.Layer._unpickle_model, *state[1:])
 
 
 def accept_training(layer: keras.layers.Layer) -> None:
@@ -117,6 +127,21 @@ class SubstitutionScope(keras.StatelessScope):
         super().__init__(collect_losses=True)
         self._outer = None
         self._outer_substitution = None
+
+    def hand_on_losses(self, layer: keras.layers.Layer) -> None:
+        """Gives the collected losses to the layers that added them.
+
+        Args:
+            layer: The layer that was called in the scope, which is closed.
+        """
+        if self._outer is not None:
+            if self._outer.collect_losses:
+                self._outer.losses.extend(self.losses)
+        elif self.losses:
+            for inner in layer._flatten_layers():
+                inner._losses += [
+                    x for x in self.losses if id(x) in inner._loss_ids
+                ]
 
     def substitute(self, variable: keras.Variable) -> tf.Tensor | None:
         """Returns the value that a variable is to have, None for its own."""
@@ -184,3 +209,55 @@ def stored_value(variable: keras.Variable) -> tf.Tensor:
     if value is None:  # Not initialised: Keras is only after shapes.
         value = variable.value
     return tf.convert_to_tensor(value)
+
+
+def inner_optimizers(
+    optimizer: keras.optimizers.Optimizer,
+) -> list[keras.optimizers.Optimizer]:
+    """Returns the optimizers that update variables: itself, or those inside.
+
+    Args:
+        optimizer: Any optimizer, also one that scales the loss or gives
+            variables to other optimizers. The latter knows them once built.
+    """
+    inner = getattr(optimizer, "inner_optimizer", None)
+    if inner is not None:
+        return inner_optimizers(inner)
+    inner = getattr(optimizer, "optimizers", None)
+    return [optimizer] if inner is None else list(inner)
+
+
+def exclude_from_weight_decay(
+    optimizer: keras.optimizers.Optimizer, variables: Iterable[keras.Variable]
+) -> None:
+    """Adds variables to those that an optimizer does not decay.
+
+    Keras's method of that name forgets what was excluded before.
+
+    Args:
+        optimizer: An optimizer that updates variables itself.
+        variables: The variables.
+    """
+    excluded = set(getattr(optimizer, "_exclude_from_weight_decay", ()))
+    excluded |= {optimizer._var_key(variable) for variable in variables}
+    optimizer._exclude_from_weight_decay = excluded
+    optimizer._exclude_from_weight_decay_cache = {}
+
+
+def decays(
+    optimizer: keras.optimizers.Optimizer, variable: keras.Variable
+) -> bool:
+    """Returns whether weight decay, if there is any, acts on a variable.
+
+    Args:
+        optimizer: An optimizer that updates variables itself.
+        variable: The variable.
+    """
+    return optimizer._use_weight_decay(variable.value)
+
+
+def trained_variables(
+    optimizer: keras.optimizers.Optimizer,
+) -> Sequence[keras.Variable]:
+    """Returns the variables that an optimizer was built with, in order."""
+    return optimizer._trainable_variables

@@ -4,7 +4,9 @@ A *score* says how much a weight matters (its magnitude, a random number, ...),
 a *mask* holds 1 where a weight is kept and 0 where it is pruned, and
 *sparsity* is the fraction of zeros. Every function here keeps exactly the
 number of weights that it is asked for: the highest scores, and among equal
-scores those that come first in the flattened tensor.
+scores those that come first in the flattened tensor. Where all scores are equal
+that order means nothing: `all_equal` finds such tensors, and
+`sos.rankings.undecided` the masks that must not be made of them.
 
 There are two ways to the same bits: one for the host, built on
 `numpy.partition`, and one for accelerators, which needs no sort.
@@ -161,6 +163,66 @@ def nan_count(scores: tf.Tensor) -> tf.Tensor:
 def _count(condition: tf.Tensor) -> tf.Tensor:
     """Returns the number of true elements, as a scalar int32 tensor."""
     return tf.reduce_sum(tf.cast(condition, tf.int32))
+
+
+# So many scores are compared before all of them are: those of a layer that
+# trains differ among the first few.
+_HEAD = 64
+
+
+def all_equal(scores: Scores) -> bool:
+    """Returns whether all scores are equal, so that they have no order.
+
+    Numbers are compared as the ranking does: -0.0 equals +0.0, and denormals
+    keep their value. NaN equals nothing.
+
+    Args:
+        scores: Array or eager tensor of any shape; of an empty one the result
+            is False. A tensor on an accelerator is compared there.
+    """
+    if isinstance(scores, np.ndarray):
+        flat = scores.reshape(-1)
+        return _all_equal_host(flat[:_HEAD]) and _all_equal_host(flat)
+    scores = tf.convert_to_tensor(scores)
+    if "CPU" in scores.device and scores.dtype != tf.bfloat16:
+        # The tensor's own memory, which holds no bfloat16 for others.
+        return all_equal(np.asarray(memoryview(scores)))
+    if not _all_equal_host(tf.reshape(scores, [-1])[:_HEAD].numpy()):
+        return False
+    if scores.dtype not in _INTEGER_TYPES:
+        return _all_equal_host(scores.numpy().reshape(-1))
+    return bool(all_equal_device(scores))
+
+
+def _all_equal_host(scores: np.ndarray) -> bool:
+    if not scores.size:
+        return False
+    if not any(
+        dtype.as_numpy_dtype == scores.dtype for dtype in _INTEGER_TYPES
+    ):
+        # Of a type that only the ranking of a user takes.
+        return bool((scores == scores[0]).all())
+    keys = ordered_integers_host(scores)
+    infinity = _infinity_bits(_numpy_dtype(scores))
+    return abs(int(keys[0])) <= infinity and bool((keys == keys[0]).all())
+
+
+def all_equal_device(scores: tf.Tensor) -> tf.Tensor:
+    """Returns whether all scores are equal, as a scalar boolean tensor.
+
+    The same as `all_equal`, with static shapes.
+
+    Args:
+        scores: Tensor of any shape; float16, bfloat16, float32 or float64.
+
+    Raises:
+        TypeError: If the scores have another dtype.
+    """
+    keys = ordered_integers_device(scores)
+    # Those of no numbers are the ends of the integers, in the wrong order.
+    lowest, highest = tf.reduce_min(keys), tf.reduce_max(keys)
+    is_number = tf.abs(lowest) <= _infinity_bits(scores.dtype)
+    return (lowest == highest) & is_number
 
 
 def refuse_nan(count: int, where: str = "") -> None:

@@ -1,8 +1,13 @@
+import warnings
+
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import sos
+from sos.advice import SparsityWarning
+from sos.errors import UsageError
 from tests.support import techniques
 
 NEEDY = [
@@ -39,6 +44,13 @@ def check_refused(model, how=fit):
         how(model)
     for old, new in zip(before, model.variables, strict=True):
         np.testing.assert_array_equal(old, new.numpy())
+
+
+@pytest.fixture
+def no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SparsityWarning)
+        yield
 
 
 def train_on_batch(model):
@@ -289,3 +301,404 @@ def test_tensorboard_gets_every_weight(tmp_path):
         "sparsity/a/kernel": expected,
         "sparsity/b/kernel": expected,
     }
+
+
+# Several fits.
+
+
+@pytest.mark.parametrize("name", techniques.NAMES)
+def test_ordinary_training_gives_no_warning(no_warnings, name):
+    model = compiled(name)
+    for epochs in (2, 1):
+        x, y = techniques.batch(8)
+        fit(
+            model, sos.SparsityCallback(), epochs=epochs, validation_data=(x, y)
+        )
+    assert int(model.optimizer.iterations) == 12
+
+
+def test_initial_epoch_changes_no_step():
+    model, recorder = recording(techniques.Staircase(0, 7, 2))
+    model.compile("sgd", "mse")
+    callback = sos.SparsityCallback()
+    fit(model, callback, epochs=1)
+    fit(model, callback, initial_epoch=3, epochs=4)
+    assert techniques.recorded(recorder.log) == [0, 2, 4, 4, 6, 7]
+
+
+def test_fit_without_epochs_leaves_the_callback_usable():
+    model, recorder = recording(techniques.Staircase(1, 7, 2))
+    model.compile("sgd", "mse")
+    callback = sos.SparsityCallback()
+    fit(model, callback, epochs=0)
+    assert not recorder.log
+    fit(model, callback, epochs=1)
+    assert techniques.recorded(recorder.log) == [1, 3]
+
+
+@two_techniques
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_train_on_batch_in_a_loop_is_counted(name, interrupted):
+    model = compiled(name)
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, sos.SparsityCallback(), Interrupt())
+    before = int(model.optimizer.iterations)
+    with sos.Driver(model, model.optimizer) as driver:
+        for _ in range(3):
+            train_on_batch(model)
+            driver.step()
+    assert int(model.optimizer.iterations) == before + 3
+    check_refused(model, train_on_batch)
+
+
+# Optimizers that do not count.
+
+
+class Gan(keras.Model):
+    """Trains with an optimizer of its own, every second batch if asked to."""
+
+    def __init__(self, layer, optimizer):
+        super().__init__()
+        self.net = keras.Sequential([keras.Input((6,)), layer])
+        self.own = optimizer
+        self.build((None, 6))
+        optimizer.build(self.net.trainable_variables)
+
+    def build(self, input_shape):
+        self.built = True
+
+    def call(self, inputs, training=False):
+        return self.net(inputs, training=training)
+
+    def train_step(self, data):
+        variables = self.net.trainable_variables
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(self.net(data[0], training=True) ** 2)
+            loss += sum(self.net.losses, 0.0)
+        self.own.apply(tape.gradient(loss, variables), variables)
+        return {"loss": loss}
+
+
+def gan(name="MagnitudePruning", **settings):
+    layer = techniques.wrap(name, keras.layers.Dense(8, name="a"), **settings)
+    model = Gan(layer, keras.optimizers.SGD(0.1))
+    model.compile()
+    return model
+
+
+@needy_techniques
+def test_a_model_with_another_optimizer_raises_after_one_epoch(name):
+    model = gan(name)
+    with pytest.raises(
+        RuntimeError,
+        match=r"stood still at step 0 .*4 calls.*SparsityCallback\(optimizer=",
+    ):
+        fit(model, sos.SparsityCallback(), epochs=3)
+    assert int(model.own.iterations) == 4
+
+
+def test_the_optimizer_that_counts_can_be_named(no_warnings):
+    schedule = sos.PolynomialDecay(0.0, 0.75, 0, 8, frequency=2)
+    model = gan(schedule=schedule)
+    callback = sos.SparsityCallback(optimizer=model.own)
+    history = fit(model, callback, epochs=2).history
+    assert history["sparsity"][-1] == 0.75
+    # The optimizer that `compile` made was not used.
+    assert int(model.optimizer.iterations) == 0
+
+
+def test_masks_that_never_change_need_no_optimizer_that_counts(no_warnings):
+    fit(gan("FixedMask"), sos.SparsityCallback())
+
+
+def test_an_optimizer_that_stops_later_raises_after_that_epoch():
+    model = gan()
+    model.own = model.optimizer
+    model.run_eagerly = True
+
+    class Replace(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 1:
+                model.own = keras.optimizers.SGD(0.1)
+
+    with pytest.raises(RuntimeError, match="stood still at step 4"):
+        fit(model, sos.SparsityCallback(), Replace(), epochs=3)
+
+
+def test_an_epoch_shorter_than_the_accumulation_does_not_raise(no_warnings):
+    model = techniques.mlp("MagnitudePruning")
+    optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=6)
+    model.compile(optimizer, "mse")
+    fit(model, sos.SparsityCallback(), batches=4, epochs=3)
+    assert int(optimizer.iterations) == 2
+
+
+def test_overflows_through_a_whole_epoch_do_not_raise(no_warnings):
+    policy = keras.DTypePolicy("mixed_float16")
+    layer = techniques.wrap(
+        "MagnitudePruning", keras.layers.Dense(2, dtype=policy)
+    )
+    model = keras.Sequential([keras.Input((6,)), layer])
+    optimizer = keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.SGD(0.01), initial_scale=2.0**60
+    )
+    model.compile(optimizer, "mse")
+    fit(model, sos.SparsityCallback(), batches=4, epochs=2)
+    assert int(optimizer.iterations) == 0
+
+
+def test_a_model_without_an_optimizer_raises():
+    model = compiled("MagnitudePruning")
+    model.optimizer = None
+    with pytest.raises(TypeError, match="compiled without an optimizer"):
+        fit(model, sos.SparsityCallback())
+
+
+# Two updaters.
+
+
+def test_two_callbacks_are_refused():
+    for callbacks in (
+        [sos.SparsityCallback(), sos.SparsityCallback()],
+        [sos.SparsityCallback()] * 2,
+    ):
+        model = compiled("MagnitudePruning")
+        with pytest.raises(UsageError, match="one `sos.SparsityCallback`.*2"):
+            fit(model, *callbacks)
+        assert int(model.optimizer.iterations) == 0
+
+
+@two_techniques
+def test_the_callback_inside_a_driver_is_refused(name):
+    model = compiled(name)
+    with sos.Driver(model, model.optimizer):
+        with pytest.raises(RuntimeError, match="'a', 'b'.*one at a time"):
+            fit(model, sos.SparsityCallback())
+        assert all(wrapper.clock.bound for wrapper in model.layers)
+    fit(model, sos.SparsityCallback())
+    assert int(model.optimizer.iterations) == 4
+
+
+@two_techniques
+def test_a_driver_that_starts_during_fit_is_refused(name):
+    model = compiled(name)
+    driver = sos.Driver(model, keras.optimizers.SGD())
+
+    class Start(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            if batch == 1:
+                driver.start()
+
+    with pytest.raises(RuntimeError, match="one at a time"):
+        fit(model, sos.SparsityCallback(), Start())
+    driver.stop()
+    assert int(model.optimizer.iterations) == 1
+
+
+# Weights of an earlier moment.
+
+LATE = sos.PolynomialDecay(0.0, 0.75, 0, 8, power=1, frequency=2)
+
+
+class Scores(keras.callbacks.Callback):
+    """Logs the values that others are to monitor."""
+
+    def __init__(self, *values):
+        super().__init__()
+        self.values = values
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs["score"] = self.values[epoch]
+
+
+def stopping(patience=1, **settings):
+    return keras.callbacks.EarlyStopping(
+        "score", mode="min", patience=patience, **settings
+    )
+
+
+def fit_scored(scores, *callbacks):
+    model = compiled("MagnitudePruning", schedule=LATE)
+    fit(model, Scores(*scores), *callbacks, epochs=len(scores))
+    return model
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_restored_weights_of_a_less_sparse_epoch_give_a_warning(last):
+    callbacks = [
+        sos.SparsityCallback(),
+        stopping(restore_best_weights=True),
+    ]
+    if not last:
+        callbacks.reverse()
+    message = r"37.50% zeros.*75.00% zeros \(target 75.00%\).*start_from_epoch"
+    with pytest.warns(SparsityWarning, match=message):
+        model = fit_scored([1, 2, 3, 4], *callbacks)
+    assert sos.sparsity_report(model).sparsity == 0.375
+
+
+def test_restored_weights_that_are_dense_give_a_warning():
+    model = compiled("MagnitudePruning", schedule=LATE)
+    dense = model.get_weights()
+    restore = keras.callbacks.LambdaCallback(
+        on_train_end=lambda logs: model.set_weights(dense)
+    )
+    with pytest.warns(SparsityWarning, match="have 0.00% zeros.*75.00%"):
+        fit(model, sos.SparsityCallback(), restore, epochs=2)
+
+
+def test_weights_restored_from_after_the_schedule_give_no_warning(no_warnings):
+    for settings in (
+        {"restore_best_weights": True},
+        {"restore_best_weights": True, "start_from_epoch": 1},
+        {},
+    ):
+        fit_scored([4, 1, 2, 3], stopping(**settings), sos.SparsityCallback())
+
+
+def test_training_that_stops_before_the_end_of_the_schedule_gives_a_warning():
+    for schedule, reached in (
+        (sos.PolynomialDecay(0.0, 0.5, 0, 16, power=1, frequency=2), "25.00%"),
+        (sos.ConstantSparsity(0.5, 99, frequency=1), "0.00%"),
+    ):
+        model = compiled("MagnitudePruning", schedule=schedule)
+        callbacks = [Scores(1, 2, 3), stopping(patience=0)]
+        message = f"stopped before.* {reached} zeros .target 50.00%"
+        with pytest.warns(SparsityWarning, match=message):
+            fit(model, *callbacks, sos.SparsityCallback(), epochs=3)
+        assert int(model.optimizer.iterations) == 8
+
+
+def checkpoint(directory, **settings):
+    return keras.callbacks.ModelCheckpoint(
+        directory / "best.weights.h5",
+        monitor="score",
+        mode="min",
+        save_best_only=True,
+        save_weights_only=True,
+        **settings,
+    )
+
+
+def test_a_checkpoint_of_a_less_sparse_epoch_gives_a_warning(tmp_path):
+    with pytest.warns(SparsityWarning, match="epoch 1, with 37.50% zeros"):
+        fit_scored([1, 2, 3], checkpoint(tmp_path), sos.SparsityCallback())
+
+
+def test_a_checkpoint_from_after_the_schedule_gives_no_warning(
+    no_warnings, tmp_path
+):
+    for scores, settings in (
+        ([4, 1, 2], {}),
+        ([4, 3, 2], {}),
+        ([4, 5, 6], {"initial_value_threshold": 3.0}),
+    ):
+        callback = checkpoint(tmp_path, **settings)
+        fit_scored(scores, callback, sos.SparsityCallback())
+
+
+def test_a_list_of_callbacks_can_be_used_again(no_warnings):
+    model = compiled("MagnitudePruning", schedule=LATE)
+    callbacks = keras.callbacks.CallbackList(
+        [sos.SparsityCallback()], add_history=True, model=model
+    )
+    x, y = techniques.batch(8)
+    for _ in range(3):
+        model.fit(x, y, batch_size=2, verbose=0, callbacks=callbacks)
+    names = [type(callback).__name__ for callback in callbacks.callbacks]
+    assert names == ["SparsityCallback", "History", "_LastCallback"]
+
+
+# Penalties that no loss contains.
+
+
+class WithPenalties(keras.distillation.Distiller):
+    def compute_loss(self, *args, training=True, **kwargs):
+        loss = super().compute_loss(*args, training=training, **kwargs)
+        return loss + sum(self.student.losses)
+
+
+def distiller(cls, name, **settings):
+    teacher = keras.Sequential([keras.Input((6,)), keras.layers.Dense(2)])
+    model = cls(
+        teacher=teacher,
+        student=techniques.mlp(name, **settings),
+        distillation_losses=keras.distillation.LogitsDistillation(),
+    )
+    model.compile(keras.optimizers.SGD(0.1), keras.losses.MeanSquaredError())
+    return model
+
+
+@pytest.mark.parametrize("name", PENALIZED)
+def test_penalties_in_no_loss_give_a_warning_in_each_fit(name):
+    model = distiller(keras.distillation.Distiller, name)
+    for _ in range(2):
+        with pytest.warns(SparsityWarning, match=r"'a', 'b' have no effect"):
+            fit(model, sos.SparsityCallback(), epochs=2)
+
+
+@pytest.mark.parametrize("name", PENALIZED)
+def test_penalties_in_the_loss_give_no_warning(no_warnings, name):
+    model = distiller(WithPenalties, name)
+    for _ in range(2):
+        fit(model, sos.SparsityCallback())
+    fit(
+        distiller(keras.distillation.Distiller, name, penalty_weight=0.0),
+        sos.SparsityCallback(),
+    )
+
+
+def test_penalties_of_frozen_layers_give_no_warning(no_warnings):
+    model = compiled("L0Regularization")
+    model.layers[0].trainable = False
+    model.compile("sgd", "mse")
+    fit(model, sos.SparsityCallback())
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_penalties_that_are_only_read_give_a_warning(eager):
+    class Logging(keras.distillation.Distiller):
+        def compute_loss(self, *args, training=True, **kwargs):
+            sum(self.student.losses)
+            return super().compute_loss(*args, training=training, **kwargs)
+
+    model = distiller(Logging, "L0Regularization")
+    model.run_eagerly = eager
+    read = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: model.student.losses
+    )
+    x, y = techniques.batch(8)
+    with pytest.warns(SparsityWarning, match="no effect"):
+        fit(model, sos.SparsityCallback(), read, validation_data=(x, y))
+
+
+def test_an_interrupted_fit_is_continued_without_a_warning(no_warnings):
+    model = compiled("L0Regularization")
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, sos.SparsityCallback(), Interrupt())
+    # With the step that was compiled.
+    fit(model, sos.SparsityCallback())
+
+
+# Averages of weights.
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("overwrite", [None, 3])
+def test_moving_averages_keep_masks_and_sparsity(
+    no_warnings, swapped, overwrite
+):
+    model = techniques.mlp("MagnitudePruning", schedule=LATE)
+    optimizer = keras.optimizers.SGD(
+        0.1, use_ema=True, ema_overwrite_frequency=overwrite
+    )
+    model.compile(optimizer, "mse")
+    swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+    callbacks = [sos.SparsityCallback()]
+    for _ in range(2):
+        history = fit(
+            model, *[swap] * swapped, *callbacks, batches=4, epochs=2
+        ).history
+    assert history["sparsity"][-1] == 0.75
+    assert sos.sparsity_report(model).sparsity == 0.75

@@ -1,9 +1,12 @@
+import warnings
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import sos
+from sos.advice import SparsityWarning
 from sos.wrappers.base import find_wrappers
 from tests.support import techniques
 
@@ -91,8 +94,9 @@ def test_masks_that_are_not_dense_are_left_alone_on_start():
         wrapper.set_masks(masks[-1:])
     optimizer = keras.optimizers.SGD()
     optimizer.iterations.assign(100)
-    with sos.Driver(model, optimizer):
-        pass
+    with pytest.warns(SparsityWarning, match="3.12% zeros.*no update"):
+        with sos.Driver(model, optimizer):
+            pass
     for wrapper, mask in zip(model.layers, masks, strict=True):
         np.testing.assert_array_equal(techniques.state(wrapper, "mask"), mask)
 
@@ -413,19 +417,38 @@ def test_an_optimizer_that_never_moves_raises_at_the_end():
     assert not any(w.clock.bound for w in model.layers)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: keras.optimizers.SGD(gradient_accumulation_steps=4),
-        lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()),
-    ],
-    ids=["accumulation", "loss_scaling"],
-)
-def test_an_optimizer_with_a_reason_to_stand_still_does_not_raise(make):
+def test_an_optimizer_that_accumulates_may_stand_still():
     model, _ = model_with_record(techniques.Staircase())
-    with sos.Driver(model, make()) as driver:
+    optimizer = keras.optimizers.SGD(gradient_accumulation_steps=4)
+    with sos.Driver(model, optimizer) as driver:
         for _ in range(3):
             driver.step()
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_an_optimizer_that_only_overflows_may_stand_still(used):
+    model, _ = model_with_record(techniques.Staircase())
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())
+    optimizer.build(model.trainable_variables)
+
+    def loop():
+        with sos.Driver(model, optimizer) as driver:
+            for _ in range(3):
+                if used:
+                    optimizer.dynamic_scale.assign(optimizer.dynamic_scale / 2)
+                driver.step()
+
+    if used:
+        loop()
+        return
+    with pytest.raises(RuntimeError, match="stood still"):
+        loop()
+
+
+def test_fixed_masks_need_no_optimizer_that_moves():
+    model = techniques.mlp("FixedMask")
+    with sos.Driver(model, keras.optimizers.SGD()) as driver:
+        driver.step()
 
 
 def test_an_optimizer_restored_to_a_smaller_step_may_end():
@@ -495,6 +518,100 @@ def test_gradients_are_not_there_before_the_first_step():
         else:
             driver.start()
         driver.stop()
+
+
+# Two drivers of one layer.
+
+
+def test_a_second_driver_is_refused_until_the_first_stops():
+    model, _ = model_with_record(techniques.Staircase())
+    part = keras.Sequential([keras.Input((6,)), model.layers[0]])
+    first = sos.Driver(model, keras.optimizers.SGD())
+    second = sos.Driver(part, keras.optimizers.SGD())
+    first.start()
+    with pytest.raises(RuntimeError, match=r"another `sos.Driver`.*: 'a'\."):
+        second.start()
+    # It left the first alone.
+    assert all(w.clock.bound for w in model.layers)
+    second.stop()
+    assert all(w.clock.bound for w in model.layers)
+    first.stop()
+    second.start()
+    assert [w.clock.bound for w in model.layers] == [True, False]
+    second.stop()
+
+
+def test_a_driver_that_could_not_start_is_in_nobodys_way():
+    model, _ = model_with_record(techniques.Staircase())
+
+    def fail(updates):
+        raise KeyError
+
+    failed = sos.Driver(model, keras.optimizers.SGD(), update_masks=fail)
+    with pytest.raises(KeyError):
+        failed.start()
+    assert not any(w.clock.bound for w in model.layers)
+    with sos.Driver(model, keras.optimizers.SGD()):
+        pass
+
+
+# Penalties that no loss contains.
+
+
+def loop_step(model, optimizer, penalties):
+    """A training step whose loss may hold the penalties, or only read them."""
+
+    @tf.function
+    def step(x, y):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((model(x, training=True) - y) ** 2)
+            total = sum(model.losses, 0.0)
+            if penalties:
+                loss += total
+        variables = model.trainable_variables
+        optimizer.apply(tape.gradient(loss, variables), variables)
+        return total
+
+    return step
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("name", ["L0Regularization", "VariationalDropout"])
+def test_a_loop_without_the_penalties_gives_a_warning(name, jit_compile):
+    model = techniques.mlp(name)
+    optimizer = keras.optimizers.SGD(0.1)
+    optimizer.build(model.trainable_variables)
+    without = loop_step(model, optimizer, penalties=False)
+    driver = sos.Driver(model, optimizer)
+    with pytest.warns(SparsityWarning, match=r"'a', 'b' have no effect"):
+        with driver:
+            without(*techniques.batch())
+            # An evaluation.
+            assert float(sum(model.losses)) > 0
+            driver.step()
+    step = techniques.train_step(model, optimizer, jit_compile=jit_compile)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SparsityWarning)
+        for _ in range(2):  # The second uses the compiled step again.
+            with driver:
+                step(*techniques.batch())
+                driver.step()
+
+
+def test_penalties_are_the_same_to_the_bit_for_being_watched():
+    model = techniques.mlp("VariationalDropout", penalty_weight=0.1)
+    layer = model.layers[0]
+    (weight,) = layer.sparse_weights
+    state = weight.state["log_sigma2"]
+    with sos.Driver(model, keras.optimizers.SGD()):
+        with tf.GradientTape(persistent=True) as tape:
+            found = layer.losses[0]
+            expected = 0.1 * layer.penalty(weight)
+        assert float(found) == float(expected)
+        np.testing.assert_array_equal(
+            tape.gradient(found, state.value),
+            tape.gradient(expected, state.value),
+        )
 
 
 # What is refused.

@@ -210,6 +210,48 @@ def test_device_refuses_other_dtypes():
         masks.top_k_mask_device(tf.constant([1, 2]), 1)
 
 
+@st.composite
+def scores_of_few_values(draw):
+    """Mostly equal ones, also NaN and both zeros, beyond the first few."""
+    dtype, integer = DTYPES[draw(st.sampled_from(sorted(DTYPES)))]
+    nan = int(np.array(np.nan, dtype).view(integer))
+    bits = st.sampled_from([*special_values(dtype, integer), nan])
+    size = draw(st.sampled_from((*COMPILED_SIZES, 130)))
+    scores = np.full(size, draw(bits), integer)
+    if size and draw(st.booleans()):
+        scores[draw(st.integers(0, size - 1))] = draw(bits)
+    return scores.view(dtype)
+
+
+ALL_EQUAL = tf.function(masks.all_equal_device, jit_compile=True)
+
+
+@hypothesis.settings(max_examples=400)
+@hypothesis.given(scores_of_few_values())
+def test_all_equal_finds_the_same_on_host_and_device(scores):
+    values = scores.astype(np.float64).tolist()  # exact for all dtypes here
+    expected = bool(values) and all(value == values[0] for value in values)
+    tensor = tf.constant(scores)
+    assert masks.all_equal(scores) is expected
+    assert masks.all_equal(tensor) is expected
+    assert bool(masks.all_equal_device(tensor)) is expected
+    assert bool(ALL_EQUAL(tensor)) is expected
+
+
+def test_all_equal_takes_any_shape_and_type():
+    assert masks.all_equal(np.ones((3, 50, 2), np.float32)[:, ::2])
+    assert masks.all_equal(np.float32(3)[None])
+    assert masks.all_equal(tf.constant(3.0))
+    assert not masks.all_equal(np.arange(130, dtype=np.float32).reshape(13, 10))
+    # Of the ranking of a user.
+    for scores in (np.full(130, 7), np.full(130, 0.5, ">f4")):
+        assert masks.all_equal(scores)
+        scores[-1] = 0
+        assert not masks.all_equal(scores)
+    assert masks.all_equal(tf.fill([130], 7))
+    assert not masks.all_equal(tf.range(130) // 100)
+
+
 def test_scores_are_left_alone():
     scores = np.array([3.0, -0.0, 1.0, 2.0], np.float32)
     before = scores.copy()

@@ -94,7 +94,7 @@ def test_numbers_by_hand():
         "last/kernel": "",
         "last/bias": "rank 1",
     }
-    (last_value,) = last.evaluation_weights().values()
+    (last_value,) = last.techniques[0].evaluation_weights().values()
     zeros = 64 - nonzeros + np.sum(np.asarray(last_value) == 0)
     assert report.sparsity == pytest.approx(zeros / (64 + 8))
     others = [model.layers[0].embeddings, lstm.cell.recurrent_kernel]

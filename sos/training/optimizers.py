@@ -21,9 +21,10 @@ from typing import Any
 
 import keras
 
+from sos import keras_compat
 from sos.arguments import listed
 from sos.errors import UsageError
-from sos.wrappers.base import find_wrappers
+from sos.weight_decay import technique_variables as technique_variables
 
 #: Pairs of a variable and the factor of its learning rate. Keras's variables
 #: cannot be keys of a dictionary.
@@ -186,24 +187,6 @@ def with_multipliers(
     )
 
 
-def technique_variables(model: keras.Model) -> list[keras.Variable]:
-    """Returns the trainable variables that techniques add to a model.
-
-    They are, for example, log alpha of L0 regularisation and log sigma^2 of
-    variational dropout. A dense model has none.
-
-    Args:
-        model: A built model, with or without sparse layers.
-    """
-    return [
-        variable
-        for wrapper in find_wrappers(model)
-        for weight in wrapper.sparse_weights
-        for variable in weight.state.values()
-        if variable.trainable
-    ]
-
-
 def traced_config(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
     """Returns the properties of an optimizer that a compiled step holds.
 
@@ -220,8 +203,8 @@ def traced_config(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
         config = optimizer.get_config()
     # Not in the config: `exclude_from_weight_decay` was called after it.
     decayed = [
-        optimizer._use_weight_decay(variable.value)
-        for variable in optimizer._trainable_variables
+        keras_compat.decays(optimizer, variable)
+        for variable in keras_compat.trained_variables(optimizer)
     ]
     return {**config, "decayed": decayed}
 

@@ -10,16 +10,12 @@ import numpy as np
 import tensorflow as tf
 
 from sos.errors import UsageError, reason
-from sos.masks import (
-    keep_count,
-    nan_count,
-    refuse_nan,
-    top_k_mask_device,
-)
+from sos.masks import nan_count, refuse_nan, top_k_mask_device
 from sos.noise import call_label
-from sos.rankings import PerTensorRanking, Ranking
+from sos.rankings import PerTensorRanking, Ranking, undecided_device
 from sos.training.strategies import several_processes
 from sos.training.task import Task, WeightedSum, check_metrics
+from sos.wrappers import dead_weights
 from sos.wrappers.base import SparseWrapper, find_wrappers
 from sos.wrappers.masked import PruningWrapper
 from sos.wrappers.penalized import PenalizedWrapper
@@ -610,6 +606,9 @@ class CompiledMaskUpdate:
         Args:
             updates: The sparsity to reach, by wrapper.
 
+        Warns:
+            UserWarning: As `update_masks`.
+
         Raises:
             ValueError: If a score is NaN; all masks stay as they are.
         """
@@ -617,7 +616,11 @@ class CompiledMaskUpdate:
             return
         pairs = _weights(updates)
         counts = [
-            keep_count(math.prod(weight.variable.shape), updates[wrapper])
+            wrapper.ranking.keep_count(
+                math.prod(weight.variable.shape), updates[wrapper]
+            )
+            if _ranks_by_count(wrapper.ranking)
+            else 0
             for wrapper, weight in pairs
         ]
         # Python sparsities are part of a compilation only where they must be.
@@ -631,10 +634,20 @@ class CompiledMaskUpdate:
         )
         if key not in self._functions:
             self._functions[key] = self.compile(dict(updates))
-        nans = self._functions[key](tf.constant(counts, tf.int32))
-        nans = self._strategy.experimental_local_results(nans)[0].numpy()
-        for (_, weight), nan in zip(pairs, nans, strict=True):
-            refuse_nan(int(nan), f" of {weight.path}")
+        facts = self._functions[key](tf.constant(counts, tf.int32))
+        facts = self._strategy.experimental_local_results(facts)[0].numpy()
+        for (_, weight), (nans, _, _) in zip(pairs, facts, strict=True):
+            refuse_nan(int(nans), f" of {weight.path}")
+        for (wrapper, weight), (_, undecided, any_left) in zip(
+            pairs, facts, strict=True
+        ):
+            dead_weights.after_update(
+                wrapper,
+                weight,
+                updates[wrapper],
+                undecided=bool(undecided),
+                any_left=bool(any_left),
+            )
 
     def compile(self, updates: dict[PruningWrapper, float]) -> Any:
         """Returns the compiled function of an update.
@@ -644,8 +657,8 @@ class CompiledMaskUpdate:
 
         Returns:
             A `tf.function` that takes the number of elements to keep, int32 of
-            shape [weights], sets the masks, and returns the number of scores
-            that are NaN, int32 of the same shape.
+            shape [weights], sets the masks, and returns what
+            `mask_update_step` found out about them.
         """
 
         def step(counts: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor]:
@@ -656,9 +669,9 @@ class CompiledMaskUpdate:
 
         @tf.function
         def update(counts: tf.Tensor) -> tf.Tensor:
-            masks, nans = self._strategy.run(step, args=(counts,))
-            nans = first_replica(nans)
-            invalid = tf.reduce_sum(nans) > 0
+            masks, facts = self._strategy.run(step, args=(counts,))
+            facts = first_replica(facts)
+            invalid = tf.reduce_sum(facts[:, 0]) > 0
             # Not on the replicas, where an assignment sends every mask to every
             # other replica, although all have the same.
             for (wrapper, weight), mask in zip(
@@ -667,7 +680,7 @@ class CompiledMaskUpdate:
                 old = weight.state["mask"].value
                 new = tf.where(invalid, old, first_replica(mask))
                 wrapper.assign_mask(weight, new)
-            return nans
+            return facts
 
         return update
 
@@ -683,15 +696,17 @@ def mask_update_step(
             weight keeps.
 
     Returns:
-        The uint8 masks, one for each weight; and int32 of shape [weights], the
-        number of scores that are NaN.
+        The uint8 masks, one for each weight, which is the old one where only
+        positions could decide; and int32 of shape [weights, 3]: the number of
+        scores that are NaN, 1 where the old mask stays, and 1 where the mask
+        keeps any element.
     """
     pairs = _weights(updates)
     groups: dict[Any, list[tuple[PruningWrapper, SparseWeight, int]]] = {}
     for index, (wrapper, weight) in enumerate(pairs):
         groups.setdefault(wrapper.ranking, []).append((wrapper, weight, index))
     masks: list[Any] = [None] * len(pairs)
-    nans = list(masks)
+    facts = list(masks)
     for ranking, members in groups.items():
         scores = [wrapper.scores(weight) for wrapper, weight, _ in members]
         if _ranks_by_count(ranking):
@@ -703,12 +718,26 @@ def mask_update_step(
             ranked = ranking.masks(
                 scores, [updates[wrapper] for wrapper, _, _ in members]
             )
-        for (_, _, index), score, mask in zip(
-            members, scores, ranked, strict=True
+        ranked = [tf.cast(mask, tf.uint8) for mask in ranked]
+        for (wrapper, weight, index), score, mask, unchanged in zip(
+            members,
+            scores,
+            ranked,
+            undecided_device(ranking, scores, ranked),
+            strict=True,
         ):
-            nans[index] = nan_count(score)
-            masks[index] = tf.cast(mask, tf.uint8)
-    return masks, tf.stack(nans)
+            old = weight.state["mask"].value
+            mask = tf.where(unchanged, old, mask)
+            kept = tf.minimum(mask, old) if wrapper.cumulative else mask
+            masks[index] = mask
+            facts[index] = tf.stack(
+                [
+                    nan_count(score),
+                    tf.cast(unchanged, tf.int32),
+                    tf.cast(tf.reduce_any(kept > 0), tf.int32),
+                ]
+            )
+    return masks, tf.stack(facts)
 
 
 def _weights(

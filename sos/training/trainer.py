@@ -45,6 +45,7 @@ from sos.training.task import (
     raise_wrong_cardinality,
     train_dataset,
 )
+from sos.weight_decay import exclude_techniques
 from sos.wrappers.base import find_wrappers
 from sos.wrappers.masked import PruningWrapper, update_masks
 
@@ -240,6 +241,8 @@ class Trainer:
             check_model(task, model)
             optimizer = task.build_optimizer(model)
             check_optimizer(task, optimizer)
+            # Before a step is traced.
+            exclude_techniques(model, optimizer)
             # Not left to the first step, which runs on the replicas, where
             # Keras 3.15 cannot create variables.
             if not optimizer.built:

@@ -35,6 +35,14 @@ def call_like(
     return call
 
 
+def is_symbolic(args: tuple, kwargs: dict) -> bool:
+    """Returns whether a call is one of those that make a functional model."""
+    return any(
+        isinstance(value, keras.KerasTensor)
+        for value in keras.tree.flatten((args, kwargs))
+    )
+
+
 def build_symbolically(call: Callable, args: tuple, kwargs: dict) -> None:
     """Builds a layer, and what it holds, as a call of it would.
 

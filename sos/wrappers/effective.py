@@ -8,10 +8,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from sos import noise
+from sos import keras_compat, noise
 from sos.errors import UsageError
 from sos.keras_compat import SubstitutionScope
-from sos.wrappers.sparse_weight import SparseWeight
+from sos.wrappers.sparse_weight import SparseWeight, is_technique
 
 _local = threading.local()
 
@@ -72,14 +72,34 @@ def effective_value(weight: SparseWeight, training: bool) -> tf.Tensor:
         UsageError: In training, inside `sos.frozen` or `sos.sampled`.
         RuntimeError: In training, if no driver has bound the clock.
     """
-    technique = weight.technique
-    value = _held_value(weight, training)
-    if value is None and training:
-        technique.check_driven()
-        value = technique.training_weight(weight)
-    elif value is None:
-        value = technique.evaluation_weight(weight)
+    if training:
+        check_training(weight)
+        value = weight.technique.training_weight(weight)
+    else:
+        value = _held_value(weight)
+        if value is None:
+            value = weight.technique.evaluation_weight(weight)
     return tf.cast(value, weight.value.dtype)
+
+
+def check_training(weight: SparseWeight) -> None:
+    """Raises if a call in training would not count, or makes no sense.
+
+    Args:
+        weight: A weight that the call uses.
+
+    Raises:
+        UsageError: Inside `sos.frozen` or `sos.sampled`.
+        RuntimeError: If no driver has bound the clock.
+    """
+    for held in getattr(_local, "held", ()):
+        if id(weight.variable) in held.values:
+            raise UsageError(
+                f"The weight {weight.path} was used with `training=True` "
+                f"inside `sos.{held.name}`, whose weights are those of "
+                "inference. Close the scope before training."
+            )
+    weight.technique.check_driven()
 
 
 @contextlib.contextmanager
@@ -182,10 +202,12 @@ def sampled(model: keras.layers.Layer, seed: int | tf.Tensor) -> Iterator[None]:
 
 
 def _sparse_weights(model: keras.layers.Layer) -> list[SparseWeight]:
-    # Here, as the base of the techniques needs this module.
-    from sos.wrappers.base import find_wrappers
-
-    return [w for t in find_wrappers(model) for w in t.sparse_weights]
+    return [
+        weight
+        for layer in keras_compat.all_layers(model)
+        if is_technique(layer)
+        for weight in layer.sparse_weights
+    ]
 
 
 class _Held:
@@ -213,17 +235,11 @@ def _held(
         _local.held = outer
 
 
-def _held_value(weight: SparseWeight, training: bool) -> tf.Tensor | None:
+def _held_value(weight: SparseWeight) -> tf.Tensor | None:
     for held in getattr(_local, "held", ()):
         value = held.values.get(id(weight.variable))
         if value is None:
             continue
-        if training:
-            raise UsageError(
-                f"The weight {weight.path} was used with `training=True` "
-                f"inside `sos.{held.name}`, whose weights are those of "
-                "inference. Close the scope before training."
-            )
         if hasattr(value, "numpy") and not tf.executing_eagerly():
             raise UsageError(
                 f"A `tf.function` was traced inside `sos.{held.name}`, and "

@@ -4,12 +4,15 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from sos import noise
 from sos.arguments import check_integer, check_number
 from sos.masks import keep_count, top_k_mask_host
 from sos.registry import register
+from sos.wrappers import dead_weights
 from sos.wrappers.masked import MaskedWrapper
+from sos.wrappers.sparse_weight import SparseWeight
 
 
 @register
@@ -18,7 +21,11 @@ class FixedMask(MaskedWrapper):
 
     By default the weights that are zero when the layer is wrapped stay zero,
     which is what fine-tuning a stripped model needs. With `sparsity` the mask
-    is drawn at random. `set_masks` sets any other.
+    is drawn at random; below 1 it keeps at least one weight of each tensor.
+    `set_masks` sets any other.
+
+    A warning names a weight that keeps its last element only for that reason,
+    and one that is trained although all its elements were zero and stay so.
 
     Args:
         layer: The layer to wrap.
@@ -47,14 +54,20 @@ class FixedMask(MaskedWrapper):
         super().__init__(layer, **kwargs)
         self.sparsity = sparsity
         self.seed = seed
+        # Paths of weights that were zero throughout. Often they are loaded
+        # next, and only a weight that is trained as it is needs a warning.
+        self._zeros: frozenset[str] = frozenset()
 
     def weights_changed(self) -> None:
         """Sets the masks anew from the dense weights."""
         masks = []
+        zeros = set()
         for weight in self.sparse_weights:
             if self.sparsity is None:
                 value = keras.ops.convert_to_numpy(weight.value)
                 masks.append(value != 0)
+                if value.size and not masks[-1].any():
+                    zeros.add(weight.path)
             else:
                 shape = tuple(weight.variable.shape)
                 generator = np.random.Generator(
@@ -65,8 +78,29 @@ class FixedMask(MaskedWrapper):
                 )
                 scores = generator.random(shape, dtype=np.float32)
                 count = keep_count(scores.size, self.sparsity)
+                if not count and scores.size and self.sparsity < 1:
+                    count = 1
+                    dead_weights.warn_kept(
+                        self, weight, self.sparsity, count, "`sparsity=1`"
+                    )
                 masks.append(top_k_mask_host(scores, count))
         self.set_masks(masks)
+        self._zeros = frozenset(zeros)
+
+    def training_weight(self, weight: SparseWeight) -> tf.Tensor:
+        """The masked weight."""
+        if weight.path in self._zeros:
+            self._zeros -= {weight.path}
+            # On the host, also while a training step is traced.
+            with tf.init_scope():
+                mask = weight.state["mask"].value
+                if not tf.reduce_any(mask > 0):
+                    dead_weights.warn_of_zeros(self, weight)
+        return super().training_weight(weight)
+
+    def evaluation_weight(self, weight: SparseWeight) -> tf.Tensor:
+        """The masked weight."""
+        return super().training_weight(weight)
 
     def target_sparsity(self) -> float | None:
         """The sparsity of a random mask."""

@@ -13,7 +13,9 @@ class MagnitudePruning(PruningWrapper):
 
     The magnitudes are those of the raw weights, pruned ones too, and each
     tensor is ranked for itself: exactly `round(size * (1 - sparsity))` weights
-    are kept. A pruned weight comes back when others shrink below it.
+    are kept, but at least one (`PerTensorRanking(min_kept=...)`). A pruned
+    weight comes back when others shrink below it. A tensor whose magnitudes are
+    all equal, such as one that is initialized with zeros, keeps its mask.
 
     Differences from Gale et al. 2019's code: ties are broken by position, so
     that the count is exact, and the update of the schedule's last step always

@@ -5,18 +5,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
-from sos import arguments
+from sos import arguments, keras_compat
 from sos.errors import ArgumentError, UsageError
-from sos.rankings import PerTensorRanking, Ranking
+from sos.rankings import PerTensorRanking, Ranking, undecided
 from sos.schedules import (
     PruningSchedule,
     Schedule,
     as_schedule,
     make_schedule,
 )
+from sos.wrappers import dead_weights
 from sos.wrappers.base import SparseWrapper
+from sos.wrappers.mask_variable import MaskVariable
 from sos.wrappers.sparse_weight import SparseWeight
 
 
@@ -33,12 +36,25 @@ class MaskedWrapper(SparseWrapper):
 
     def build_weight(self, weight: SparseWeight) -> None:
         """Adds the mask."""
-        self.add_weight_state(weight, "mask", dtype="uint8", initializer="ones")
+        mask = self.add_weight_state(
+            weight, "mask", dtype="uint8", initializer="ones"
+        )
+        mask.__class__ = MaskVariable
 
     def training_weight(self, weight: SparseWeight) -> tf.Tensor:
         """The masked weight."""
-        value = weight.value
-        return value * tf.cast(weight.state["mask"].value, value.dtype)
+        mask = weight.state["mask"].value
+        if id(weight.variable) in self._tables():
+            return _masked_table(weight.value, mask)
+        return weight.value * tf.cast(mask, weight.value.dtype)
+
+    def _tables(self) -> set[int]:
+        """Returns the variables in which layers look rows up, by their `id`."""
+        return {
+            id(keras_compat.embeddings(layer))
+            for layer in keras_compat.all_layers(self.layer)
+            if isinstance(layer, keras.layers.Embedding)
+        }
 
     def assigned_weight(
         self, weight: SparseWeight, value: tf.Tensor
@@ -70,6 +86,26 @@ class MaskedWrapper(SparseWrapper):
         ]
         for weight, array in zip(weights, arrays, strict=True):
             weight.state["mask"].assign(array)
+
+
+@tf.custom_gradient
+def _masked_table(value: tf.Tensor, mask: tf.Tensor) -> tuple:
+    """Masks a table of which a few rows are looked up.
+
+    The gradient of a look-up has these rows alone, which optimizers update as
+    in a dense layer. That of a product would have all.
+    """
+
+    def grad(upstream: tf.Tensor | tf.IndexedSlices) -> tuple:
+        if not isinstance(upstream, tf.IndexedSlices):
+            return upstream * tf.cast(mask, upstream.dtype), None
+        rows = tf.cast(tf.gather(mask, upstream.indices), upstream.dtype)
+        gradient = tf.IndexedSlices(
+            upstream.values * rows, upstream.indices, upstream.dense_shape
+        )
+        return gradient, None
+
+    return value * tf.cast(mask, value.dtype), grad
 
 
 def _check_mask(weight: SparseWeight, mask: Any) -> Any:
@@ -149,7 +185,8 @@ class PruningWrapper(MaskedWrapper):
     #: an accumulated gradient, costs another all-reduce of the weight.
     uses_gradient = False
 
-    #: A weight once pruned stays so.
+    #: A weight once pruned stays so. Give the pruned ones the lowest scores, as
+    #: `RandomPruning` does: the others are then ranked among themselves.
     cumulative = False
 
     def __init__(
@@ -285,7 +322,8 @@ class PruningWrapper(MaskedWrapper):
 
         Returns:
             Scores of the weight's shape, of any floating dtype and sign. The
-            elements with the highest scores are kept.
+            elements with the highest scores are kept. Where all are equal, the
+            weight keeps its mask.
         """
         raise NotImplementedError(
             f"{type(self).__name__} must override `scores`."
@@ -376,11 +414,17 @@ def update_masks(updates: dict[PruningWrapper, float]) -> None:
     """Ranks weights and sets their masks.
 
     Every ranking is called once with all tensors that it applies to, so that it
-    may rank over the whole model. Call it outside of `strategy.run`; all
+    may rank over the whole model. A weight whose scores are all equal keeps its
+    mask (`sos.rankings.undecided`). Call it outside of `strategy.run`; all
     replicas get the same bits.
 
     Args:
         updates: The sparsity to reach, by wrapper.
+
+    Warns:
+        UserWarning: If a weight keeps its mask because its scores are all
+            equal, or its sparsity would leave or has left nothing of it. Each
+            weight is named once.
 
     Raises:
         ValueError: If a score is NaN, or scores or masks have a wrong shape or
@@ -418,9 +462,34 @@ def update_masks(updates: dict[PruningWrapper, float]) -> None:
             raise ValueError(
                 f"The masks of {paths} could not be updated: {error}"
             ) from error
-        results.extend(zip(ranked, masks, strict=True))
-    for (wrapper, weight, _), mask in results:
+        unchanged = undecided(ranking, scores, masks)
+        results.extend(zip(ranked, masks, unchanged, strict=True))
+    for (wrapper, weight, _), mask, unchanged in results:
+        if unchanged:
+            mask = weight.state["mask"].value
         wrapper.assign_mask(weight, mask)
+    # Last, as a warning may be an error.
+    for ((wrapper, weight, sparsity), _, unchanged), any_left in zip(
+        results, _any_left(results), strict=True
+    ):
+        dead_weights.after_update(
+            wrapper, weight, sparsity, undecided=unchanged, any_left=any_left
+        )
+
+
+def _any_left(results: list[tuple]) -> list[bool]:
+    """Returns which masks keep any element after they were set."""
+    found = []
+    for (wrapper, weight, _), mask, unchanged in results:
+        if unchanged or wrapper.cumulative:
+            mask = weight.state["mask"].value
+        found.append(
+            mask.any()
+            if isinstance(mask, np.ndarray)
+            else tf.reduce_any(tf.cast(mask, tf.bool))
+        )
+    # In one transfer from an accelerator.
+    return tf.stack(found).numpy().tolist() if found else []
 
 
 def _checked_scores(wrapper: PruningWrapper, weight: SparseWeight) -> Any:

@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from sos import arguments
+from sos.clock import Clock
 from sos.ramps import Ramp, make_ramp, takes_steps
 from sos.wrappers.base import SparseWrapper
 from sos.wrappers.settings import Setting
@@ -138,7 +139,7 @@ class PenalizedWrapper(SparseWrapper):
         if not self.clock.bound:
             return tf.zeros(())
         factor = self.setting("penalty_weight") * self.ramp(self.clock.step)
-        return factor * self.penalty(weight)
+        return _noted(factor * self.penalty(weight), self.clock)
 
     def add_penalized_state(
         self, weight: SparseWeight, name: str, **kwargs: Any
@@ -174,6 +175,24 @@ class PenalizedWrapper(SparseWrapper):
         config = super().arguments_from_config(config)
         config["ramp"] = keras.saving.deserialize_keras_object(config["ramp"])
         return config
+
+
+def _noted(penalty: tf.Tensor, clock: Clock) -> tf.Tensor:
+    """Returns a penalty, and notes on the clock if it is differentiated.
+
+    A loss that holds it is; one that is only logged is not.
+    """
+
+    @tf.custom_gradient
+    def identity(value: tf.Tensor) -> tuple:
+        def grad(upstream: tf.Tensor) -> tf.Tensor:
+            # When the step is traced, so that the compiled step is the same.
+            clock.penalty_trained = True
+            return upstream
+
+        return tf.identity(value), grad
+
+    return identity(penalty)
 
 
 class _Penalty(keras.Regularizer):

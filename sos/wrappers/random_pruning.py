@@ -19,7 +19,8 @@ class RandomPruning(PruningWrapper):
     Each weight has one random score for the whole run, so that the weights that
     an update drops are drawn uniformly from those that are left. This is the
     "random cumulative" pruning of Gale et al. 2019, which their published code
-    does not implement.
+    does not implement. Each tensor keeps at least one weight
+    (`PerTensorRanking(min_kept=...)`).
 
     Args:
         layer: The layer to wrap.

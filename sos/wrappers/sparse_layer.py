@@ -8,6 +8,7 @@ sparse. Every reference to the layer stays valid, and so do the methods of a
 model that use it.
 """
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,8 +20,8 @@ import keras
 from sos import keras_compat, uses
 from sos.errors import UsageError
 from sos.wrappers import calling
-from sos.wrappers.effective import EffectiveWeights
-from sos.wrappers.sparse_weight import SparseWeight
+from sos.wrappers.effective import EffectiveWeights, check_training
+from sos.wrappers.sparse_weight import SparseWeight, is_technique
 
 #: Where a sparse layer's record is; hidden from Keras's tracking.
 _RECORD = "_sparse_record"
@@ -74,6 +75,11 @@ class SparseLayer:
         """Builds what is not built, as its weights get techniques."""
         if vars(self)[_RECORD].pending:
             if not calling.fully_built(self):
+                if calling.is_symbolic(args, kwargs):
+                    # A call more would be a node more in the model's graph.
+                    outputs = super().__call__(*args, **kwargs)
+                    complete(self)
+                    return outputs
                 calling.build_symbolically(super().__call__, args, kwargs)
             complete(self)
         return super().__call__(*args, **kwargs)
@@ -109,6 +115,10 @@ class SparseLayer:
             apply_configs(layer, sparse["techniques"])
         return layer
 
+    def __reduce__(self) -> tuple:
+        """Returns what `pickle` and `copy.deepcopy` need."""
+        return keras_compat.reduced(super().__reduce__())
+
     def save_own_variables(self, store: Any) -> None:
         """Saves the layer's own variables.
 
@@ -128,11 +138,6 @@ class SparseLayer:
 
 
 keras.saving.register_keras_serializable("sos", "SparseLayer")(SparseLayer)
-
-
-def is_technique(layer: keras.layers.Layer) -> bool:
-    """Returns whether a layer is a technique, or wrapper, of `sos`."""
-    return hasattr(type(layer), "training_weight")
 
 
 def plain_class(layer: keras.layers.Layer) -> type:
@@ -217,7 +222,11 @@ def attach(
             "the like. Rename it."
         )
     record = make_sparse(owner)
-    new = technique.from_owner(owner, paths, arguments)
+    with contextlib.ExitStack() as stack:
+        # Variables of the technique are named like those of the layer.
+        for name in owner.path.split("/")[:-1]:
+            stack.enter_context(keras.name_scope(name))
+        new = technique.from_owner(owner, paths, arguments)
     # An attribute for each, as TensorFlow's checkpoints leave lists out.
     with keras_compat.unlocked(owner):
         setattr(owner, f"technique_{len(record.techniques)}", new)
@@ -243,6 +252,8 @@ def complete(layer: keras.layers.Layer) -> None:
         layer: A sparse layer.
     """
     record = vars(layer)[_RECORD]
+    if not layer.built:
+        return  # The cell of a recurrent layer may be, which has the weights.
     variables = plain_weights(layer)
     last = max(
         (int(i) for entry in record.pending for i in entry["paths"]), default=-1
@@ -454,8 +465,7 @@ def _call(layer: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
             if isinstance(layer, keras.layers.RNN):
                 scope.compute_all()
             outputs = plain.call(layer, *args, **kwargs)
-    for loss in scope.losses:
-        layer.add_loss(loss)
+    scope.hand_on_losses(layer)
     return outputs
 
 
@@ -473,6 +483,7 @@ def _described_outputs(
     weight = weights.get(id(use.weight))
     if weight is None or not isinstance(use, uses.LinearMap | uses.LookUp):
         return None
+    check_training(weight)
     return weight.technique.use_output(weight, use)
 
 

@@ -41,3 +41,8 @@ class SparseWeights:
 
     def __init__(self) -> None:
         self.items: list[SparseWeight] = []
+
+
+def is_technique(layer: keras.layers.Layer) -> bool:
+    """Returns whether a layer is a technique, or wrapper, of `sos`."""
+    return hasattr(type(layer), "training_weight")

@@ -194,7 +194,7 @@ def test_the_metadata_says_what_it_is(make, trained):
     for name, size in metadata["files"].items():
         assert path.with_name(name).stat().st_size == size
     assert len(metadata["variables"]) == len(trained.variables)
-    assert metadata["variables"]["toy/a/kernel_mask"] == "uint8 6x8"
+    assert metadata["variables"]["a/kernel_mask"] == "uint8 6x8"
 
 
 def test_the_report_command_reads_it(make, trained, capsys):
@@ -596,14 +596,14 @@ def test_other_variables_are_differences(make, trained):
     with pytest.raises(CheckpointError) as error:
         Trained(units=9).restore(make())
     lines = [line.strip() for line in str(error.value).splitlines()[1:]]
-    assert "toy/a/kernel: 'float32 6x8' saved, 'float32 6x9' now" in lines
-    assert "toy/a/kernel_mask: 'uint8 6x8' saved, 'uint8 6x9' now" in lines
+    assert "a/kernel: 'float32 6x8' saved, 'float32 6x9' now" in lines
+    assert "a/kernel_mask: 'uint8 6x8' saved, 'uint8 6x9' now" in lines
     assert all("seed" not in line for line in lines)
     with pytest.raises(CheckpointError) as error:
         Trained("L0Regularization").restore(make())
     text = str(error.value)
-    assert "toy/a/kernel_mask: 'uint8 6x8' saved, absent now" in text
-    assert "toy/a/kernel_log_alpha: not saved, 'float32 6x8' now" in text
+    assert "a/kernel_mask: 'uint8 6x8' saved, absent now" in text
+    assert "a/kernel_log_alpha: not saved, 'float32 6x8' now" in text
 
 
 def test_names_that_keras_counts_up_are_no_difference(make):
