@@ -268,9 +268,12 @@ def sample(make, x, technique):
     def spread(values):
         return max(np.abs(y[::2] - y[1::2]).max(initial=0) for y in values)
 
+    generator = np.random.default_rng(0)
     for weight in weights:
         state = weight.state[name]
         state.assign(np.full(state.shape, certain))
+        # Initial values may be so small that nothing comes through.
+        weight.variable.assign(generator.normal(0, 0.5, state.shape))
     each, step = [], []
     with sos.Driver(sparse, keras.optimizers.SGD()):
         quiet = outputs()
@@ -283,31 +286,35 @@ def sample(make, x, technique):
                 np.abs(a - b).max(initial=0)
                 for a, b in zip(found, quiet, strict=True)
             )
-            if change <= 10 * spread(quiet) + 1e-6:
+            if change <= 20 * spread(quiet) + 1e-6:
                 continue
-            shared = spread(found) < 0.01 * change
+            shared = spread(found) < 0.1 * change
             (step if shared else each).append(weight.path)
     return each, step
 
 
 def short(paths):
     """Some paths by their ends, as far as they differ."""
-    parts = [path.split("/") for path in paths]
+    parts = [re.sub(r"#\d+$", "", path).split("/") for path in paths]
     # Keras numbers what it makes, with all that was made before.
     numbers = {}
     for part in parts:
-        for name in part[-2:-1]:
+        for place, name in enumerate(part):
             base = re.sub(r"_\d+$", "", name)
-            others = numbers.setdefault(base, [])
+            key = ("/".join(part[:place]), base)
+            others = numbers.setdefault(key, [])
             if name not in others:
                 others.append(name)
             number = others.index(name)
-            part[-2] = f"{base}_{number}" if number else base
+            part[place] = f"{base}_{number}" if number else base
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
-        if len(set(names)) == len(names):
+        if len(set(names)) == len(names) and "embeddings" not in names:
             break
-    return ", ".join(f"`{name}`" for name in names)
+    return ", ".join(
+        f"`{name}`" + (f" ({count})" if count > 1 else "")
+        for name, count in collections.Counter(names).items()
+    )
 
 
 def family_cell(make, x, compile_model, technique, of=None):
