@@ -458,22 +458,20 @@ def _call(layer: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         return plain.call(layer, *args, **kwargs)
     if training is None:
         training = keras_compat.training_of_call(layer)
-<<<<<<< HEAD
     # No driver runs while a model is put together, as by the default of
     # `training` in a `call`.
     training = training and not keras_compat.is_after_shapes()
-    scope = EffectiveWeights(record.weights, bool(training))
-=======
     scope = EffectiveWeights(
         record.weights, bool(training), whole=is_unit(layer)
     )
->>>>>>> review
     with scope:
         outputs = None
         if training:
             outputs = _described_outputs(layer, args, kwargs)
         if outputs is None:
-            if isinstance(layer, keras.layers.RNN):
+            # In training a layer may rematerialise what reads its weights.
+            once = is_unit(layer) and not training
+            if once or isinstance(layer, keras.layers.RNN):
                 scope.compute_all()
             outputs = plain.call(layer, *args, **kwargs)
     scope.hand_on_losses(layer)
