@@ -86,8 +86,7 @@ def _observed(model: keras.layers.Layer, count: Callable) -> Iterator[None]:
     def observe(layer: keras.layers.Layer, call: Callable) -> Callable:
         @functools.wraps(call)
         def observed(*args: Any, **kwargs: Any) -> Any:
-            given = {k: v for k, v in kwargs.items() if k != "training"}
-            count(uses.describe(plain_class(layer), layer, *args, **given))
+            count(uses.describe(plain_class(layer), layer, *args, **kwargs))
             return call(*args, **kwargs)
 
         return observed

@@ -79,9 +79,11 @@ class SparseLayer:
                     # A call more would be a node more in the model's graph.
                     outputs = super().__call__(*args, **kwargs)
                     complete(self)
+                    _check_complete(self)
                     return outputs
                 calling.build_symbolically(super().__call__, args, kwargs)
             complete(self)
+            _check_complete(self)
         return super().__call__(*args, **kwargs)
 
     def build_from_config(self, config: dict[str, Any]) -> None:
@@ -122,12 +124,14 @@ class SparseLayer:
     def save_own_variables(self, store: Any) -> None:
         """Saves the layer's own variables.
 
-        Keras would add adapters to the kernel, which has a mask.
+        Keras would add adapters to the kernel, which has a mask. Inside of
+        `sos.frozen` the dense weights are saved too.
         """
-        if getattr(self, "lora_enabled", False):
-            keras.layers.Layer.save_own_variables(self, store)
-        else:
-            super().save_own_variables(store)
+        with keras_compat.reading_stored():
+            if getattr(self, "lora_enabled", False):
+                keras.layers.Layer.save_own_variables(self, store)
+            else:
+                super().save_own_variables(store)
 
     def load_own_variables(self, store: Any) -> None:
         """Loads the layer's own variables."""
@@ -287,6 +291,19 @@ def complete(layer: keras.layers.Layer) -> None:
         for owner, paths in by_owner.values():
             weights += attach(technique, owner, paths, arguments)
     bind(layer, weights)
+
+
+def _check_complete(layer: keras.layers.Layer) -> None:
+    """Raises if a layer was built without weights that are to be sparse."""
+    pending = vars(layer)[_RECORD].pending
+    if pending:
+        paths = [path for entry in pending for path in entry["paths"].values()]
+        raise UsageError(
+            f"The configuration of the layer {layer.name!r} makes the weights "
+            f"{paths} sparse. Its call builds others, or not all of them. "
+            "Build all of its sublayers in a `build` method. Its weights: "
+            f"{[v.path for v in plain_weights(layer)]}"
+        )
 
 
 def apply_configs(

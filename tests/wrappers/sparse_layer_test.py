@@ -141,3 +141,53 @@ def test_sampled_on_replicas_draws_one_model():
 
     first, second = tf.function(strategy.run)(call).values
     np.testing.assert_array_equal(first, second)
+
+
+def test_described_call_without_training_parameter_is_sampled():
+    class Doubled(layers.Layer):
+        def build(self, shape):
+            self.kernel = self.add_weight(shape=(shape[-1], 4))
+
+        def call(self, inputs, training=None):
+            return 2 * keras.ops.matmul(inputs, self.kernel)
+
+    @sos.register_use(Doubled)
+    def describe(layer, inputs):
+        return sos.LinearMap(
+            layer.kernel,
+            inputs=inputs,
+            function=lambda kernel, x: keras.ops.matmul(x, kernel),
+            finish=lambda outputs: 2 * outputs,
+            positions=lambda: 1,
+        )
+
+    wrapper = sos.VariationalDropout(Doubled(), penalty_weight=1.0)
+    wrapper(inputs(1, 3))
+    with sos.Driver(wrapper, keras.optimizers.SGD()):
+        outputs = wrapper(np.ones((5, 3), "float32"), training=True)
+    assert len(np.unique(outputs[:, 0])) == 5
+
+
+def test_layer_from_config_of_other_weights_raises_when_called():
+    sparse = sos.sparsify(
+        keras.Sequential([keras.Input((3,)), layers.Dense(2)]),
+        "FixedMask",
+        sparsity=0.5,
+    ).layers[0]
+    config = sparse.get_config()
+    config["sparse"]["techniques"][0]["paths"] = {"2": "dense/missing"}
+    layer = type(sparse).from_config(config)
+    with pytest.raises(ValueError, match="dense/missing"):
+        layer(inputs(1, 3))
+    with pytest.raises(ValueError, match="dense/missing"):
+        layer(keras.Input((3,)))
+
+
+def test_save_inside_of_frozen_saves_dense_weights(tmp_path):
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(4)])
+    model = sos.sparsify(model, "FixedMask", sparsity=0.5)
+    expected = model.layers[0].kernel.numpy()
+    with sos.frozen(model):
+        model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded.layers[0].kernel, expected)
