@@ -103,10 +103,11 @@ def register_use(*classes: type) -> Callable[[F], F]:
     """Registers what the calls of layer classes do with a weight.
 
     The decorated function gets the layer and the arguments of one call
-    (`training` only if it has that parameter, or `**kwargs`), and returns a `sos.LinearMap`, a `sos.LookUp`, a `sos.Use`, a list of these, or
-    None where nothing is known. It holds for subclasses too, unless they
-    override `call`. It runs inside the call, so that other weights, such as a
-    bias, read as they do there.
+    (`training` only if it has that parameter, or `**kwargs`), and returns a
+    `sos.LinearMap`, a `sos.LookUp`, a `sos.Use`, a list of these, or None where
+    nothing is known. It holds for subclasses too, unless they override `call`.
+    It runs inside the call, so that other weights, such as a bias, read as they
+    do there.
 
     Without a registration, techniques sample whole weights, once per step.
 
