@@ -9,9 +9,14 @@ from models import convnet
 
 DENSE = "dense"
 
-# By name: the images' shape and the number of classes. The small one is for
-# trying a benchmark out.
-NETWORKS = {"convnet": ((28, 28, 1), 10), "resnet50": ((224, 224, 3), 1000)}
+# By name: the images' shape and the number of classes. The small ones are for
+# trying a benchmark out; "attention" has weights inside of a composite layer
+# and a table that is looked up and multiplied by.
+NETWORKS = {
+    "attention": ((28, 28, 1), 10),
+    "convnet": ((28, 28, 1), 10),
+    "resnet50": ((224, 224, 3), 1000),
+}
 
 
 def build(
@@ -38,6 +43,8 @@ def build(
         shape = (size, size, shape[-1])
     if name == "convnet":
         model = convnet.build(shape, classes, seed=0)
+    elif name == "attention":
+        model = _attention(shape, classes)
     else:
         model = keras.applications.ResNet50(
             weights=None,
@@ -49,3 +56,19 @@ def build(
         return model
     selected = sos.select_hyperparameters(technique, hyperparameters or {})
     return sos.sparsify(model, technique, copy=False, **selected)
+
+
+def _attention(shape: tuple[int, int, int], classes: int) -> keras.Model:
+    """Attends over the rows of an image, each with its brightness as a word."""
+    rows, columns, channels = shape
+    images = keras.Input(shape)
+    table = keras.layers.ReversibleEmbedding(classes, 32, name="table")
+    brightness = keras.ops.mean(images, axis=(2, 3)) * classes
+    words = keras.ops.clip(brightness, 0, classes - 1)
+    x = keras.layers.Reshape((rows, columns * channels))(images)
+    x = keras.layers.Dense(32, name="projection")(x)
+    x = x + table(keras.ops.cast(words, "int32"))
+    attention = keras.layers.MultiHeadAttention(2, 16, name="attention")
+    x = keras.layers.LayerNormalization(name="norm")(x + attention(x, x))
+    x = keras.layers.GlobalAveragePooling1D(name="pooling")(x)
+    return keras.Model(images, table(x, reverse=True))

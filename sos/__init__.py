@@ -12,6 +12,7 @@ with startup.quiet():
     )
 
 from sos import keras_uses as keras_uses
+from sos.advice import SparsityWarning
 from sos.arguments import REQUIRED
 from sos.callbacks import SparsityCallback
 from sos.driver import Driver, set_all
@@ -68,6 +69,7 @@ __all__ = [
     "SparseWrapper",
     "SparsityCallback",
     "SparsityReport",
+    "SparsityWarning",
     "Use",
     "VariationalDropout",
     "__version__",

@@ -1,5 +1,6 @@
 """Training with `fit`."""
 
+import math
 import sys
 from typing import Any
 
@@ -289,11 +290,12 @@ class _LastCallback(keras.callbacks.Callback):
             sparsity = wrapper.target_sparsity()
             if sparsity is None:
                 return None
-            target += sparsity * mask_zeros([wrapper])[1]
+            for weight in wrapper.sparse_weights:
+                target += sparsity * math.prod(weight.variable.shape)
         return target
 
     def _stopped_early(self, zeros: int, target: float | None) -> bool:
-        if not self.model.stop_training or target is None:
+        if target is None or not getattr(self.model, "stop_training", False):
             return False
         step = self._driver.iterations
         wrappers = self._driver.pruning_wrappers()

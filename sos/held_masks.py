@@ -55,10 +55,12 @@ class HeldMasks:
                     group.hold(zeros)
                     self._groups.append(group)
                     denser.append((group, zeros, max(due)))
-                else:
+                elif group.has_updates(step):
                     lower.append((group, zeros, end))
-            elif zeros < min(due) - margin and not group.has_updates(step):
-                fewer.append((group, zeros, due[1]))
+            # A tensor may keep its last weight.
+            elif zeros < min(due) - margin - group.tensors():
+                if not group.has_updates(step):
+                    fewer.append((group, zeros, due[1]))
         if denser:
             warn(
                 f"{_describe(denser)} more than the schedule has at step "
@@ -144,10 +146,14 @@ class _Group:
         """How many zeros the ranking may miss."""
         if isinstance(self.ranking, PerTensorRanking):
             return 0
-        sizes = self._sizes()
-        return sum(map(len, sizes)) + _TOLERANCE * sum(map(sum, sizes))
+        return self.tensors() + _TOLERANCE * self.size()
+
+    def tensors(self) -> int:
+        """Returns the number of weights."""
+        return sum(map(len, self._sizes()))
 
     def size(self) -> int:
+        """Returns the number of elements of the weights."""
         return sum(map(sum, self._sizes()))
 
     def expected(

@@ -102,6 +102,12 @@ def training_of_call(layer: keras.layers.Layer) -> bool:
     return bool(training)
 
 
+def is_after_shapes() -> bool:
+    """Returns whether Keras runs a call for the shapes of its outputs alone."""
+    with keras.SymbolicScope() as scope:
+        return scope.original_scope is not None
+
+
 @contextmanager
 def unlocked(layer: keras.layers.Layer) -> Iterator[None]:
     """Lets a built layer get further variables and sublayers."""

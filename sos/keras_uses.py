@@ -1,5 +1,6 @@
 """Describes what calls of Keras's own layers do with their weights."""
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -262,7 +263,10 @@ def _time_distributed(
     inner = layer.layer
     cls = getattr(inner, "plain_class", type(inner))
     steps = inputs.shape[1]
-    if mask is not None or steps is None and None in inputs.shape[2:]:
+    masked = (
+        mask is not None and "mask" in inspect.signature(inner.call).parameters
+    )
+    if masked or steps is None and None in inputs.shape[2:]:
         return None
     one = uses.describe(cls, inner, inputs[:, 0])
 

@@ -591,7 +591,6 @@ def test_a_checkpoint_from_after_the_schedule_gives_no_warning(
 ):
     for scores, settings in (
         ([4, 1, 2], {}),
-        ([4, 3, 2], {}),
         ([4, 5, 6], {"initial_value_threshold": 3.0}),
     ):
         callback = checkpoint(tmp_path, **settings)
@@ -654,6 +653,14 @@ def test_penalties_of_frozen_layers_give_no_warning(no_warnings):
     model.layers[0].trainable = False
     model.compile("sgd", "mse")
     fit(model, sos.SparsityCallback())
+
+
+def test_penalties_that_a_regularizer_replaced_give_a_warning():
+    model = compiled("L0Regularization")
+    for variable in model.trainable_variables:
+        variable.regularizer = keras.regularizers.L2(1e-3)
+    with pytest.warns(SparsityWarning, match="no effect"):
+        fit(model, sos.SparsityCallback())
 
 
 @pytest.mark.parametrize("eager", [False, True])

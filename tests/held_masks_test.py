@@ -199,6 +199,11 @@ def test_masks_that_stay_pruned_are_not_held(no_warnings):
     assert sparsities(model, 8)[-1] == 0.75
 
 
+def test_masks_that_no_update_will_change_are_left_alone(no_warnings):
+    model = pruned(GROWTH, 0.875)
+    assert sparsities(model, 1, start=20) == [0.875, 0.875]
+
+
 class Cycle(sos.PruningSchedule):
     """Up at even multiples of 3, down at odd ones."""
 

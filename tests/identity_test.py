@@ -715,3 +715,18 @@ def test_two_techniques_on_one_layer_both_apply(sizes, tmp_path):
         assert_identity(
             dense, data, tmp_path, sparse=sos.sparsify(dense, **how)
         )
+
+
+def test_layer_that_trains_by_default_is_put_together_without_a_driver(
+    tmp_path,
+):
+    """`Pipeline.call` has `training=True`, also in symbolic calls."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((8,))
+    pipeline = layers.Pipeline([layers.Dense(3), layers.Dropout(0.5)])
+    dense = keras.Model(inputs, pipeline(inputs))
+    sparse = sos.sparsify(dense, "MagnitudePruning", sparsity=0.5)
+    loaded = save_and_load(sparse, tmp_path)
+    assert_bits(dense(rows(), training=False), loaded(rows(), training=False))
+    with pytest.raises(RuntimeError, match="SparsityCallback"):
+        loaded(rows())

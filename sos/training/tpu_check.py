@@ -51,6 +51,10 @@ _Device = collections.namedtuple("_Device", ["name", "device_type"])
 # They mark a cluster and are removed when it is compiled.
 _MARKERS = ("TPUReplicateMetadata", "TPUCompilationResult")
 
+# The compiler evaluates them, as their inputs are static shapes. The size of
+# their outputs, axes to sum over, is not known before.
+_EVALUATED = ("BroadcastGradientArgs",)
+
 
 class _Resolver(tf.distribute.cluster_resolver.ClusterResolver):
     """Describes one host with a TPU that does not exist."""
@@ -229,7 +233,7 @@ def _problems(node: _Node) -> Iterator[str]:
             # Of several kernels the most similar one.
             types = ", ".join(min(wrong, key=len))
             yield f"{operation} with {types}: a TPU does not support this type"
-    if not node.dynamic_input:
+    if not node.dynamic_input and operation not in _EVALUATED:
         for shape in dict.fromkeys(map(str, _dynamic_shapes(definition))):
             yield f"{operation} of shape {shape}: the shape is not static"
 

@@ -83,14 +83,34 @@ def effective_value(weight: SparseWeight, training: bool) -> tf.Tensor:
         UsageError: In training, inside `sos.frozen` or `sos.sampled`.
         RuntimeError: In training, if no driver has bound the clock.
     """
-    technique = weight.technique
-    value = _held_value(weight, training)
-    if value is None and training:
-        technique.check_driven()
-        value = technique.training_weight(weight)
-    elif value is None:
-        value = technique.evaluation_weight(weight)
+    if training:
+        check_training(weight)
+        value = weight.technique.training_weight(weight)
+    else:
+        value = _held_value(weight)
+        if value is None:
+            value = weight.technique.evaluation_weight(weight)
     return tf.cast(value, weight.value.dtype)
+
+
+def check_training(weight: SparseWeight) -> None:
+    """Raises if a call in training would not count, or makes no sense.
+
+    Args:
+        weight: A weight that the call uses.
+
+    Raises:
+        UsageError: Inside `sos.frozen` or `sos.sampled`.
+        RuntimeError: If no driver has bound the clock.
+    """
+    for held in getattr(_local, "held", ()):
+        if id(weight.variable) in held.values:
+            raise UsageError(
+                f"The weight {weight.path} was used with `training=True` "
+                f"inside `sos.{held.name}`, whose weights are those of "
+                "inference. Close the scope before training."
+            )
+    weight.technique.check_driven()
 
 
 @contextlib.contextmanager
@@ -234,17 +254,11 @@ def _held(
         _local.held = outer
 
 
-def _held_value(weight: SparseWeight, training: bool) -> tf.Tensor | None:
+def _held_value(weight: SparseWeight) -> tf.Tensor | None:
     for held in getattr(_local, "held", ()):
         value = held.values.get(id(weight.variable))
         if value is None:
             continue
-        if training:
-            raise UsageError(
-                f"The weight {weight.path} was used with `training=True` "
-                f"inside `sos.{held.name}`, whose weights are those of "
-                "inference. Close the scope before training."
-            )
         if hasattr(value, "numpy") and not tf.executing_eagerly():
             raise UsageError(
                 f"A `tf.function` was traced inside `sos.{held.name}`, and "

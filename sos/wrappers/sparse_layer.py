@@ -20,7 +20,7 @@ import keras
 from sos import keras_compat, uses
 from sos.errors import UsageError
 from sos.wrappers import calling
-from sos.wrappers.effective import EffectiveWeights
+from sos.wrappers.effective import EffectiveWeights, check_training
 from sos.wrappers.sparse_weight import SparseWeight, is_technique
 
 #: Where a sparse layer's record is; hidden from Keras's tracking.
@@ -475,6 +475,9 @@ def _call(layer: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         return plain.call(layer, *args, **kwargs)
     if training is None:
         training = keras_compat.training_of_call(layer)
+    # No driver runs while a model is put together, as by the default of
+    # `training` in a `call`.
+    training = training and not keras_compat.is_after_shapes()
     scope = EffectiveWeights(
         record.weights, bool(training), whole=is_unit(layer)
     )
@@ -483,7 +486,9 @@ def _call(layer: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if training:
             outputs = _described_outputs(layer, args, kwargs)
         if outputs is None:
-            if isinstance(layer, keras.layers.RNN):
+            # In training a layer may rematerialise what reads its weights.
+            once = is_unit(layer) and not training
+            if once or isinstance(layer, keras.layers.RNN):
                 scope.compute_all()
             outputs = plain.call(layer, *args, **kwargs)
     scope.hand_on_losses(layer)
@@ -504,6 +509,7 @@ def _described_outputs(
     weight = weights.get(id(use.weight))
     if weight is None or not isinstance(use, uses.LinearMap | uses.LookUp):
         return None
+    check_training(weight)
     return weight.technique.use_output(weight, use)
 
 

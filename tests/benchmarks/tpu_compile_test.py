@@ -22,7 +22,8 @@ def test_tpu_compile_lower_only_prints_one_report_of_the_technique():
 def test_tpu_compile_prints_memory_and_operations(tmp_path):
     report = benchmarks.run(
         "tpu_compile",
-        "--technique=MagnitudePruning",
+        "--model=attention",
+        "--technique=VariationalDropout",
         "--batch_size=2",
         f"--venv={tmp_path / 'compiler'}",
     )

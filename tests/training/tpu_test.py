@@ -51,8 +51,8 @@ class SortedTogether(sos.Ranking):
 class Captions(Task):
     """Classifies images with a few words each.
 
-    The model has convolutions, batch normalisation, dropout, an embedding and
-    a recurrent layer.
+    The model has convolutions, batch normalisation, dropout, attention, a
+    recurrent layer, and a table that is looked up and multiplied by.
     """
 
     def __init__(self, technique, replicas, optimizer=None, **overrides):
@@ -75,9 +75,12 @@ class Captions(Task):
         x = layers.Dropout(0.1, name="dropout")(layers.ReLU(name="relu")(x))
         x = layers.DepthwiseConv2D(3, name="depthwise")(x)
         x = layers.Flatten(name="flatten")(x)
-        y = layers.Embedding(11, 6, name="embedding")(words)
-        y = layers.LSTM(4, name="lstm")(y)
-        both = layers.Concatenate(name="both")([x, y])
+        table = layers.ReversibleEmbedding(11, 6, name="table")
+        y = table(words)
+        y = layers.MultiHeadAttention(2, 3, name="attention")(y, y)
+        y = layers.LSTM(6, name="lstm")(y)
+        z = table(y, reverse=True)
+        both = layers.Concatenate(name="both")([x, y, z])
         logits = layers.Dense(3, dtype="float32", name="logits")(both)
         model = keras.Model({"image": image, "words": words}, logits)
         if self.technique is None:
@@ -207,7 +210,7 @@ def test_a_tpu_accepts_every_step(technique, replicas, dtype, policy):
     assert {"train", "evaluate", "finite"} <= set(functions)
     if technique is not None:
         assert "summary" in functions
-        assert len(trainer.steps.sparse_weights) == 6
+        assert len(trainer.steps.sparse_weights) == 10
         pruning = issubclass(sos.techniques()[technique], sos.PruningWrapper)
         assert ("masks" in functions) == pruning
 
