@@ -218,13 +218,6 @@ def attach(
     Returns:
         The sparse weights.
     """
-    record = vars(owner).get(_RECORD)
-    if record is None and hasattr(owner, "techniques"):
-        raise UsageError(
-            f"The layer {owner.name!r} of class {type(owner).__name__} has an "
-            "attribute `techniques` of its own, where `sos` keeps masks and "
-            "the like. Rename it."
-        )
     record = make_sparse(owner)
     with contextlib.ExitStack() as stack:
         # Variables of the technique are named like those of the layer.
@@ -387,8 +380,19 @@ def serialize_wrapped(layer: keras.layers.Layer) -> dict[str, Any]:
 
 
 def make_sparse(layer: keras.layers.Layer) -> _Record:
-    """Gives a layer the generated subclass of its class, and its record."""
+    """Gives a layer the generated subclass of its class, and its record.
+
+    Raises:
+        UsageError: If the layer has an attribute that the subclass would hide.
+    """
     if _RECORD not in vars(layer):
+        for name in ("techniques", "sparse_weights", "plain_class"):
+            if hasattr(layer, name):
+                raise UsageError(
+                    f"The layer {layer.name!r} of class {type(layer).__name__} "
+                    f"has an attribute `{name}` of its own, which sparse "
+                    "layers use for another purpose. Rename it."
+                )
         object.__setattr__(layer, _RECORD, _Record())
         layer.__class__ = _sparse_class(type(layer))
         keras_compat.accept_training(layer)
@@ -466,8 +470,9 @@ def _call(layer: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Calls a layer's own `call` with effective weights."""
     plain = layer.plain_class
     record = vars(layer)[_RECORD]
+    args, kwargs = _training_by_name(plain, args, kwargs)
     training = kwargs.get("training")
-    if "training" not in inspect.signature(plain.call).parameters:
+    if "training" not in _call_parameters(plain):
         kwargs.pop("training", None)
     unit = keras_compat.substitution_scope()
     in_unit = isinstance(unit, EffectiveWeights) and unit.whole
@@ -493,6 +498,24 @@ def _call(layer: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
             outputs = plain.call(layer, *args, **kwargs)
     scope.hand_on_losses(layer)
     return outputs
+
+
+@functools.cache
+def _call_parameters(plain: type) -> list[str]:
+    """Returns the names of the parameters of a class's `call`, without self."""
+    return list(inspect.signature(plain.call).parameters)[1:]
+
+
+def _training_by_name(
+    plain: type, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """Turns a positional `training`, and what follows, into keywords."""
+    names = _call_parameters(plain)
+    position = names.index("training") if "training" in names else len(args)
+    if position >= len(args):
+        return args, kwargs
+    rest = dict(zip(names[position:], args[position:], strict=False))
+    return args[:position], {**kwargs, **rest}
 
 
 def _described_outputs(

@@ -191,3 +191,39 @@ def test_save_inside_of_frozen_saves_dense_weights(tmp_path):
         model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(loaded.layers[0].kernel, expected)
+
+
+def test_call_positional_training_is_training():
+    model = variational()
+    layer = model.layers[0]
+    with sos.Driver(model, keras.optimizers.SGD()):
+        outputs = layer.call(tf.ones((5, 4)), True)
+    assert len(np.unique(outputs[:, 0])) == 5
+
+
+@pytest.mark.parametrize("name", ["techniques", "sparse_weights"])
+def test_sparsify_layer_with_attribute_of_its_own_raises(name):
+    class Outer(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(2)
+            setattr(self, name, ["mine"])
+
+        def build(self, shape):
+            self.dense.build(shape)
+
+        def call(self, inputs):
+            return self.dense(inputs)
+
+    model = keras.Sequential([keras.Input((3,)), Outer()])
+    with pytest.raises(ValueError, match=f"attribute `{name}`"):
+        sos.sparsify(model, "FixedMask", copy=False)
+
+
+def test_report_keeps_a_call_of_the_instance():
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
+    layer = model.layers[0]
+    object.__setattr__(layer, "call", lambda inputs: inputs)
+    call = layer.call
+    sos.sparsity_report(model)
+    assert layer.call is call
