@@ -89,6 +89,7 @@ class SparseLayer:
     def build_from_config(self, config: dict[str, Any]) -> None:
         """Builds the layer as it was built."""
         super().build_from_config(config)
+        self.built = True  # As Keras says when it loads a layer.
         complete(self)
 
     def get_config(self) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Calls of sparse layers, from wherever they are made."""
 
+import copy
+
 import keras
 import numpy as np
 import pytest
@@ -227,3 +229,46 @@ def test_report_keeps_a_call_of_the_instance():
     call = layer.call
     sos.sparsity_report(model)
     assert layer.call is call
+
+
+@keras.saving.register_keras_serializable("sparse_layer_test")
+class Block(layers.Layer):
+    """A layer without `build`."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.first = layers.Dense(3)
+        self.second = layers.Dense(4)
+
+    def call(self, inputs):
+        return self.second(self.first(inputs))
+
+
+@keras.saving.register_keras_serializable("sparse_layer_test")
+class Blocks(keras.Model):
+    """A model without `build`, with a layer that is never called."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.blocks = [Block(), Block()]
+        self.logits = layers.Dense(2)
+        self.unused = layers.Dense(5)
+
+    def call(self, inputs):
+        for block in self.blocks:
+            inputs = block(inputs)
+        return self.logits(inputs)
+
+
+def test_model_without_build_is_saved_and_copied(tmp_path):
+    model = Blocks()
+    x = inputs(2, 4)
+    model(x)
+    sparse = sos.sparsify(model, "FixedMask", sparsity=0.5)
+    sparse.save(tmp_path / "model.keras")
+    for other in (
+        keras.saving.load_model(tmp_path / "model.keras"),
+        copy.deepcopy(sparse),
+    ):
+        assert len(other.sparse_weights) == 5
+        np.testing.assert_array_equal(other(x), sparse(x))
