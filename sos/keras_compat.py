@@ -154,6 +154,17 @@ def is_distributed(variable: keras.Variable) -> bool:
     )
 
 
+@contextmanager
+def reading_stored() -> Iterator[None]:
+    """Lets variables read as if no `SubstitutionScope` were open."""
+    before = getattr(_local, "reads_stored", False)
+    _local.reads_stored = True
+    try:
+        yield
+    finally:
+        _local.reads_stored = before
+
+
 class SubstitutionScope(keras.StatelessScope):
     """Gives some variables other values, and changes nothing else.
 
@@ -194,11 +205,8 @@ class SubstitutionScope(keras.StatelessScope):
     def get_current_value(self, variable: keras.Variable) -> tf.Tensor | None:
         """Returns the value for Keras, None for the variable's own."""
         if not getattr(_local, "reads_stored", False):
-            _local.reads_stored = True
-            try:
+            with reading_stored():
                 value = self.substitute(variable)
-            finally:
-                _local.reads_stored = False
             if value is not None:
                 return value
         if self._outer is None:
@@ -246,12 +254,8 @@ def stored_value(variable: keras.Variable) -> tf.Tensor:
     scope = getattr(_local, "scope", None)
     if scope is None:
         return tf.convert_to_tensor(variable.value)
-    before = getattr(_local, "reads_stored", False)
-    _local.reads_stored = True
-    try:
+    with reading_stored():
         value = scope.get_current_value(variable)
-    finally:
-        _local.reads_stored = before
     if value is None:
         value = variable._value
     if value is None:  # Not initialised: Keras is only after shapes.

@@ -82,12 +82,12 @@ def _one(tensor: Any) -> keras.KerasTensor:
 def _observed(model: keras.layers.Layer, count: Callable) -> Iterator[None]:
     """Hands the descriptions of all calls in a model to `count`."""
     layers = list(_units(model, set()))
+    before = {id(layer): vars(layer).get("call") for layer in layers}
 
     def observe(layer: keras.layers.Layer, call: Callable) -> Callable:
         @functools.wraps(call)
         def observed(*args: Any, **kwargs: Any) -> Any:
-            given = {k: v for k, v in kwargs.items() if k != "training"}
-            count(uses.describe(plain_class(layer), layer, *args, **given))
+            count(uses.describe(plain_class(layer), layer, *args, **kwargs))
             return call(*args, **kwargs)
 
         return observed
@@ -99,6 +99,8 @@ def _observed(model: keras.layers.Layer, count: Callable) -> Iterator[None]:
     finally:
         for layer in layers:
             vars(layer).pop("call", None)
+            if before[id(layer)] is not None:
+                object.__setattr__(layer, "call", before[id(layer)])
 
 
 def _units(

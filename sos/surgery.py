@@ -39,8 +39,8 @@ def sparsify(
     in `layer.techniques`; so do subclassed models and layers that hold such
     layers. Weights are sparse in every call of a layer, from wherever it is
     made; what code reads for itself (`self.dense.kernel`) is sparse inside the
-    `call` of the layers and models that hold the weight, and inside
-    `sos.frozen`.
+    `call` of the layers and subclassed models that hold the weight, and inside
+    `sos.frozen`. A `Lambda` layer holds no weights, so that it reads dense ones.
 
     Technique, rules and hyperparameters can be plain names and numbers, so that
     a config holds them: `sos.sparsify(model, **config.sparsity)`.

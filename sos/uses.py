@@ -7,6 +7,7 @@ counted by it as well.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -101,11 +102,12 @@ _describers: dict[type, Callable[..., Any]] = {}
 def register_use(*classes: type) -> Callable[[F], F]:
     """Registers what the calls of layer classes do with a weight.
 
-    The decorated function gets the layer and the arguments of one call, and
-    returns a `sos.LinearMap`, a `sos.LookUp`, a `sos.Use`, a list of these, or
-    None where nothing is known. It holds for subclasses too, unless they
-    override `call`. It runs inside the call, so that other weights, such as a
-    bias, read as they do there.
+    The decorated function gets the layer and the arguments of one call
+    (`training` only if it has that parameter, or `**kwargs`), and returns a
+    `sos.LinearMap`, a `sos.LookUp`, a `sos.Use`, a list of these, or None where
+    nothing is known. It holds for subclasses too, unless they override `call`.
+    It runs inside the call, so that other weights, such as a bias, read as they
+    do there.
 
     Without a registration, techniques sample whole weights, once per step.
 
@@ -173,10 +175,22 @@ def describe(
         **kwargs: Its keyword arguments.
     """
     function = describer(cls)
-    uses = None if function is None else function(layer, *args, **kwargs)
+    if function is None:
+        return []
+    if "training" in kwargs and not _takes_training(function):
+        kwargs.pop("training")
+    uses = function(layer, *args, **kwargs)
     if uses is None:
         return []
     return list(uses) if isinstance(uses, list | tuple) else [uses]
+
+
+def _takes_training(function: Callable) -> bool:
+    parameters = inspect.signature(function).parameters
+    return "training" in parameters or any(
+        parameter.kind == inspect.Parameter.VAR_KEYWORD
+        for parameter in parameters.values()
+    )
 
 
 def check_use(layer: keras.layers.Layer, *args: Any, **kwargs: Any) -> None:

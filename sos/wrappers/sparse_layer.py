@@ -79,14 +79,17 @@ class SparseLayer:
                     # A call more would be a node more in the model's graph.
                     outputs = super().__call__(*args, **kwargs)
                     complete(self)
+                    _check_complete(self)
                     return outputs
                 calling.build_symbolically(super().__call__, args, kwargs)
             complete(self)
+            _check_complete(self)
         return super().__call__(*args, **kwargs)
 
     def build_from_config(self, config: dict[str, Any]) -> None:
         """Builds the layer as it was built."""
         super().build_from_config(config)
+        self.built = True  # As Keras says when it loads a layer.
         complete(self)
 
     def get_config(self) -> dict[str, Any]:
@@ -122,12 +125,14 @@ class SparseLayer:
     def save_own_variables(self, store: Any) -> None:
         """Saves the layer's own variables.
 
-        Keras would add adapters to the kernel, which has a mask.
+        Keras would add adapters to the kernel, which has a mask. Inside of
+        `sos.frozen` the dense weights are saved too.
         """
-        if getattr(self, "lora_enabled", False):
-            keras.layers.Layer.save_own_variables(self, store)
-        else:
-            super().save_own_variables(store)
+        with keras_compat.reading_stored():
+            if getattr(self, "lora_enabled", False):
+                keras.layers.Layer.save_own_variables(self, store)
+            else:
+                super().save_own_variables(store)
 
     def load_own_variables(self, store: Any) -> None:
         """Loads the layer's own variables."""
@@ -214,13 +219,6 @@ def attach(
     Returns:
         The sparse weights.
     """
-    record = vars(owner).get(_RECORD)
-    if record is None and hasattr(owner, "techniques"):
-        raise UsageError(
-            f"The layer {owner.name!r} of class {type(owner).__name__} has an "
-            "attribute `techniques` of its own, where `sos` keeps masks and "
-            "the like. Rename it."
-        )
     record = make_sparse(owner)
     with contextlib.ExitStack() as stack:
         # Variables of the technique are named like those of the layer.
@@ -287,6 +285,19 @@ def complete(layer: keras.layers.Layer) -> None:
         for owner, paths in by_owner.values():
             weights += attach(technique, owner, paths, arguments)
     bind(layer, weights)
+
+
+def _check_complete(layer: keras.layers.Layer) -> None:
+    """Raises if a layer was built without weights that are to be sparse."""
+    pending = vars(layer)[_RECORD].pending
+    if pending:
+        paths = [path for entry in pending for path in entry["paths"].values()]
+        raise UsageError(
+            f"The configuration of the layer {layer.name!r} makes the weights "
+            f"{paths} sparse. Its call builds others, or not all of them. "
+            "Build all of its sublayers in a `build` method. Its weights: "
+            f"{[v.path for v in plain_weights(layer)]}"
+        )
 
 
 def apply_configs(
@@ -370,8 +381,19 @@ def serialize_wrapped(layer: keras.layers.Layer) -> dict[str, Any]:
 
 
 def make_sparse(layer: keras.layers.Layer) -> _Record:
-    """Gives a layer the generated subclass of its class, and its record."""
+    """Gives a layer the generated subclass of its class, and its record.
+
+    Raises:
+        UsageError: If the layer has an attribute that the subclass would hide.
+    """
     if _RECORD not in vars(layer):
+        for name in ("techniques", "sparse_weights", "plain_class"):
+            if hasattr(layer, name):
+                raise UsageError(
+                    f"The layer {layer.name!r} of class {type(layer).__name__} "
+                    f"has an attribute `{name}` of its own, which sparse "
+                    "layers use for another purpose. Rename it."
+                )
         object.__setattr__(layer, _RECORD, _Record())
         layer.__class__ = _sparse_class(type(layer))
         keras_compat.accept_training(layer)
@@ -449,8 +471,9 @@ def _call(layer: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Calls a layer's own `call` with effective weights."""
     plain = layer.plain_class
     record = vars(layer)[_RECORD]
+    args, kwargs = _training_by_name(plain, args, kwargs)
     training = kwargs.get("training")
-    if "training" not in inspect.signature(plain.call).parameters:
+    if "training" not in _call_parameters(plain):
         kwargs.pop("training", None)
     unit = keras_compat.substitution_scope()
     in_unit = isinstance(unit, EffectiveWeights) and unit.whole
@@ -476,6 +499,24 @@ def _call(layer: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
             outputs = plain.call(layer, *args, **kwargs)
     scope.hand_on_losses(layer)
     return outputs
+
+
+@functools.cache
+def _call_parameters(plain: type) -> list[str]:
+    """Returns the names of the parameters of a class's `call`, without self."""
+    return list(inspect.signature(plain.call).parameters)[1:]
+
+
+def _training_by_name(
+    plain: type, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """Turns a positional `training`, and what follows, into keywords."""
+    names = _call_parameters(plain)
+    position = names.index("training") if "training" in names else len(args)
+    if position >= len(args):
+        return args, kwargs
+    rest = dict(zip(names[position:], args[position:], strict=False))
+    return args[:position], {**kwargs, **rest}
 
 
 def _described_outputs(

@@ -535,10 +535,6 @@ class Recomputing(keras.layers.Layer):
         return keras.remat(lambda x: self.dense(x))(inputs)
 
 
-@pytest.mark.xfail(
-    reason="Rematerialisation inside a wrapped layer passes gradients to "
-    "variables only, not to the effective weights that stand for them."
-)
 @all_techniques
 def test_rematerialisation_inside_a_wrapped_layer(name):
     wrapper = techniques.wrap(name, Recomputing())

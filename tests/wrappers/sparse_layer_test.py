@@ -1,5 +1,7 @@
 """Calls of sparse layers, from wherever they are made."""
 
+import copy
+
 import keras
 import numpy as np
 import pytest
@@ -141,3 +143,132 @@ def test_sampled_on_replicas_draws_one_model():
 
     first, second = tf.function(strategy.run)(call).values
     np.testing.assert_array_equal(first, second)
+
+
+def test_described_call_without_training_parameter_is_sampled():
+    class Doubled(layers.Layer):
+        def build(self, shape):
+            self.kernel = self.add_weight(shape=(shape[-1], 4))
+
+        def call(self, inputs, training=None):
+            return 2 * keras.ops.matmul(inputs, self.kernel)
+
+    @sos.register_use(Doubled)
+    def describe(layer, inputs):
+        return sos.LinearMap(
+            layer.kernel,
+            inputs=inputs,
+            function=lambda kernel, x: keras.ops.matmul(x, kernel),
+            finish=lambda outputs: 2 * outputs,
+            positions=lambda: 1,
+        )
+
+    wrapper = sos.VariationalDropout(Doubled(), penalty_weight=1.0)
+    wrapper(inputs(1, 3))
+    with sos.Driver(wrapper, keras.optimizers.SGD()):
+        outputs = wrapper(np.ones((5, 3), "float32"), training=True)
+    assert len(np.unique(outputs[:, 0])) == 5
+
+
+def test_layer_from_config_of_other_weights_raises_when_called():
+    sparse = sos.sparsify(
+        keras.Sequential([keras.Input((3,)), layers.Dense(2)]),
+        "FixedMask",
+        sparsity=0.5,
+    ).layers[0]
+    config = sparse.get_config()
+    config["sparse"]["techniques"][0]["paths"] = {"2": "dense/missing"}
+    layer = type(sparse).from_config(config)
+    with pytest.raises(ValueError, match="dense/missing"):
+        layer(inputs(1, 3))
+    with pytest.raises(ValueError, match="dense/missing"):
+        layer(keras.Input((3,)))
+
+
+def test_save_inside_of_frozen_saves_dense_weights(tmp_path):
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(4)])
+    model = sos.sparsify(model, "FixedMask", sparsity=0.5)
+    expected = model.layers[0].kernel.numpy()
+    with sos.frozen(model):
+        model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded.layers[0].kernel, expected)
+
+
+def test_call_positional_training_is_training():
+    model = variational()
+    layer = model.layers[0]
+    with sos.Driver(model, keras.optimizers.SGD()):
+        outputs = layer.call(tf.ones((5, 4)), True)
+    assert len(np.unique(outputs[:, 0])) == 5
+
+
+@pytest.mark.parametrize("name", ["techniques", "sparse_weights"])
+def test_sparsify_layer_with_attribute_of_its_own_raises(name):
+    class Outer(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(2)
+            setattr(self, name, ["mine"])
+
+        def build(self, shape):
+            self.dense.build(shape)
+
+        def call(self, inputs):
+            return self.dense(inputs)
+
+    model = keras.Sequential([keras.Input((3,)), Outer()])
+    with pytest.raises(ValueError, match=f"attribute `{name}`"):
+        sos.sparsify(model, "FixedMask", copy=False)
+
+
+def test_report_keeps_a_call_of_the_instance():
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
+    layer = model.layers[0]
+    object.__setattr__(layer, "call", lambda inputs: inputs)
+    call = layer.call
+    sos.sparsity_report(model)
+    assert layer.call is call
+
+
+@keras.saving.register_keras_serializable("sparse_layer_test")
+class Block(layers.Layer):
+    """A layer without `build`."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.first = layers.Dense(3)
+        self.second = layers.Dense(4)
+
+    def call(self, inputs):
+        return self.second(self.first(inputs))
+
+
+@keras.saving.register_keras_serializable("sparse_layer_test")
+class Blocks(keras.Model):
+    """A model without `build`, with a layer that is never called."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.blocks = [Block(), Block()]
+        self.logits = layers.Dense(2)
+        self.unused = layers.Dense(5)
+
+    def call(self, inputs):
+        for block in self.blocks:
+            inputs = block(inputs)
+        return self.logits(inputs)
+
+
+def test_model_without_build_is_saved_and_copied(tmp_path):
+    model = Blocks()
+    x = inputs(2, 4)
+    model(x)
+    sparse = sos.sparsify(model, "FixedMask", sparsity=0.5)
+    sparse.save(tmp_path / "model.keras")
+    for other in (
+        keras.saving.load_model(tmp_path / "model.keras"),
+        copy.deepcopy(sparse),
+    ):
+        assert len(other.sparse_weights) == 5
+        np.testing.assert_array_equal(other(x), sparse(x))
