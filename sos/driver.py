@@ -186,6 +186,17 @@ class Driver:
         self._last, self._moved = now, True
         self._update(last, now)
 
+    def _set_masks(self, updates: dict[PruningWrapper, float]) -> None:
+        # `fit` binds the clocks in its compiled step only; scores may be a
+        # function of the step too.
+        bound = all(wrapper.clock.bound for wrapper in self._wrappers)
+        self.resume()
+        try:
+            self._update_masks(updates)
+        finally:
+            if not bound:
+                self.pause()
+
     def next_update(self, until: int) -> int | None:
         """The next step at which masks are to be updated.
 
@@ -381,7 +392,7 @@ class Driver:
                 due = wrapper.schedule.due_steps(-1, now - 1)
                 if due and (sparsity := wrapper.schedule.sparsity(due[-1])):
                     updates[wrapper] = sparsity
-        self._update_masks(updates)
+        self._set_masks(updates)
 
     def _update(self, after: int, until: int) -> None:
         updates: dict[PruningWrapper, float] = {}
@@ -410,7 +421,7 @@ class Driver:
                 )
             if due:
                 updates[wrapper] = schedule.sparsity(due[-1])
-        self._update_masks(updates)
+        self._set_masks(updates)
 
 
 def _names(wrappers: list[SparseWrapper]) -> str:

@@ -235,6 +235,8 @@ def sparsity_report(
         path = path.removeprefix(f"{model.name}/")
         size = int(np.prod(variable.shape))
         nonzeros = int(np.count_nonzero(keras.ops.convert_to_numpy(value)))
+        if wrapper is not None and size and not nonzeros:
+            note = ", ".join(filter(None, [note, "no weight is left"]))
         times = number_of_uses.get(id(variable))
         rows.append(
             {

@@ -24,10 +24,12 @@ from tests.support.identity import (  # noqa: E402
     halves,
     ones,
     own_variables,
-    predict,
     save_and_load,
     two_batches,
 )
+
+# Tracing takes most of the time.
+EAGER_OR_TRACED = [True, pytest.param(False, marks=pytest.mark.slow)]
 
 WITH_WEIGHTS = {**table.CASES, **table.VECTORS}
 
@@ -106,11 +108,11 @@ def test_table_holds_every_layer_of_keras():
 
 
 def test_all_layers_with_weights_under_ones_equal_dense(tmp_path):
-    check(WITH_WEIGHTS, tmp_path)
+    check(WITH_WEIGHTS, tmp_path, thorough=False)
 
 
 def test_all_layers_without_weights_beside_ones_equal_dense(tmp_path):
-    sparse = check(table.WITHOUT_WEIGHTS, tmp_path)
+    sparse = check(table.WITHOUT_WEIGHTS, tmp_path, thorough=False)
     assert len(sparse_weights(sparse)) == 1, "the head alone"
 
 
@@ -346,7 +348,7 @@ class Measuring(layers.Layer):
         return self.out(hidden)
 
 
-@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("eager", EAGER_OR_TRACED)
 def test_losses_and_metrics_inside_layers_count_once(eager, tmp_path):
     dense = row_model(
         layers.Dense(6, activity_regularizer="l2", kernel_regularizer="l1"),
@@ -431,7 +433,9 @@ def test_frozen_parts_under_ones_stay_frozen(how, tmp_path):
     assert flags(dense) == flags(sparse) == before
     plain = sos.strip(sparse)
     assert flags(plain) == before
-    assert_bits(plain.predict(rows(), verbose=0), predict(dense, rows()))
+    assert_bits(
+        plain.predict(rows(), verbose=0), dense.predict(rows(), verbose=0)
+    )
     # Keras itself saves the flags of layers that it makes, not of their parts.
     loaded = [save_and_load(model, tmp_path) for model in (dense, sparse)]
     assert flags(loaded[1]) == flags(loaded[0])
@@ -505,7 +509,8 @@ def test_rematerialisation_under_ones_equals_dense(mode, tmp_path):
 @pytest.mark.parametrize(
     "policy", ["mixed_bfloat16", "mixed_float16", "float64"]
 )
-def test_dtype_policy_under_ones_equals_dense(policy, tmp_path):
+@pytest.mark.parametrize("eager", EAGER_OR_TRACED)
+def test_dtype_policy_under_ones_equals_dense(policy, eager, tmp_path):
     keras.utils.set_random_seed(0)
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
@@ -524,7 +529,7 @@ def test_dtype_policy_under_ones_equals_dense(policy, tmp_path):
     finally:
         keras.config.set_dtype_policy(before)
     sparse = assert_identity(
-        dense, two_batches(table.array(table.STEPS)), tmp_path, eager=False
+        dense, two_batches(table.array(table.STEPS)), tmp_path, eager=eager
     )
     loaded = save_and_load(sparse, tmp_path)
     for model in (sparse, loaded):

@@ -124,7 +124,8 @@ def compile_model(
 
 def fit(model: keras.Model, data: Any) -> dict[str, list[float]]:
     """Trains a model on all batches and returns the logs."""
-    callbacks = [sos.SparsityCallback()] * bool(find_wrappers(model))
+    driven = any(wrapper.needs_clock for wrapper in find_wrappers(model))
+    callbacks = [sos.SparsityCallback()] * driven
     logs = model.fit(data, callbacks=callbacks, shuffle=False, verbose=0)
     return {k: v for k, v in logs.history.items() if k != "sparsity"}
 
@@ -135,8 +136,8 @@ def evaluate(model: keras.Model, data: Any) -> dict[str, float]:
 
 
 def predict(model: keras.Model, data: Any) -> Any:
-    """Returns the outputs of a model."""
-    return model.predict(data, verbose=0)
+    """Returns the outputs of a model for the first batch."""
+    return model.predict(data.take(1), verbose=0)
 
 
 def save_and_load(model: keras.Model, directory: Any) -> keras.Model:
@@ -170,6 +171,7 @@ def assert_identity(
     directory: Any,
     *,
     eager: bool = True,
+    thorough: bool = True,
     sparse: keras.Model | None = None,
     **kwargs: Any,
 ) -> keras.Model:
@@ -180,6 +182,8 @@ def assert_identity(
         data: Two batches for it.
         directory: Where to save; None where Keras could not load the file.
         eager: Whether steps run eagerly, which takes less time than a trace.
+        thorough: Whether to train what was loaded, and to look at outputs
+            beside losses.
         sparse: The same model under masks of ones; made by default.
         **kwargs: As for `compile_model`.
 
@@ -196,15 +200,17 @@ def assert_identity(
     assert find_wrappers(sparse)
     for model in (dense, sparse):
         compile_model(model, eager, **kwargs)
-    assert_same(predict, dense, sparse, data)
+    if thorough:
+        assert_same(predict, dense, sparse, data)
     assert_same(fit, dense, sparse, data)
     assert_same_state(dense, sparse)
-    assert_same(evaluate, dense, sparse, data)
+    if thorough:
+        assert_same(evaluate, dense, sparse, data)
     assert_same(predict, dense, sparse, data)
     assert len(dense.losses) == len(sparse.losses)
 
     if directory is not None:
-        assert_same_in_files(dense, sparse, data, directory, eager)
+        assert_same_in_files(dense, sparse, data, directory, eager, thorough)
 
     plain = sos.strip(sparse)
     if whole:
@@ -226,6 +232,7 @@ def assert_same_in_files(
     data: Any,
     directory: Any,
     eager: bool,
+    thorough: bool = True,
 ) -> None:
     """Asserts that compiled models are saved, loaded and trained on alike."""
     loaded = [save_and_load(model, directory) for model in (dense, sparse)]
@@ -238,5 +245,6 @@ def assert_same_in_files(
         # Keras does not save it.
         model.run_eagerly = eager
     assert_same(predict, *loaded, data)
-    assert_same(fit, *loaded, data)
-    assert_same_state(*loaded)
+    if thorough:
+        assert_same(fit, *loaded, data)
+        assert_same_state(*loaded)
