@@ -263,14 +263,22 @@ def _sampled_as_a_whole(model: keras.layers.Layer) -> set[int]:
     return {
         id(variable)
         for owner, variable in owners(model)
-        if uses.describer(plain_class(owner)) is None
-        or isinstance(
-            owner,
-            keras.layers.RNN
-            | keras.layers.SeparableConv1D
-            | keras.layers.SeparableConv2D,
-        )
+        if not _samples_outputs(owner)
     }
+
+
+def _samples_outputs(layer: keras.layers.Layer) -> bool:
+    if isinstance(layer, keras.layers.TimeDistributed):
+        # Of the layer inside, at all timesteps.
+        return _samples_outputs(layer.layer)
+    whole = (
+        keras.layers.RNN
+        | keras.layers.SeparableConv1D
+        | keras.layers.SeparableConv2D
+    )
+    return not isinstance(layer, whole) and (
+        uses.describer(plain_class(layer)) is not None
+    )
 
 
 def _is_vector(row: dict[str, Any]) -> bool:

@@ -40,7 +40,7 @@ def sparsify(
     layers. Weights are sparse in every call of a layer, from wherever it is
     made; what code reads for itself (`self.dense.kernel`) is sparse inside the
     `call` of the layers and subclassed models that hold the weight, and inside
-    `sos.frozen`. A `Lambda` layer holds no weights, so that it reads dense ones.
+    `sos.frozen`. A `Lambda` layer holds no weights: it reads dense ones.
 
     Technique, rules and hyperparameters can be plain names and numbers, so that
     a config holds them: `sos.sparsify(model, **config.sparsity)`.

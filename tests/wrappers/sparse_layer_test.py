@@ -272,3 +272,17 @@ def test_model_without_build_is_saved_and_copied(tmp_path):
     ):
         assert len(other.sparse_weights) == 5
         np.testing.assert_array_equal(other(x), sparse(x))
+
+
+def test_report_time_distributed_composite_is_sampled_as_a_whole():
+    inside = keras.Sequential([keras.Input((3,)), layers.Dense(4)])
+    model = keras.Sequential(
+        [
+            keras.Input((5, 3)),
+            layers.TimeDistributed(inside),
+            layers.TimeDistributed(layers.Dense(2)),
+        ]
+    )
+    sparse = sos.sparsify(model, "VariationalDropout", penalty_weight=1.0)
+    notes = [row["note"] for row in sos.sparsity_report(sparse).rows]
+    assert notes == ["sampled as a whole", "rank 1", "", "rank 1"]
