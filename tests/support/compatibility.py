@@ -123,7 +123,8 @@ Layers without weights need nothing. Not tried: {left_out}.
 
 Tasks keep their methods (`generate`, also with its cache), their tokenizers and
 their files. Text models take inputs of any length:
-`sos.sparsity_report(model, inputs)` counts multiply-adds for given ones.
+`sos.sparsity_report(model, inputs)` counts multiply-adds for given ones. Presets
+hold plain models: use `sos.strip` before `save_to_preset`.
 """
 
 
