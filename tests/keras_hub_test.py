@@ -163,6 +163,20 @@ def test_causal_lm_report_counts_the_weights_of_the_plain_model(gpt2):
     assert 0.1 < report.sparsity < 1
 
 
+def test_causal_lm_report_counts_multiply_adds_of_given_inputs(gpt2):
+    report = sos.sparsity_report(gpt2.sparse, gpt2.inputs)
+    rows = [row for row in report.rows if row["technique"]]
+    for row in rows:
+        known = hub_models.LENGTH * row["size"]
+        if row["weight"].startswith("position_embedding"):
+            known = None
+        # The table of the tokens counts for its product alone.
+        assert row["multiply_adds"] == known, row["weight"]
+    # Without a length there is nothing to count.
+    report = sos.sparsity_report(gpt2.sparse)
+    assert all(row["multiply_adds"] is None for row in report.rows)
+
+
 def test_causal_lm_generates_the_tokens_of_the_plain_loop(gpt2):
     prompt = hub_models.prompt()
     found = hub_models.generate(gpt2.sparse, prompt)

@@ -54,6 +54,7 @@ NOISE = {
 
 # Cases that show nothing which another case does not.
 REPETITIONS = {
+    "BatchNormalization masked",
     "Dense rank 3",
     "Embedding mask_zero",
     "LSTM masked last",
@@ -95,10 +96,10 @@ bit, to those of the model from `sos.strip` and of the model loaded from a
 
 In training VD and L0 sample. *each* means that every example, and every
 position of it, gets a sample of its own; *step* that all examples of a step
-share one sample of the weight. Where a layer does both, the weights that are
-shared are counted or named. L0 samples weights once a step in any case, as its
-authors do, except rows that are looked up. *refused* means that, at this point,
-`sos` raises an error that says what to do instead.
+share one sample of the weight. Exceptions are named after that. L0 samples
+weights once a step, as its authors do, except rows that are looked up.
+*refused* means that, at this point, `sos` raises an error that says what to do
+instead.
 
 **Multiply-adds**: whether `sos.sparsity_report` knows how many each weight
 takes part in, for inputs of known sizes.
@@ -121,9 +122,8 @@ Layers without weights need nothing. Not tried: {left_out}.
 {models}
 
 Tasks keep their methods (`generate`, also with its cache), their tokenizers and
-their files. Text models take inputs of any length, so that multiply-adds are
-known only for inputs of one: `keras.Model(inputs, sparse(inputs))` with
-`inputs` of a fixed length has them in its report.
+their files. Text models take inputs of any length:
+`sos.sparsity_report(model, inputs)` counts multiply-adds for given ones.
 """
 
 
@@ -366,8 +366,8 @@ def multiply_adds_cell(rows):
     if len(unknown) == len(rows):
         return "not known"
     if len(unknown) > 3:
-        return f"known of {len(rows) - len(unknown)} of {len(rows)} weights"
-    return f"not of {short([row['weight'] for row in unknown])}"
+        return f"known for {len(rows) - len(unknown)} of {len(rows)} weights"
+    return f"known except {short([row['weight'] for row in unknown])}"
 
 
 # Layers of Keras.
@@ -450,14 +450,6 @@ def dense_row(name):
 # Models of KerasHub.
 
 
-def fixed(model, x):
-    """A model with inputs of fixed sizes."""
-    inputs = keras.tree.map_structure(
-        lambda v: keras.Input(v.shape[1:], dtype=v.dtype), x
-    )
-    return keras.Model(inputs, model(inputs))
-
-
 def model_row(name):
     """The row of a KerasHub model."""
     x = hub_models.inputs(name)
@@ -473,7 +465,7 @@ def model_row(name):
     ]
     try:
         sparse = sparsify(make(), sos.FixedMask)
-        report = sos.sparsity_report(fixed(sparse, x))
+        report = sos.sparsity_report(sparse, x)
         rows = [row for row in report.rows if row["technique"]]
         cells.append(multiply_adds_cell(rows))
     except Failure as failure:

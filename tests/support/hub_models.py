@@ -262,7 +262,6 @@ _BACKBONES = {
         },
         sound_and_tokens,
     ),
-    "XLNet": ({**_TRANSFORMER}, segments),
     "Xception": (
         {
             "stackwise_conv_filters": [[4, 8], [8, 8]],
@@ -297,7 +296,6 @@ NAMES = (
     "BartSeq2SeqLM",
     "T5Backbone",
     "WhisperBackbone",
-    "XLNetBackbone",
     "CLIPBackbone",
     "DenseNetImageClassifier",
     "MiTImageClassifier",
