@@ -11,7 +11,7 @@ from sos.driver import Driver
 from sos.errors import ArgumentError, UsageError
 from sos.event_file import EventFile
 from sos.held_masks import mask_zeros
-from sos.report import sparsity_report
+from sos.report import report_without_costs
 
 
 class SparsityCallback(keras.callbacks.Callback):
@@ -142,7 +142,7 @@ class SparsityCallback(keras.callbacks.Callback):
         if self._trained and not self._checked:
             self._driver.check_effect()
             self._checked = True
-        report = sparsity_report(self.model)
+        report = report_without_costs(self.model)
         if logs is not None:
             logs["sparsity"] = report.sparsity
         if self._events is not None:

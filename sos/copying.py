@@ -52,7 +52,16 @@ def copy_model(
         new = _clone(source, replace, {})
         if not _shares_alike(source, new):
             # Layers refer to each other. In a file, Keras keeps that.
-            new = copy.deepcopy(source)
+            try:
+                new = copy.deepcopy(source)
+            except (TypeError, ValueError) as error:
+                raise UsageError(
+                    f"The copy of {source.name!r} of class "
+                    f"{_class_name(source)} would not share layers as the "
+                    "model does, and Keras cannot copy it either. Use "
+                    "`copy=False`, which makes the model itself sparse. "
+                    f"({error})"
+                ) from error
     _copy_state(source, new)
     return new
 

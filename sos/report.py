@@ -203,13 +203,29 @@ def sparsity_report(
             f"The model {model.name!r} is not built, so that it has no weights "
             "to report. Give it an `Input` or call it on a batch first."
         )
+    return _report(model, uses_by_variable(model, inputs))
+
+
+def report_without_costs(model: keras.layers.Layer) -> SparsityReport:
+    """Reports as `sparsity_report` does, but no multiply-adds.
+
+    Counting them traces the model, which takes seconds for a large one.
+
+    Args:
+        model: A Keras 3 model or layer, built.
+    """
+    return _report(model, {})
+
+
+def _report(
+    model: keras.layers.Layer, number_of_uses: dict[int, int]
+) -> SparsityReport:
     sparse = {}
     state = set()
     for wrapper in find_wrappers(model):
         state |= {id(v) for v in keras_compat.own_variables(wrapper)}
         for weight, value in wrapper.evaluation_weights().items():
             sparse[id(weight.variable)] = (wrapper, weight, value)
-    number_of_uses = uses_by_variable(model, inputs)
     whole = _sampled_as_a_whole(model)
     notes = getattr(model, "sparsity_notes", None)
     trainable = {id(v) for v in model.trainable_weights}

@@ -284,6 +284,25 @@ def test_masks_after_fit_are_those_of_the_final_weights_where_due():
 # Logs.
 
 
+def test_epochs_end_without_another_call_of_the_model():
+    """Counting multiply-adds would trace it again after every epoch."""
+    calls = []
+
+    class Counting(keras.layers.Layer):
+        def call(self, inputs):
+            calls.append(inputs)
+            return inputs
+
+    model = keras.Sequential(
+        [keras.Input((6,)), Counting(), techniques.mlp("MagnitudePruning")]
+    )
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    fit(model, sos.SparsityCallback())
+    before = len(calls)
+    fit(model, sos.SparsityCallback(), epochs=3)
+    assert len(calls) == before + 1  # The callback forces a trace for each fit.
+
+
 def test_history_has_the_sparsity():
     schedule = sos.PolynomialDecay(0.0, 0.5, 0, 8, power=1, frequency=4)
     model = compiled("MagnitudePruning", schedule=schedule)

@@ -735,3 +735,21 @@ def test_layer_that_trains_by_default_is_put_together_without_a_driver(
     assert_bits(dense(rows(), training=False), loaded(rows(), training=False))
     with pytest.raises(RuntimeError, match="SparsityCallback"):
         loaded(rows())
+
+
+def test_layer_of_a_saved_model_stays_dense(tmp_path):
+    """It computes with the variables of the file, so that no mask would act."""
+    row_model(layers.Dense(4)).export(tmp_path / "exported", verbose=False)
+    sparse = sos.sparsify(
+        row_model(
+            layers.TFSMLayer(tmp_path / "exported", call_endpoint="serve"),
+            layers.Dense(2, name="out"),
+        ),
+        "FixedMask",
+        sparsity=0.5,
+        copy=False,
+    )
+    report = {r["weight"]: r for r in sos.sparsity_report(sparse).rows}
+    assert [w.path for w in sparse_weights(sparse)] == ["out/kernel"]
+    notes = [r["note"] for r in report.values() if not r["technique"]]
+    assert notes == ["read by its SavedModel", "rank 1", "rank 1"]

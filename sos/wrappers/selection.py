@@ -10,6 +10,14 @@ import tensorflow as tf
 from sos import keras_compat
 from sos.errors import UsageError
 
+# Why all weights of some layers stay dense.
+_REASONS = {
+    keras.layers.PReLU: "PReLU slope",
+    keras.layers.RMSNormalization: "norm",
+    # It computes with variables of its own, of which these are copies.
+    keras.layers.TFSMLayer: "read by its SavedModel",
+}
+
 
 def why_dense(variable: keras.Variable) -> str | None:
     """Why a weight is not made sparse by default, None if it is."""
@@ -41,8 +49,9 @@ def dense_reasons(layer: keras.layers.Layer) -> dict[int, str]:
     for inner in keras_compat.all_layers(layer):
         for variable in keras_compat.own_variables(inner):
             reason = why_dense(variable)
-            if reason is None and isinstance(inner, keras.layers.PReLU):
-                reason = "PReLU slope"
+            for cls, of_class in _REASONS.items():
+                if reason is None and isinstance(inner, cls):
+                    reason = of_class
             if reason is not None:
                 reasons[id(variable)] = reason
     return reasons

@@ -383,7 +383,9 @@ VECTORS = {
         lambda: layers.LayerNormalization(axis=[1, 2]), [STEPS]
     ),
     "GroupNormalization": Case(lambda: layers.GroupNormalization(2), [IMAGE]),
-    "RMSNormalization": Case(layers.RMSNormalization, [STEPS]),
+    "RMSNormalization": Case(
+        lambda: layers.RMSNormalization(axis=[1, 2]), [STEPS]
+    ),
     "Normalization": Case(lambda: normalization(), [ROW]),
 }
 
