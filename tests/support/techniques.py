@@ -10,7 +10,9 @@ import tensorflow as tf
 from tensorboard.backend.event_processing import event_accumulator
 
 import sos
+from sos import keras_compat
 from sos.wrappers.base import find_wrappers
+from sos.wrappers.sparse_layer import as_plain
 
 SCHEDULE = sos.ConstantSparsity(0.5, begin_step=1, frequency=1)
 
@@ -256,3 +258,9 @@ def scalars(directory):
         tag: [(event.step, event.value) for event in events.Scalars(tag)]
         for tag in events.Tags()["scalars"]
     }
+
+
+def call_plain(layer, *args, **kwargs):
+    """Calls a layer in a wrapper as its own class does, with dense weights."""
+    with as_plain(keras_compat.all_layers(layer)):
+        return layer(*args, **kwargs)
