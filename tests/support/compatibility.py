@@ -98,8 +98,9 @@ In training VD and L0 sample. *each* means that every example, and every
 position of it, gets a sample of its own; *step* that all examples of a step
 share one sample of the weight. Exceptions are named after that. L0 samples
 weights once a step, as its authors do, except rows that are looked up.
-*refused* means that, at this point, `sos` raises an error that says what to do
-instead.
+`sos.register_use` says what a layer of your own does with a weight, so that VD
+samples it for each. *refused* means that, at this point, `sos` raises an error
+that says what to do instead.
 
 **Multiply-adds**: whether `sos.sparsity_report` knows how many each weight
 takes part in, for inputs of known sizes.
@@ -111,7 +112,7 @@ Keras {keras}, KerasHub {keras_hub}.
 {layers}
 
 These layers have only weights that stay dense by default. They work beside
-sparse ones, and `rules` can make most of them sparse.
+sparse ones.
 
 {dense}
 
@@ -123,8 +124,8 @@ Layers without weights need nothing. Not tried: {left_out}.
 
 Tasks keep their methods (`generate`, also with its cache), their tokenizers and
 their files. Text models take inputs of any length:
-`sos.sparsity_report(model, inputs)` counts multiply-adds for given ones. Presets
-hold plain models: use `sos.strip` before `save_to_preset`.
+`sos.sparsity_report(model, inputs)` counts multiply-adds for given ones.
+Presets hold plain models: use `sos.strip` before `save_to_preset`.
 """
 
 
