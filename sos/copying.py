@@ -50,6 +50,7 @@ def copy_model(
     }
     with keras.saving.custom_object_scope(classes):
         new = _clone(source, replace, {})
+        _enable_adapters(source, new)
         if not _shares_alike(source, new):
             # Layers refer to each other. In a file, Keras keeps that.
             try:
@@ -64,6 +65,16 @@ def copy_model(
                 ) from error
     _copy_state(source, new)
     return new
+
+
+def _enable_adapters(
+    source: keras.layers.Layer, target: keras.layers.Layer
+) -> None:
+    """Enables LoRA where the configuration of a layer around does not tell."""
+    layers = [_plain_layers(source), _plain_layers(target)]
+    if len(layers[0]) == len(layers[1]):
+        for old, new in zip(*layers, strict=True):
+            keras_compat.copy_adapter(keras_compat.adapter(old), new)
 
 
 def _shares_alike(
@@ -195,7 +206,9 @@ def _copy_state(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
         for before, after in zip(_variables(old), _variables(new), strict=True):
             after.assign(before)
     # From the outside in, as setting it on a layer sets it on all inside.
-    for old, new in zip(*layers, strict=True):
+    all_layers = [_plain_layers(source), _plain_layers(target)]
+    alike = len(all_layers[0]) == len(all_layers[1])
+    for old, new in zip(*(all_layers if alike else layers), strict=True):
         if new.trainable != old.trainable:
             new.trainable = old.trainable
     for old, new in zip(*layers, strict=True):
@@ -222,9 +235,7 @@ def _layers_with_state(
     return [
         inner
         for inner in _plain_layers(layer)
-        if _variables(inner)
-        or hasattr(inner, "load_assets")
-        or not inner.trainable
+        if _variables(inner) or hasattr(inner, "load_assets")
     ]
 
 

@@ -35,6 +35,25 @@ def lora_base(layer: keras.layers.Layer) -> keras.Variable | None:
     return getattr(layer, name)
 
 
+def adapter(layer: keras.layers.Layer) -> list | None:
+    """Returns rank and alpha of a layer's LoRA adapter, if there is one."""
+    if not getattr(layer, "lora_enabled", False):
+        return None
+    return [layer.lora_rank, layer.lora_alpha]
+
+
+def copy_adapter(adapter: list | None, layer: keras.layers.Layer) -> None:
+    """Enables LoRA in a built layer like one that has it.
+
+    Args:
+        adapter: From `adapter` of the other layer.
+        layer: The layer. One that has an adapter already is left alone.
+    """
+    if adapter is not None and layer.built and not layer.lora_enabled:
+        rank, alpha = adapter
+        layer.enable_lora(rank, lora_alpha=alpha)
+
+
 def kernel(layer: keras.layers.Layer) -> keras.Variable:
     """Returns the kernel variable of a dense or convolutional layer.
 

@@ -556,3 +556,27 @@ def test_pair_of_layers_that_share_a_table_is_made_sparse_once(technique):
     )
     (found,) = outputs(sparse, inputs)
     np.testing.assert_allclose(found, hidden @ table.T, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("first", ["LoRA", "sparsify"])
+def test_gemma_with_adapters_is_copied_stripped_and_loaded(first, tmp_path):
+    backbone = keras_hub.models.GemmaBackbone(24, 1, 2, 1, 8, 12, 4)
+    if first == "LoRA":
+        backbone.enable_lora(2)
+    model = keras_hub.models.GemmaCausalLM(backbone=backbone, preprocessor=None)
+    sparse = sos.sparsify(model, "FixedMask", sparsity=0.5)
+    if first == "sparsify":
+        sparse.backbone.enable_lora(2)
+    generator = np.random.default_rng(0)
+    adapters = [v for v in sparse.trainable_variables if "lora" in v.name]
+    assert adapters
+    for variable in adapters:
+        variable.assign(generator.normal(size=variable.shape))
+    tokens = generator.integers(1, 24, (2, 5))
+    inputs = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
+    expected = sparse.predict(inputs, verbose=0)
+    plain = sos.strip(sparse)
+    np.testing.assert_array_equal(plain.predict(inputs, verbose=0), expected)
+    sparse.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras", compile=False)
+    np.testing.assert_array_equal(loaded.predict(inputs, verbose=0), expected)

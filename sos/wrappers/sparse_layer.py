@@ -50,6 +50,8 @@ class _Record:
         self.techniques: list[Any] = []
         #: Techniques of a configuration whose weights are not there yet.
         self.pending: list[dict[str, Any]] = []
+        #: LoRA adapters of such a configuration, by the layer's position.
+        self.adapters: dict[str, list] = {}
 
 
 class SparseLayer:
@@ -101,6 +103,7 @@ class SparseLayer:
         config[_KEY] = {
             "class": _class_config(plain),
             "techniques": technique_configs(self),
+            "adapters": _adapters(self),
         }
         return config
 
@@ -115,7 +118,7 @@ class SparseLayer:
             {**sparse["class"], "config": config}, custom_objects
         )
         if sparse["techniques"]:
-            apply_configs(layer, sparse["techniques"])
+            apply_configs(layer, sparse["techniques"], sparse["adapters"])
         return layer
 
     def __reduce__(self) -> tuple:
@@ -252,6 +255,10 @@ def complete(layer: keras.layers.Layer) -> None:
     record = vars(layer)[_RECORD]
     if not layer.built:
         return  # The cell of a recurrent layer may be, which has the weights.
+    inside = _without_techniques(layer)
+    for position, adapter in record.adapters.items():
+        if int(position) < len(inside):
+            keras_compat.copy_adapter(adapter, inside[int(position)])
     variables = plain_weights(layer)
     last = max(
         (int(i) for entry in record.pending for i in entry["paths"]), default=-1
@@ -300,16 +307,36 @@ def _check_complete(layer: keras.layers.Layer) -> None:
         )
 
 
+def _without_techniques(
+    layer: keras.layers.Layer,
+) -> list[keras.layers.Layer]:
+    return [x for x in keras_compat.all_layers(layer) if not is_technique(x)]
+
+
+def _adapters(layer: keras.layers.Layer) -> dict[str, list]:
+    """Returns the LoRA adapters in a layer by the position of their layer.
+
+    The configuration of a layer that makes others need not hold them.
+    """
+    adapters = enumerate(map(keras_compat.adapter, _without_techniques(layer)))
+    return {str(i): adapter for i, adapter in adapters if adapter is not None}
+
+
 def apply_configs(
-    layer: keras.layers.Layer, configs: list[dict[str, Any]]
+    layer: keras.layers.Layer,
+    configs: list[dict[str, Any]],
+    adapters: dict[str, list],
 ) -> None:
     """Makes a layer sparse as configurations say, as soon as it is built.
 
     Args:
         layer: A layer, built or not.
         configs: From `technique_configs` of a layer like it.
+        adapters: Rank and alpha of LoRA adapters in it, by the position of
+            their layer.
     """
-    make_sparse(layer).pending = configs
+    record = make_sparse(layer)
+    record.pending, record.adapters = configs, adapters
     build = layer.build
 
     @functools.wraps(build)
