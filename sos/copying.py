@@ -12,8 +12,9 @@ from sos.errors import ArgumentError, UsageError
 from sos.wrappers.sparse_layer import (
     SparseLayer,
     graph_classes,
+    plain_class,
+    plain_layers,
 )
-from sos.wrappers.sparse_weight import is_technique
 
 _Replace = Callable[[keras.layers.Layer], keras.layers.Layer]
 _Copies = dict[int, keras.layers.Layer]
@@ -71,7 +72,7 @@ def _enable_adapters(
     source: keras.layers.Layer, target: keras.layers.Layer
 ) -> None:
     """Enables LoRA where the configuration of a layer around does not tell."""
-    layers = [_plain_layers(source), _plain_layers(target)]
+    layers = [plain_layers(source), plain_layers(target)]
     if len(layers[0]) == len(layers[1]):
         for old, new in zip(*layers, strict=True):
             keras_compat.copy_adapter(keras_compat.adapter(old), new)
@@ -134,7 +135,7 @@ def _clone(
         new.built = True  # As Keras says when it loads a layer.
         _copy_policies(layer, new)
     # The graph may call a layer inside by itself.
-    inside = [_plain_layers(x) for x in (layer, new)]
+    inside = [plain_layers(x) for x in (layer, new)]
     if len(inside[0]) == len(inside[1]):
         for old, copied in zip(*inside, strict=True):
             copies.setdefault(id(old), copied)
@@ -150,7 +151,7 @@ def _copy_policies(
     Layers that a layer makes itself, and models, have the policy that is the
     default where they are made. It must be right before variables are made.
     """
-    layers = [_plain_layers(source), _plain_layers(target)]
+    layers = [plain_layers(source), plain_layers(target)]
     if [_class_name(x) for x in layers[0]] != [
         _class_name(x) for x in layers[1]
     ]:
@@ -206,7 +207,7 @@ def _copy_state(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
         for before, after in zip(_variables(old), _variables(new), strict=True):
             after.assign(before)
     # From the outside in, as setting it on a layer sets it on all inside.
-    all_layers = [_plain_layers(source), _plain_layers(target)]
+    all_layers = [plain_layers(source), plain_layers(target)]
     alike = len(all_layers[0]) == len(all_layers[1])
     for old, new in zip(*(all_layers if alike else layers), strict=True):
         if new.trainable != old.trainable:
@@ -215,14 +216,6 @@ def _copy_state(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
         for before, after in zip(_variables(old), _variables(new), strict=True):
             if after.trainable != before.trainable:
                 after.trainable = before.trainable
-
-
-def _plain_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
-    return [
-        inner
-        for inner in keras_compat.all_layers(layer)
-        if not is_technique(inner)
-    ]
 
 
 def _layers_with_state(
@@ -234,13 +227,13 @@ def _layers_with_state(
     """
     return [
         inner
-        for inner in _plain_layers(layer)
+        for inner in plain_layers(layer)
         if _variables(inner) or hasattr(inner, "load_assets")
     ]
 
 
 def _class_name(layer: keras.layers.Layer) -> str:
-    return getattr(layer, "plain_class", type(layer)).__name__
+    return plain_class(layer).__name__
 
 
 def _copy_through_files(
@@ -252,7 +245,7 @@ def _copy_through_files(
     vocabularies in files.
     """
     base = keras.layers.Layer
-    cls = getattr(source, "plain_class", type(source))
+    cls = plain_class(source)
     if cls.load_own_variables is not base.load_own_variables:
         store: dict = {}
         source.save_own_variables(store)

@@ -255,7 +255,7 @@ def complete(layer: keras.layers.Layer) -> None:
     record = vars(layer)[_RECORD]
     if not layer.built:
         return  # The cell of a recurrent layer may be, which has the weights.
-    inside = _without_techniques(layer)
+    inside = plain_layers(layer)
     for position, adapter in record.adapters.items():
         if int(position) < len(inside):
             keras_compat.copy_adapter(adapter, inside[int(position)])
@@ -307,9 +307,8 @@ def _check_complete(layer: keras.layers.Layer) -> None:
         )
 
 
-def _without_techniques(
-    layer: keras.layers.Layer,
-) -> list[keras.layers.Layer]:
+def plain_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """Returns a layer and those in it, without techniques."""
     return [x for x in keras_compat.all_layers(layer) if not is_technique(x)]
 
 
@@ -318,7 +317,7 @@ def _adapters(layer: keras.layers.Layer) -> dict[str, list]:
 
     The configuration of a layer that makes others need not hold them.
     """
-    adapters = enumerate(map(keras_compat.adapter, _without_techniques(layer)))
+    adapters = enumerate(map(keras_compat.adapter, plain_layers(layer)))
     return {str(i): adapter for i, adapter in adapters if adapter is not None}
 
 
