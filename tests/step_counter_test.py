@@ -52,7 +52,7 @@ def test_step_without_an_optimizer_raises():
     assert not counter.bound
 
 
-def test_clock_is_unbound_when_its_owner_is_gone():
+def test_step_counter_whose_owner_is_gone_is_unbound():
     class Owner:
         pass
 
@@ -62,7 +62,7 @@ def test_clock_is_unbound_when_its_owner_is_gone():
     del owner
     gc.collect()
     assert not counter.bound
-    with pytest.raises(RuntimeError, match="not bound"):
+    with pytest.raises(RuntimeError, match="no training step"):
         _ = counter.step
 
 
