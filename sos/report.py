@@ -16,7 +16,7 @@ from sos import keras_compat, uses
 from sos.files import atomic_write
 from sos.multiply_adds import uses_by_variable
 from sos.wrappers.base import find_wrappers
-from sos.wrappers.selection import dense_reasons
+from sos.wrappers.selection import dense_reasons, path_in
 from sos.wrappers.sparse_layer import owners, plain_class
 
 #: The keys of a row, in order.
@@ -248,9 +248,7 @@ def _report(
                 else "not trainable"
             )
             reason = reasons.get(id(variable), unwrapped)
-        path = weight.path if weight is not None else variable.path
-        # Whether Keras puts it there depends on how the model was made.
-        path = path.removeprefix(f"{model.name}/")
+        path = path_in(model, variable if weight is None else weight)
         size = int(np.prod(variable.shape))
         nonzeros = int(np.count_nonzero(keras.ops.convert_to_numpy(value)))
         if wrapper is not None and size and not nonzeros:

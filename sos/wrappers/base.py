@@ -38,8 +38,9 @@ class SparseWrapper(keras.layers.Layer):
 
     Args:
         layer: The Keras 3 layer (or model) to wrap. Wrap an RNN, not its cell.
-        include: Regular expressions, one or several, that are searched for in
-            the paths of the layer's weights and choose those to be made sparse.
+        include: Regular expressions, one or several, that are searched for
+            (`re.search`) in the paths of the layer's weights, as the report of
+            the model prints them, and choose those to be made sparse.
             By default all trainable weights of rank 2 or more, biases not.
         paths: The chosen weights, as `{index in its weights: path}`, in the
             place of `include`. `sparsify` and saved models use this.
@@ -58,6 +59,9 @@ class SparseWrapper(keras.layers.Layer):
     #: Whether `training_weight` draws from a distribution of the weight, which
     #: `sos.sampled` draws from too.
     has_posterior = False
+
+    #: Hyperparameters of which exactly one has to be given.
+    needs_one_of: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -94,7 +98,7 @@ class SparseWrapper(keras.layers.Layer):
             self.layer = layer
         else:
             self._owner = owner
-        self.include = selection.check_patterns(include)
+        self.include = selection.check_include(include)
         self._paths = None
         if paths is not None:
             self._paths = {int(index): path for index, path in paths.items()}
@@ -552,7 +556,7 @@ class SparseWrapper(keras.layers.Layer):
         }
         try:
             return selection.choose(
-                available, self.include, selection.dense_reasons(layer)
+                layer, available, self.include, selection.dense_reasons(layer)
             )
         except UsageError as error:
             raise UsageError(
