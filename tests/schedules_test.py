@@ -402,11 +402,11 @@ def test_make_schedule_with_an_end_is_polynomial_decay(numbers):
 
 
 @hypothesis.given(numbers())
-def test_make_schedule_without_an_end_is_constant(numbers):
+def test_make_schedule_by_the_name_constant_is_constant(numbers):
     numbers = {
         name: numbers[name] for name in ("sparsity", "begin_step", "frequency")
     }
-    schedule = schedules.make_schedule(**numbers)
+    schedule = schedules.make_schedule("constant", **numbers)
     assert schedule == schedules.Schedule(
         schedules.ConstantSparsity(
             numbers["sparsity"],
@@ -450,17 +450,21 @@ def test_make_schedule_of_numpy_numbers_equals_python_numbers():
         ({"end_step": -1}, "Received: end_step=-1"),
         ({"end_step": True}, "Received: end_step=True"),
         ({"frequency": 0}, "`frequency` must be an integer >= 1"),
-        ({"frequency": None}, "Received: frequency=None"),
+        ({"frequency": "x"}, "Received: frequency='x'"),
         ({"power": -1}, r"`power` must be .*\[0, inf\)"),
         (
             {"begin_step": 11},
             "`begin_step` must not be after `end_step`.*begin_step=11, end_ste",
         ),
         (
-            {"end_step": None, "initial_sparsity": 0.25},
-            "`initial_sparsity` needs an `end_step`.*0.25",
+            {"schedule": "constant"},
+            "`end_step` do not fit.*schedule='constant', end_step=10",
         ),
-        ({"end_step": None, "power": 1.0}, "`power` needs an `end_step`.*1.0"),
+        (
+            {"schedule": "constant", "end_step": None, "power": 1.0},
+            "`power` do not fit.*power=1.0",
+        ),
+        ({"schedule": "cubic"}, "'polynomial', 'constant'.*schedule='cubic'"),
     ],
 )
 def test_make_schedule_of_wrong_numbers_raises(numbers, message):

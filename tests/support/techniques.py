@@ -17,7 +17,12 @@ from sos.wrappers.sparse_layer import as_plain
 SCHEDULE = sos.schedules.ConstantSparsity(0.5, begin_step=1, frequency=1)
 
 # With these, techniques prune from the first step on.
-HYPERPARAMETERS = {"sparsity": 0.5, "frequency": 1, "penalty_weight": 1e-3}
+HYPERPARAMETERS = {
+    "schedule": "constant",
+    "sparsity": 0.5,
+    "frequency": 1,
+    "penalty_weight": 1e-3,
+}
 
 # The package's own techniques; other tests register more.
 TECHNIQUES = [
