@@ -149,13 +149,19 @@ class PenalizedWrapper(SparseWrapper):
             examples = check_integer("num_examples", examples, minimum=1)
             return cls.default_penalty / examples
         weight = default if weight is None else weight
-        if weight is None or examples is not None:
-            number = "not both" if weight is not None else "and has no default"
+        if weight is not None and examples is not None:
             raise ArgumentError(
-                f"{cls.__name__} needs one of `num_examples`, the number of "
-                "training examples, such as `num_examples=60_000`, and "
-                f"`penalty_weight`, {number}. "
+                "`penalty_weight` and `num_examples` exclude each other: "
+                "`num_examples` stands for the weight "
+                f"{cls.default_penalty:g} / num_examples. "
                 f"Received: {arguments.received(values)}"
+            )
+        if weight is None:
+            raise ArgumentError(
+                f"{cls.__name__} needs `num_examples`, the number of training "
+                "examples, for the default penalty weight "
+                f"{cls.default_penalty:g} / num_examples, or another "
+                f"`penalty_weight`. Received: {arguments.received(values)}"
             )
         return weight
 

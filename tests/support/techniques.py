@@ -90,6 +90,19 @@ def mlp(technique, *, seed=0, **overrides):
     )
 
 
+def dense_mlp(*, seed=0):
+    """The network of `mlp`, dense."""
+    keras.utils.set_random_seed(seed)
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(8, activation="tanh", name="a"),
+            keras.layers.Dense(2, name="b"),
+        ],
+        name="toy",
+    )
+
+
 def batch(size=8, seed=1):
     return normal(size, 6, seed=seed), normal(size, 2, seed=seed + 1)
 
