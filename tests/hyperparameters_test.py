@@ -855,3 +855,274 @@ def test_every_pair_of_techniques_takes_the_same_selection():
             ],
         )
         assert [type(w) for w in find_wrappers(sparse)] == [one, other]
+
+
+# Keys of rules that are no expressions.
+
+
+def nested_model():
+    inner = keras.Sequential(
+        [
+            keras.Input((8,)),
+            keras.layers.Dense(8, name="one"),
+            keras.layers.Dense(8, name="two"),
+        ],
+        name="inner",
+    )
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(8, name="first"),
+            inner,
+            keras.layers.Reshape((2, 4)),
+            keras.layers.LSTM(3, name="lstm"),
+        ],
+        name="outer",
+    )
+
+
+def targets(sparse):
+    return {
+        row["weight"]: row["target"]
+        for row in sos.sparsity_report(sparse).rows
+        if row["technique"]
+    }
+
+
+@pytest.mark.parametrize("copy", [True, False])
+def test_rule_of_a_layer_is_for_its_weights_and_those_below(copy):
+    model = nested_model()
+    rules = {
+        model.get_layer("inner"): {"sparsity": 0.75},
+        model.get_layer("first"): None,
+    }
+    sparse = sos.sparsify(
+        model, "MagnitudePruning", sparsity=0.5, rules=rules, copy=copy
+    )
+    found = targets(sparse)
+    by_expression = targets(
+        sos.sparsify(
+            nested_model(),
+            "MagnitudePruning",
+            sparsity=0.5,
+            rules={"one|two": {"sparsity": 0.75}, "^first/": None},
+        )
+    )
+    assert found == by_expression
+    assert sorted(found.values()) == [0.5, 0.5, 0.75, 0.75]
+    reasons = {
+        row["weight"]: row["reason"] for row in sos.sparsity_report(sparse).rows
+    }
+    assert reasons["first/kernel"] == "left dense by rule layer 'first'"
+
+
+def test_rule_of_a_variable_is_for_it_alone():
+    model = nested_model()
+    cell = model.get_layer("lstm").cell
+    sparse = sos.sparsify(
+        model,
+        "MagnitudePruning",
+        sparsity=0.5,
+        rules=[
+            (cell.recurrent_kernel, {"sparsity": 0.25}),
+            ("one/", None),
+            (model.get_layer("first"), "FixedMask"),
+        ],
+    )
+    found = targets(sparse)
+    assert [t for w, t in found.items() if "recurrent" in w] == [0.25]
+    assert [t for w, t in found.items() if w == "lstm/lstm_cell/kernel"] == [
+        0.5
+    ]
+    assert found["first/kernel"] is None
+    assert not any("one" in path for path in found)
+
+
+def other_layer():
+    layer = keras.layers.Dense(2, name="other")
+    layer.build((None, 6))
+    return layer
+
+
+@pytest.mark.parametrize(
+    "make_rules, message",
+    [
+        (lambda m: {other_layer(): None}, "model 'model'.*layer 'other'"),
+        (
+            lambda m: [(other_layer().kernel, None)],
+            "model 'model'.*variable 'other/kernel'",
+        ),
+        (
+            lambda m: [(m.layers[0].bias, None)],
+            r"variable 'first/bias'.*\(rank 1\).*'first/kernel'",
+        ),
+        (
+            lambda m: {m.get_layer("relu"): None},
+            "layer 'relu'.*'first/kernel'",
+        ),
+        (
+            lambda m: {"^first": None, m.layers[0]: None},
+            "'first/kernel': '\\^first', layer 'first'",
+        ),
+        (
+            lambda m: [(m.layers[0], None), (m.layers[0].kernel, None)],
+            "'first/kernel': layer 'first', variable 'first/kernel'",
+        ),
+        (
+            lambda m: [(m.layers[0], None), (m.layers[0], "FixedMask")],
+            "Received twice: layer 'first'",
+        ),
+        (
+            lambda m: [(m.layers[0].kernel, None)] * 2,
+            "Received twice: variable 'first/kernel'",
+        ),
+        (lambda m: {3: None}, "a key of `rules`.*Received: 3"),
+        (lambda m: {"(": None}, "a key of `rules`.*Received: '\\('"),
+        (
+            lambda m: {m.layers[0]: {"sparsty": 0.5}},
+            "rule layer 'first'.*`sparsty`",
+        ),
+    ],
+)
+def test_rule_with_a_wrong_key_raises(make_rules, message):
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(3, name="first"),
+            keras.layers.ReLU(name="relu"),
+            keras.layers.Dense(2, name="last"),
+        ],
+        name="model",
+    )
+    before = model.get_config()
+    with pytest.raises((UsageError, TypeError), match=message) as error:
+        sos.sparsify(
+            model,
+            "MagnitudePruning",
+            sparsity=0.5,
+            rules=make_rules(model),
+            copy=False,
+        )
+    assert "\n" not in str(error.value)
+    assert model.get_config() == before
+
+
+def test_expressions_search_the_path_that_the_report_prints():
+    """Also where the weight's own path begins with the name of a model."""
+
+    class Named(keras.Model):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.first = keras.layers.Dense(4, name="first")
+
+        def call(self, inputs):
+            return self.first(inputs)
+
+    def model():
+        model = Named(name="named")
+        model(keras.Input((6,)))
+        return model
+
+    assert model().first.kernel.path == "named/first/kernel"
+    sparse = sos.sparsify(
+        model(), rules={"^first/": {"technique": "FixedMask", "sparsity": 0.5}}
+    )
+    wrapped = sos.FixedMask(model(), sparsity=0.5, include="^first/")
+    wrapped(np.zeros((1, 6), "float32"))
+    for found in (sparse, wrapped):
+        assert list(targets(found)) == ["first/kernel"]
+    with pytest.raises(UsageError, match="'named/'"):
+        sos.sparsify(model(), "FixedMask", rules={"named/": None})
+    wrapped = sos.FixedMask(model(), include="named/")
+    with pytest.raises(UsageError, match="'named/'"):
+        wrapped(np.zeros((1, 6), "float32"))
+
+
+# The penalty weight.
+
+
+@pytest.mark.parametrize(
+    "technique", ["L0Regularization", "VariationalDropout"]
+)
+def test_num_examples_gives_the_weight_of_one_example(technique):
+    one = sos.sparsify(model_of(), technique, num_examples=60_000)
+    other = sos.sparsify(model_of(), technique, penalty_weight=1 / 60_000)
+    for a, b in zip(find_wrappers(one), find_wrappers(other), strict=True):
+        assert a.penalty_weight == pytest.approx(1 / 60_000, rel=1e-6)
+        assert a.get_config() == b.get_config()
+    again = type(a).from_config(
+        registry.get_technique(technique)(dense(), num_examples=8).get_config()
+    )
+    assert again.penalty_weight == 0.125
+
+
+@pytest.mark.parametrize(
+    "values, error, message",
+    [
+        ({}, TypeError, "penalty_weight=None, num_examples=None"),
+        (
+            {"penalty_weight": None, "num_examples": None},
+            TypeError,
+            "penalty_weight=None, num_examples=None",
+        ),
+        (
+            {"penalty_weight": 0.1, "num_examples": 10},
+            TypeError,
+            "penalty_weight=0.1, num_examples=10",
+        ),
+        ({"num_examples": 0}, UsageError, "num_examples=0"),
+        ({"num_examples": 1.5}, UsageError, "num_examples=1.5"),
+    ],
+)
+def test_penalty_weight_that_is_not_given_once_raises(values, error, message):
+    rules = {"last": {"technique": "L0Regularization", **values}}
+    for make, place in (
+        (lambda: sos.L0Regularization(dense(), **values), ""),
+        (lambda: sos.sparsify(model_of(), "L0Regularization", **values), ""),
+        (lambda: sos.sparsify(model_of(), rules=rules), "rule 'last'.*"),
+    ):
+        with pytest.raises(error, match=place + message):
+            make()
+
+
+@pytest.mark.parametrize(
+    "default, change, expected",
+    [
+        ({"num_examples": 4}, {"penalty_weight": 0.5}, [0.25, 0.5]),
+        ({"penalty_weight": 0.5}, {"num_examples": 4}, [0.5, 0.25]),
+        ({"num_examples": 4}, {"seed": 1}, [0.25, 0.25]),
+        (
+            {"penalty_weight": 0.5, "num_examples": None},
+            {"penalty_weight": None, "num_examples": 4},
+            [0.5, 0.25],
+        ),
+    ],
+)
+def test_rule_with_another_penalty_weight_replaces_either(
+    default, change, expected
+):
+    sparse = sos.sparsify(
+        model_of(), "L0Regularization", **default, rules={"last": change}
+    )
+    found = [w.penalty_weight for w in find_wrappers(sparse)]
+    assert found == expected
+
+
+def test_num_examples_replaces_a_techniques_own_default():
+    class Own(techniques.Shift):
+        def __init__(self, layer, *, penalty_weight=0.5, **kwargs):
+            super().__init__(layer, penalty_weight=penalty_weight, **kwargs)
+
+    sos.extend.register(Own)
+    try:
+        for values, expected in (
+            ({}, 0.5),
+            ({"num_examples": 4}, 0.25),
+            ({"penalty_weight": 2}, 2),
+        ):
+            sparse = sos.sparsify(model_of(only=3), "Own", **values)
+            assert find_wrappers(sparse)[0].penalty_weight == expected
+        with pytest.raises(TypeError, match="penalty_weight=2, num_exampl"):
+            Own(dense(), penalty_weight=2, num_examples=4)
+    finally:
+        del registry._techniques["Own"]

@@ -1296,3 +1296,31 @@ def test_loops_of_nothing_raise(arguments):
 def test_batches_are_checked_before_training():
     with pytest.raises(ValueError, match="gradient_accumulation_steps=3"):
         make_trainer(gradient_accumulation_steps=3)
+
+
+def test_schedules_without_an_end_are_laid_over_the_whole_training(tmp_path):
+    numbers = {"schedule": "polynomial", "frequency": None, "sparsity": 0.75}
+    first, second = (toy("MagnitudePruning", **numbers) for _ in range(2))
+    assert not any(w.schedule.resolved for w in find_wrappers(first.model))
+
+    class Stop:
+        requested = None
+
+        def __call__(self, summary):
+            self.requested = signal.SIGTERM if summary.step >= 5 else None
+
+    stop = Stop()
+    with pytest.raises(Stopped):
+        first.train(
+            STEPS,
+            checkpoints=make_checkpoints(first, tmp_path),
+            stop=stop,
+            on_summary=[stop],
+        )
+    second.restore(make_checkpoints(second, tmp_path))
+    for trainer in (first, second):
+        trainer.train(STEPS)
+        for wrapper in find_wrappers(trainer.model):
+            assert wrapper.schedule.steps() == (0, round(0.75 * STEPS), 1)
+    assert first.evaluate().sparsity == pytest.approx(0.75, abs=0.01)
+    same_bits(toy_task.values(second), toy_task.values(first))
