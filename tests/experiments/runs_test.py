@@ -334,7 +334,6 @@ def test_run_with_a_sparsity_alone_lays_the_schedule_over_its_steps(tmp_path):
     overrides = {"overrides": {"sparsity": sparsity}}
     result = train("magnitude", tmp_path / "whole", **overrides)
     assert result.sparsity == 0.75
-    assert {weight.target for weight in result.weights} <= {0.75, None}
     with pytest.raises(Stopped):
         train("magnitude", tmp_path / "parts", stop_at=5, **overrides)
     assert train("magnitude", tmp_path / "parts", **overrides) is not None

@@ -19,6 +19,7 @@ from sos.errors import (
 from sos.training.checkpoints import Checkpoints
 from sos.training.task import Task
 from sos.training.trainer import Action, LoopLength, Trainer
+from sos.wrappers.base import find_wrappers
 from tests.support import techniques, toy_task
 from tests.support.toy_task import OrderedTask, ToyTask
 
