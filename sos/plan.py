@@ -93,7 +93,7 @@ def make_plan(
         UsageError: If a value is invalid, or rules and model do not fit.
         TypeError: If an argument is unknown, missing or of a wrong type.
     """
-    pairs = _as_pairs(rules)
+    pairs = _as_pairs(model, rules)
     if technique is None and hyperparameters:
         raise ArgumentError(
             "Hyperparameters need a `technique`. Received: technique=None, "
@@ -103,7 +103,7 @@ def make_plan(
     if technique is not None:
         default = _resolve(technique, hyperparameters, {})
     choices = [
-        _resolve_rule(_shown(key), rule, technique, hyperparameters)
+        _resolve_rule(_shown(model, key), rule, technique, hyperparameters)
         for key, rule in pairs
     ]
     weights, reasons = _eligible_weights(model)
@@ -115,12 +115,12 @@ def make_plan(
         if choice is None:
             rule = "no rule"
             if index is not None:
-                rule = f"rule {_shown(pairs[index][0])}"
+                rule = f"rule {_shown(model, pairs[index][0])}"
             reasons.add(weight.variable, f"left dense by {rule}")
         else:
             chosen[position] = choice
     if not chosen:
-        shown = {_shown(key): rule for key, rule in pairs}
+        shown = {_shown(model, key): rule for key, rule in pairs}
         raise UsageError(
             f"Nothing in the model {model.name!r} is left to make sparse. "
             "Its trainable weights of rank 2 or more: "
@@ -171,7 +171,10 @@ def _match(
             _raise_unmatched(model, key, weights, reasons)
         for position in found:
             if position in matches:
-                twice = [_shown(keys[matches[position]]), _shown(key)]
+                twice = [
+                    _shown(model, keys[matches[position]]),
+                    _shown(model, key),
+                ]
                 raise UsageError(
                     "More than one rule matches the weight "
                     f"{weights[position].path!r}: {', '.join(twice)}. Make the "
@@ -211,10 +214,11 @@ def _raise_unmatched(
     weights: dict[int, _Weight],
     reasons: Reasons,
 ) -> None:
+    shown = _shown(model, key)
     paths = [weight.path for weight in weights.values()]
     valid = f"the trainable weights of rank 2 or more, which are: {paths}"
     if isinstance(key, str):
-        raise UsageError(f"The rule {_shown(key)} matches none of {valid}")
+        raise UsageError(f"The rule {shown} matches none of {valid}")
     is_layer = isinstance(key, keras.layers.Layer)
     parts = (
         keras_compat.all_layers(model)
@@ -222,18 +226,16 @@ def _raise_unmatched(
         else [variable for _, variable in owners(model)]
     )
     if not any(key is part for part in parts):
-        take = "`model.get_layer(name)`" if is_layer else "`layer.kernel`"
+        example = "`model.get_layer(name)`" if is_layer else "`layer.kernel`"
         raise UsageError(
-            f"The key of `rules` must be part of the model {model.name!r} that "
-            f"`sparsify` is given, such as {take}. Received: {_shown(key)}"
+            f"The key of a rule must be part of the model {model.name!r} that "
+            f"is passed to `sparsify`, such as {example}. Received: {shown}"
         )
     if is_layer:
-        raise UsageError(
-            f"The rule {_shown(key)} has none of {valid}, none of them its own"
-        )
+        raise UsageError(f"The rule {shown} holds none of {valid}")
     raise UsageError(
-        f"The rule {_shown(key)} is for a weight that stays dense "
-        f"({reasons.get(key)}), and not one of {valid}"
+        f"The rule {shown} is for a weight that stays dense "
+        f"({reasons.get(key)}). Choose from {valid}"
     )
 
 
@@ -252,7 +254,9 @@ def _assign(
     return list(assignments.values())
 
 
-def _as_pairs(rules: Rules | None) -> list[tuple[Key, Rule]]:
+def _as_pairs(
+    model: keras.Model, rules: Rules | None
+) -> list[tuple[Key, Rule]]:
     """Returns rules, of a mapping or of pairs, as pairs."""
     if rules is None:
         return []
@@ -281,18 +285,18 @@ def _as_pairs(rules: Rules | None) -> list[tuple[Key, Rule]]:
         ):
             raise UsageError(
                 "Each rule must have a key of its own. "
-                f"Received twice: {_shown(key)}"
+                f"Received twice: {_shown(model, key)}"
             )
         seen.append(key)
     return [(key, rule) for key, rule in pairs]
 
 
-def _shown(key: Key) -> str:
+def _shown(model: keras.Model, key: Key) -> str:
     """Returns a key of `rules` for a message."""
     if isinstance(key, keras.layers.Layer):
         return f"layer {key.name!r}"
     if isinstance(key, keras.Variable):
-        return f"variable {key.path!r}"
+        return f"variable {selection.path_in(model, key)!r}"
     return repr(key)
 
 

@@ -1027,15 +1027,25 @@ def test_expressions_search_the_path_that_the_report_prints():
     sparse = sos.sparsify(
         model(), rules={"^first/": {"technique": "FixedMask", "sparsity": 0.5}}
     )
-    wrapped = sos.FixedMask(model(), sparsity=0.5, include="^first/")
-    wrapped(np.zeros((1, 6), "float32"))
-    for found in (sparse, wrapped):
-        assert list(targets(found)) == ["first/kernel"]
+    assert list(targets(sparse)) == ["first/kernel"]
     with pytest.raises(UsageError, match="'named/'"):
         sos.sparsify(model(), "FixedMask", rules={"named/": None})
-    wrapped = sos.FixedMask(model(), include="named/")
-    with pytest.raises(UsageError, match="'named/'"):
-        wrapped(np.zeros((1, 6), "float32"))
+    # A wrapper does not know yet which model will hold it.
+    layers = [
+        sos.FixedMask(
+            keras.layers.Dense(3, name=name),
+            sparsity=0.5,
+            include=f"^{name}/kernel$",
+        )
+        for name in ("one", "two")
+    ]
+    built_inside = keras.Sequential([keras.Input((6,)), layers[0]], name="m")
+    assert layers[0].layer.kernel.path == "m/one/kernel"
+    inputs = keras.Input((6,))
+    built_before = keras.Model(inputs, layers[1](inputs), name="m")
+    assert layers[1].layer.kernel.path == "two/kernel"
+    assert list(targets(built_inside)) == ["one/kernel"]
+    assert list(targets(built_before)) == ["two/kernel"]
 
 
 # The penalty weight.

@@ -556,7 +556,7 @@ class SparseWrapper(keras.layers.Layer):
         }
         try:
             return selection.choose(
-                layer, available, self.include, selection.dense_reasons(layer)
+                available, self.include, selection.dense_reasons(layer)
             )
         except UsageError as error:
             raise UsageError(

@@ -139,7 +139,6 @@ def check_include(include: Any) -> list[str] | None:
 
 
 def choose(
-    layer: keras.layers.Layer,
     available: Mapping[int, keras.Variable],
     include: Sequence[str] | None,
     reasons: Mapping[int, str],
@@ -147,11 +146,9 @@ def choose(
     """Chooses the weights to make sparse.
 
     Args:
-        layer: The layer.
         available: The weights to choose from, by their position in the layer.
-        include: Regular expressions to search for in their paths, which are
-            without the name of a model as the layer in front; None for all that
-            have no reason to stay dense.
+        include: Regular expressions to search for in their paths; None for all
+            that have no reason to stay dense.
         reasons: From `dense_reasons`.
 
     Returns:
@@ -160,11 +157,6 @@ def choose(
     Raises:
         UsageError: If nothing is chosen, or an expression matches nothing.
     """
-
-    def shown(variable: keras.Variable) -> str:
-        is_model = isinstance(layer, keras.Model)
-        return path_in(layer, variable) if is_model else variable.path
-
     available = {
         index: variable
         for index, variable in available.items()
@@ -179,13 +171,18 @@ def choose(
     else:
         chosen = set()
         for pattern in include:
-            found = {
-                i for i, v in available.items() if matches(pattern, shown(v))
-            }
+            found = {i for i, v in available.items() if _included(pattern, v)}
             if not found:
                 _fail(f"matches {pattern!r}", available, include)
             chosen |= found
     return unique({index: available[index].path for index in sorted(chosen)})
+
+
+def _included(expression: str, variable: keras.Variable) -> bool:
+    # The model that will hold the layer is not known yet: the path may begin
+    # with its name, which the report leaves out.
+    forms = (variable.path, variable.path.partition("/")[2])
+    return any(matches(expression, path) for path in forms)
 
 
 def unique(paths: Mapping[int, str]) -> dict[int, str]:
