@@ -564,7 +564,7 @@ MAGNITUDE = {"technique": sos.MagnitudePruning, "schedule": SCHEDULE}
             sequential,
             {**MAGNITUDE, "rules": {"(": None}},
             UsageError,
-            r"regular expressions.*Received: '\('",
+            r"regular expression.*Received: '\('",
         ),
         (
             sequential,
@@ -679,7 +679,7 @@ MAGNITUDE = {"technique": sos.MagnitudePruning, "schedule": SCHEDULE}
             sequential,
             {**MAGNITUDE, "rules": [(1, None)]},
             UsageError,
-            "regular expressions.*Received: 1",
+            "regular expression.*Received: 1",
         ),
         (
             sequential,

@@ -227,6 +227,9 @@ class PruningWrapper(MaskedWrapper):
             "frequency": frequency,
             "power": power,
         }
+        if not isinstance(schedule, str):
+            # A subclass may pass on defaults of its own.
+            numbers = arguments.changed(numbers, self._number_defaults())
         schedule = self._make_schedule(schedule, numbers)
         ranking = PerTensorRanking() if ranking is None else ranking
         if not isinstance(ranking, Ranking):
@@ -292,9 +295,9 @@ class PruningWrapper(MaskedWrapper):
         numbers: dict[str, Any],
     ) -> Schedule:
         """Makes a schedule of a name or a schedule, and numbers."""
-        # A subclass may pass on defaults of its own.
-        changed = arguments.changed(numbers, cls._number_defaults())
         if isinstance(schedule, str):
+            # A subclass may have defaults of its own.
+            changed = arguments.changed(numbers, cls._number_defaults())
             if numbers.get("sparsity") is None:
                 raise ArgumentError(
                     f"{cls.__name__} needs `sparsity`, the fraction of zeros "
@@ -310,12 +313,13 @@ class PruningWrapper(MaskedWrapper):
                 }
             return make_schedule(schedule, **numbers)
         schedule = as_schedule(schedule)
-        sparsity = changed.pop("sparsity", None)
-        if changed:
+        sparsity = numbers.get("sparsity")
+        excess = {k: v for k, v in numbers.items() if k != "sparsity"}
+        if excess:
             raise ArgumentError(
-                f"A `schedule` object excludes {arguments.quoted(changed)}: "
+                f"A `schedule` object excludes {arguments.quoted(excess)}: "
                 f"give {cls.__name__} the schedule or its numbers. "
-                f"Received: {arguments.received(changed)}, schedule={schedule}"
+                f"Received: {arguments.received(excess)}, schedule={schedule}"
             )
         return (
             schedule if sparsity is None else schedule.with_sparsity(sparsity)
