@@ -78,7 +78,7 @@ def main() -> None:
     model = build(flags.vocabulary, flags.width)
     contestants = {"dense": decoder(model, flags.steps, frozen=False)}
     for name in ("MagnitudePruning", "L0Regularization", "VariationalDropout"):
-        selected = sos.select_hyperparameters(name, HYPERPARAMETERS)
+        selected = sos.extend.select_hyperparameters(name, HYPERPARAMETERS)
         sparse = sos.sparsify(model, name, **selected)
         for frozen in (True, False):
             key = f"{name}, {'frozen' if frozen else 'not'}"

@@ -87,10 +87,11 @@ def main() -> None:
                 f"--{name} must be at least 1. Received: {getattr(flags, name)}"
             )
     names = [name for name in flags.techniques.split(",") if name]
-    unknown = set(names) - set(sos.techniques())
+    known = sos.extend.techniques()
+    unknown = set(names) - set(known)
     if unknown:
         parser.error(
-            f"--techniques must be some of {', '.join(sos.techniques())}. "
+            f"--techniques must be some of {', '.join(known)}. "
             f"Received: {', '.join(sorted(unknown))}"
         )
     configs = make_configs(flags.steps, flags.seeds, names)

@@ -7,7 +7,7 @@ The contestants take turns within one run, so that whatever else the machine
 does hits them all, and medians are compared:
 
 - this package, as a training run on this machine does it: the update that
-  `sos.Driver` makes of a model under `sos.MagnitudePruning`;
+  `sos.SparsityUpdater` makes of a model under `sos.MagnitudePruning`;
 - this package, by the compiled code for accelerators, here run on the CPU;
 - tensorflow-model-optimization: the mask update of its `prune_low_magnitude`,
   as one `tf.function`, with masks and thresholds assigned;
@@ -47,7 +47,7 @@ PARTITION = "numpy.partition"
 
 
 def make_contestants(
-    wrappers: list[sos.PruningWrapper], sparsity: float
+    wrappers: list[sos.extend.PruningWrapper], sparsity: float
 ) -> dict[str, Callable[[], None]]:
     """Returns functions that each do one update of all masks."""
     sparse = [w for wrapper in wrappers for w in wrapper.sparse_weights]

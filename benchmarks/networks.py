@@ -54,7 +54,9 @@ def build(
         )
     if technique == DENSE:
         return model
-    selected = sos.select_hyperparameters(technique, hyperparameters or {})
+    selected = sos.extend.select_hyperparameters(
+        technique, hyperparameters or {}
+    )
     return sos.sparsify(model, technique, copy=False, **selected)
 
 

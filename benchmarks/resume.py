@@ -68,7 +68,7 @@ def checkpoint_contestants(
     model = sos.sparsify(
         model,
         sos.MagnitudePruning,
-        schedule=sos.ConstantSparsity(0.9, 0),
+        schedule=sos.schedules.ConstantSparsity(0.9, 0),
         copy=False,
     )
     optimizer = keras.optimizers.Adam()

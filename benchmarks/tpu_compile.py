@@ -106,8 +106,8 @@ def trace(model_name: str, technique: str, replicas: int, batch: int) -> Any:
         steps = Steps(task, model, optimizer)
     if steps.sparse_weights:
         # Not started: that would update masks, which needs a TPU.
-        driver = sos.Driver(model, optimizer)
-        driver.resume()
+        updater = sos.SparsityUpdater(model, optimizer)
+        updater.resume()
 
     def replica_step(batch: dict[str, tf.Tensor]) -> None:
         # Without its results, which go to the host.
@@ -307,7 +307,7 @@ def print_tables(report: dict[str, Any]) -> None:
 
 def parse_flags() -> argparse.Namespace:
     """Reads and checks the command line."""
-    techniques = [DENSE, *sos.techniques()]
+    techniques = [DENSE, *sos.extend.techniques()]
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -64,21 +64,21 @@ def work(
         optimizer.apply(gradients, model.trainable_variables)
         return total
 
-    driver = (
-        sos.Driver(model, optimizer)
+    updater = (
+        sos.SparsityUpdater(model, optimizer)
         if technique != DENSE
         else contextlib.nullcontext()
     )
-    with driver:
+    with updater:
         train_step().numpy()
         if technique != DENSE:
-            driver.step()
+            updater.step()
         while pipe.recv():
             start = time.perf_counter()
             train_step().numpy()
             seconds = time.perf_counter() - start
             if technique != DENSE:
-                driver.step()
+                updater.step()
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
             pipe.send((seconds, peak))
 
@@ -126,8 +126,10 @@ def main() -> None:
     import sos
     from benchmarks.networks import DENSE, NETWORKS
 
-    # One that needs no clock has the training step of magnitude pruning.
-    names = [name for name, t in sos.techniques().items() if t.needs_clock]
+    # One that needs no step has the training step of magnitude pruning.
+    names = [
+        name for name, t in sos.extend.techniques().items() if t.needs_step
+    ]
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -161,10 +163,11 @@ def main() -> None:
                 f"Received: {getattr(flags, name)}"
             )
     techniques = [DENSE, *flags.techniques.split(",")]
-    unknown = [name for name in techniques[1:] if name not in sos.techniques()]
+    known = sos.extend.techniques()
+    unknown = [name for name in techniques[1:] if name not in known]
     if unknown:
         parser.error(
-            f"--techniques must name some of {','.join(sos.techniques())}. "
+            f"--techniques must be some of {','.join(known)}. "
             f"Received: {unknown[0]!r}"
         )
     seconds, peaks = measure(

@@ -14,7 +14,7 @@ from sos.errors import UsageError
 
 class _Required(enum.Enum):
     # An enum's member stays one object when it is copied or pickled.
-    REQUIRED = "sos.REQUIRED"
+    REQUIRED = "sos.extend.REQUIRED"
 
     def __repr__(self) -> str:
         return self.value

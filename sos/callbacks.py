@@ -7,15 +7,15 @@ from typing import Any
 import keras
 
 from sos.advice import warn
-from sos.driver import Driver
 from sos.errors import ArgumentError, UsageError
 from sos.event_file import EventFile
 from sos.held_masks import mask_zeros
 from sos.report import report_without_costs
+from sos.updater import SparsityUpdater
 
 
 class SparsityCallback(keras.callbacks.Callback):
-    """Drives the sparse layers of a model in `fit`.
+    """Updates masks and adds penalties while `fit` trains a model.
 
     It updates masks as their schedules say and adds `sparsity`, that of all
     sparse weights together, to the logs of every epoch, where `History`, the
@@ -56,7 +56,7 @@ class SparsityCallback(keras.callbacks.Callback):
         super().__init__()
         self.log_dir = log_dir
         self.optimizer = optimizer
-        self._driver: Driver | None = None
+        self._updater: SparsityUpdater | None = None
         self._last_callback: _LastCallback | None = None
         self._events: EventFile | None = None
         self._batch_begun = False
@@ -98,13 +98,13 @@ class SparsityCallback(keras.callbacks.Callback):
             # Only now it knows the optimizers inside.
             with model.distribute_strategy.scope():
                 optimizer.build(model.trainable_variables)
-        self._driver = Driver(
-            model, optimizer, steps_per_block=model.steps_per_execution
+        self._updater = SparsityUpdater(
+            model, optimizer, steps_per_execution=model.steps_per_execution
         )
-        self._driver.start()
+        self._updater.start()
         self._trained = self._checked = False
         self._guard_train_function()
-        self._last_callback = _LastCallback(self._driver, callbacks)
+        self._last_callback = _LastCallback(self._updater, callbacks)
         self._last_callback.set_model(model)
         if callbacks is not None:
             # A list of the user's may still have that of another `fit`.
@@ -128,7 +128,7 @@ class SparsityCallback(keras.callbacks.Callback):
     ) -> None:
         """Updates the masks that are due."""
         self._trained = True
-        self._driver.step()
+        self._updater.step()
 
     def on_epoch_end(
         self, epoch: int, logs: dict[str, Any] | None = None
@@ -138,9 +138,9 @@ class SparsityCallback(keras.callbacks.Callback):
         Raises:
             RuntimeError: If the optimizer stood still.
         """
-        self._driver.check_progress()
+        self._updater.check_progress()
         if self._trained and not self._checked:
-            self._driver.check_effect()
+            self._updater.check_effect()
             self._checked = True
         report = report_without_costs(self.model)
         if logs is not None:
@@ -151,14 +151,14 @@ class SparsityCallback(keras.callbacks.Callback):
                 for row in report.rows
                 if row["technique"]
             }
-            self._events.write(self._driver.iterations, scalars)
+            self._events.write(self._updater.iterations, scalars)
         if not self._last_callback.listed:
             self._last_callback.on_epoch_end(epoch, logs)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Unbinds the clocks."""
-        self._driver.stop()
-        self._driver = None
+        """Stops updating masks and adding penalties."""
+        self._updater.stop()
+        self._updater = None
         if self._events is not None:
             self._events.close()
             self._events = None
@@ -166,7 +166,7 @@ class SparsityCallback(keras.callbacks.Callback):
             self._last_callback.on_train_end(logs)
 
     def _guard_train_function(self) -> None:
-        """Binds the clocks while the compiled step runs, and only then.
+        """Binds the step counters while the compiled step runs.
 
         So nothing but a batch of this `fit` can train: neither an evaluation,
         whose loss is to hold no penalties, nor a later `fit` without this
@@ -180,14 +180,14 @@ class SparsityCallback(keras.callbacks.Callback):
         )
         if train_function is model.train_function:
             # It will be traced anew, and shows whether its loss has penalties.
-            self._driver.forget_penalties()
-        driver = self._driver
-        driver.pause()
+            self._updater.forget_penalties()
+        updater = self._updater
+        updater.pause()
         self._batch_begun = False
 
         def guarded(iterator: Any) -> Any:
             if not self._batch_begun:
-                if driver.driven_by_another():
+                if updater.updated_by_another():
                     # A loop around `train_on_batch`.
                     return train_function(iterator)
                 raise RuntimeError(
@@ -197,11 +197,11 @@ class SparsityCallback(keras.callbacks.Callback):
                     "`callbacks=[sos.SparsityCallback()]` to every `fit`."
                 )
             self._batch_begun = False
-            driver.resume()
+            updater.resume()
             try:
                 return train_function(iterator)
             finally:
-                driver.pause()
+                updater.pause()
 
         guarded.unguarded = train_function
         model.train_function = guarded
@@ -214,17 +214,19 @@ class _LastCallback(keras.callbacks.Callback):
     very end.
 
     Args:
-        driver: The driver of the model's sparse layers.
+        updater: The updater of the model's sparse layers.
         callbacks: The running list of callbacks, None if it was not found.
     """
 
     def __init__(
-        self, driver: Driver, callbacks: keras.callbacks.CallbackList | None
+        self,
+        updater: SparsityUpdater,
+        callbacks: keras.callbacks.CallbackList | None,
     ) -> None:
         super().__init__()
         #: Whether Keras calls it.
         self.listed = callbacks is not None
-        self._driver = driver
+        self._updater = updater
         self._reached = 0
         self._checkpoints = [
             callback
@@ -239,7 +241,7 @@ class _LastCallback(keras.callbacks.Callback):
     def on_epoch_end(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        """Notes the zeros that were reached, and those of saved weights."""
+        """Records the zeros that were reached, and those of saved weights."""
         self._reached, _ = self._zeros()
         for index, callback in enumerate(self._checkpoints):
             if callback.best != self._best[index]:
@@ -281,12 +283,12 @@ class _LastCallback(keras.callbacks.Callback):
                 )
 
     def _zeros(self) -> tuple[int, int]:
-        return mask_zeros(self._driver.pruning_wrappers())
+        return mask_zeros(self._updater.pruning_wrappers())
 
     def _target(self) -> float | None:
         """Returns the zeros that the schedules end with, None if unknown."""
         target = 0.0
-        for wrapper in self._driver.pruning_wrappers():
+        for wrapper in self._updater.pruning_wrappers():
             sparsity = wrapper.target_sparsity()
             if sparsity is None:
                 return None
@@ -297,8 +299,8 @@ class _LastCallback(keras.callbacks.Callback):
     def _stopped_early(self, zeros: int, target: float | None) -> bool:
         if target is None or not getattr(self.model, "stop_training", False):
             return False
-        step = self._driver.iterations
-        wrappers = self._driver.pruning_wrappers()
+        step = self._updater.iterations
+        wrappers = self._updater.pruning_wrappers()
         weights = sum(len(wrapper.sparse_weights) for wrapper in wrappers)
         return zeros < target - weights and any(
             wrapper.schedule.end_step is None

@@ -86,7 +86,7 @@ class HeldMasks:
                 f"update ({_percent(fewer, 2)}), and no update is to come: the "
                 "model stays less sparse than its target. Were weights of an "
                 "earlier moment loaded? Set a `schedule` that goes on "
-                "(`sos.set_all(model, schedule=...)`), or set "
+                "(`sos.set_hyperparameters(model, schedule=...)`), or set "
                 "`model.optimizer.iterations.assign(step)` to the step of the "
                 "weights."
             )
@@ -135,7 +135,7 @@ class _Group:
         return all(w.cumulative for w in self.wrappers)
 
     def hold(self, zeros: int) -> None:
-        """Notes how many zeros are held, under which schedules."""
+        """Records how many zeros are held, under which schedules."""
         self.held = zeros
         self.schedules = [w.schedule for w in self.wrappers]
 

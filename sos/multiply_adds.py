@@ -17,10 +17,10 @@ def uses_by_variable(
 ) -> dict[int, int]:
     """Counts the multiply-adds that each element of a weight takes part in.
 
-    They come from the registered descriptions of calls (`sos.register_use`). A
-    layer that is called several times counts several times, and so do layers
-    inside others. Borders are counted as if they were not padded away, as is
-    usual.
+    They come from the registered descriptions of calls
+    (`sos.extend.register_use`). A layer that is called several times counts
+    several times, and so do layers inside others. Borders are counted as if
+    they were not padded away, as is usual.
 
     Args:
         model: A model that knows its inputs, or was built from shapes.

@@ -24,7 +24,7 @@ _scope = threading.local()
 
 
 @contextlib.contextmanager
-def call_label(label: str) -> Iterator[None]:
+def noise_scope(label: str) -> Iterator[None]:
     """Gives the calls made inside the scope activation noise of their own.
 
     Without a label, several calls of one shared layer in one step draw the same
@@ -43,7 +43,7 @@ def call_label(label: str) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    outer = current_label()
+    outer = current_noise_scope()
     _scope.label = f"{outer}/{label}"
     try:
         yield
@@ -51,8 +51,8 @@ def call_label(label: str) -> Iterator[None]:
         _scope.label = outer
 
 
-def current_label() -> str:
-    """The labels of the open `call_label` scopes, joined."""
+def current_noise_scope() -> str:
+    """The labels of the open `noise_scope` scopes, joined."""
     return getattr(_scope, "label", "")
 
 

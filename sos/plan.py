@@ -22,22 +22,22 @@ Rules = Mapping[str, Rule] | Sequence[tuple[str, Rule]]
 Choice = tuple[type, dict[str, Any]]
 
 
-class Notes:
-    """Why weights of a sparsified model are as they are, by variable.
+class Reasons:
+    """Why weights of a sparse model stay dense, by variable.
 
     A plain object, so that Keras neither tracks nor saves it.
     """
 
     def __init__(self) -> None:
-        self._notes: dict[int, str] = {}
+        self._reasons: dict[int, str] = {}
 
-    def add(self, variable: keras.Variable, note: str) -> None:
-        """Notes something about a weight."""
-        self._notes[id(variable)] = note
+    def add(self, variable: keras.Variable, reason: str) -> None:
+        """Sets the reason of a weight."""
+        self._reasons[id(variable)] = reason
 
     def get(self, variable: keras.Variable) -> str | None:
-        """What was noted about a weight."""
-        return self._notes.get(id(variable))
+        """Returns the reason of a weight, None if it has none."""
+        return self._reasons.get(id(variable))
 
 
 @dataclasses.dataclass
@@ -61,7 +61,7 @@ def make_plan(
     technique: type | str | None,
     rules: Rules | None,
     hyperparameters: dict[str, Any],
-) -> tuple[list[Assignment], Notes]:
+) -> tuple[list[Assignment], Reasons]:
     """Chooses a technique, or a reason to stay dense, for every weight.
 
     Args:
@@ -71,7 +71,7 @@ def make_plan(
         hyperparameters: As for `sparsify`.
 
     Returns:
-        What is to be attached, and why weights stay dense.
+        The assignments, and the reasons of the weights that stay dense.
 
     Raises:
         UsageError: If a value is invalid, or rules and model do not fit.
@@ -90,7 +90,7 @@ def make_plan(
         pattern: _resolve_rule(pattern, rule, technique, hyperparameters)
         for pattern, rule in rules.items()
     }
-    notes = Notes()
+    dense = Reasons()
     used: dict[str, list[str]] = {pattern: [] for pattern in rules}
     eligible: dict[int, str] = {}
     assignments: dict[tuple[int, int], Assignment] = {}
@@ -101,7 +101,7 @@ def make_plan(
         if id(variable) not in can_be_sparse:
             reason = "not trainable"
         if reason is not None:
-            notes.add(variable, reason)
+            dense.add(variable, reason)
             continue
         # Without the model's own name, which Keras may have made up.
         path = variable.path.removeprefix(f"{model.name}/")
@@ -118,7 +118,7 @@ def make_plan(
             choice = resolved[matches[0]]
         if choice is None:
             rule = f"rule {matches[0]!r}" if matches else "no rule"
-            notes.add(variable, f"left dense by {rule}")
+            dense.add(variable, f"left dense by {rule}")
             continue
         # Weights of one layer with the same rule share a technique.
         key = (id(owner), id(choice))
@@ -142,7 +142,7 @@ def make_plan(
             f"{list(eligible.values())}. "
             f"Received: technique={technique!r}, rules={rules!r}"
         )
-    return list(assignments.values()), notes
+    return list(assignments.values()), dense
 
 
 def _as_dict(rules: Rules | None) -> dict[str, Rule]:

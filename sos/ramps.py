@@ -205,8 +205,8 @@ def make_ramp(
     if not isinstance(ramp, Ramp | str):
         raise ArgumentError(
             f"`ramp` must be one of {sorted(_RAMPS)} or a `Ramp`, such as "
-            "`sos.LinearRamp(begin_step=1000, end_step=5000)`; a function of "
-            "your own becomes one by deriving from `Ramp`. "
+            "`sos.ramps.LinearRamp(begin_step=1000, end_step=5000)`; a "
+            "function of your own becomes one by deriving from `Ramp`. "
             f"Received: ramp={ramp!r} of type {type(ramp).__name__}"
         )
     if isinstance(ramp, str) and ramp not in _RAMPS:

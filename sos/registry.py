@@ -15,9 +15,9 @@ T = TypeVar("T", bound=type)
 def register(technique: T) -> T:
     """Makes a technique known to `sparsify`, the report and saved models.
 
-    Use it as a decorator on a subclass of `sos.SparseWrapper` or
-    `sos.MaskedWrapper`. It also registers the class with Keras, so that models
-    that contain it load without `custom_objects`.
+    Use it as a decorator on a subclass of `sos.extend.SparseWrapper` or
+    `sos.extend.MaskedWrapper`. It also registers the class with Keras, so that
+    models that contain it load without `custom_objects`.
 
     Args:
         technique: The class. Its name is the name of the technique.
@@ -65,7 +65,7 @@ def get_technique(technique: str | type) -> type:
     raise UsageError(
         "The technique must be a registered class or its name: one of "
         f"{sorted(_techniques)}, or a class of your own decorated with "
-        f"`@sos.register`. Received: technique={technique!r}"
+        f"`@sos.extend.register`. Received: technique={technique!r}"
     )
 
 
@@ -80,17 +80,18 @@ def hyperparameters(technique: str | type | None) -> dict[str, Any]:
             which has none.
 
     Returns:
-        The defaults by name. `sos.REQUIRED` marks a hyperparameter without one.
+        The defaults by name. `sos.extend.REQUIRED` marks a hyperparameter
+        without one.
 
     Raises:
         UsageError: If the technique is not registered.
 
     Example:
     >>> import sos
-    >>> sos.hyperparameters("FixedMask")
+    >>> sos.extend.hyperparameters("FixedMask")
     {'sparsity': None, 'seed': 0}
-    >>> sos.hyperparameters("MagnitudePruning")["sparsity"]
-    sos.REQUIRED
+    >>> sos.extend.hyperparameters("MagnitudePruning")["sparsity"]
+    sos.extend.REQUIRED
     """
     if technique is None:
         return {}
@@ -118,9 +119,9 @@ def select_hyperparameters(
     Example:
     >>> import sos
     >>> values = {"sparsity": 0.9, "frequency": 10, "penalty_weight": 1e-3}
-    >>> sos.select_hyperparameters("MagnitudePruning", values)
+    >>> sos.extend.select_hyperparameters("MagnitudePruning", values)
     {'sparsity': 0.9, 'frequency': 10}
-    >>> sos.select_hyperparameters("L0Regularization", values)
+    >>> sos.extend.select_hyperparameters("L0Regularization", values)
     {'penalty_weight': 0.001}
     """
     return {

@@ -29,7 +29,7 @@ FIELDS = (
     "nonzeros",
     "sparsity",
     "target",
-    "note",
+    "reason",
     "multiply_adds",
     "sparse_multiply_adds",
 )
@@ -42,8 +42,8 @@ class SparsityReport:
 
     Attributes:
         rows: A list of dictionaries with the keys `FIELDS`. `technique` is
-            empty for dense weights, whose `note` says why they are; `target` is
-            None where there is none; `multiply_adds` counts those of one
+            empty for dense weights, whose `reason` says why they are; `target`
+            is None where there is none; `multiply_adds` counts those of one
             example, with the dense weight and with its nonzeros only, and is
             None where it is not known.
         name: Name of the model.
@@ -76,7 +76,7 @@ class SparsityReport:
             "nonzeros": sum(row["nonzeros"] for row in self.rows),
             "sparsity": self.model_sparsity,
             "target": None,
-            "note": "",
+            "reason": "",
             "multiply_adds": sum(row["multiply_adds"] for row in known),
             "sparse_multiply_adds": sum(
                 row["sparse_multiply_adds"] for row in known
@@ -139,7 +139,7 @@ class SparsityReport:
                 "nonzeros": sum(row["nonzeros"] for row in vectors),
                 "sparsity": _sparsity(vectors),
                 "target": None,
-                "note": "biases, norms",
+                "reason": "biases, norms",
                 "multiply_adds": None,
                 "sparse_multiply_adds": None,
             }
@@ -227,7 +227,7 @@ def _report(
         for weight, value in wrapper.evaluation_weights().items():
             sparse[id(weight.variable)] = (wrapper, weight, value)
     whole = _sampled_as_a_whole(model)
-    notes = getattr(model, "sparsity_notes", None)
+    recorded = getattr(model, "sparsity_reasons", None)
     trainable = {id(v) for v in model.trainable_weights}
     reasons = dense_reasons(model)
     rows = []
@@ -237,22 +237,24 @@ def _report(
         wrapper, weight, value = sparse.get(
             id(variable), (None, None, variable)
         )
-        note = notes.get(variable) if notes is not None else None
+        reason = None if recorded is None else recorded.get(variable)
         if wrapper is not None:
             samples = wrapper.samples_outputs and id(variable) in whole
-            note = "sampled as a whole" if samples else None
-        elif note is None:
+            reason = "sampled as a whole" if samples else None
+        elif reason is None:
             unwrapped = (
-                "not wrapped" if id(variable) in trainable else "not trainable"
+                "in no sparse layer"
+                if id(variable) in trainable
+                else "not trainable"
             )
-            note = reasons.get(id(variable), unwrapped)
+            reason = reasons.get(id(variable), unwrapped)
         path = weight.path if weight is not None else variable.path
         # Whether Keras puts it there depends on how the model was made.
         path = path.removeprefix(f"{model.name}/")
         size = int(np.prod(variable.shape))
         nonzeros = int(np.count_nonzero(keras.ops.convert_to_numpy(value)))
         if wrapper is not None and size and not nonzeros:
-            note = ", ".join(filter(None, [note, "no weight is left"]))
+            reason = ", ".join(filter(None, [reason, "no weight is left"]))
         times = number_of_uses.get(id(variable))
         rows.append(
             {
@@ -264,7 +266,7 @@ def _report(
                 "nonzeros": nonzeros,
                 "sparsity": 1 - nonzeros / size if size else 0.0,
                 "target": wrapper.target_sparsity() if wrapper else None,
-                "note": note or "",
+                "reason": reason or "",
                 "multiply_adds": None if times is None else times * size,
                 "sparse_multiply_adds": (
                     None if times is None else times * nonzeros
@@ -298,7 +300,7 @@ def _samples_outputs(layer: keras.layers.Layer) -> bool:
 
 
 def _is_vector(row: dict[str, Any]) -> bool:
-    return not row["technique"] and (row["rank"] < 2 or row["note"] == "bias")
+    return not row["technique"] and (row["rank"] < 2 or row["reason"] == "bias")
 
 
 def _sparsity(rows: list[dict[str, Any]]) -> float:
@@ -308,7 +310,7 @@ def _sparsity(rows: list[dict[str, Any]]) -> float:
 
 def _cells(row: dict[str, Any], counted: bool) -> list[str]:
     target, macs = row["target"], row["multiply_adds"]
-    both = [text for text in (row["technique"], row["note"]) if text]
+    both = [text for text in (row["technique"], row["reason"]) if text]
     return [
         f"{row['size']:,}",
         f"{row['sparsity']:.2%}",

@@ -15,8 +15,8 @@ import tensorflow as tf
 from tensorflow.core.protobuf import trackable_object_graph_pb2
 
 from sos import startup
-from sos.driver import set_all
 from sos.report import FIELDS, SparsityReport, sparsity_report
+from sos.updater import set_hyperparameters
 from sos.wrappers.base import find_wrappers
 from sos.wrappers.l0 import mean_gate
 from sos.wrappers.variational_dropout import VariationalDropout, log_alpha_of
@@ -120,7 +120,7 @@ def _report_of_model(path: Path, threshold: float | None) -> SparsityReport:
         isinstance(wrapper, VariationalDropout)
         for wrapper in find_wrappers(model)
     ):
-        set_all(model, threshold=threshold)
+        set_hyperparameters(model, threshold=threshold)
     return sparsity_report(model)
 
 
@@ -213,8 +213,8 @@ class _Checkpoint:
         theta = self._wrapped_weight(
             weight, children["layer"], log_sigma2.shape
         )
-        if threshold is None and "threshold_setting" in children:
-            threshold = self._value(children["threshold_setting"])
+        if threshold is None and "threshold_value" in children:
+            threshold = self._value(children["threshold_value"])
         if threshold is None:
             threshold = _DEFAULT_THRESHOLD
         return log_alpha_of(theta, log_sigma2) < threshold
@@ -299,5 +299,5 @@ def _row(
         "size": nonzero.size,
         "nonzeros": nonzeros,
         "sparsity": 1 - nonzeros / nonzero.size if nonzero.size else 0.0,
-        "note": "",
+        "reason": "",
     }

@@ -85,7 +85,7 @@ class Schedule:
         if not isinstance(inner, PruningSchedule):
             raise ArgumentError(
                 "`inner` must be a tfmot pruning schedule, such as "
-                "`sos.PolynomialDecay(0.0, 0.9, begin_step=1000, "
+                "`sos.schedules.PolynomialDecay(0.0, 0.9, begin_step=1000, "
                 "end_step=5000)`, or an object of a class derived from "
                 f"`PruningSchedule`. Received: inner={inner!r} of type "
                 f"{type(inner).__name__}"
@@ -190,7 +190,7 @@ class Schedule:
             steps.append(end)
         return steps
 
-    def check_block(self, steps: int) -> None:
+    def check_steps_per_execution(self, steps: int) -> None:
         """Raises an error if blocks of steps would skip updates.
 
         Args:
@@ -318,9 +318,10 @@ def as_schedule(schedule: Schedule | PruningSchedule) -> Schedule:
         return Schedule(schedule)
     raise ArgumentError(
         "`schedule` must be a `Schedule` or a tfmot pruning schedule, such as "
-        "`sos.PolynomialDecay(0.0, 0.9, begin_step=1000, end_step=5000)` or "
-        "`sos.ConstantSparsity(0.9, begin_step=0)`. Received: "
-        f"schedule={schedule!r} of type {type(schedule).__name__}"
+        "`sos.schedules.PolynomialDecay(0.0, 0.9, begin_step=1000, "
+        "end_step=5000)` or `sos.schedules.ConstantSparsity(0.9, "
+        f"begin_step=0)`. Received: schedule={schedule!r} of type "
+        f"{type(schedule).__name__}"
     )
 
 

@@ -7,7 +7,7 @@ import keras
 from sos import keras_compat
 from sos.copying import copy_model
 from sos.errors import ArgumentError, UsageError
-from sos.plan import Assignment, Notes, Rules, make_plan
+from sos.plan import Assignment, Reasons, Rules, make_plan
 from sos.wrappers.base import SparseWrapper, core, find_wrappers
 from sos.wrappers.sparse_layer import (
     as_plain,
@@ -59,12 +59,12 @@ def sparsify(
         copy: Whether the result gets copies of the layers and weights. If not,
             `model` itself becomes sparse.
         **hyperparameters: Hyperparameters of the technique
-            (`sos.hyperparameters` lists them), or objects that it takes in
-            their place, such as `schedule`.
+            (`sos.extend.hyperparameters` lists them), or objects that it takes
+            in their place, such as `schedule`.
 
     Returns:
         A model of the class of `model`, with the same weights, to compile and
-        train with `sos.SparsityCallback` or `sos.Driver`.
+        train with `sos.SparsityCallback` or `sos.SparsityUpdater`.
 
     Raises:
         TypeError: If `model` is not a Keras 3 model or cannot be copied, or if
@@ -98,7 +98,7 @@ def sparsify(
     sparse = copy_model(model) if copy else model
     before = list(owners(model))
     after = list(owners(sparse))
-    sparse_reasons = Notes()
+    sparse_reasons = Reasons()
     for (_, old), (_, new) in zip(before, after, strict=True):
         reason = reasons.get(old)
         if reason is not None:
@@ -107,7 +107,7 @@ def sparsify(
         weight for assignment in plan for weight in _attach(after, assignment)
     ]
     bind(sparse, weights)
-    sparse.sparsity_notes = sparse_reasons
+    sparse.sparsity_reasons = sparse_reasons
     _forget_traces(sparse)
     return sparse
 

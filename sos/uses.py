@@ -104,10 +104,10 @@ def register_use(*classes: type) -> Callable[[F], F]:
 
     The decorated function gets the layer and the arguments of one call
     (`training` only if it has that parameter, or `**kwargs`), and returns a
-    `sos.LinearMap`, a `sos.LookUp`, a `sos.Use`, a list of these, or None where
-    nothing is known. It holds for subclasses too, unless they override `call`.
-    It runs inside the call, so that other weights, such as a bias, read as they
-    do there.
+    `sos.extend.LinearMap`, a `sos.extend.LookUp`, a `sos.extend.Use`, a list of
+    these, or None where nothing is known. It holds for subclasses too, unless
+    they override `call`. It runs inside the call, so that other weights, such
+    as a bias, read as they do there.
 
     Without a registration, techniques sample whole weights, once per step.
 
@@ -128,16 +128,16 @@ def register_use(*classes: type) -> Callable[[F], F]:
     ...
     ...     def call(self, inputs):
     ...         return 2 * keras.ops.matmul(inputs, self.kernel)
-    >>> @sos.register_use(Scaled)
+    >>> @sos.extend.register_use(Scaled)
     ... def describe(layer, inputs):
-    ...     return sos.LinearMap(
+    ...     return sos.extend.LinearMap(
     ...         layer.kernel,
     ...         inputs=inputs,
     ...         function=lambda kernel, x: keras.ops.matmul(x, kernel),
     ...         finish=lambda outputs: 2 * outputs,
     ...         positions=lambda: 1,
     ...     )
-    >>> sos.check_use(Scaled(), keras.ops.ones((2, 3)))
+    >>> sos.extend.check_use(Scaled(), keras.ops.ones((2, 3)))
     """
     for cls in classes:
         if not (isinstance(cls, type) and issubclass(cls, keras.layers.Layer)):
@@ -211,7 +211,7 @@ def check_use(layer: keras.layers.Layer, *args: Any, **kwargs: Any) -> None:
     if not uses:
         raise UsageError(
             f"Calls of {cls.__name__} are not described for these arguments. "
-            "Register a function with `@sos.register_use`."
+            "Register a function with `@sos.extend.register_use`."
         )
     for use in uses:
         if not isinstance(use, LinearMap | LookUp):

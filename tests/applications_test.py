@@ -84,7 +84,7 @@ def test_sparsify_fit_save_load_and_strip(make, technique, tmp_path):
     outputs = model(x[:4], training=False).numpy()
     sparse = sos.sparsify(model, technique, **techniques.arguments(technique))
     if technique is not sos.FixedMask and not issubclass(
-        technique, sos.PenalizedWrapper
+        technique, sos.extend.PenalizedWrapper
     ):
         np.testing.assert_array_equal(sparse(x[:4], training=False), outputs)
     sparse.compile(

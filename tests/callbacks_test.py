@@ -11,12 +11,14 @@ from sos.errors import UsageError
 from tests.support import techniques
 
 NEEDY = [
-    name for name in techniques.NAMES if sos.techniques()[name].needs_clock
+    name
+    for name in techniques.NAMES
+    if sos.extend.techniques()[name].needs_step
 ]
 PENALIZED = [
     name
     for name in techniques.NAMES
-    if issubclass(sos.techniques()[name], sos.PenalizedWrapper)
+    if issubclass(sos.extend.techniques()[name], sos.extend.PenalizedWrapper)
 ]
 
 needy_techniques = pytest.mark.parametrize("name", NEEDY)
@@ -97,8 +99,8 @@ def test_an_interrupted_fit_leaves_no_way_around_the_callback(name):
     model = compiled(name)
     with pytest.raises(KeyboardInterrupt):
         fit(model, sos.SparsityCallback(), Interrupt())
-    assert not any(wrapper.clock.bound for wrapper in model.layers)
-    with pytest.raises(RuntimeError, match="nothing drives its clock"):
+    assert not any(wrapper.step_counter.bound for wrapper in model.layers)
+    with pytest.raises(RuntimeError, match="training=True.*SparsityCallback"):
         model(techniques.batch()[0], training=True)
     check_refused(model, train_on_batch)
     check_refused(model, fit)
@@ -122,14 +124,17 @@ def test_evaluation_after_an_interrupted_fit_has_no_penalty(name, validated):
 
 
 class Watch(keras.callbacks.Callback):
-    """Notes whether the clocks are bound between the batches of `fit`."""
+    """Records whether the step counters are bound between the batches of "
+    "`fit`."""
 
     def __init__(self):
         super().__init__()
         self.bound = []
 
     def on_train_batch_end(self, batch, logs=None):
-        self.bound += [wrapper.clock.bound for wrapper in self.model.layers]
+        self.bound += [
+            wrapper.step_counter.bound for wrapper in self.model.layers
+        ]
 
     on_epoch_end = on_train_batch_begin = on_train_batch_end
 
@@ -180,7 +185,9 @@ def test_validation_has_no_penalty_and_training_has(name):
 
 def test_training_goes_on_after_a_validation():
     layer = techniques.Shift(
-        keras.layers.Dense(2), penalty_weight=1.0, ramp=sos.LinearRamp(1, 5)
+        keras.layers.Dense(2),
+        penalty_weight=1.0,
+        ramp=sos.ramps.LinearRamp(1, 5),
     )
     model = keras.Sequential([keras.Input((6,)), layer])
     model.compile(keras.optimizers.SGD(1.0, clipvalue=1.0), "mse")
@@ -271,7 +278,7 @@ def test_second_fit_goes_on_with_the_schedule():
 
 
 def test_masks_after_fit_are_those_of_the_final_weights_where_due():
-    schedule = sos.PolynomialDecay(0.0, 0.75, 0, 4, frequency=3)
+    schedule = sos.schedules.PolynomialDecay(0.0, 0.75, 0, 4, frequency=3)
     model = compiled("MagnitudePruning", schedule=schedule)
     fit(model, sos.SparsityCallback(), batches=4)
     for wrapper in model.layers:
@@ -304,14 +311,18 @@ def test_epochs_end_without_another_call_of_the_model():
 
 
 def test_history_has_the_sparsity():
-    schedule = sos.PolynomialDecay(0.0, 0.5, 0, 8, power=1, frequency=4)
+    schedule = sos.schedules.PolynomialDecay(
+        0.0, 0.5, 0, 8, power=1, frequency=4
+    )
     model = compiled("MagnitudePruning", schedule=schedule)
     history = fit(model, sos.SparsityCallback(), epochs=2).history
     np.testing.assert_allclose(history["sparsity"], [0.25, 0.5])
 
 
 def test_tensorboard_gets_every_weight(tmp_path):
-    schedule = sos.PolynomialDecay(0.0, 0.5, 0, 8, power=1, frequency=4)
+    schedule = sos.schedules.PolynomialDecay(
+        0.0, 0.5, 0, 8, power=1, frequency=4
+    )
     model = compiled("MagnitudePruning", schedule=schedule)
     fit(model, sos.SparsityCallback(log_dir=str(tmp_path)), epochs=2)
     expected = [(4, 0.25), (8, 0.5)]
@@ -363,10 +374,10 @@ def test_train_on_batch_in_a_loop_is_counted(name, interrupted):
         with pytest.raises(KeyboardInterrupt):
             fit(model, sos.SparsityCallback(), Interrupt())
     before = int(model.optimizer.iterations)
-    with sos.Driver(model, model.optimizer) as driver:
+    with sos.SparsityUpdater(model, model.optimizer) as updater:
         for _ in range(3):
             train_on_batch(model)
-            driver.step()
+            updater.step()
     assert int(model.optimizer.iterations) == before + 3
     check_refused(model, train_on_batch)
 
@@ -418,7 +429,7 @@ def test_a_model_with_another_optimizer_raises_after_one_epoch(name):
 
 
 def test_the_optimizer_that_counts_can_be_named(no_warnings):
-    schedule = sos.PolynomialDecay(0.0, 0.75, 0, 8, frequency=2)
+    schedule = sos.schedules.PolynomialDecay(0.0, 0.75, 0, 8, frequency=2)
     model = gan(schedule=schedule)
     callback = sos.SparsityCallback(optimizer=model.own)
     history = fit(model, callback, epochs=2).history
@@ -491,10 +502,10 @@ def test_two_callbacks_are_refused():
 @two_techniques
 def test_the_callback_inside_a_driver_is_refused(name):
     model = compiled(name)
-    with sos.Driver(model, model.optimizer):
+    with sos.SparsityUpdater(model, model.optimizer):
         with pytest.raises(RuntimeError, match="'a', 'b'.*one at a time"):
             fit(model, sos.SparsityCallback())
-        assert all(wrapper.clock.bound for wrapper in model.layers)
+        assert all(wrapper.step_counter.bound for wrapper in model.layers)
     fit(model, sos.SparsityCallback())
     assert int(model.optimizer.iterations) == 4
 
@@ -502,22 +513,22 @@ def test_the_callback_inside_a_driver_is_refused(name):
 @two_techniques
 def test_a_driver_that_starts_during_fit_is_refused(name):
     model = compiled(name)
-    driver = sos.Driver(model, keras.optimizers.SGD())
+    updater = sos.SparsityUpdater(model, keras.optimizers.SGD())
 
     class Start(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch, logs=None):
             if batch == 1:
-                driver.start()
+                updater.start()
 
     with pytest.raises(RuntimeError, match="one at a time"):
         fit(model, sos.SparsityCallback(), Start())
-    driver.stop()
+    updater.stop()
     assert int(model.optimizer.iterations) == 1
 
 
 # Weights of an earlier moment.
 
-LATE = sos.PolynomialDecay(0.0, 0.75, 0, 8, power=1, frequency=2)
+LATE = sos.schedules.PolynomialDecay(0.0, 0.75, 0, 8, power=1, frequency=2)
 
 
 class Scores(keras.callbacks.Callback):
@@ -578,8 +589,13 @@ def test_weights_restored_from_after_the_schedule_give_no_warning(no_warnings):
 
 def test_training_that_stops_before_the_end_of_the_schedule_gives_a_warning():
     for schedule, reached in (
-        (sos.PolynomialDecay(0.0, 0.5, 0, 16, power=1, frequency=2), "25.00%"),
-        (sos.ConstantSparsity(0.5, 99, frequency=1), "0.00%"),
+        (
+            sos.schedules.PolynomialDecay(
+                0.0, 0.5, 0, 16, power=1, frequency=2
+            ),
+            "25.00%",
+        ),
+        (sos.schedules.ConstantSparsity(0.5, 99, frequency=1), "0.00%"),
     ):
         model = compiled("MagnitudePruning", schedule=schedule)
         callbacks = [Scores(1, 2, 3), stopping(patience=0)]

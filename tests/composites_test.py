@@ -113,7 +113,7 @@ def values(model, *ends):
 
 def sample(model, inputs, **kwargs):
     """Outputs of one training call, as float32."""
-    with sos.Driver(model, keras.optimizers.SGD()):
+    with sos.SparsityUpdater(model, keras.optimizers.SGD()):
         function = tf.function(lambda x: model(x, training=True), **kwargs)
         return np.float32(tf.cast(function(inputs), tf.float32))
 
@@ -124,11 +124,11 @@ def samples(model, inputs, steps):
     inputs = tf.constant(inputs)
     function = tf.function(lambda: model(inputs, training=True))
     found = []
-    with sos.Driver(model, optimizer) as driver:
+    with sos.SparsityUpdater(model, optimizer) as updater:
         for _ in range(steps):
             found.append(function().numpy())
             optimizer.iterations.assign_add(1)
-            driver.step()
+            updater.step()
     return np.float64(found)
 
 
@@ -181,7 +181,7 @@ def replicas(model, strategy, inputs):
     def run(x):
         return strategy.run(lambda x: model(x, training=True), args=(x,))
 
-    with sos.Driver(model, optimizer):
+    with sos.SparsityUpdater(model, optimizer):
         outputs = run(tf.constant(inputs))
     return [np.array(x) for x in strategy.experimental_local_results(outputs)]
 

@@ -11,7 +11,7 @@ import sos
 from sos.advice import SparsityWarning
 from tests.support import techniques
 
-GROWTH = sos.PolynomialDecay(0.0, 0.75, 0, 8, power=1, frequency=2)
+GROWTH = sos.schedules.PolynomialDecay(0.0, 0.75, 0, 8, power=1, frequency=2)
 UNITS, INPUTS = 8, 6
 
 
@@ -38,11 +38,11 @@ def sparsities(model, steps, start=0):
     optimizer = keras.optimizers.SGD()
     optimizer.iterations.assign(start)
     found = []
-    with sos.Driver(model, optimizer) as driver:
+    with sos.SparsityUpdater(model, optimizer) as updater:
         found.append(sparsity_of(model))
         for _ in range(steps):
             optimizer.iterations.assign_add(1)
-            driver.step()
+            updater.step()
             found.append(sparsity_of(model))
     return found
 
@@ -87,14 +87,16 @@ def test_masks_are_held_until_the_schedule_reaches_their_sparsity():
 
 
 def test_masks_are_held_before_the_schedule_begins():
-    schedule = sos.PolynomialDecay(0.0, 0.5, 2, 4, power=1, frequency=1)
+    schedule = sos.schedules.PolynomialDecay(
+        0.0, 0.5, 2, 4, power=1, frequency=1
+    )
     model = pruned(schedule, 0.5)
     with pytest.warns(SparsityWarning, match=r"step 0.*0.00%"):
         assert set(sparsities(model, 5)) == {0.5}
 
 
 def test_held_masks_need_no_gradient_at_step_0():
-    class Gradients(sos.PruningWrapper):
+    class Gradients(sos.extend.PruningWrapper):
         uses_gradient = True
 
         def scores(self, weight):
@@ -105,7 +107,7 @@ def test_held_masks_need_no_gradient_at_step_0():
         assert sparsities(model, 3) == [0.75] * 4
 
 
-class Whole(sos.Ranking):
+class Whole(sos.extend.Ranking):
     """Ranks over all weights of a model."""
 
     def masks(self, scores, sparsities):
@@ -137,7 +139,9 @@ def two_layers(schedule):
 
 
 def test_a_ranking_over_all_weights_is_held_as_a_whole():
-    schedule = sos.PolynomialDecay(0.0, 0.75, 0, 8, power=1, frequency=2)
+    schedule = sos.schedules.PolynomialDecay(
+        0.0, 0.75, 0, 8, power=1, frequency=2
+    )
     model = two_layers(schedule)
     assert sparsities(model, 8)[-1] == 0.75
     layers = [techniques.state(w, "mask").numpy().mean() for w in model.layers]
@@ -147,7 +151,9 @@ def test_a_ranking_over_all_weights_is_held_as_a_whole():
 
 
 def test_a_ranking_over_all_weights_resumes_silently(no_warnings):
-    schedule = sos.PolynomialDecay(0.0, 0.75, 0, 8, power=1, frequency=2)
+    schedule = sos.schedules.PolynomialDecay(
+        0.0, 0.75, 0, 8, power=1, frequency=2
+    )
     model = two_layers(schedule)
     assert sparsities(model, 5)[-1] == 0.375
     assert sparsities(model, 4, start=5)[-1] == 0.75
@@ -157,11 +163,11 @@ def test_a_schedule_that_is_replaced_ends_the_hold():
     model = pruned(GROWTH, 0.75)
     optimizer = keras.optimizers.SGD()
     with pytest.warns(SparsityWarning, match="anew"):
-        with sos.Driver(model, optimizer) as driver:
-            schedule = sos.ConstantSparsity(0.25, 0, frequency=1)
-            sos.set_all(model, schedule=schedule)
+        with sos.SparsityUpdater(model, optimizer) as updater:
+            schedule = sos.schedules.ConstantSparsity(0.25, 0, frequency=1)
+            sos.set_hyperparameters(model, schedule=schedule)
             optimizer.iterations.assign_add(1)
-            driver.step()
+            updater.step()
     assert sparsity_of(model) == 0.25
 
 
@@ -169,7 +175,7 @@ def test_a_schedule_that_is_replaced_ends_the_hold():
 
 
 def test_a_schedule_that_ends_lower_is_followed_with_a_warning():
-    model = pruned(sos.ConstantSparsity(0.25, 0, frequency=1), 0.75)
+    model = pruned(sos.schedules.ConstantSparsity(0.25, 0, frequency=1), 0.75)
     with pytest.warns(SparsityWarning, match=r"75.00% zeros.*ends with.*25.0"):
         assert sparsities(model, 1) == [0.25, 0.25]
 
@@ -189,7 +195,9 @@ def test_masks_of_the_optimizers_step_are_resumed_silently(no_warnings, step):
 def test_masks_from_before_the_update_of_their_step_are_resumed_silently(
     no_warnings,
 ):
-    falling = sos.PolynomialDecay(0.75, 0.25, 0, 8, power=1, frequency=4)
+    falling = sos.schedules.PolynomialDecay(
+        0.75, 0.25, 0, 8, power=1, frequency=4
+    )
     model = pruned(falling, 0.75)
     assert sparsities(model, 0, start=4) == [0.5]
 
@@ -204,7 +212,7 @@ def test_masks_that_no_update_will_change_are_left_alone(no_warnings):
     assert sparsities(model, 1, start=20) == [0.875, 0.875]
 
 
-class Cycle(sos.PruningSchedule):
+class Cycle(sos.schedules.PruningSchedule):
     """Up at even multiples of 3, down at odd ones."""
 
     def __init__(self):

@@ -21,8 +21,8 @@ from sos.wrappers.base import find_wrappers
 from tests.support import techniques
 
 
-@sos.register
-class OwnArguments(sos.PruningWrapper):
+@sos.extend.register
+class OwnArguments(sos.extend.PruningWrapper):
     """Arguments of its own, one of which is not a hyperparameter."""
 
     def __init__(
@@ -44,8 +44,8 @@ class OwnArguments(sos.PruningWrapper):
         return weight.value * self.temperature
 
 
-@sos.register
-class OwnDefaults(sos.PruningWrapper):
+@sos.extend.register
+class OwnDefaults(sos.extend.PruningWrapper):
     """Other defaults than its family."""
 
     def __init__(self, layer, *, sparsity=0.25, frequency=7, **kwargs):
@@ -57,8 +57,8 @@ class OwnDefaults(sos.PruningWrapper):
         return weight.value
 
 
-@sos.register
-class OwnSchedule(sos.PruningWrapper):
+@sos.extend.register
+class OwnSchedule(sos.extend.PruningWrapper):
     """A schedule that nobody else chooses."""
 
     def __init__(self, layer, *, start=3, **kwargs):
@@ -68,8 +68,8 @@ class OwnSchedule(sos.PruningWrapper):
         return weight.value
 
 
-@sos.register
-class ScheduleAlone(sos.PruningWrapper):
+@sos.extend.register
+class ScheduleAlone(sos.extend.PruningWrapper):
     """Passes nothing else on to its base class."""
 
     def __init__(self, layer, schedule, paths=None):
@@ -79,7 +79,7 @@ class ScheduleAlone(sos.PruningWrapper):
         return weight.value
 
 
-@sos.register
+@sos.extend.register
 class OwnRamp(techniques.Shift):
     """Other defaults than its family."""
 
@@ -87,12 +87,12 @@ class OwnRamp(techniques.Shift):
         super().__init__(layer, ramp=ramp, end_step=end_step, **kwargs)
 
 
-@sos.register
+@sos.extend.register
 class FixedRamp(techniques.Shift):
     """A ramp that nobody else chooses."""
 
     def __init__(self, layer, *, begin_step=1, penalty_weight, **kwargs):
-        ramp = sos.LinearRamp(begin_step, begin_step + 1)
+        ramp = sos.ramps.LinearRamp(begin_step, begin_step + 1)
         super().__init__(
             layer, penalty_weight=penalty_weight, ramp=ramp, **kwargs
         )
@@ -131,7 +131,7 @@ def model_of(**units):
 
 
 PRUNING = {
-    "sparsity": sos.REQUIRED,
+    "sparsity": sos.extend.REQUIRED,
     "initial_sparsity": 0.0,
     "begin_step": 0,
     "end_step": None,
@@ -139,7 +139,7 @@ PRUNING = {
     "power": 3.0,
 }
 PENALIZED = {
-    "penalty_weight": sos.REQUIRED,
+    "penalty_weight": sos.extend.REQUIRED,
     "ramp": "constant",
     "begin_step": 0,
     "end_step": None,
@@ -181,29 +181,32 @@ PENALIZED = {
 def test_hyperparameters_of_a_technique_are_its_json_arguments(
     technique, expected
 ):
-    found = sos.hyperparameters(technique)
+    found = sos.extend.hyperparameters(technique)
     assert found == expected
     assert list(found) == list(expected)
     if technique is not None:
-        assert sos.hyperparameters(registry.get_technique(technique)) == found
+        assert (
+            sos.extend.hyperparameters(registry.get_technique(technique))
+            == found
+        )
 
 
 def test_hyperparameters_of_an_unknown_technique_raises():
     with pytest.raises(UsageError, match="'FixedMask'.*Received: .*'Magnit'"):
-        sos.hyperparameters("Magnit")
+        sos.extend.hyperparameters("Magnit")
     with pytest.raises(UsageError, match="Received: technique=3"):
-        sos.select_hyperparameters(3, {})
+        sos.extend.select_hyperparameters(3, {})
 
 
 def test_hyperparameters_returns_copies():
-    @sos.register
-    class Listing(sos.MaskedWrapper):
+    @sos.extend.register
+    class Listing(sos.extend.MaskedWrapper):
         def __init__(self, layer, *, sizes=[1], **kwargs):  # noqa: B006
             super().__init__(layer, **kwargs)
 
     try:
-        sos.hyperparameters(Listing)["sizes"].append(2)
-        assert sos.hyperparameters(Listing) == {"sizes": [1]}
+        sos.extend.hyperparameters(Listing)["sizes"].append(2)
+        assert sos.extend.hyperparameters(Listing) == {"sizes": [1]}
     finally:
         del registry._techniques["Listing"]
 
@@ -211,14 +214,14 @@ def test_hyperparameters_returns_copies():
 @pytest.mark.parametrize("technique", techniques.TECHNIQUES)
 def test_all_defaults_with_the_required_ones_are_valid(technique):
     values = {
-        name: 0.5 if default is sos.REQUIRED else default
-        for name, default in sos.hyperparameters(technique).items()
+        name: 0.5 if default is sos.extend.REQUIRED else default
+        for name, default in sos.extend.hyperparameters(technique).items()
     }
     values = json.loads(json.dumps(values))
     short = {
         name: 0.5
-        for name, default in sos.hyperparameters(technique).items()
-        if default is sos.REQUIRED
+        for name, default in sos.extend.hyperparameters(technique).items()
+        if default is sos.extend.REQUIRED
     }
     configs = [
         [layer.get_config() for layer in find_wrappers(sparse)]
@@ -232,7 +235,7 @@ def test_all_defaults_with_the_required_ones_are_valid(technique):
 
 def test_select_hyperparameters_keeps_those_of_the_technique():
     values = {"seed": 3, "sparsity": 0.9, "penalty_weight": 1.0, "other": 2}
-    select = sos.select_hyperparameters
+    select = sos.extend.select_hyperparameters
     assert select(None, values) == {}
     assert select("RandomPruning", values) == {"sparsity": 0.9, "seed": 3}
     assert select(sos.MagnitudePruning, values) == {"sparsity": 0.9}
@@ -240,22 +243,26 @@ def test_select_hyperparameters_keeps_those_of_the_technique():
 
 
 def test_required_is_one_object_with_a_readable_name():
-    assert repr(sos.REQUIRED) == "sos.REQUIRED"
+    assert repr(sos.extend.REQUIRED) == "sos.extend.REQUIRED"
     for same in (
-        copy.copy(sos.REQUIRED),
-        copy.deepcopy({"a": sos.REQUIRED})["a"],
-        pickle.loads(pickle.dumps(sos.REQUIRED)),
+        copy.copy(sos.extend.REQUIRED),
+        copy.deepcopy({"a": sos.extend.REQUIRED})["a"],
+        pickle.loads(pickle.dumps(sos.extend.REQUIRED)),
     ):
-        assert same is sos.REQUIRED
+        assert same is sos.extend.REQUIRED
     with pytest.raises(TypeError):
-        json.dumps(sos.REQUIRED)
+        json.dumps(sos.extend.REQUIRED)
 
 
 def test_defaults_are_written_down_once_in_effect():
-    constructor = arguments.defaults(sos.PruningWrapper, sos.SparseWrapper)
+    constructor = arguments.defaults(
+        sos.extend.PruningWrapper, sos.extend.SparseWrapper
+    )
     for name, default in schedules.make_schedule.__kwdefaults__.items():
         assert constructor[name] == default
-    constructor = arguments.defaults(sos.PenalizedWrapper, sos.SparseWrapper)
+    constructor = arguments.defaults(
+        sos.extend.PenalizedWrapper, sos.extend.SparseWrapper
+    )
     for name, default in ramps.make_ramp.__kwdefaults__.items():
         assert constructor[name] == default
 
@@ -286,15 +293,19 @@ def test_examples_in_docstrings_run(module):
 PAIRS = [
     (
         {"sparsity": 0.75},
-        {"schedule": sos.ConstantSparsity(0.75, 0, frequency=100)},
+        {"schedule": sos.schedules.ConstantSparsity(0.75, 0, frequency=100)},
     ),
     (
         {"sparsity": 0.75, "begin_step": 1, "frequency": 2},
-        {"schedule": sos.ConstantSparsity(0.75, 1, frequency=2)},
+        {"schedule": sos.schedules.ConstantSparsity(0.75, 1, frequency=2)},
     ),
     (
         {"sparsity": 0.75, "end_step": 3, "frequency": 1},
-        {"schedule": sos.PolynomialDecay(0.0, 0.75, 0, 3, frequency=1)},
+        {
+            "schedule": sos.schedules.PolynomialDecay(
+                0.0, 0.75, 0, 3, frequency=1
+            )
+        },
     ),
     (
         {
@@ -305,7 +316,7 @@ PAIRS = [
             "frequency": 2,
             "power": 1,
         },
-        {"schedule": sos.PolynomialDecay(0.125, 0.5, 1, 4, 1, 2)},
+        {"schedule": sos.schedules.PolynomialDecay(0.125, 0.5, 1, 4, 1, 2)},
     ),
 ]
 
@@ -324,10 +335,10 @@ def test_sparsify_with_numbers_gives_the_bits_of_objects(
         optimizer.build(sparse.trainable_variables)
         step = techniques.train_step(sparse, optimizer)
         x, _ = techniques.batch()
-        with sos.Driver(sparse, optimizer) as driver:
+        with sos.SparsityUpdater(sparse, optimizer) as updater:
             for _ in range(5):
                 step(x, techniques.normal(8, 4))
-                driver.step()
+                updater.step()
                 seen.append(techniques.sparse_state(sparse))
         states.append(seen)
     assert any(not mask.all() for masks in states[0] for mask in masks.values())
@@ -338,13 +349,16 @@ def test_sparsify_with_numbers_gives_the_bits_of_objects(
 
 
 RAMPS = [
-    ({}, sos.ConstantRamp()),
-    ({"ramp": "constant"}, sos.ConstantRamp()),
-    ({"ramp": "linear", "end_step": 4}, sos.LinearRamp(0, 4)),
-    ({"ramp": "cubic", "begin_step": 1, "end_step": 4}, sos.CubicRamp(1, 4)),
+    ({}, sos.ramps.ConstantRamp()),
+    ({"ramp": "constant"}, sos.ramps.ConstantRamp()),
+    ({"ramp": "linear", "end_step": 4}, sos.ramps.LinearRamp(0, 4)),
+    (
+        {"ramp": "cubic", "begin_step": 1, "end_step": 4},
+        sos.ramps.CubicRamp(1, 4),
+    ),
     (
         {"ramp": "smoothed_cubic", "end_step": 4},
-        sos.CubicRamp(0, 4, moving_average=True),
+        sos.ramps.CubicRamp(0, 4, moving_average=True),
     ),
 ]
 
@@ -437,7 +451,7 @@ def test_layers_share_the_schedule_object_of_a_rule():
     sparse = sos.sparsify(
         model_of(a=3, b=3, c=3),
         "MagnitudePruning",
-        schedule=sos.ConstantSparsity(0.5, 0),
+        schedule=sos.schedules.ConstantSparsity(0.5, 0),
         rules={"b|c": {"sparsity": 0.75}},
     )
     a, b, c = (wrapper.schedule for wrapper in find_wrappers(sparse))
@@ -517,9 +531,11 @@ def test_wrong_arguments_raise_in_constructor_and_sparsify(
 
 
 def test_a_schedule_with_a_sparsity_ends_with_that_sparsity():
-    schedule = sos.PolynomialDecay(0.0, 0.9, 0, 10)
+    schedule = sos.schedules.PolynomialDecay(0.0, 0.9, 0, 10)
     layer = sos.MagnitudePruning(dense(), schedule=schedule, sparsity=0.5)
-    assert layer.schedule == sos.Schedule(sos.PolynomialDecay(0.0, 0.5, 0, 10))
+    assert layer.schedule == sos.schedules.Schedule(
+        sos.schedules.PolynomialDecay(0.0, 0.5, 0, 10)
+    )
     sparse = sos.sparsify(
         model_of(), "MagnitudePruning", schedule=schedule, sparsity=0.5
     )
@@ -541,36 +557,50 @@ NUMBERS = {"sparsity": 0.5, "begin_step": 1, "end_step": 9, "frequency": 2}
 @pytest.mark.parametrize(
     "rule, expected",
     [
-        ({"sparsity": 0.75}, sos.PolynomialDecay(0.0, 0.75, 1, 9, 3, 2)),
-        ({"end_step": 20}, sos.PolynomialDecay(0.0, 0.5, 1, 20, 3, 2)),
+        (
+            {"sparsity": 0.75},
+            sos.schedules.PolynomialDecay(0.0, 0.75, 1, 9, 3, 2),
+        ),
+        (
+            {"end_step": 20},
+            sos.schedules.PolynomialDecay(0.0, 0.5, 1, 20, 3, 2),
+        ),
         (
             {"initial_sparsity": 0.25, "power": 1.0},
-            sos.PolynomialDecay(0.25, 0.5, 1, 9, 1, 2),
+            sos.schedules.PolynomialDecay(0.25, 0.5, 1, 9, 1, 2),
         ),
-        ({"end_step": None}, sos.ConstantSparsity(0.5, 1, frequency=2)),
+        (
+            {"end_step": None},
+            sos.schedules.ConstantSparsity(0.5, 1, frequency=2),
+        ),
         ({"schedule": techniques.SCHEDULE}, techniques.SCHEDULE),
         (
             {"schedule": techniques.SCHEDULE, "sparsity": 0.75},
-            sos.ConstantSparsity(0.75, 1, frequency=1),
+            sos.schedules.ConstantSparsity(0.75, 1, frequency=1),
         ),
         (
             {"technique": "MagnitudePruning", "frequency": 3},
-            sos.PolynomialDecay(0.0, 0.5, 1, 9, 3, 3),
+            sos.schedules.PolynomialDecay(0.0, 0.5, 1, 9, 3, 3),
         ),
-        ("MagnitudePruning", sos.PolynomialDecay(0.0, 0.5, 1, 9, 3, 2)),
-        ({}, sos.PolynomialDecay(0.0, 0.5, 1, 9, 3, 2)),
+        (
+            "MagnitudePruning",
+            sos.schedules.PolynomialDecay(0.0, 0.5, 1, 9, 3, 2),
+        ),
+        ({}, sos.schedules.PolynomialDecay(0.0, 0.5, 1, 9, 3, 2)),
     ],
 )
 def test_a_rule_inherits_the_hyperparameters_that_it_does_not_change(
     rule, expected
 ):
     first, last = schedules_of(**NUMBERS, rules={"last": rule})
-    assert first == sos.Schedule(sos.PolynomialDecay(0.0, 0.5, 1, 9, 3, 2))
-    assert last == sos.Schedule(expected)
+    assert first == sos.schedules.Schedule(
+        sos.schedules.PolynomialDecay(0.0, 0.5, 1, 9, 3, 2)
+    )
+    assert last == sos.schedules.Schedule(expected)
 
 
 def test_a_rule_changes_the_sparsity_of_a_schedule_alone():
-    schedule = sos.PolynomialDecay(0.0, 0.5, 1, 9)
+    schedule = sos.schedules.PolynomialDecay(0.0, 0.5, 1, 9)
     first, last = schedules_of(
         schedule=schedule, rules={"last": {"sparsity": 0.75}}
     )
@@ -583,11 +613,11 @@ def test_a_rule_changes_the_sparsity_of_a_schedule_alone():
 @pytest.mark.parametrize(
     "rule, expected",
     [
-        ({"penalty_weight": 3.0}, sos.LinearRamp(1, 9)),
-        ({"end_step": 4}, sos.LinearRamp(1, 4)),
-        ({"ramp": "cubic"}, sos.CubicRamp(1, 9)),
-        ({"ramp": "constant"}, sos.ConstantRamp()),
-        ({"ramp": sos.CubicRamp(2, 3)}, sos.CubicRamp(2, 3)),
+        ({"penalty_weight": 3.0}, sos.ramps.LinearRamp(1, 9)),
+        ({"end_step": 4}, sos.ramps.LinearRamp(1, 4)),
+        ({"ramp": "cubic"}, sos.ramps.CubicRamp(1, 9)),
+        ({"ramp": "constant"}, sos.ramps.ConstantRamp()),
+        ({"ramp": sos.ramps.CubicRamp(2, 3)}, sos.ramps.CubicRamp(2, 3)),
     ],
 )
 def test_a_rule_inherits_the_ramp_that_it_does_not_change(rule, expected):
@@ -601,7 +631,10 @@ def test_a_rule_inherits_the_ramp_that_it_does_not_change(rule, expected):
         rules={"last": rule},
     )
     first, last = find_wrappers(sparse)
-    assert (first.ramp, first.penalty_weight) == (sos.LinearRamp(1, 9), 2.0)
+    assert (first.ramp, first.penalty_weight) == (
+        sos.ramps.LinearRamp(1, 9),
+        2.0,
+    )
     assert last.ramp == expected
     assert last.penalty_weight == rule.get("penalty_weight", 2.0)
 
@@ -618,7 +651,7 @@ def test_rule_with_technique_none_leaves_the_weight_dense():
         **NUMBERS,
         rules={"last": {"technique": None}},
     )
-    assert not isinstance(sparse.layers[-1], sos.SparseWrapper)
+    assert not isinstance(sparse.layers[-1], sos.extend.SparseWrapper)
     with pytest.raises(UsageError, match="there is no technique"):
         schedules_of(
             **NUMBERS, rules={"last": {"technique": None, "sparsity": 0.5}}
@@ -694,7 +727,7 @@ def test_an_external_technique_keeps_its_own_defaults():
         sparse = sos.sparsify(model_of(only=4), technique, **values)
         return find_wrappers(sparse)[0]
 
-    constant = sos.ConstantSparsity
+    constant = sos.schedules.ConstantSparsity
     for values, expected in (
         ({}, constant(0.25, 0, frequency=7)),
         ({"sparsity": 0.75}, constant(0.75, 0, frequency=7)),
@@ -702,26 +735,26 @@ def test_an_external_technique_keeps_its_own_defaults():
         ({"frequency": 100}, constant(0.25, 0, frequency=100)),
         ({"schedule": techniques.SCHEDULE}, techniques.SCHEDULE),
     ):
-        expected = sos.Schedule(expected)
+        expected = sos.schedules.Schedule(expected)
         assert only("OwnDefaults", **values).schedule == expected
         assert OwnDefaults(dense(), **values).schedule == expected
     for values, expected in (
-        ({}, sos.LinearRamp(0, 10)),
-        ({"begin_step": 3}, sos.LinearRamp(3, 10)),
-        ({"ramp": "cubic"}, sos.CubicRamp(0, 10)),
-        ({"ramp": "constant"}, sos.ConstantRamp()),
-        ({"ramp": sos.CubicRamp(1, 2)}, sos.CubicRamp(1, 2)),
+        ({}, sos.ramps.LinearRamp(0, 10)),
+        ({"begin_step": 3}, sos.ramps.LinearRamp(3, 10)),
+        ({"ramp": "cubic"}, sos.ramps.CubicRamp(0, 10)),
+        ({"ramp": "constant"}, sos.ramps.ConstantRamp()),
+        ({"ramp": sos.ramps.CubicRamp(1, 2)}, sos.ramps.CubicRamp(1, 2)),
     ):
         assert only("OwnRamp", penalty_weight=1, **values).ramp == expected
         assert OwnRamp(dense(), penalty_weight=1, **values).ramp == expected
     layer = only("OwnSchedule", start=5)
-    assert layer.schedule == sos.Schedule(constant(0.5, 5))
+    assert layer.schedule == sos.schedules.Schedule(constant(0.5, 5))
     layer = only("ScheduleAlone", schedule=techniques.SCHEDULE)
     assert layer.schedule.inner is techniques.SCHEDULE
     with pytest.raises(TypeError, match=r"ScheduleAlone needs `schedule`"):
         only("ScheduleAlone")
     layer = only("FixedRamp", penalty_weight=1, begin_step=4)
-    assert layer.ramp == sos.LinearRamp(4, 5)
+    assert layer.ramp == sos.ramps.LinearRamp(4, 5)
 
 
 # Properties.
@@ -766,13 +799,13 @@ def test_every_pair_of_techniques_takes_the_same_selection():
         sparse = sos.sparsify(
             model_of(),
             one,
-            **sos.select_hyperparameters(one, values),
+            **sos.extend.select_hyperparameters(one, values),
             rules=[
                 (
                     "last",
                     {
                         "technique": other.__name__,
-                        **sos.select_hyperparameters(other, values),
+                        **sos.extend.select_hyperparameters(other, values),
                     },
                 )
             ],

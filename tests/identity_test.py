@@ -647,7 +647,7 @@ def test_saving_a_sparse_layer_with_lora_changes_nothing(order, tmp_path):
     rows_of = {r["weight"]: r for r in sos.sparsity_report(sparse).rows}
     adapters = [r for name, r in rows_of.items() if "lora_kernel" in name]
     assert len(adapters) == 4
-    assert {r["note"] for r in adapters} == {"LoRA adapter"}
+    assert {r["reason"] for r in adapters} == {"LoRA adapter"}
     kernels = [r for name, r in rows_of.items() if name.endswith("/kernel")]
     assert [r["sparsity"] for r in kernels] == [0.5, 0.5]
     before = sparse(rows())
@@ -722,7 +722,7 @@ def test_two_techniques_on_one_layer_both_apply(sizes, tmp_path):
         )
 
 
-def test_layer_that_trains_by_default_is_put_together_without_a_driver(
+def test_layer_that_trains_by_default_is_put_together_without_an_updater(
     tmp_path,
 ):
     """`Pipeline.call` has `training=True`, also in symbolic calls."""
@@ -751,5 +751,5 @@ def test_layer_of_a_saved_model_stays_dense(tmp_path):
     )
     report = {r["weight"]: r for r in sos.sparsity_report(sparse).rows}
     assert [w.path for w in sparse_weights(sparse)] == ["out/kernel"]
-    notes = [r["note"] for r in report.values() if not r["technique"]]
+    notes = [r["reason"] for r in report.values() if not r["technique"]]
     assert notes == ["read by its SavedModel", "rank 1", "rank 1"]

@@ -132,7 +132,7 @@ def test_causal_lm_sparse_keeps_class_and_methods(gpt2):
 
 
 def test_causal_lm_sparse_starts_where_the_plain_one_was(gpt2):
-    if not issubclass(gpt2.technique, sos.PruningWrapper):
+    if not issubclass(gpt2.technique, sos.extend.PruningWrapper):
         pytest.skip("zeros or gates below one from the beginning")
     assert_same(gpt2.started, gpt2.before)
 
@@ -147,7 +147,7 @@ def test_causal_lm_sparse_is_trained_by_fit(gpt2):
         assert others
         moved += not any(np.array_equal(v, value) for v in others)
     assert moved == len(gpt2.plain.trainable_variables)
-    if issubclass(gpt2.technique, sos.PruningWrapper):
+    if issubclass(gpt2.technique, sos.extend.PruningWrapper):
         assert gpt2.sparsity == pytest.approx(0.5, abs=0.01)
 
 
@@ -158,7 +158,7 @@ def test_causal_lm_report_counts_the_weights_of_the_plain_model(gpt2):
     matrices = sum(len(v.shape) > 1 for v in gpt2.plain.weights)
     dense = [row for row in report.rows if not row["technique"]]
     # Attention has biases of rank 2, which stay dense.
-    assert {row["note"] for row in dense if row["rank"] > 1} == {"bias"}
+    assert {row["reason"] for row in dense if row["rank"] > 1} == {"bias"}
     assert len(report.rows) - len(dense) == matrices - 3
     assert 0.1 < report.sparsity < 1
 

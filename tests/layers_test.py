@@ -204,7 +204,7 @@ def test_state_advances_as_in_the_plain_layer():
     for old, new in zip(plain.variables, layer.layer.variables, strict=True):
         new.assign(old)
     optimizer = keras.optimizers.SGD(0.01)
-    with sos.Driver(layer, optimizer):
+    with sos.SparsityUpdater(layer, optimizer):
         for block in (plain, layer.layer):
             block.dropout.seed_generator.state.assign([0, 7])
         for weight in layer.sparse_weights:
@@ -224,7 +224,7 @@ def test_training_flag_reaches_dropout(technique):
     )
     inputs = np.ones((2, 4), "float32")
     assert np.all(model(inputs).numpy() != 0)
-    with sos.Driver(model, keras.optimizers.SGD()):
+    with sos.SparsityUpdater(model, keras.optimizers.SGD()):
         zeros = np.mean(model(inputs, training=True).numpy() == 0)
     assert 0.3 < zeros < 0.7
 

@@ -135,7 +135,7 @@ def test_every_call_of_a_shared_layer_counts():
         [inputs, longer], [shared(shared(inputs)), shared(longer)]
     )
     assert of(model) == [(1 + 1 + 7) * 9]
-    schedule = sos.ConstantSparsity(0.5, 0)
+    schedule = sos.schedules.ConstantSparsity(0.5, 0)
     sparse = sos.sparsify(model, sos.MagnitudePruning, schedule=schedule)
     assert of(sparse) == [9 * 9]
 

@@ -80,24 +80,24 @@ def test_streams_of_neighbouring_keys_are_independent():
 
 
 def test_labels_nest_and_close():
-    assert noise.current_label() == ""
-    with sos.call_label("a"):
-        first = noise.current_label()
-        with sos.call_label("b"):
-            nested = noise.current_label()
-        assert noise.current_label() == first
-    with pytest.raises(KeyError), sos.call_label("c"):
+    assert noise.current_noise_scope() == ""
+    with sos.noise_scope("a"):
+        first = noise.current_noise_scope()
+        with sos.noise_scope("b"):
+            nested = noise.current_noise_scope()
+        assert noise.current_noise_scope() == first
+    with pytest.raises(KeyError), sos.noise_scope("c"):
         raise KeyError
-    assert noise.current_label() == ""
-    with sos.call_label("b"):
-        assert len({"", first, nested, noise.current_label()}) == 4
+    assert noise.current_noise_scope() == ""
+    with sos.noise_scope("b"):
+        assert len({"", first, nested, noise.current_noise_scope()}) == 4
 
 
 def test_labels_belong_to_one_thread():
     seen = []
-    with sos.call_label("here"):
+    with sos.noise_scope("here"):
         thread = threading.Thread(
-            target=lambda: seen.append(noise.current_label())
+            target=lambda: seen.append(noise.current_noise_scope())
         )
         thread.start()
         thread.join()
@@ -149,7 +149,7 @@ def test_replicas_draw_for_themselves(name):
         layer, _ = two_layers(name)
         optimizer = keras.optimizers.SGD()
         optimizer.build(layer.trainable_variables)
-    layer.clock.bind(optimizer)
+    layer.step_counter.bind(optimizer)
 
     @tf.function
     def call():
@@ -176,6 +176,6 @@ def test_call_label_separates_the_uses_of_an_embedding(name):
     np.testing.assert_array_equal(
         unlabelled, np.ravel(layer(ids, training=True))
     )
-    with sos.call_label("decoder"):
+    with sos.noise_scope("decoder"):
         labelled = np.ravel(layer(ids, training=True))
     assert abs(np.corrcoef(unlabelled, labelled)[0, 1]) < 5 / np.sqrt(1000)

@@ -8,8 +8,8 @@ import sos
 from sos.wrappers.base import find_wrappers
 
 
-@sos.register
-class MovementPruning(sos.PruningWrapper):
+@sos.extend.register
+class MovementPruning(sos.extend.PruningWrapper):
     """Keeps weights that move away from zero: -weight * gradient."""
 
     uses_gradient = True
@@ -19,7 +19,7 @@ class MovementPruning(sos.PruningWrapper):
 
 
 @keras.saving.register_keras_serializable(package="registry_test")
-class GlobalRanking(sos.Ranking):
+class GlobalRanking(sos.extend.Ranking):
     """Ranks all tensors together, to their mean sparsity."""
 
     def masks(self, scores, sparsities):
@@ -41,7 +41,7 @@ class GlobalRanking(sos.Ranking):
 
 
 @keras.saving.register_keras_serializable(package="registry_test")
-class TwoOfFour(sos.Ranking):
+class TwoOfFour(sos.extend.Ranking):
     """Keeps n of each m neighbours along the first axis."""
 
     def __init__(self, n=2, m=4):
@@ -66,7 +66,7 @@ def model_of(*sizes):
     )
 
 
-SCHEDULE = sos.ConstantSparsity(0.5, begin_step=1, frequency=1)
+SCHEDULE = sos.schedules.ConstantSparsity(0.5, begin_step=1, frequency=1)
 X = np.random.default_rng(0).normal(size=(16, 8)).astype("float32")
 Y = X[:, :2] * 2
 
@@ -84,7 +84,7 @@ def fit(model, **kwargs):
 
 
 def test_a_technique_of_ones_own_is_listed():
-    assert sos.techniques()["MovementPruning"] is MovementPruning
+    assert sos.extend.techniques()["MovementPruning"] is MovementPruning
     for name in ("MovementPruning", MovementPruning):
         sos.sparsify(model_of(2), name, schedule=SCHEDULE)
 
@@ -111,7 +111,7 @@ def test_it_sees_the_dense_gradient_of_the_last_step():
     mask = np.arange(16).reshape(8, 2) % 2
     optimizer = keras.optimizers.SGD(0.0)
     optimizer.build(model.trainable_variables)
-    with sos.Driver(model, optimizer) as driver:
+    with sos.SparsityUpdater(model, optimizer) as updater:
         layer.set_masks([mask])
         with tf.GradientTape() as tape:
             loss = tf.reduce_mean(tf.square(model(X, training=True) - Y))
@@ -122,7 +122,7 @@ def test_it_sees_the_dense_gradient_of_the_last_step():
         kept = weight.state["gradient"].numpy()
         np.testing.assert_allclose(kept, dense, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(gradient, dense * mask, rtol=1e-4, atol=1e-6)
-        driver.step()
+        updater.step()
     order = np.argsort((-weight.value.numpy() * kept).ravel())
     expected = np.ones(16, np.uint8)
     expected[order[:8]] = 0
@@ -149,23 +149,25 @@ def test_replicas_agree_on_the_mean_gradient():
 
 
 def test_names_clash():
-    clash = type("MovementPruning", (sos.PruningWrapper,), {"__module__": "x"})
+    clash = type(
+        "MovementPruning", (sos.extend.PruningWrapper,), {"__module__": "x"}
+    )
     with pytest.raises(ValueError, match=r"'MovementPruning' is registered"):
-        sos.register(clash)
-    assert sos.techniques()["MovementPruning"] is MovementPruning
+        sos.extend.register(clash)
+    assert sos.extend.techniques()["MovementPruning"] is MovementPruning
 
 
 def test_a_class_that_is_not_registered_is_refused():
-    class Other(sos.PruningWrapper):
+    class Other(sos.extend.PruningWrapper):
         pass
 
-    with pytest.raises(ValueError, match=r"`@sos.register`.*Other"):
+    with pytest.raises(ValueError, match=r"`@sos.extend.register`.*Other"):
         sos.sparsify(model_of(2), Other, schedule=SCHEDULE)
 
 
 def test_a_technique_says_what_it_lacks():
-    @sos.register
-    class Lacking(sos.PruningWrapper):
+    @sos.extend.register
+    class Lacking(sos.extend.PruningWrapper):
         pass
 
     try:
@@ -217,7 +219,7 @@ def test_two_of_four_ranking(tmp_path):
 
 
 def test_saved_models_find_techniques_by_package_and_name():
-    for name, technique in sos.techniques().items():
+    for name, technique in sos.extend.techniques().items():
         assert technique.__name__ == name
         registered = keras.saving.get_registered_name(technique)
         assert registered == f"sos>{name}"

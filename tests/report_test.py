@@ -81,11 +81,11 @@ def test_numbers_by_hand():
         "nonzeros": nonzeros,
         "sparsity": 1 - nonzeros / 64,
         "target": 0.5,
-        "note": "",
+        "reason": "",
         "multiply_adds": 5 * 64,
         "sparse_multiply_adds": 5 * nonzeros,
     }
-    notes = {name: row["note"] for name, row in rows.items()}
+    notes = {name: row["reason"] for name, row in rows.items()}
     assert notes == {
         "embedding/embeddings": "not trainable",
         "lstm/lstm_cell/kernel": "",
@@ -115,7 +115,7 @@ def test_numbers_of_a_plain_model():
     report = sos.sparsity_report(model)
     (row,) = (r for r in report.rows if r["weight"].endswith("last/kernel"))
     assert (row["nonzeros"], row["sparsity"]) == (2, 0.75)
-    assert (row["technique"], row["note"]) == ("", "not wrapped")
+    assert (row["technique"], row["reason"]) == ("", "in no sparse layer")
     assert report.sparsity == 0
 
 
@@ -130,7 +130,7 @@ def test_nonzeros_are_those_of_the_stripped_model(technique):
 def test_a_threshold_changes_the_report():
     sparse = sparse_of(recurrent(), sos.VariationalDropout)
     before = sos.sparsity_report(sparse).sparsity
-    sos.set_all(sparse, threshold=-20.0)
+    sos.set_hyperparameters(sparse, threshold=-20.0)
     assert before < sos.sparsity_report(sparse).sparsity == 1.0
 
 
@@ -291,7 +291,7 @@ def test_command_takes_a_threshold(kind, tmp_path, capsys):
         path = checkpoint(sparse, tmp_path / "ckpt")
     for threshold in (None, 1.0, -20.0, 0.5):
         arguments = () if threshold is None else (f"--threshold={threshold}",)
-        sos.set_all(sparse, threshold=threshold or 1.0)
+        sos.set_hyperparameters(sparse, threshold=threshold or 1.0)
         found = numbers(rows_of(capsys, tmp_path, path, *arguments))
         assert found == numbers(sos.sparsity_report(sparse).rows)
 

@@ -239,15 +239,15 @@ def test_properties():
     bare = schedules.Schedule(Bare())
     assert (bare.begin_step, bare.end_step, bare.frequency) == (0, None, None)
     assert bare.due_steps(0, 5) == [3, 4, 5]
-    bare.check_block(1000)
+    bare.check_steps_per_execution(1000)
 
 
 def test_check_block():
     schedule = schedules.Schedule(schedules.ConstantSparsity(0.5, 0))
-    schedule.check_block(1)
-    schedule.check_block(100)
+    schedule.check_steps_per_execution(1)
+    schedule.check_steps_per_execution(100)
     with pytest.raises(ValueError, match="steps=101, frequency=100"):
-        schedule.check_block(101)
+        schedule.check_steps_per_execution(101)
 
 
 def test_with_sparsity():

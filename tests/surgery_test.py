@@ -16,7 +16,7 @@ from sos.wrappers.base import find_wrappers
 from tests.support import techniques
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SCHEDULE = sos.ConstantSparsity(0.5, begin_step=0, frequency=1)
+SCHEDULE = sos.schedules.ConstantSparsity(0.5, begin_step=0, frequency=1)
 
 
 @keras.saving.register_keras_serializable(package="surgery_test")
@@ -301,7 +301,7 @@ def test_rules():
     assert np.isfinite(techniques.train(sparse, inputs, steps=2)).all()
     rows = [r for r in sos.sparsity_report(sparse).rows if r["rank"] > 1]
     assert rows[1]["sparsity"] == rows[1]["target"] == 0.75
-    assert "left dense by rule 'dense.*/kernel'" == rows[3]["note"]
+    assert "left dense by rule 'dense.*/kernel'" == rows[3]["reason"]
     techniques.make_zeros(sparse)
     plain = sos.strip(sparse)
     assert_same(predict(plain, inputs), predict(sparse, inputs))
@@ -355,7 +355,7 @@ def test_rules_alone_may_name_techniques():
         rules={"last": {"technique": "FixedMask", "sparsity": 0.25}},
     )
     first, last = (r for r in sos.sparsity_report(sparse).rows if r["rank"] > 1)
-    assert first["note"] == "left dense by no rule"
+    assert first["reason"] == "left dense by no rule"
     assert last["sparsity"] == 0.25
 
 
@@ -366,8 +366,8 @@ def test_every_weight_is_accounted_for():
     rows = sos.sparsity_report(sparse).rows
     assert len(rows) == len(model.weights)
     for row in rows:
-        assert bool(row["technique"]) != bool(row["note"]), row
-    notes = {row["weight"]: row["note"] for row in rows}
+        assert bool(row["technique"]) != bool(row["reason"]), row
+    notes = {row["weight"]: row["reason"] for row in rows}
     assert notes["conv/kernel"] == "not trainable"
     assert not sparse.get_layer("conv").trainable
 
@@ -382,7 +382,7 @@ def test_report_of_a_recurrent_cell_says_that_whole_weights_are_sampled():
     )
     sparse = sos.sparsify(model, "VariationalDropout", penalty_weight=1e-3)
     rows = sos.sparsity_report(sparse).rows
-    notes = [row["note"] for row in rows if row["technique"]]
+    notes = [row["reason"] for row in rows if row["technique"]]
     assert notes == ["sampled as a whole"] * 2 + [""]
 
 
@@ -419,7 +419,7 @@ def test_fine_tuning_starts_from_the_dense_accuracy():
     model.fit(x, y, epochs=8, verbose=0)
     dense = model.evaluate(x, y, verbose=0)
     assert dense[1] > 0.9
-    schedule = sos.PolynomialDecay(0, 0.5, 0, 16, frequency=4)
+    schedule = sos.schedules.PolynomialDecay(0, 0.5, 0, 16, frequency=4)
     sparse = sos.sparsify(model, "MagnitudePruning", schedule=schedule)
     sparse.compile(keras.optimizers.Adam(0.01), loss, metrics=["accuracy"])
     np.testing.assert_allclose(
@@ -469,7 +469,7 @@ def test_equal_names_in_nested_models_get_random_masks_of_their_own(tmp_path):
     loaded = keras.models.load_model(tmp_path / "model.keras")
     found = []
     for model in (sparse, loaded):
-        with sos.Driver(model, keras.optimizers.SGD()):
+        with sos.SparsityUpdater(model, keras.optimizers.SGD()):
             left, right = (
                 np.ravel(wrapper.sparse_weights[0].state["mask"])
                 for wrapper in find_wrappers(model)
@@ -481,7 +481,7 @@ def test_equal_names_in_nested_models_get_random_masks_of_their_own(tmp_path):
 
 def test_equal_names_in_nested_models_get_noise_of_their_own():
     sparse = sparse_of(towers(), sos.L0Regularization, initial_log_alpha=0.0)
-    with sos.Driver(sparse, keras.optimizers.SGD()):
+    with sos.SparsityUpdater(sparse, keras.optimizers.SGD()):
         left, right = (
             np.ravel(wrapper.training_weight(weight) / weight.value)
             for wrapper in find_wrappers(sparse)

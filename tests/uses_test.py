@@ -86,7 +86,7 @@ def test_description_of_a_keras_layer_is_its_call(name, policy):
         layer(inputs)
         for variable in layer.weights:
             variable.assign(values(variable.shape, seed=2))
-        sos.check_use(layer, inputs)
+        sos.extend.check_use(layer, inputs)
     finally:
         keras.config.set_dtype_policy(before)
 
@@ -101,7 +101,7 @@ def test_description_of_a_keras_layer_is_its_call(name, policy):
     ids=lambda layer: layer.name,
 )
 def test_description_of_a_look_up_is_its_call(layer):
-    sos.check_use(layer, indices(2, 5, 3))
+    sos.extend.check_use(layer, indices(2, 5, 3))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -113,7 +113,7 @@ def test_description_of_a_product_with_a_table_is_its_call(tied, cap):
     layer(indices(2, 5))
     for variable in layer.weights:
         variable.assign(values(variable.shape))
-    sos.check_use(layer, values((2, 5, 3)), reverse=True)
+    sos.extend.check_use(layer, values((2, 5, 3)), reverse=True)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_description_of_a_product_with_a_table_is_its_call(tied, cap):
     ids=lambda x: getattr(x, "name", ""),
 )
 def test_description_of_an_adapted_layer_is_its_call(layer, inputs):
-    sos.check_use(adapted(layer, inputs), inputs)
+    sos.extend.check_use(adapted(layer, inputs), inputs)
 
 
 def test_look_up_of_a_masking_table_sets_the_mask():
@@ -164,7 +164,7 @@ class Scaled(layers.Layer):
 
 def scaled_use(factor, function=lambda w, x: x @ w):
     def describe(layer, inputs):
-        return sos.LinearMap(
+        return sos.extend.LinearMap(
             layer.kernel,
             inputs=inputs,
             function=function,
@@ -181,8 +181,8 @@ def registry(monkeypatch):
 
 
 def test_registered_layer_under_dropout_has_noise_for_each_example(registry):
-    sos.register_use(Scaled)(scaled_use(2))
-    sos.check_use(Scaled(), values((2, 3)))
+    sos.extend.register_use(Scaled)(scaled_use(2))
+    sos.extend.check_use(Scaled(), values((2, 3)))
     sparse = sos.VariationalDropout(
         Scaled(), penalty_weight=0.0, initial_log_sigma2=-2.0, include="kernel"
     )
@@ -190,7 +190,7 @@ def test_registered_layer_under_dropout_has_noise_for_each_example(registry):
     sparse(inputs)
     optimizer = keras.optimizers.SGD()
     optimizer.build(sparse.trainable_variables)
-    sparse.clock.bind(optimizer)
+    sparse.step_counter.bind(optimizer)
     outputs = sparse(inputs, training=True).numpy()
     # 2 x k + c, with independent noise of variance 4 * sum sigma^2.
     np.testing.assert_allclose(outputs.var(0), 12 * np.exp(-2.0), rtol=0.15)
@@ -210,11 +210,11 @@ def test_registered_layer_under_dropout_has_noise_for_each_example(registry):
     ],
 )
 def test_check_use_of_a_wrong_description_raises(registry, describe, message):
-    sos.register_use(Scaled)(describe)
+    sos.extend.register_use(Scaled)(describe)
     layer = Scaled()
     layer(values((2, 3)))
     with pytest.raises(UsageError, match=message):
-        sos.check_use(layer, values((2, 3)))
+        sos.extend.check_use(layer, values((2, 3)))
 
 
 def test_check_use_of_a_function_that_is_not_linear_raises(registry):
@@ -222,24 +222,24 @@ def test_check_use_of_a_function_that_is_not_linear_raises(registry):
         def call(self, inputs):
             return tf.square(inputs) @ self.kernel
 
-    @sos.register_use(Squared)
+    @sos.extend.register_use(Squared)
     def describe(layer, inputs):
-        return sos.LinearMap(
+        return sos.extend.LinearMap(
             layer.kernel, inputs=inputs, function=lambda w, x: x**2 @ w
         )
 
     with pytest.raises(UsageError, match="sum of two inputs differ"):
-        sos.check_use(Squared(), values((2, 3)))
+        sos.extend.check_use(Squared(), values((2, 3)))
 
 
 def test_check_use_of_an_unknown_layer_raises():
     with pytest.raises(UsageError, match="not described"):
-        sos.check_use(layers.BatchNormalization(), values((2, 3)))
+        sos.extend.check_use(layers.BatchNormalization(), values((2, 3)))
 
 
 def test_register_use_of_something_else_raises():
     with pytest.raises(ArgumentError, match="classes of Keras 3 layers"):
-        sos.register_use(dict)
+        sos.extend.register_use(dict)
 
 
 def tied_model(length=6):

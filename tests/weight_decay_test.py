@@ -101,10 +101,10 @@ def test_loops_decay_weights_but_not_what_a_technique_adds(name, replicas):
     added = [v for values in added for v in values.values()]
     weights = [r.layer.kernel for r in model.layers]
     before = read(added), read(weights)
-    with sos.Driver(model, optimizer) as driver:
+    with sos.SparsityUpdater(model, optimizer) as updater:
         for _ in range(3):
             step(*techniques.batch())
-            driver.step()
+            updater.step()
     for old, new in zip(before[0], read(added), strict=True):
         np.testing.assert_array_equal(old, new)
     for old, new in zip(before[1], read(weights), strict=True):

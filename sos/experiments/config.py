@@ -60,8 +60,8 @@ def base_config() -> ml_collections.ConfigDict:
         - `sparsity`: the arguments of `sos.sparsify`: `technique` (None for a
           dense model), `rules` as a mapping or as pairs of a regular expression
           and a rule, and the technique's hyperparameters
-          (`sos.hyperparameters`). Its seed is that of the run unless one is
-          given.
+          (`sos.extend.hyperparameters`). Its seed is that of the run unless one
+          is given.
         - `dtype_policy`: `"float32"` or `"mixed_bfloat16"`.
         - `gradient_accumulation_steps`: parts, computed one after the other,
           of each replica's batch.
@@ -239,8 +239,8 @@ def required_hyperparameters(technique: str | None) -> list[str]:
     """Returns the names of the hyperparameters that have no default."""
     return [
         name
-        for name, default in sos.hyperparameters(technique).items()
-        if default is sos.REQUIRED
+        for name, default in sos.extend.hyperparameters(technique).items()
+        if default is sos.extend.REQUIRED
     ]
 
 
@@ -359,12 +359,12 @@ def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
             "rules": defaults["sparsity"]["rules"],
         }
     try:
-        hyperparameters = sos.hyperparameters(technique)
+        hyperparameters = sos.extend.hyperparameters(technique)
     except ValueError as error:
         raise UsageError(f"`config.sparsity.technique`: {error}") from error
     defaults["sparsity"] = {
         **{
-            name: None if default is sos.REQUIRED else default
+            name: None if default is sos.extend.REQUIRED else default
             for name, default in hyperparameters.items()
         },
         **defaults["sparsity"],
@@ -427,7 +427,7 @@ def _check_integer(name: str, value: Any, minimum: int) -> None:
 
 def _check_sparsity(sparsity: Mapping[str, Any], train_steps: int) -> None:
     technique = sparsity["technique"]
-    valid = {"technique", "rules", *sos.hyperparameters(technique)}
+    valid = {"technique", "rules", *sos.extend.hyperparameters(technique)}
     unknown = sorted(set(sparsity) - valid)
     if unknown:
         raise UsageError(

@@ -189,7 +189,7 @@ def _techniques(runs: Iterable[FinishedRun]) -> list[_Technique]:
         first.setdefault(run.label, run)
         of_technique = points.setdefault(run.label, {})
         of_technique.setdefault(run.point, []).append(run.result)
-    registered = list(sos.techniques())
+    registered = list(sos.extend.techniques())
     variants: dict[str | None, int] = {}
     techniques = []
     for label, run in first.items():

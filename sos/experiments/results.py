@@ -99,7 +99,7 @@ def collect(
         config, result = read_config(directory), read_result(directory)
         if config is not None and result is not None:
             run = FinishedRun(name=name, config=config, result=result)
-            if run.technique not in (None, *sos.techniques()):
+            if run.technique not in (None, *sos.extend.techniques()):
                 # One of the user's own.
                 config_lib.load_task(config["task"])
             runs.append(run)
@@ -113,7 +113,7 @@ def _order(run: FinishedRun) -> tuple:
         for name in config_lib.required_hyperparameters(run.technique)
     ]
     return (
-        [None, *sos.techniques()].index(run.technique),
+        [None, *sos.extend.techniques()].index(run.technique),
         run.label,
         hyperparameters,
         run.config["seed"],

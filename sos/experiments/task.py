@@ -31,7 +31,7 @@ class ExperimentTask(Task):
             what the host does. Runs that differ in these alone share one
             compiled step, so name one only if `compute_metrics` and the
             model's graph do not use it. Hyperparameters may be named that are
-            a `sos.Setting`, and those of a pruning schedule.
+            a `sos.extend.Hyperparameter`, and those of a pruning schedule.
     """
 
     runtime_entries: tuple[str, ...] = ()

@@ -92,7 +92,11 @@ def _layer_properties(layer: keras.layers.Layer) -> dict[str, Any]:
         ignored.add("sparse")
     if isinstance(layer, SparseWrapper):
         # Schedules are not traced, and some hyperparameters are variables.
-        ignored |= {"schedule", "ranking", *layer.settings.values()}
+        ignored |= {
+            "schedule",
+            "ranking",
+            *layer.hyperparameter_variables.values(),
+        }
     if not _is_users(plain_class(layer)):
         # A seed in a variable. A user's layer may have traced it.
         ignored.add("seed")

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from sos.errors import UsageError, reason
 from sos.masks import nan_count, refuse_nan, top_k_mask_device
-from sos.noise import call_label
+from sos.noise import noise_scope
 from sos.rankings import PerTensorRanking, Ranking, undecided_device
 from sos.training.strategies import several_processes
 from sos.training.task import Task, WeightedSum, check_metrics
@@ -259,7 +259,7 @@ class Steps:
             return {}, {}
         # A function traced outside of training would always return zeros.
         training = any(
-            wrapper.clock.bound for wrapper, _ in self.sparse_weights
+            wrapper.step_counter.bound for wrapper, _ in self.sparse_weights
         )
         zeros, penalties = (
             self._first(output).numpy()
@@ -476,7 +476,7 @@ class Steps:
             previous = [g for g in sums if g is not None]
             with (
                 tf.control_dependencies(previous),
-                call_label(f"accumulation_step_{index}"),
+                noise_scope(f"accumulation_step_{index}"),
             ):
                 part = tf.nest.map_structure(
                     lambda x, index=index: self._part(x, index), batch

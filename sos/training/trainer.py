@@ -15,7 +15,6 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from sos.driver import Driver
 from sos.errors import (
     CheckpointError,
     NonFiniteLossError,
@@ -45,6 +44,7 @@ from sos.training.task import (
     raise_wrong_cardinality,
     train_dataset,
 )
+from sos.updater import SparsityUpdater
 from sos.weight_decay import exclude_techniques
 from sos.wrappers.base import find_wrappers
 from sos.wrappers.masked import PruningWrapper, update_masks
@@ -508,12 +508,12 @@ class Trainer:
         dataset = self.strategy.distribute_datasets_from_function(
             lambda context: train_dataset(self.task, context, self.step)
         )
-        with self._updating_masks() as driver:
+        with self._updating_masks() as updater:
             iterator = iter(dataset)
             while (step := self.step) < steps:
                 begin = self._clock()
                 end = self._loop_end(step, steps, actions)
-                totals = self._run(iterator, step, end, driver)
+                totals = self._run(iterator, step, end, updater)
                 seconds = self._clock() - begin
                 summary = self._summarize(step, end, steps, totals, seconds)
                 for call in on_summary:
@@ -713,22 +713,22 @@ class Trainer:
         return self._host_copy
 
     @contextlib.contextmanager
-    def _updating_masks(self) -> Iterator[Driver | None]:
-        """Yields the driver of the sparse layers, if there are any."""
+    def _updating_masks(self) -> Iterator[SparsityUpdater | None]:
+        """Yields the updater of the sparse layers, if there are any."""
         if not self.steps.sparse_weights:
             yield None
             return
-        driver = Driver(
+        updater = SparsityUpdater(
             self.model, self.optimizer, update_masks=self._update_masks
         )
         step = self.step
         try:
             # Not up to date after an interrupt between a step and its update.
-            driver.start(up_to_date=step > 0 and step == self._masks_step)
+            updater.start(up_to_date=step > 0 and step == self._masks_step)
             self._masks_step = step
-            yield driver
+            yield updater
         finally:
-            driver.stop()
+            updater.stop()
 
     def _loop_end(
         self, step: int, steps: int, actions: Sequence[Action]
@@ -742,12 +742,16 @@ class Trainer:
         return min(end for end in ends if end is not None)
 
     def _run(
-        self, iterator: Any, step: int, end: int, driver: Driver | None
+        self,
+        iterator: Any,
+        step: int,
+        end: int,
+        updater: SparsityUpdater | None,
     ) -> Totals:
         """Runs a loop, in parts between which masks are updated."""
         parts: list[Totals] = []
         while step < end:
-            update = None if driver is None else driver.next_update(end)
+            update = None if updater is None else updater.next_update(end)
             part_end = update or end
             totals = self._train_steps(iterator, part_end - step)
             parts.append(totals)
@@ -755,8 +759,8 @@ class Trainer:
             if update:
                 # Before the ranking, whose error would name no step.
                 self._check_weights()
-            if driver is not None:
-                driver.step()
+            if updater is not None:
+                updater.step()
             step = self._masks_step = part_end
         return Totals.concatenate(parts)
 

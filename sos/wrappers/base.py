@@ -10,12 +10,12 @@ import keras
 import tensorflow as tf
 
 from sos import arguments, keras_compat, noise
-from sos.clock import Clock
 from sos.errors import ArgumentError, UsageError
+from sos.step_counter import StepCounter
 from sos.uses import LinearMap, LookUp
 from sos.wrappers import calling, selection, sparse_layer
 from sos.wrappers.effective import effective_value
-from sos.wrappers.settings import Settings
+from sos.wrappers.hyperparameters import HyperparameterVariables
 from sos.wrappers.sparse_weight import SparseWeight, SparseWeights
 
 #: Arguments of every technique that concern the layer it wraps.
@@ -52,8 +52,8 @@ class SparseWrapper(keras.layers.Layer):
             built, no weight is chosen.
     """
 
-    #: Whether training calls need the step of a bound clock.
-    needs_clock = True
+    #: Whether training calls need the training step.
+    needs_step = True
 
     #: Whether `training_weight` draws from a distribution of the weight, which
     #: `sos.sampled` draws from too.
@@ -99,9 +99,9 @@ class SparseWrapper(keras.layers.Layer):
         if paths is not None:
             self._paths = {int(index): path for index, path in paths.items()}
         self.supports_masking = layer.supports_masking
-        self.clock = Clock()
+        self.step_counter = StepCounter()
         self._sparse = SparseWeights()
-        self.settings = Settings()
+        self.hyperparameter_variables = HyperparameterVariables()
 
     # Hyperparameters.
 
@@ -114,7 +114,8 @@ class SparseWrapper(keras.layers.Layer):
         overrides this only if an argument is something else.
 
         Returns:
-            The defaults by name; `sos.REQUIRED` for arguments without one.
+            The defaults by name; `sos.extend.REQUIRED` for arguments without
+            one.
         """
         return {
             name: copy.deepcopy(default)
@@ -243,9 +244,9 @@ class SparseWrapper(keras.layers.Layer):
         """The weights that are made sparse; empty before the layer is built."""
         return tuple(self._sparse.items)
 
-    def setting(self, name: str) -> tf.Tensor:
-        """The current value of a `Setting`, as a scalar tensor."""
-        return self.settings.tensor(name)
+    def hyperparameter(self, name: str) -> tf.Tensor:
+        """The current value of a `Hyperparameter`, as a scalar tensor."""
+        return self.hyperparameter_variables.tensor(name)
 
     def add_state(
         self,
@@ -318,12 +319,12 @@ class SparseWrapper(keras.layers.Layer):
     ) -> tf.Tensor:
         """The key of a weight's noise at this step on this replica.
 
-        The technique needs a `Setting` named `seed`.
+        The technique needs a `Hyperparameter` named `seed`.
 
         Args:
             weight: The weight.
             kind: What the noise is for.
-            per_call: Whether calls under other labels (`sos.call_label`) get
+            per_call: Whether calls under other labels (`sos.noise_scope`) get
                 noise of their own, as noise on activations does.
 
         Returns:
@@ -332,12 +333,12 @@ class SparseWrapper(keras.layers.Layer):
         sample = noise.current_sample()
         if sample is not None:
             name = f"{weight.path}:{kind}:posterior"
-            return noise.key(self.setting("seed"), name, sample)
-        label = noise.current_label() if per_call else ""
+            return noise.key(self.hyperparameter("seed"), name, sample)
+        label = noise.current_noise_scope() if per_call else ""
         return noise.key(
-            self.setting("seed"),
+            self.hyperparameter("seed"),
             f"{weight.path}:{kind}:{label}",
-            self.clock.step,
+            self.step_counter.step,
         )
 
     # The layer.
@@ -375,7 +376,7 @@ class SparseWrapper(keras.layers.Layer):
             SparseWeight(weights[index], path, self)
             for index, path in self._paths.items()
         ]
-        self.settings.build(self)
+        self.hyperparameter_variables.build(self)
         for weight in self.sparse_weights:
             self.build_weight(weight)
         self.weights_changed()
@@ -397,10 +398,10 @@ class SparseWrapper(keras.layers.Layer):
             The wrapped layer's outputs.
 
         Raises:
-            RuntimeError: In training, if no driver has bound the clock.
+            RuntimeError: In training, if no updater is bound.
         """
         if training:
-            self.check_driven()
+            self.check_updated()
         return self.layer(inputs, *args, training=bool(training), **kwargs)
 
     def evaluation_weights(self) -> dict[SparseWeight, tf.Tensor]:
@@ -410,20 +411,21 @@ class SparseWrapper(keras.layers.Layer):
             for weight in self.sparse_weights
         }
 
-    def check_driven(self) -> None:
+    def check_updated(self) -> None:
         """Raises if a call in training would not count.
 
         Raises:
-            RuntimeError: If no driver has bound the clock.
+            RuntimeError: If no updater has bound the clock.
         """
-        if self.needs_clock and not self.clock.bound:
+        if self.needs_step and not self.step_counter.bound:
             raise RuntimeError(
                 f"The layer {self.name!r} ({type(self).__name__}) was called "
-                "in training, but nothing drives its clock, so that it would "
-                "not be made sparse. Pass `callbacks=[sos.SparsityCallback()]` "
-                "to every `fit`, or train inside "
-                "`with sos.Driver(model, optimizer) as driver:` and call "
-                "`driver.step()` after every step. For samples of the weights "
+                "with `training=True` outside of `sos.SparsityCallback` and "
+                "`sos.SparsityUpdater`: it would never become sparse. Pass "
+                "`callbacks=[sos.SparsityCallback()]` to every `fit`, or train "
+                "inside `with sos.SparsityUpdater(model, optimizer) as "
+                "updater:` and call `updater.step()` after every step. For "
+                "samples of the weights "
                 "at inference, open `sos.sampled(model, seed=...)`."
             )
 
@@ -456,7 +458,7 @@ class SparseWrapper(keras.layers.Layer):
         """The layer's configuration, which `from_config` takes."""
         config = super().get_config()
         del config["dtype"]
-        config.update(self.settings.values())
+        config.update(self.hyperparameter_variables.values())
         if self.attached:
             # The layer's configuration says which weights.
             for name in ("name", "trainable"):

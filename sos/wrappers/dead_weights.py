@@ -81,7 +81,7 @@ def after_update(
             weight,
             sparsity,
             wrapper.ranking.min_kept,
-            "`ranking=sos.PerTensorRanking(min_kept=0)`",
+            "`ranking=sos.extend.PerTensorRanking(min_kept=0)`",
         )
 
 
@@ -174,8 +174,8 @@ def _at(step: int | None) -> str:
 
 
 def _step(wrapper: SparseWrapper) -> int | None:
-    clock = wrapper.clock
-    return int(clock.step) if clock.bound else None
+    counter = wrapper.step_counter
+    return int(counter.step) if counter.bound else None
 
 
 def _warn(

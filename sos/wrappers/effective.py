@@ -81,7 +81,7 @@ def effective_value(weight: SparseWeight, training: bool) -> tf.Tensor:
 
     Raises:
         UsageError: In training, inside `sos.frozen` or `sos.sampled`.
-        RuntimeError: In training, if no driver has bound the clock.
+        RuntimeError: In training, if no updater is bound.
     """
     if training:
         check_training(weight)
@@ -101,7 +101,7 @@ def check_training(weight: SparseWeight) -> None:
 
     Raises:
         UsageError: Inside `sos.frozen` or `sos.sampled`.
-        RuntimeError: If no driver has bound the clock.
+        RuntimeError: If no updater has bound the clock.
     """
     for held in getattr(_local, "held", ()):
         if id(weight.variable) in held.values:
@@ -110,7 +110,7 @@ def check_training(weight: SparseWeight) -> None:
                 f"inside `sos.{held.name}`, whose weights are those of "
                 "inference. Close the scope before training."
             )
-    weight.technique.check_driven()
+    weight.technique.check_updated()
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ class MaskedWrapper(SparseWrapper):
     still feels weight decay and momentum (Gale et al. 2019, section 3).
     """
 
-    needs_clock = False
+    needs_step = False
 
     def build_weight(self, weight: SparseWeight) -> None:
         """Adds the mask."""
@@ -135,7 +135,7 @@ _NUMBERS = (
 class PruningWrapper(MaskedWrapper):
     """Sets masks by scores, to a sparsity that follows a schedule.
 
-    A technique overrides `scores`. The driver asks for the scores at the steps
+    A technique overrides `scores`. The updater asks for the scores at the steps
     of the schedule, between two training steps, and hands them to the ranking;
     the training step itself carries no sort and no condition.
 
@@ -155,9 +155,10 @@ class PruningWrapper(MaskedWrapper):
             sparsity, whose masks are updated for the rest of training.
         frequency: Training steps between two mask updates.
         power: Exponent of the growth.
-        schedule: A pruning schedule of tfmot (`sos.PolynomialDecay`,
-            `sos.ConstantSparsity` or a subclass of `sos.PruningSchedule`), or a
-            `sos.Schedule`, instead of the numbers.
+        schedule: A pruning schedule of tfmot (`sos.schedules.PolynomialDecay`,
+            `sos.schedules.ConstantSparsity` or a subclass of
+            `sos.schedules.PruningSchedule`), or a `sos.schedules.Schedule`,
+            instead of the numbers.
         ranking: How scores become masks; by default each tensor for itself.
         **kwargs: As for `SparseWrapper`.
 
@@ -175,7 +176,7 @@ class PruningWrapper(MaskedWrapper):
     0.7875
     """
 
-    needs_clock = True
+    needs_step = True
 
     #: Sums the gradients of each effective weight since its last mask update,
     #: dense and over all replicas, in `weight.state["gradient"]`. They are of
@@ -218,7 +219,7 @@ class PruningWrapper(MaskedWrapper):
         ranking = PerTensorRanking() if ranking is None else ranking
         if not isinstance(ranking, Ranking):
             raise ArgumentError(
-                "`ranking` must be a `sos.Ranking`. "
+                "`ranking` must be a `sos.extend.Ranking`. "
                 f"Received: ranking={ranking!r}"
             )
         super().__init__(layer, **kwargs)

@@ -8,10 +8,10 @@ import keras
 import tensorflow as tf
 
 from sos import arguments
-from sos.clock import Clock
 from sos.ramps import Ramp, make_ramp, takes_steps
+from sos.step_counter import StepCounter
 from sos.wrappers.base import SparseWrapper
-from sos.wrappers.settings import Setting
+from sos.wrappers.hyperparameters import Hyperparameter
 from sos.wrappers.sparse_weight import SparseWeight
 
 # The hyperparameters of which, with its name, a ramp is made.
@@ -24,7 +24,7 @@ class PenalizedWrapper(SparseWrapper):
     The penalty is added to `model.losses`, as the loss of a weight regulariser
     is, so that `fit` adds it by itself and a custom loop adds
     `sum(model.losses)`. It is counted once per step however often the layer is
-    called, and belongs to training alone: while no driver is bound, and in the
+    called, and belongs to training alone: while no updater is bound, and in the
     validation within `fit`, it is zero.
 
     Args:
@@ -33,7 +33,7 @@ class PenalizedWrapper(SparseWrapper):
             a multiple of 1 / (number of training examples).
         ramp: How the penalty grows from `begin_step` to `end_step`: "constant"
             (the full penalty from the first step on, without these two),
-            "linear", "cubic", "smoothed_cubic", or a `sos.Ramp`.
+            "linear", "cubic", "smoothed_cubic", or a `sos.ramps.Ramp`.
         begin_step: The last training step without a penalty.
         end_step: The first training step with the full penalty.
         seed: Seed of the noise, an integer. Streams differ by the weights'
@@ -58,8 +58,8 @@ class PenalizedWrapper(SparseWrapper):
     LinearRamp(begin_step=100, end_step=1000)
     """
 
-    penalty_weight = Setting("float32", minimum=0.0)
-    seed = Setting("int32")
+    penalty_weight = Hyperparameter("float32", minimum=0.0)
+    seed = Hyperparameter("int32")
 
     def __init__(
         self,
@@ -134,12 +134,14 @@ class PenalizedWrapper(SparseWrapper):
             weight: The weight.
 
         Returns:
-            A float32 scalar, zero while no driver is bound.
+            A float32 scalar, zero while no updater is bound.
         """
-        if not self.clock.bound:
+        if not self.step_counter.bound:
             return tf.zeros(())
-        factor = self.setting("penalty_weight") * self.ramp(self.clock.step)
-        return _noted(factor * self.penalty(weight), self.clock)
+        factor = self.hyperparameter("penalty_weight") * self.ramp(
+            self.step_counter.step
+        )
+        return _watch_gradient(factor * self.penalty(weight), self.step_counter)
 
     def add_penalized_state(
         self, weight: SparseWeight, name: str, **kwargs: Any
@@ -177,8 +179,8 @@ class PenalizedWrapper(SparseWrapper):
         return config
 
 
-def _noted(penalty: tf.Tensor, clock: Clock) -> tf.Tensor:
-    """Returns a penalty, and notes on the clock if it is differentiated.
+def _watch_gradient(penalty: tf.Tensor, step_counter: StepCounter) -> tf.Tensor:
+    """Returns the penalty and records whether it is differentiated.
 
     A loss that holds it is; one that is only logged is not.
     """
@@ -187,7 +189,7 @@ def _noted(penalty: tf.Tensor, clock: Clock) -> tf.Tensor:
     def identity(value: tf.Tensor) -> tuple:
         def grad(upstream: tf.Tensor) -> tf.Tensor:
             # When the step is traced, so that the compiled step is the same.
-            clock.penalty_trained = True
+            step_counter.penalty_trained = True
             return upstream
 
         return tf.identity(value), grad

@@ -7,8 +7,8 @@ import tensorflow as tf
 
 from sos import noise
 from sos.registry import register
+from sos.wrappers.hyperparameters import Hyperparameter
 from sos.wrappers.masked import PruningWrapper
-from sos.wrappers.settings import Setting
 from sos.wrappers.sparse_weight import SparseWeight
 
 
@@ -29,7 +29,7 @@ class RandomPruning(PruningWrapper):
         **kwargs: As for `PruningWrapper`, `sparsity` among them.
     """
 
-    seed = Setting("int32")
+    seed = Hyperparameter("int32")
     cumulative = True
 
     def __init__(
@@ -42,7 +42,9 @@ class RandomPruning(PruningWrapper):
         """Uniform in [0, 1), and -1 for what is pruned already."""
         scores = tf.random.stateless_uniform(
             weight.variable.shape,
-            seed=tf.stack([self.setting("seed"), noise.text_id(weight.path)]),
+            seed=tf.stack(
+                [self.hyperparameter("seed"), noise.text_id(weight.path)]
+            ),
             alg=noise.ALGORITHM,
         )
         return tf.where(weight.state["mask"].value > 0, scores, -1.0)

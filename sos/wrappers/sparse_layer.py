@@ -507,7 +507,7 @@ def _call(layer: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         return plain.call(layer, *args, **kwargs)
     if training is None:
         training = keras_compat.training_of_call(layer)
-    # No driver runs while a model is put together, as by the default of
+    # No updater runs while a model is put together, as by the default of
     # `training` in a `call`.
     training = training and not keras_compat.is_after_shapes()
     scope = EffectiveWeights(
@@ -581,7 +581,8 @@ def _technique_class(config: dict[str, Any]) -> type:
     if technique is None:
         raise UsageError(
             f"The technique {config['class_name']!r} is not known. Import the "
-            "module that defines it and decorate it with `@sos.register` "
-            f"before loading. Received: registered_name={name!r}"
+            "module that defines it and decorate it with "
+            "`@sos.extend.register` before loading. Received: "
+            f"registered_name={name!r}"
         )
     return technique

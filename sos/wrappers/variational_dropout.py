@@ -10,8 +10,8 @@ from sos import noise
 from sos.arguments import check_number
 from sos.registry import register
 from sos.uses import LinearMap, LookUp
+from sos.wrappers.hyperparameters import Hyperparameter
 from sos.wrappers.penalized import PenalizedWrapper
-from sos.wrappers.settings import Setting
 from sos.wrappers.sparse_weight import SparseWeight
 
 EPSILON = 1e-8
@@ -71,12 +71,12 @@ class VariationalDropout(PenalizedWrapper):
 
     Sparse variational dropout (Molchanov et al. 2017) as in Gale et al. 2019:
     every weight is a Gaussian with mean theta, which is the wrapped layer's
-    weight, and variance sigma^2. Linear maps and look-ups (`sos.register_use`),
-    also inside attention and other layers, are sampled through their outputs
-    (local reparameterisation), with noise of its own for each output element;
-    other weights are sampled as a whole, once per step. In
-    evaluation a weight is theta where log alpha = log(sigma^2 / theta^2) is
-    below the threshold, and zero elsewhere.
+    weight, and variance sigma^2. Linear maps and look-ups
+    (`sos.extend.register_use`), also inside attention and other layers, are
+    sampled through their outputs (local reparameterisation), with noise of its
+    own for each output element; other weights are sampled as a whole, once per
+    step. In evaluation a weight is theta where log alpha = log(sigma^2 /
+    theta^2) is below the threshold, and zero elsewhere.
 
     Difference from the authors' code: dense layers on inputs of rank 3 or more
     draw noise for every position; theirs share it over all positions.
@@ -96,7 +96,7 @@ class VariationalDropout(PenalizedWrapper):
     """
 
     has_posterior = True
-    threshold = Setting("float32")
+    threshold = Hyperparameter("float32")
 
     def __init__(
         self,
@@ -143,7 +143,9 @@ class VariationalDropout(PenalizedWrapper):
         """Theta where log alpha, not clipped, is below the threshold."""
         theta, log_sigma2 = self._parameters(weight)
         # Written so that a weight of NaN stays one, and is not removed.
-        removed = log_alpha_of(theta, log_sigma2) >= self.setting("threshold")
+        removed = log_alpha_of(theta, log_sigma2) >= self.hyperparameter(
+            "threshold"
+        )
         return tf.where(removed, 0.0, theta)
 
     def penalty(self, weight: SparseWeight) -> tf.Tensor:

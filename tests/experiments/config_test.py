@@ -43,7 +43,7 @@ def test_resolve_partial_config_takes_defaults_of_task_and_technique():
     assert set(config.sparsity) == {
         "technique",
         "rules",
-        *sos.hyperparameters("MagnitudePruning"),
+        *sos.extend.hyperparameters("MagnitudePruning"),
     }
     with pytest.raises(AttributeError):
         config.learning = 1

@@ -33,7 +33,7 @@ def _weights(sparsities):
 
 def _colour(technique, variant=0):
     """The colour of a technique, as hexadecimal text."""
-    place = list(sos.techniques()).index(technique)
+    place = list(sos.extend.techniques()).index(technique)
     rgb = figures._lighter(figures._COLOURS[place], variant)
     return matplotlib.colors.to_hex(rgb)
 

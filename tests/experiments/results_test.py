@@ -17,7 +17,7 @@ OWN_TECHNIQUE = """
 import sos
 from tests.support.toy_experiment import ToyExperiment as Task
 
-@sos.register
+@sos.extend.register
 class OwnTechnique(sos.FixedMask):
     pass
 """
@@ -62,7 +62,7 @@ def test_collect_unknown_technique_is_registered_by_its_task(
 ):
     (tmp_path / "own_technique.py").write_text(OWN_TECHNIQUE)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(registry, "_techniques", sos.techniques())
+    monkeypatch.setattr(registry, "_techniques", sos.extend.techniques())
     run = results.collect(copy)[0]
     config = {
         **run.config,

@@ -13,7 +13,7 @@ from sos.errors import StorageError
 from tests.support import techniques
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-SCHEDULE = sos.ConstantSparsity(0.75, begin_step=0, frequency=1)
+SCHEDULE = sos.schedules.ConstantSparsity(0.75, begin_step=0, frequency=1)
 
 
 def dense(size=8):
@@ -30,7 +30,7 @@ def dense(size=8):
 def sparse(size=8):
     """A model whose masks are set."""
     model = sos.sparsify(dense(size), "MagnitudePruning", schedule=SCHEDULE)
-    with sos.Driver(model, keras.optimizers.SGD()):
+    with sos.SparsityUpdater(model, keras.optimizers.SGD()):
         pass
     return model
 

@@ -14,7 +14,7 @@ from sos.export import ServingModule
 from sos.wrappers.base import find_wrappers
 from tests.support import techniques
 
-SCHEDULE = sos.ConstantSparsity(0.75, begin_step=0, frequency=1)
+SCHEDULE = sos.schedules.ConstantSparsity(0.75, begin_step=0, frequency=1)
 WORDS = ["one", "two", "three"]
 
 
@@ -48,7 +48,7 @@ def test_export_model_with_an_unknown_format_names_the_valid_ones(tmp_path):
 
 def test_serving_module_of_a_sparse_model_holds_the_plain_one(tmp_path):
     model = sos.sparsify(dense(), "MagnitudePruning", schedule=SCHEDULE)
-    with sos.Driver(model, keras.optimizers.SGD()):
+    with sos.SparsityUpdater(model, keras.optimizers.SGD()):
         pass
     module = ServingModule(model)
     x = techniques.normal(3, 6)

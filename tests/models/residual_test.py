@@ -115,9 +115,9 @@ def test_every_kernel_can_be_made_sparse_and_trained(model):
         optimizer.apply(tape.gradient(loss, variables), variables)
         return loss
 
-    with sos.Driver(sparse, optimizer) as driver:
+    with sos.SparsityUpdater(sparse, optimizer) as updater:
         losses = []
         for _ in range(8):
             losses.append(float(step()))
-            driver.step()
+            updater.step()
     assert losses[-1] < losses[0]

@@ -98,9 +98,9 @@ In training VD and L0 sample. *each* means that every example, and every
 position of it, gets a sample of its own; *step* that all examples of a step
 share one sample of the weight. Exceptions are named after that. L0 samples
 weights once a step, as its authors do, except rows that are looked up.
-`sos.register_use` says what a layer of your own does with a weight, so that VD
-samples it for each. *refused* means that, at this point, `sos` raises an error
-that says what to do instead.
+`sos.extend.register_use` says what a layer of your own does with a weight, so
+that VD samples it for each. *refused* means that, at this point, `sos` raises
+an error that says what to do instead.
 
 **Multiply-adds**: whether `sos.sparsity_report` knows how many each weight
 takes part in, for inputs of known sizes.
@@ -285,7 +285,7 @@ def sample(make, x, technique):
         # Initial values may be so small that nothing comes through.
         weight.variable.assign(generator.normal(0, 0.5, state.shape))
     each, step = [], []
-    with sos.Driver(sparse, keras.optimizers.SGD()):
+    with sos.SparsityUpdater(sparse, keras.optimizers.SGD()):
         quiet = outputs()
         for weight in weights:
             state = weight.state[name]

@@ -124,7 +124,7 @@ def compile_model(
 
 def fit(model: keras.Model, data: Any) -> dict[str, list[float]]:
     """Trains a model on all batches and returns the logs."""
-    driven = any(wrapper.needs_clock for wrapper in find_wrappers(model))
+    driven = any(wrapper.needs_step for wrapper in find_wrappers(model))
     callbacks = [sos.SparsityCallback()] * driven
     logs = model.fit(data, callbacks=callbacks, shuffle=False, verbose=0)
     return {k: v for k, v in logs.history.items() if k != "sparsity"}

@@ -14,7 +14,7 @@ from sos import keras_compat
 from sos.wrappers.base import find_wrappers
 from sos.wrappers.sparse_layer import as_plain
 
-SCHEDULE = sos.ConstantSparsity(0.5, begin_step=1, frequency=1)
+SCHEDULE = sos.schedules.ConstantSparsity(0.5, begin_step=1, frequency=1)
 
 # With these, techniques prune from the first step on.
 HYPERPARAMETERS = {"sparsity": 0.5, "frequency": 1, "penalty_weight": 1e-3}
@@ -22,7 +22,7 @@ HYPERPARAMETERS = {"sparsity": 0.5, "frequency": 1, "penalty_weight": 1e-3}
 # The package's own techniques; other tests register more.
 TECHNIQUES = [
     technique
-    for technique in sos.techniques().values()
+    for technique in sos.extend.techniques().values()
     if technique.__module__.startswith("sos.")
 ]
 NAMES = [technique.__name__ for technique in TECHNIQUES]
@@ -35,24 +35,24 @@ def arguments(technique, **overrides):
         technique: The class or its name; None for a dense model.
         **overrides: Arguments that differ from `HYPERPARAMETERS`.
     """
-    selected = sos.select_hyperparameters(technique, HYPERPARAMETERS)
+    selected = sos.extend.select_hyperparameters(technique, HYPERPARAMETERS)
     if technique is None:
         return selected
-    technique = sos.techniques().get(technique, technique)
+    technique = sos.extend.techniques().get(technique, technique)
     return technique.resolve_hyperparameters(overrides, selected)
 
 
 def wrap(technique, layer, **overrides):
     """A layer under a technique, which is a class or its name."""
-    technique = sos.techniques().get(technique, technique)
+    technique = sos.extend.techniques().get(technique, technique)
     return technique(layer, **arguments(technique, **overrides))
 
 
 def bind(layer, step=0):
-    """Binds the clock of one wrapper to a new optimizer at a step."""
+    """Binds one wrapper's step counter to a new optimizer at a step."""
     optimizer = keras.optimizers.SGD()
     optimizer.iterations.assign(step)
-    layer.clock.bind(optimizer)
+    layer.step_counter.bind(optimizer)
     return optimizer
 
 
@@ -108,7 +108,7 @@ def make_zeros(model, seed=0):
     """Gives all techniques zeros in evaluation, as training would."""
     generator = np.random.default_rng(seed)
     for wrapper in find_wrappers(model):
-        if isinstance(wrapper, sos.MaskedWrapper):
+        if isinstance(wrapper, sos.extend.MaskedWrapper):
             wrapper.set_masks(
                 [
                     generator.random(weight.variable.shape) < 0.5
@@ -124,12 +124,12 @@ def make_zeros(model, seed=0):
 def assign_evaluation_weights(wrapper, plain):
     """Sets a plain layer to what a wrapper, also a nested one, evaluates."""
     layer = wrapper
-    while isinstance(layer, sos.SparseWrapper):
+    while isinstance(layer, sos.extend.SparseWrapper):
         layer = layer.layer
     position = {id(v): i for i, v in enumerate(layer.variables)}
     for old, new in zip(layer.variables, plain.variables, strict=True):
         new.assign(old)
-    while isinstance(wrapper, sos.SparseWrapper):
+    while isinstance(wrapper, sos.extend.SparseWrapper):
         for weight, value in wrapper.evaluation_weights().items():
             plain.variables[position[id(weight.variable)]].assign(value)
         wrapper = wrapper.layer
@@ -183,14 +183,14 @@ def train(model, inputs, *, steps=1, optimizer=None, call=None):
         return loss
 
     losses = []
-    with sos.Driver(model, optimizer) as driver:
+    with sos.SparsityUpdater(model, optimizer) as updater:
         for _ in range(steps):
             losses.append(float(train_step()))
-            driver.step()
+            updater.step()
     return losses
 
 
-class Recorder(sos.PerTensorRanking):
+class Recorder(sos.extend.PerTensorRanking):
     """Ranks as usual, and notes the sparsities that it is asked for."""
 
     def __init__(self):
@@ -204,12 +204,12 @@ class Recorder(sos.PerTensorRanking):
         return super().masks(scores, sparsities)
 
 
-class Staircase(sos.Schedule):
+class Staircase(sos.schedules.Schedule):
     """The sparsity t / 1000 at step t, so that a record shows the steps."""
 
     def __init__(self, begin=0, end=999, frequency=1):
         super().__init__(
-            sos.PolynomialDecay(
+            sos.schedules.PolynomialDecay(
                 begin / 1000,
                 end / 1000,
                 begin,
@@ -225,7 +225,7 @@ def recorded(log):
     return [round(sparsities[0] * 1000) for sparsities in log]
 
 
-class Shift(sos.PenalizedWrapper):
+class Shift(sos.extend.PenalizedWrapper):
     """Only the penalty moves its state: by -rate * factor a step.
 
     The penalty is the sum of `shift`, whose gradient is 1, so that what SGD

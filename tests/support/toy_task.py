@@ -79,7 +79,7 @@ class ToyTask(Task):
             return model
         return sos.sparsify(
             model,
-            sos.techniques()[self.technique],
+            sos.extend.techniques()[self.technique],
             **techniques.arguments(self.technique, **self.overrides),
         )
 
@@ -124,8 +124,8 @@ class ToyTask(Task):
 
 def _text(value):
     """Returns a text that is the same in every process."""
-    if isinstance(value, sos.PruningSchedule):
-        value = sos.Schedule(value)
+    if isinstance(value, sos.schedules.PruningSchedule):
+        value = sos.schedules.Schedule(value)
     return repr(value)
 
 

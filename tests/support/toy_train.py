@@ -28,7 +28,7 @@ with sos.startup.quiet():
 
     tf.config.list_physical_devices()
 
-SCHEDULE = sos.PolynomialDecay(0.0, 0.8, 3, 15, frequency=3)
+SCHEDULE = sos.schedules.PolynomialDecay(0.0, 0.8, 3, 15, frequency=3)
 
 _TECHNIQUES = flags.DEFINE_list("techniques", "dense", "With commas between.")
 _TRAIN_STEPS = flags.DEFINE_integer("train_steps", 20, "Of each training.")
@@ -85,7 +85,9 @@ def make_task(technique, task_class=toy_task.ToyTask):
     """The task of a technique, for the program and what it is compared with."""
     if technique == "dense":
         return task_class()
-    pruning = issubclass(sos.techniques()[technique], sos.PruningWrapper)
+    pruning = issubclass(
+        sos.extend.techniques()[technique], sos.extend.PruningWrapper
+    )
     overrides = {"schedule": SCHEDULE} if pruning else {}
     return task_class(technique, **overrides)
 

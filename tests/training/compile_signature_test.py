@@ -96,8 +96,8 @@ def lstm(units=3, **kwargs):
     return keras.Sequential(layers)
 
 
-@sos.register
-class SignaturePruning(sos.PruningWrapper):
+@sos.extend.register
+class SignaturePruning(sos.extend.PruningWrapper):
     """A user's technique, without a constructor of its own."""
 
     def scores(self, weight):

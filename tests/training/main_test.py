@@ -23,7 +23,7 @@ from tests.support import processes, techniques, toy_task
 from tests.support.toy_task import ToyTask
 
 STEPS = 20
-SCHEDULE = sos.PolynomialDecay(0.0, 0.8, 3, 15, frequency=3)
+SCHEDULE = sos.schedules.PolynomialDecay(0.0, 0.8, 3, 15, frequency=3)
 
 
 class Program:

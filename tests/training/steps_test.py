@@ -45,7 +45,7 @@ def dense():
 def pruned():
     return techniques.mlp(
         "MagnitudePruning",
-        schedule=sos.ConstantSparsity(0.5, begin_step=2, frequency=2),
+        schedule=sos.schedules.ConstantSparsity(0.5, begin_step=2, frequency=2),
     )
 
 
@@ -123,12 +123,12 @@ class Run:
 
     def train(self, steps, per_call=1):
         parts = []
-        with driving(self.model, self.optimizer) as driver:
+        with driving(self.model, self.optimizer) as updater:
             iterator = self.iterator(self.task.train_dataset)
             for _ in range(0, steps, per_call):
                 parts.append(self.steps.train(iterator, per_call))
-                if driver is not None:
-                    driver.step()
+                if updater is not None:
+                    updater.step()
         self.totals = Totals.concatenate(parts)
         return self
 
@@ -159,8 +159,8 @@ def driving(model, optimizer):
     if not sos.wrappers.base.find_wrappers(model):
         yield None
         return
-    with sos.Driver(model, optimizer) as driver:
-        yield driver
+    with sos.SparsityUpdater(model, optimizer) as updater:
+        yield updater
 
 
 class Plain:
@@ -171,7 +171,7 @@ class Plain:
         self.optimizer = task.build_optimizer(self.model)
         self.optimizer.build(self.model.trainable_variables)
         variables = self.model.trainable_variables
-        with driving(self.model, self.optimizer) as driver:
+        with driving(self.model, self.optimizer) as updater:
             for step in range(steps):
                 batch = task.rows(step)
                 with tf.GradientTape() as tape:
@@ -188,8 +188,8 @@ class Plain:
                     for g in gradients
                 ]
                 self.optimizer.apply(gradients, variables)
-                if driver is not None:
-                    driver.step()
+                if updater is not None:
+                    updater.step()
 
     values = Run.values
 
@@ -230,7 +230,7 @@ def test_a_step_is_that_of_the_formulas():
     assert run.step == 3
 
 
-class Gathering(sos.PruningWrapper):
+class Gathering(sos.extend.PruningWrapper):
     """A technique that ranks by gradients."""
 
     uses_gradient = True
@@ -250,7 +250,9 @@ def test_gradients_are_gathered_of_sums_over_all_examples(
 
     def linear():
         layer = layers.Dense(2, use_bias=False)
-        schedule = sos.ConstantSparsity(0.5, begin_step=5, frequency=5)
+        schedule = sos.schedules.ConstantSparsity(
+            0.5, begin_step=5, frequency=5
+        )
         return keras.Sequential(
             [keras.Input((6,)), Gathering(layer, schedule=schedule)]
         )
@@ -455,7 +457,7 @@ def noisy(name, **settings):
     """A task with equal examples, so that outputs differ by noise alone."""
 
     def one_layer():
-        technique = sos.techniques()[name]
+        technique = sos.extend.techniques()[name]
         layer = technique(
             layers.Dense(5, name="a"), penalty_weight=1e-3, **settings
         )
@@ -871,7 +873,7 @@ def test_a_sum_that_is_not_finite_is_named_whatever_it_weighs():
 
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_a_penalty_that_is_not_finite_is_named(replicas):
-    class Growing(sos.Ramp):
+    class Growing(sos.ramps.Ramp):
         def __call__(self, step):
             return tf.where(step < 2, 1.0, np.inf)
 
@@ -962,7 +964,7 @@ def test_penalties_are_summarized_in_training(name, replicas):
     # In any order, as an evaluation may come before, between and after.
     for _ in range(2):
         assert total() == 0
-        with sos.Driver(run.model, run.optimizer):
+        with sos.SparsityUpdater(run.model, run.optimizer):
             expected = float(sum(run.model.losses))
             assert expected > 0
             assert total() == pytest.approx(expected, rel=1e-5)
@@ -990,7 +992,7 @@ def test_techniques_may_be_mixed():
         )
 
     run = Run(task(mixed)).train(1)
-    with sos.Driver(run.model, run.optimizer):
+    with sos.SparsityUpdater(run.model, run.optimizer):
         zeros, penalties = run.steps.summary()
     assert list(zeros.values()) == [24, 0, 4]
     (path,) = penalties
@@ -1043,7 +1045,7 @@ def test_moving_statistics_of_two_replicas(synchronized):
 
 def gathering():
     """Layers whose masks, rankings and gradients change in training."""
-    schedule = sos.ConstantSparsity(0.5, begin_step=2, frequency=2)
+    schedule = sos.schedules.ConstantSparsity(0.5, begin_step=2, frequency=2)
     return keras.Sequential(
         [
             keras.Input((6,)),
@@ -1155,7 +1157,7 @@ def test_jit_compile_leaves_errors_of_the_data_alone():
 # Mask updates on a TPU.
 
 
-class Saliency(sos.PruningWrapper):
+class Saliency(sos.extend.PruningWrapper):
     """What a user may write: ranks by gradients, which replicas gather."""
 
     uses_gradient = True
@@ -1164,7 +1166,7 @@ class Saliency(sos.PruningWrapper):
         return tf.abs(weight.value * weight.state["gradient"].value)
 
 
-class OneOfTwo(sos.Ranking):
+class OneOfTwo(sos.extend.Ranking):
     """Keeps the higher of each two neighbours along the first axis."""
 
     def masks(self, scores, sparsities):
@@ -1177,7 +1179,7 @@ class OneOfTwo(sos.Ranking):
         return masks
 
 
-class Together(sos.Ranking):
+class Together(sos.extend.Ranking):
     """Ranks all weights in one order."""
 
     def masks(self, scores, sparsities):
@@ -1190,7 +1192,7 @@ class Together(sos.Ranking):
 PRUNING = [
     name
     for name in techniques.NAMES
-    if issubclass(sos.techniques()[name], sos.PruningWrapper)
+    if issubclass(sos.extend.techniques()[name], sos.extend.PruningWrapper)
 ]
 
 
@@ -1284,11 +1286,13 @@ def model_of(name):
     wrapped = []
     for i, (technique, arguments) in enumerate(MODELS[name]):
         if isinstance(technique, str):
-            technique = sos.techniques()[technique]
+            technique = sos.extend.techniques()[technique]
         wrapped.append(
             technique(
                 layers.Dense(6, name=f"layer_{i}"),
-                schedule=sos.PolynomialDecay(0.2, 0.8, 2, 9, frequency=2),
+                schedule=sos.schedules.PolynomialDecay(
+                    0.2, 0.8, 2, 9, frequency=2
+                ),
                 **arguments,
             )
         )
@@ -1323,12 +1327,12 @@ def test_in_training_the_bits_are_those_of_the_host(name, scope):
                 strategy.run(on_replica)
 
             history = []
-            with sos.Driver(
+            with sos.SparsityUpdater(
                 model, optimizer, update_masks=make_update()
-            ) as driver:
+            ) as updater:
                 for i in range(10):
                     step(tf.constant(i))
-                    driver.step()
+                    updater.step()
                     history.append(masks(model))
         return history, [keras.ops.convert_to_numpy(v) for v in model.variables]
 

@@ -23,8 +23,8 @@ from tests.support import techniques
 EXAMPLES = 32
 
 
-@sos.register
-class TpuSaliency(sos.PruningWrapper):
+@sos.extend.register
+class TpuSaliency(sos.extend.PruningWrapper):
     """What a user may write: ranks by gradients, which replicas gather."""
 
     uses_gradient = True
@@ -35,7 +35,7 @@ class TpuSaliency(sos.PruningWrapper):
 
 
 @keras.saving.register_keras_serializable(package="tpu_test")
-class SortedTogether(sos.Ranking):
+class SortedTogether(sos.extend.Ranking):
     """What a user may write: ranks all weights together, by a sort."""
 
     def get_config(self):
@@ -163,7 +163,7 @@ def traces(trainer, only=None):
         "finite": steps.finite_function.get_concrete_function,
     }
     wrappers = dict.fromkeys(wrapper for wrapper, _ in steps.sparse_weights)
-    pruning = [w for w in wrappers if isinstance(w, sos.PruningWrapper)]
+    pruning = [w for w in wrappers if isinstance(w, sos.extend.PruningWrapper)]
     if wrappers:
         functions["summary"] = functools.partial(
             steps.summary_function.get_concrete_function, True
@@ -178,9 +178,9 @@ def traces(trainer, only=None):
     with contextlib.ExitStack() as stack:
         if wrappers:
             # Bound, but without the mask update that starting makes.
-            driver = sos.Driver(trainer.model, trainer.optimizer)
-            driver.resume()
-            stack.callback(driver.pause)
+            updater = sos.SparsityUpdater(trainer.model, trainer.optimizer)
+            updater.resume()
+            stack.callback(updater.pause)
         return {
             name: trace()
             for name, trace in functions.items()
@@ -211,7 +211,9 @@ def test_a_tpu_accepts_every_step(technique, replicas, dtype, policy):
     if technique is not None:
         assert "summary" in functions
         assert len(trainer.steps.sparse_weights) == 10
-        pruning = issubclass(sos.techniques()[technique], sos.PruningWrapper)
+        pruning = issubclass(
+            sos.extend.techniques()[technique], sos.extend.PruningWrapper
+        )
         assert ("masks" in functions) == pruning
 
 
@@ -233,7 +235,7 @@ def test_a_tpu_accepts_accumulated_and_clipped_gradients():
         "VariationalDropout",
         2,
         optimizer=lambda: keras.optimizers.AdamW(1e-3, global_clipnorm=1.0),
-        ramp=sos.CubicRamp(0, 100, moving_average=True),
+        ramp=sos.ramps.CubicRamp(0, 100, moving_average=True),
     )
     trainer = make_trainer(task, 2, gradient_accumulation_steps=2)
     assert_accepted(traces(trainer, only="train"))

@@ -23,8 +23,8 @@ from tests.support import techniques, toy_task
 from tests.support.toy_task import OrderedTask, ToyTask
 
 
-@sos.register
-class TrainerSaliency(sos.PruningWrapper):
+@sos.extend.register
+class TrainerSaliency(sos.extend.PruningWrapper):
     """What a user may write: ranks by gradients since the last update."""
 
     uses_gradient = True
@@ -190,8 +190,8 @@ def test_masks_are_updated_at_the_steps_of_the_schedule(
     assert trainer.step == 12
 
 
-def test_the_updates_are_those_of_a_driver():
-    schedule = sos.PolynomialDecay(0.1, 0.8, 1, 9, frequency=2)
+def test_the_updates_are_those_of_an_updater():
+    schedule = sos.schedules.PolynomialDecay(0.1, 0.8, 1, 9, frequency=2)
     trainer = make_trainer(
         "MagnitudePruning", schedule=schedule, steps_per_loop=100
     )
@@ -212,10 +212,10 @@ def test_the_updates_are_those_of_a_driver():
             loss = total / weight + sum(model.losses)
         optimizer.apply(tape.gradient(loss, variables), variables)
 
-    with sos.Driver(model, optimizer) as driver:
+    with sos.SparsityUpdater(model, optimizer) as updater:
         for _ in range(11):
             step(next(batches))
-            driver.step()
+            updater.step()
     expected = {
         name: mask
         for name, mask in techniques.sparse_state(model).items()
@@ -290,7 +290,9 @@ def test_an_action_that_fails_ends_training_and_leaves_nothing_bound():
     with pytest.raises(KeyError, match="mine"):
         trainer.train(5, actions=[Action(call=fail, at=(3,))])
     assert trainer.step == 3
-    assert not any(w.clock.bound for w, _ in trainer.steps.sparse_weights)
+    assert not any(
+        w.step_counter.bound for w, _ in trainer.steps.sparse_weights
+    )
     # It can go on.
     trainer.train(5)
     assert trainer.step == 5
@@ -352,9 +354,11 @@ def toy(technique, replicas=1, **own):
     """A trainer of all that has a state: dropout, statistics, schedules."""
     arguments = {"batch_norm": True, "dropout": 0.3}
     if technique and issubclass(
-        sos.techniques()[technique], sos.PruningWrapper
+        sos.extend.techniques()[technique], sos.extend.PruningWrapper
     ):
-        arguments["schedule"] = sos.PolynomialDecay(0.1, 0.8, 1, 9, frequency=3)
+        arguments["schedule"] = sos.schedules.PolynomialDecay(
+            0.1, 0.8, 1, 9, frequency=3
+        )
     return make_trainer(technique, replicas=replicas, **arguments, **own)
 
 
@@ -450,15 +454,17 @@ def test_stopped_training_goes_on_to_the_same_bits(
 def other(technique, **own):
     """A task that differs from `toy`'s in seeds, schedules and numbers."""
     overrides = {}
-    cls = technique and sos.techniques()[technique]
-    if cls and issubclass(cls, sos.PruningWrapper):
-        overrides["schedule"] = sos.PolynomialDecay(0.2, 0.6, 2, 8, frequency=2)
-    if cls and issubclass(cls, sos.PenalizedWrapper):
+    cls = technique and sos.extend.techniques()[technique]
+    if cls and issubclass(cls, sos.extend.PruningWrapper):
+        overrides["schedule"] = sos.schedules.PolynomialDecay(
+            0.2, 0.6, 2, 8, frequency=2
+        )
+    if cls and issubclass(cls, sos.extend.PenalizedWrapper):
         overrides["penalty_weight"] = 0.05
     task = ToyTask(
         technique, batch_norm=True, dropout=0.3, **{**overrides, **own}
     )
-    if cls and "seed" in sos.hyperparameters(cls):
+    if cls and "seed" in sos.extend.hyperparameters(cls):
         # Of the technique.
         task.overrides["seed"] = 7
     return task
@@ -524,7 +530,7 @@ def test_reset_takes_another_learning_rate():
             None,
             {"optimizer": lambda: keras.optimizers.Adam(0.02, beta_1=0.8)},
         ),
-        ("L0Regularization", {"ramp": sos.LinearRamp(0, 20)}),
+        ("L0Regularization", {"ramp": sos.ramps.LinearRamp(0, 20)}),
         ("VariationalDropout", {"clip_log_alpha": 4.0}),
     ],
     ids=[
@@ -704,7 +710,9 @@ def spoiled(at, *, of="y", replicas=1, technique=None, **arguments):
         {"x": x, "y": y}[of][(at + 1) * batch_size - 1] = np.nan
     settings = {}
     if technique == "MagnitudePruning":
-        settings["schedule"] = sos.ConstantSparsity(0.5, 1, frequency=1)
+        settings["schedule"] = sos.schedules.ConstantSparsity(
+            0.5, 1, frequency=1
+        )
 
     def model():
         if technique:
@@ -1119,7 +1127,7 @@ def test_records_tell_of_the_loop():
 
 @pytest.mark.parametrize("name", ["L0Regularization", "VariationalDropout"])
 def test_records_tell_penalties_as_they_stand_in_the_loss(name):
-    ramp = sos.LinearRamp(begin_step=0, end_step=10)
+    ramp = sos.ramps.LinearRamp(begin_step=0, end_step=10)
     trainer = make_trainer(name, ramp=ramp, penalty_weight=0.01)
     # An evaluation has none, before and after.
     assert trainer.evaluate().penalty is None

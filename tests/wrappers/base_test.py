@@ -14,12 +14,12 @@ TECHNIQUES = techniques.NAMES
 PENALIZED = [
     name
     for name in TECHNIQUES
-    if issubclass(sos.techniques()[name], sos.PenalizedWrapper)
+    if issubclass(sos.extend.techniques()[name], sos.extend.PenalizedWrapper)
 ]
 PRUNING = [
     name
     for name in TECHNIQUES
-    if issubclass(sos.techniques()[name], sos.PruningWrapper)
+    if issubclass(sos.extend.techniques()[name], sos.extend.PruningWrapper)
 ]
 
 all_techniques = pytest.mark.parametrize("name", TECHNIQUES)
@@ -31,7 +31,7 @@ def prune(model, sparsity=0.5):
         {
             wrapper: sparsity
             for wrapper in find_wrappers(model)
-            if isinstance(wrapper, sos.PruningWrapper)
+            if isinstance(wrapper, sos.extend.PruningWrapper)
         }
     )
 
@@ -83,7 +83,7 @@ def test_penalty_grows_with_its_weight(name):
         techniques.bind(wrapper)
     totals = []
     for value in (1.0, 5.0):
-        sos.set_all(model, penalty_weight=value)
+        sos.set_hyperparameters(model, penalty_weight=value)
         assert len(model.losses) == 5
         totals.append(float(sum(model.losses)))
     assert totals[1] == pytest.approx(5 * totals[0], rel=1e-5)
@@ -98,7 +98,7 @@ def test_penalty_is_zero_while_nothing_drives(name):
 
 @penalized_techniques
 def test_the_penalties_of_weights_are_those_in_the_loss(name):
-    ramp = sos.LinearRamp(begin_step=2, end_step=6)
+    ramp = sos.ramps.LinearRamp(begin_step=2, end_step=6)
     layer = keras.layers.Bidirectional(keras.layers.SimpleRNN(2))
     model = keras.Sequential(
         [
@@ -119,7 +119,7 @@ def test_the_penalties_of_weights_are_those_in_the_loss(name):
     assert not weighted().any()
     optimizer = keras.optimizers.SGD()
     optimizer.iterations.assign(3)
-    with sos.Driver(model, optimizer):
+    with sos.SparsityUpdater(model, optimizer):
         found = weighted()
         np.testing.assert_array_equal(np.sort(found), np.sort(model.losses))
         # A quarter of the ramp, which the second layer has none of.
@@ -175,7 +175,7 @@ def test_training_without_a_driver_raises_where_one_is_needed(name):
     x = techniques.normal(3, 4)
     wrapper(x)
     wrapper(x, training=False)
-    if not wrapper.needs_clock:
+    if not wrapper.needs_step:
         wrapper(x, training=True)
         return
     with pytest.raises(RuntimeError, match="'here'.*SparsityCallback"):
@@ -218,7 +218,7 @@ def test_file_keeps_every_bit_and_setting(name, tmp_path):
     disturb(model)
     for setting, value in CHANGED.items():
         if hasattr(type(model.layers[0]), setting):
-            sos.set_all(model, **{setting: value})
+            sos.set_hyperparameters(model, **{setting: value})
     x, _ = techniques.batch()
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
@@ -230,7 +230,9 @@ def test_file_keeps_every_bit_and_setting(name, tmp_path):
     np.testing.assert_array_equal(model(x), loaded(x))
     for old, new in zip(model.layers, loaded.layers, strict=True):
         for setting in CHANGED:
-            if isinstance(getattr(type(old), setting, None), sos.Setting):
+            if isinstance(
+                getattr(type(old), setting, None), sos.extend.Hyperparameter
+            ):
                 assert getattr(new, setting) == CHANGED[setting]
 
 
@@ -273,7 +275,7 @@ def test_mixed_precision_leaves_the_techniques_variables_alone(name, policy):
     (wrapper,) = model.layers
     techniques.bind(wrapper)
     prune(model)
-    mask = isinstance(wrapper, sos.MaskedWrapper)
+    mask = isinstance(wrapper, sos.extend.MaskedWrapper)
     for variable in wrapper.sparse_weights[0].state.values():
         assert variable.dtype == ("uint8" if mask else "float32")
     for training in (False, True):
@@ -313,11 +315,11 @@ def test_compiled_by_xla_it_gives_the_same(name):
         optimizer = keras.optimizers.SGD(0.1)
         optimizer.build(model.trainable_variables)
         step = techniques.train_step(model, optimizer, jit_compile=jit_compile)
-        with sos.Driver(model, optimizer) as driver:
+        with sos.SparsityUpdater(model, optimizer) as updater:
             losses = []
             for i in range(4):
                 losses.append(step(*techniques.batch(seed=i)))
-                driver.step()
+                updater.step()
         evaluate = tf.function(model, jit_compile=jit_compile)
         results.append(
             [*losses, evaluate(techniques.batch()[0])]
@@ -379,7 +381,7 @@ def gradients(technique, how, compiled):
             loss += 100 * sum(model.losses, 0.0)
         return [loss, *tape.gradient(loss, model.trainable_variables)]
 
-    with sos.Driver(model, keras.optimizers.SGD()):
+    with sos.SparsityUpdater(model, keras.optimizers.SGD()):
         return tf.function(compute)() if compiled else compute()
 
 
@@ -444,7 +446,7 @@ def test_scales_and_biases_of_rank_2_stay_dense():
         kind = row["weight"].rpartition("/")[2]
         assert bool(row["technique"]) == (kind not in dense), row
         if row["rank"] > 1 and kind in dense:
-            assert row["note"] == dense[kind]
+            assert row["reason"] == dense[kind]
             vectors += 1
     # Two of the norm, one of the GRU, three of the attention's four.
     assert vectors == 6
@@ -549,7 +551,7 @@ def test_rematerialisation_inside_a_wrapped_layer(name):
 # Scores, rankings and gradients.
 
 
-class Returning(sos.Ranking):
+class Returning(sos.extend.Ranking):
     """Returns what it is told to, in the place of masks."""
 
     def __init__(self, result):
@@ -590,7 +592,7 @@ def test_wrong_masks_of_a_ranking_change_no_mask(result):
         assert techniques.state(wrapper, "mask").numpy().all()
 
 
-class ByColumn(sos.PruningWrapper):
+class ByColumn(sos.extend.PruningWrapper):
     """Scores of a wrong shape."""
 
     def scores(self, weight):
@@ -605,7 +607,7 @@ def test_scores_of_a_wrong_shape_are_refused():
     assert techniques.state(wrapper, "mask").numpy().all()
 
 
-class ByGradient(sos.PruningWrapper):
+class ByGradient(sos.extend.PruningWrapper):
     """Keeps the weights with the largest gradients."""
 
     uses_gradient = True
@@ -646,7 +648,7 @@ def test_gradient_sums_over_calls_and_steps_until_an_update():
     np.testing.assert_allclose(gradient, once, rtol=1e-4, atol=1e-5)
 
 
-# Setting single masks.
+# Hyperparameter single masks.
 
 
 class CumulativeByGradient(ByGradient):

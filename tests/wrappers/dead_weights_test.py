@@ -49,7 +49,7 @@ def mask_of(wrapper):
 ORDERED = np.arange(1, 9).reshape(4, 2)
 
 
-class ByGradient(sos.PruningWrapper):
+class ByGradient(sos.extend.PruningWrapper):
     uses_gradient = True
 
     def scores(self, weight):
@@ -62,7 +62,7 @@ class CumulativeMagnitude(sos.MagnitudePruning):
     cumulative = True
 
 
-class Together(sos.Ranking):
+class Together(sos.extend.Ranking):
     """Ranks all tensors in one order, ties by position."""
 
     def masks(self, scores, sparsities):
@@ -78,7 +78,7 @@ class Together(sos.Ranking):
         ]
 
 
-class FirstRow(sos.Ranking):
+class FirstRow(sos.extend.Ranking):
     """Keeps the first row, whatever the scores are."""
 
     uses_scores = False
@@ -222,7 +222,7 @@ def test_update_with_equal_scores_comes_before_what_is_kept(update):
 
 
 def test_update_leaves_nothing_if_the_ranking_may(update):
-    wrapper = wrap(ORDERED, ranking=sos.PerTensorRanking(min_kept=0))
+    wrapper = wrap(ORDERED, ranking=sos.extend.PerTensorRanking(min_kept=0))
     (message,) = warned(update, {wrapper: 0.99})
     assert "left no element of dense/dense/kernel" in message
     assert not mask_of(wrapper).any()
@@ -349,15 +349,15 @@ def zero_model(schedule):
 
 
 def test_training_warns_once_and_names_the_step():
-    model = zero_model(sos.ConstantSparsity(0.5, 0, frequency=1))
+    model = zero_model(sos.schedules.ConstantSparsity(0.5, 0, frequency=1))
     (wrapper,) = find_wrappers(model)
     optimizer = keras.optimizers.SGD()
 
     def train(steps):
-        with sos.Driver(model, optimizer) as driver:
+        with sos.SparsityUpdater(model, optimizer) as updater:
             for _ in range(steps):
                 optimizer.iterations.assign_add(1)
-                driver.step()
+                updater.step()
 
     (message,) = warned(train, 3)
     assert "head/kernel at step 0 are all equal" in message
@@ -372,14 +372,16 @@ def test_training_warns_once_and_names_the_step():
 
 
 def test_end_of_the_schedule_with_equal_scores_is_named():
-    model = zero_model(sos.ConstantSparsity(0.5, 0, end_step=4, frequency=2))
+    model = zero_model(
+        sos.schedules.ConstantSparsity(0.5, 0, end_step=4, frequency=2)
+    )
     optimizer = keras.optimizers.SGD()
 
     def train():
-        with sos.Driver(model, optimizer) as driver:
+        with sos.SparsityUpdater(model, optimizer) as updater:
             for _ in range(6):
                 optimizer.iterations.assign_add(1)
-                driver.step()
+                updater.step()
 
     first, last = warned(train)
     assert "if none does up to step 4, the last of its schedule" in first
@@ -388,10 +390,10 @@ def test_end_of_the_schedule_with_equal_scores_is_named():
 
 
 def test_one_shot_pruning_of_equal_scores_says_that_it_stays_dense():
-    model = zero_model(sos.ConstantSparsity(0.5, 0, end_step=0))
+    model = zero_model(sos.schedules.ConstantSparsity(0.5, 0, end_step=0))
 
     def start():
-        with sos.Driver(model, keras.optimizers.SGD()):
+        with sos.SparsityUpdater(model, keras.optimizers.SGD()):
             pass
 
     (message,) = warned(start)
@@ -400,7 +402,7 @@ def test_one_shot_pruning_of_equal_scores_says_that_it_stays_dense():
 
 
 def test_fit_prunes_a_head_of_zeros_once_it_has_an_order():
-    model = zero_model(sos.ConstantSparsity(0.5, 0, frequency=1))
+    model = zero_model(sos.schedules.ConstantSparsity(0.5, 0, frequency=1))
     model.compile(keras.optimizers.SGD(0.1), "mse")
     x = techniques.normal(64, 6)
     y = x[:, 4:] * 2
@@ -490,7 +492,7 @@ def test_find_dead_weights_finds_those_that_evaluate_to_zeros(technique):
     assert dead_weights.find_dead_weights(model) == []
     for variable in first.sparse_weights[0].state.values():
         dying = -1e3 if technique.startswith("L0") else 1e3
-        if isinstance(first, sos.MaskedWrapper):
+        if isinstance(first, sos.extend.MaskedWrapper):
             dying = 0
         variable.assign(tf.fill(variable.shape, tf.cast(dying, variable.dtype)))
     assert dead_weights.find_dead_weights(model) == [

@@ -75,11 +75,11 @@ def test_table_under_dropout_has_noise_for_each_look_up_and_one_for_reads():
     optimizer = keras.optimizers.SGD()
     optimizer.build(sparse.trainable_variables)
     tokens = np.full((1, 3), 2)
-    with sos.Driver(sparse, optimizer) as driver:
+    with sos.SparsityUpdater(sparse, optimizer) as updater:
         rows = np.asarray(sparse.table(tokens, training=True))[0]
         outputs = np.asarray(sparse(tokens, training=True))[0]
         optimizer.iterations.assign_add(1)
-        driver.step()
+        updater.step()
     assert len(np.unique(rows, axis=0)) == 3
     assert len(np.unique(outputs, axis=0)) == 3
 

@@ -17,7 +17,7 @@ def sparse_dense(units=6, inputs=8, seed=0):
     return layer
 
 
-def test_zeros_stay_zero_in_training_without_a_driver():
+def test_zeros_stay_zero_in_training_without_an_updater():
     layer = sparse_dense(inputs=6, units=2)
     before = layer.kernel.numpy()
     zeros = before == 0

@@ -176,7 +176,7 @@ def test_a_label_does_not_change_weight_gates():
     techniques.bind(wrapper)
     x = techniques.normal(2, 3)
     first = wrapper(x, training=True).numpy()
-    with sos.call_label("again"):
+    with sos.noise_scope("again"):
         np.testing.assert_array_equal(first, wrapper(x, training=True))
 
 

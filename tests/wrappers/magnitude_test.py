@@ -165,7 +165,7 @@ def test_wrong_arguments_are_refused():
 def test_schedule_can_be_replaced_and_names_the_target():
     wrapper = wrap(keras.layers.Dense(2), (None, 2), None)
     assert wrapper.target_sparsity() == 0.5
-    wrapper.schedule = sos.PolynomialDecay(0.0, 0.9, 0, 10)
+    wrapper.schedule = sos.schedules.PolynomialDecay(0.0, 0.9, 0, 10)
     assert wrapper.target_sparsity() == 0.9
     with pytest.raises(TypeError, match="Received: schedule=3"):
         wrapper.schedule = 3

@@ -24,7 +24,7 @@ def mask():
 @pytest.mark.parametrize("name", techniques.NAMES)
 def test_masks_of_all_techniques_are_checked(name):
     model = techniques.mlp(name)
-    if issubclass(sos.techniques()[name], sos.MaskedWrapper):
+    if issubclass(sos.extend.techniques()[name], sos.extend.MaskedWrapper):
         for wrapper in model.layers:
             variable = techniques.state(wrapper, "mask")
             assert isinstance(variable, MaskVariable)

@@ -89,7 +89,7 @@ def test_the_seed_can_be_changed_without_a_new_trace():
 
     found = {}
     for seed in (0, 3, -7, 2**31 - 1, 3):
-        sos.set_all(wrapper, seed=seed)
+        sos.set_hyperparameters(wrapper, seed=seed)
         assert wrapper.seed == seed
         value = scores().numpy()
         np.testing.assert_array_equal(value, wrapper.scores(weight))

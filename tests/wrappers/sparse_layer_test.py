@@ -57,7 +57,7 @@ def test_time_distributed_shared_layer_noise_differs_by_timestep():
         penalty_weight=1.0,
         initial_log_sigma2=0.0,
     )
-    with sos.Driver(sparse, keras.optimizers.SGD()):
+    with sos.SparsityUpdater(sparse, keras.optimizers.SGD()):
         outputs, _ = sparse(np.ones((1, 4, 3), "float32"), training=True)
     assert len(np.unique(np.round(outputs[0, :, 0], 5))) == 4
 
@@ -70,7 +70,7 @@ def test_look_up_negative_indices_counts_from_the_end(technique):
     wrapper = getattr(sos, technique)(layer, penalty_weight=1.0)
     wrapper(np.array([[0]]))
     layer.embeddings.assign(1e3 * (1 + np.arange(18.0).reshape(6, 3)))
-    with sos.Driver(wrapper, keras.optimizers.SGD()):
+    with sos.SparsityUpdater(wrapper, keras.optimizers.SGD()):
         received = wrapper(np.array([[-1]]), training=True)[0, 0]
         expected = wrapper(np.array([[5]]), training=True)[0, 0]
     np.testing.assert_array_equal(received, expected)
@@ -81,7 +81,7 @@ def test_reversible_embedding_float32_inputs_of_mixed_policy_keep_dtype():
     wrapper = sos.VariationalDropout(layer, penalty_weight=1.0)
     wrapper(np.array([[0]]))
     expected = layer(inputs(1, 2, 3), reverse=True).dtype
-    with sos.Driver(wrapper, keras.optimizers.SGD()):
+    with sos.SparsityUpdater(wrapper, keras.optimizers.SGD()):
         received = wrapper(inputs(1, 2, 3), reverse=True, training=True).dtype
     assert received == expected == tf.float32
 
@@ -153,9 +153,9 @@ def test_described_call_without_training_parameter_is_sampled():
         def call(self, inputs, training=None):
             return 2 * keras.ops.matmul(inputs, self.kernel)
 
-    @sos.register_use(Doubled)
+    @sos.extend.register_use(Doubled)
     def describe(layer, inputs):
-        return sos.LinearMap(
+        return sos.extend.LinearMap(
             layer.kernel,
             inputs=inputs,
             function=lambda kernel, x: keras.ops.matmul(x, kernel),
@@ -165,7 +165,7 @@ def test_described_call_without_training_parameter_is_sampled():
 
     wrapper = sos.VariationalDropout(Doubled(), penalty_weight=1.0)
     wrapper(inputs(1, 3))
-    with sos.Driver(wrapper, keras.optimizers.SGD()):
+    with sos.SparsityUpdater(wrapper, keras.optimizers.SGD()):
         outputs = wrapper(np.ones((5, 3), "float32"), training=True)
     assert len(np.unique(outputs[:, 0])) == 5
 
@@ -198,7 +198,7 @@ def test_save_inside_of_frozen_saves_dense_weights(tmp_path):
 def test_call_positional_training_is_training():
     model = variational()
     layer = model.layers[0]
-    with sos.Driver(model, keras.optimizers.SGD()):
+    with sos.SparsityUpdater(model, keras.optimizers.SGD()):
         outputs = layer.call(tf.ones((5, 4)), True)
     assert len(np.unique(outputs[:, 0])) == 5
 
@@ -284,5 +284,5 @@ def test_report_time_distributed_composite_is_sampled_as_a_whole():
         ]
     )
     sparse = sos.sparsify(model, "VariationalDropout", penalty_weight=1.0)
-    notes = [row["note"] for row in sos.sparsity_report(sparse).rows]
+    notes = [row["reason"] for row in sos.sparsity_report(sparse).rows]
     assert notes == ["sampled as a whole", "rank 1", "", "rank 1"]

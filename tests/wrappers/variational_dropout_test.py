@@ -250,7 +250,7 @@ def test_noise_is_the_same_within_a_step_and_another_in_the_next():
     x = np.ones((4, 1), np.float32)
     first = standard_noise(wrapper, x)
     np.testing.assert_array_equal(first, standard_noise(wrapper, x))
-    with sos.call_label("second use"):
+    with sos.noise_scope("second use"):
         labelled = standard_noise(wrapper, x)
     optimizer.iterations.assign(1)
     for other in (labelled, standard_noise(wrapper, x)):

@@ -7,9 +7,9 @@ import sos
 from tests.support import techniques
 
 
-def penalized(**settings):
+def penalized(**arguments):
     wrapper = techniques.wrap(
-        "L0Regularization", keras.layers.Dense(3), **settings
+        "L0Regularization", keras.layers.Dense(3), **arguments
     )
     techniques.bind(wrapper)
     return wrapper
@@ -30,7 +30,7 @@ def test_change_before_build_counts():
     wrapper.penalty_weight = 0.25
     wrapper.build((None, 2))
     assert wrapper.penalty_weight == 0.25
-    assert float(wrapper.setting("penalty_weight")) == 0.25
+    assert float(wrapper.hyperparameter("penalty_weight")) == 0.25
 
 
 def test_change_after_build_reaches_compiled_code_without_a_new_trace():
@@ -75,7 +75,7 @@ def test_seed_must_be_a_32_bit_integer(value):
         penalized(seed=value)
 
 
-def test_settings_are_not_trainable_and_are_saved_in_the_config():
+def test_hyperparameters_are_not_trainable_and_are_saved_in_the_config():
     wrapper = penalized(penalty_weight=0.1)
     wrapper.build((None, 2))
     wrapper.penalty_weight = 0.3
@@ -88,7 +88,7 @@ def test_settings_are_not_trainable_and_are_saved_in_the_config():
     assert not trainable & {"penalty_weight", "seed"}
 
 
-def test_settings_belong_to_one_layer():
+def test_hyperparameters_belong_to_one_layer():
     a, b = penalized(penalty_weight=1.0), penalized(penalty_weight=2.0)
     a.build((None, 2))
     b.build((None, 2))
@@ -96,7 +96,7 @@ def test_settings_belong_to_one_layer():
     assert b.penalty_weight == 2.0
 
 
-def test_set_all_changes_those_that_have_the_setting():
+def test_set_all_changes_those_that_have_the_hyperparameter():
     model = keras.Sequential(
         [
             keras.Input((4,)),
@@ -106,46 +106,50 @@ def test_set_all_changes_those_that_have_the_setting():
         ]
     )
     l0, dropout, magnitude = model.layers
-    sos.set_all(model, threshold=1.5, penalty_weight=0.5)
+    sos.set_hyperparameters(model, threshold=1.5, penalty_weight=0.5)
     assert dropout.threshold == 1.5
     assert l0.penalty_weight == dropout.penalty_weight == 0.5
-    schedule = sos.PolynomialDecay(0.0, 0.9, 0, 10)
-    sos.set_all(model, schedule=schedule)
+    schedule = sos.schedules.PolynomialDecay(0.0, 0.9, 0, 10)
+    sos.set_hyperparameters(model, schedule=schedule)
     assert magnitude.schedule.inner is schedule
 
 
-def test_set_all_names_the_settings_there_are_and_changes_all_or_nothing():
+def test_set_hyperparameters_names_those_there_are_and_changes_all_or_nothing():
     model = techniques.mlp("VariationalDropout", penalty_weight=0.5)
     valid = r"\['penalty_weight', 'seed', 'threshold'\]"
     with pytest.raises(ValueError, match=f"'treshold'. Valid names: {valid}"):
-        sos.set_all(model, penalty_weight=1.0, treshold=1.0)
+        sos.set_hyperparameters(model, penalty_weight=1.0, treshold=1.0)
     with pytest.raises(ValueError, match="'schedule'"):
-        sos.set_all(model, penalty_weight=1.0, schedule=techniques.SCHEDULE)
+        sos.set_hyperparameters(
+            model, penalty_weight=1.0, schedule=techniques.SCHEDULE
+        )
     with pytest.raises(ValueError, match="Received: seed=0.5"):
-        sos.set_all(model, penalty_weight=1.0, threshold=1.0, seed=0.5)
+        sos.set_hyperparameters(
+            model, penalty_weight=1.0, threshold=1.0, seed=0.5
+        )
     for wrapper in model.layers:
         assert (wrapper.penalty_weight, wrapper.threshold) == (0.5, 3.0)
     model = techniques.mlp("RandomPruning")
     with pytest.raises(TypeError, match="Received: schedule=0.9"):
-        sos.set_all(model, seed=1, schedule=0.9)
+        sos.set_hyperparameters(model, seed=1, schedule=0.9)
     assert [wrapper.seed for wrapper in model.layers] == [0, 0]
 
 
-class Scaled(sos.SparseWrapper):
-    """A technique with a setting of its own."""
+class Scaled(sos.extend.SparseWrapper):
+    """A technique with a hyperparameter of its own."""
 
-    factor = sos.Setting("float32", minimum=0.5)
-    needs_clock = False
+    factor = sos.extend.Hyperparameter("float32", minimum=0.5)
+    needs_step = False
 
     def __init__(self, layer, *, factor=1.0, **kwargs):
         super().__init__(layer, **kwargs)
         self.factor = factor
 
     def training_weight(self, weight):
-        return weight.value * self.setting("factor")
+        return weight.value * self.hyperparameter("factor")
 
 
-def test_a_technique_of_ones_own_gets_settings():
+def test_a_technique_of_ones_own_gets_hyperparameters():
     wrapper = Scaled(keras.layers.Dense(2, use_bias=False), factor=2.0)
     x = np.ones((1, 3), np.float32)
     double = wrapper(x).numpy()

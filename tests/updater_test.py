@@ -38,10 +38,10 @@ def drive(schedule, steps, start=0):
     model, recorder = model_with_record(schedule)
     optimizer = keras.optimizers.SGD()
     optimizer.iterations.assign(start)
-    with sos.Driver(model, optimizer) as driver:
+    with sos.SparsityUpdater(model, optimizer) as updater:
         for _ in range(steps):
             move(optimizer)
-            driver.step()
+            updater.step()
     return techniques.recorded(recorder.log)
 
 
@@ -74,18 +74,18 @@ def test_restart_goes_on_with_the_schedule_and_repeats_the_step(start, first):
 
 
 def test_masks_of_ones_are_brought_to_the_last_update_before_the_start():
-    schedule = sos.PolynomialDecay(0.0, 0.9, 0, 20)
+    schedule = sos.schedules.PolynomialDecay(0.0, 0.9, 0, 20)
     model = techniques.mlp("MagnitudePruning", schedule=schedule)
     optimizer = keras.optimizers.SGD()
     optimizer.iterations.assign(100)
-    with sos.Driver(model, optimizer):
+    with sos.SparsityUpdater(model, optimizer):
         for wrapper in model.layers:
             mask = techniques.state(wrapper, "mask").numpy()
             assert mask.sum() == round(0.1 * mask.size)
 
 
 def test_masks_that_are_not_dense_are_left_alone_on_start():
-    schedule = sos.PolynomialDecay(0.0, 0.9, 0, 20)
+    schedule = sos.schedules.PolynomialDecay(0.0, 0.9, 0, 20)
     model = techniques.mlp("MagnitudePruning", schedule=schedule)
     masks = []
     for wrapper in model.layers:
@@ -95,7 +95,7 @@ def test_masks_that_are_not_dense_are_left_alone_on_start():
     optimizer = keras.optimizers.SGD()
     optimizer.iterations.assign(100)
     with pytest.warns(SparsityWarning, match="3.12% zeros.*no update"):
-        with sos.Driver(model, optimizer):
+        with sos.SparsityUpdater(model, optimizer):
             pass
     for wrapper, mask in zip(model.layers, masks, strict=True):
         np.testing.assert_array_equal(techniques.state(wrapper, "mask"), mask)
@@ -103,10 +103,10 @@ def test_masks_that_are_not_dense_are_left_alone_on_start():
 
 def test_updates_are_tfmots():
     """Updated at t if `should_prune` at t, from the weights after t steps."""
-    inner = sos.PolynomialDecay(0.1, 0.8, 1, 9, frequency=2)
+    inner = sos.schedules.PolynomialDecay(0.1, 0.8, 1, 9, frequency=2)
     model, _ = model_with_record(inner, names=("only",))
     (wrapper,) = model.layers
-    wrapper.ranking = sos.PerTensorRanking()
+    wrapper.ranking = sos.extend.PerTensorRanking()
     optimizer = keras.optimizers.SGD(0.5, momentum=0.5)
     optimizer.build(model.trainable_variables)
     train = techniques.train_step(model, optimizer)
@@ -125,38 +125,40 @@ def test_updates_are_tfmots():
         found = techniques.state(wrapper, "mask").numpy().ravel()
         np.testing.assert_array_equal(found, expected)
 
-    with sos.Driver(model, optimizer) as driver:
+    with sos.SparsityUpdater(model, optimizer) as updater:
         expect(0)
         for step in range(1, 12):
             train(x, techniques.normal(8, 6, seed=step))
-            driver.step()
+            updater.step()
             expect(step)
     assert expected.sum() == 7
 
 
 def test_layers_with_equal_rankings_are_ranked_in_one_call():
-    schedule = sos.Schedule(sos.ConstantSparsity(0.5, 1, frequency=1))
+    schedule = sos.schedules.Schedule(
+        sos.schedules.ConstantSparsity(0.5, 1, frequency=1)
+    )
     model, recorder = model_with_record(schedule)
     optimizer = keras.optimizers.SGD()
-    with sos.Driver(model, optimizer) as driver:
+    with sos.SparsityUpdater(model, optimizer) as updater:
         move(optimizer)
-        driver.step()
+        updater.step()
     assert recorder.log == [[0.5, 0.5]]
 
 
 def test_layers_follow_schedules_of_their_own():
     model, _ = model_with_record(techniques.Staircase())
     for i, wrapper in enumerate(model.layers):
-        wrapper.ranking = sos.PerTensorRanking()
-        wrapper.schedule = sos.ConstantSparsity(
+        wrapper.ranking = sos.extend.PerTensorRanking()
+        wrapper.schedule = sos.schedules.ConstantSparsity(
             0.25 + 0.5 * i, begin_step=1 + i, frequency=1
         )
     optimizer = keras.optimizers.SGD()
     counts = []
-    with sos.Driver(model, optimizer) as driver:
+    with sos.SparsityUpdater(model, optimizer) as updater:
         for _ in range(2):
             move(optimizer)
-            driver.step()
+            updater.step()
             counts.append(
                 [
                     int(techniques.state(w, "mask").numpy().sum())
@@ -169,11 +171,11 @@ def test_layers_follow_schedules_of_their_own():
 def test_step_does_nothing_while_the_optimizer_stands_still():
     model, recorder = model_with_record(techniques.Staircase())
     optimizer = keras.optimizers.SGD()
-    with sos.Driver(model, optimizer) as driver:
-        driver.step()
+    with sos.SparsityUpdater(model, optimizer) as updater:
+        updater.step()
         move(optimizer)
         for _ in range(3):
-            driver.step()
+            updater.step()
     assert techniques.recorded(recorder.log) == [0, 1]
 
 
@@ -199,26 +201,26 @@ def test_the_next_update_is_that_of_any_layer(start, until, expected):
     model.layers[1].schedule = techniques.Staircase(4, 10, 3)
     optimizer = keras.optimizers.SGD()
     optimizer.iterations.assign(start)
-    with sos.Driver(model, optimizer) as driver:
-        assert driver.next_update(until) == expected
+    with sos.SparsityUpdater(model, optimizer) as updater:
+        assert updater.next_update(until) == expected
 
 
 def test_without_schedules_there_is_no_next_update():
     model = techniques.mlp("L0Regularization")
-    with sos.Driver(model, keras.optimizers.SGD()) as driver:
-        assert driver.next_update(1_000_000) is None
+    with sos.SparsityUpdater(model, keras.optimizers.SGD()) as updater:
+        assert updater.next_update(1_000_000) is None
 
 
 def test_the_next_update_goes_with_a_schedule_that_was_replaced():
     model, _ = model_with_record(techniques.Staircase(2, 9, 2))
-    with sos.Driver(model, keras.optimizers.SGD()) as driver:
-        sos.set_all(model, schedule=techniques.Staircase(5, 9, 2))
-        assert driver.next_update(9) == 5
+    with sos.SparsityUpdater(model, keras.optimizers.SGD()) as updater:
+        sos.set_hyperparameters(model, schedule=techniques.Staircase(5, 9, 2))
+        assert updater.next_update(9) == 5
 
 
 @pytest.mark.parametrize("config", [None, {}])
 def test_schedules_without_a_configuration_are_told_apart(config):
-    class Once(sos.PruningSchedule):
+    class Once(sos.schedules.PruningSchedule):
         def __init__(self, at):
             self.at = at
 
@@ -233,8 +235,8 @@ def test_schedules_without_a_configuration_are_told_apart(config):
     model, _ = model_with_record(techniques.Staircase())
     for i, wrapper in enumerate(model.layers):
         wrapper.schedule = Once(4 - i)
-    with sos.Driver(model, keras.optimizers.SGD()) as driver:
-        assert driver.next_update(9) == 3
+    with sos.SparsityUpdater(model, keras.optimizers.SGD()) as updater:
+        assert updater.next_update(9) == 3
 
 
 @pytest.mark.parametrize("step", [0, 4, 5])
@@ -242,17 +244,17 @@ def test_what_is_up_to_date_is_left_alone_at_the_start(step):
     model, recorder = model_with_record(techniques.Staircase(0, 8, 2))
     optimizer = keras.optimizers.SGD()
     optimizer.iterations.assign(step)
-    driver = sos.Driver(model, optimizer)
-    driver.start(up_to_date=True)
+    updater = sos.SparsityUpdater(model, optimizer)
+    updater.start(up_to_date=True)
     assert recorder.log == []
-    assert all(w.clock.bound for w in model.layers)
+    assert all(w.step_counter.bound for w in model.layers)
     # From there on it goes as ever.
     for _ in range(3):
         move(optimizer)
-        driver.step()
+        updater.step()
     due = [t for t in range(step + 1, step + 4) if t % 2 == 0 and t <= 8]
     assert techniques.recorded(recorder.log) == due
-    driver.stop()
+    updater.stop()
 
 
 def test_gathered_gradients_survive_a_start_that_is_up_to_date():
@@ -264,10 +266,10 @@ def test_gathered_gradients_survive_a_start_that_is_up_to_date():
     values = techniques.normal(3, 2)
     for up_to_date in (True, False):
         gradient.assign(values)
-        driver = sos.Driver(model, optimizer)
-        driver.start(up_to_date=up_to_date)
+        updater = sos.SparsityUpdater(model, optimizer)
+        updater.start(up_to_date=up_to_date)
         assert (gradient.numpy() == values).all() == up_to_date
-        driver.stop()
+        updater.stop()
 
 
 def test_masks_may_be_updated_by_something_else():
@@ -276,10 +278,12 @@ def test_masks_may_be_updated_by_something_else():
     second.schedule = techniques.Staircase(3, 6, 3)
     optimizer = keras.optimizers.SGD()
     calls = []
-    with sos.Driver(model, optimizer, update_masks=calls.append) as driver:
+    with sos.SparsityUpdater(
+        model, optimizer, update_masks=calls.append
+    ) as updater:
         for _ in range(6):
             move(optimizer)
-            driver.step()
+            updater.step()
     assert [call for call in calls if call] == [
         {first: 0.002},
         {second: 0.003},
@@ -294,12 +298,13 @@ def test_masks_may_be_updated_by_something_else():
 
 def test_something_else_also_brings_dense_masks_up_to_date():
     model = techniques.mlp(
-        "MagnitudePruning", schedule=sos.PolynomialDecay(0.0, 0.9, 0, 20)
+        "MagnitudePruning",
+        schedule=sos.schedules.PolynomialDecay(0.0, 0.9, 0, 20),
     )
     optimizer = keras.optimizers.SGD()
     optimizer.iterations.assign(100)
     calls = []
-    with sos.Driver(model, optimizer, update_masks=calls.append):
+    with sos.SparsityUpdater(model, optimizer, update_masks=calls.append):
         pass
     assert dict.fromkeys(model.layers, 0.9) in calls
 
@@ -310,42 +315,46 @@ def test_something_else_also_brings_dense_masks_up_to_date():
 def test_forgotten_last_step_raises_at_the_end():
     model, _ = model_with_record(techniques.Staircase(frequency=10))
     optimizer = keras.optimizers.SGD()
-    with pytest.raises(RuntimeError, match="2 steps after.*driver.step()"):
-        with sos.Driver(model, optimizer) as driver:
+    with pytest.raises(RuntimeError, match="2 steps after.*updater.step()"):
+        with sos.SparsityUpdater(model, optimizer) as updater:
             move(optimizer)
-            driver.step()
+            updater.step()
             move(optimizer, 2)
-    assert not any(w.clock.bound for w in model.layers)
+    assert not any(w.step_counter.bound for w in model.layers)
 
 
 def test_passed_over_updates_raise():
     model, _ = model_with_record(techniques.Staircase(frequency=2))
     optimizer = keras.optimizers.SGD()
-    driver = sos.Driver(model, optimizer)
-    driver.start()
+    updater = sos.SparsityUpdater(model, optimizer)
+    updater.start()
     move(optimizer, 4)
     with pytest.raises(RuntimeError, match=r"from step 0 to 4.*at \[2, 4\]"):
-        driver.step()
-    driver.stop()
+        updater.step()
+    updater.stop()
 
 
 def test_one_update_within_a_block_lands_at_its_end():
     model, recorder = model_with_record(techniques.Staircase(1, 9, 4))
     optimizer = keras.optimizers.SGD()
-    with sos.Driver(model, optimizer, steps_per_block=4) as driver:
+    with sos.SparsityUpdater(
+        model, optimizer, steps_per_execution=4
+    ) as updater:
         for _ in range(3):
             move(optimizer, 4)
-            driver.step()
+            updater.step()
     assert techniques.recorded(recorder.log) == [1, 5, 9]
 
 
 def test_the_end_may_share_a_block_with_another_update():
     model, recorder = model_with_record(techniques.Staircase(0, 7, 4))
     optimizer = keras.optimizers.SGD()
-    with sos.Driver(model, optimizer, steps_per_block=4) as driver:
+    with sos.SparsityUpdater(
+        model, optimizer, steps_per_execution=4
+    ) as updater:
         for _ in range(2):
             move(optimizer, 4)
-            driver.step()
+            updater.step()
     assert techniques.recorded(recorder.log) == [0, 4, 7]
 
 
@@ -353,36 +362,36 @@ def test_blocks_longer_than_the_frequency_are_refused():
     model, _ = model_with_record(techniques.Staircase(frequency=3))
     optimizer = keras.optimizers.SGD()
     with pytest.raises(ValueError, match="every 3 steps"):
-        sos.Driver(model, optimizer, steps_per_block=4).start()
-    assert not any(w.clock.bound for w in model.layers)
+        sos.SparsityUpdater(model, optimizer, steps_per_execution=4).start()
+    assert not any(w.step_counter.bound for w in model.layers)
 
 
 def test_an_error_in_the_loop_is_not_hidden():
     model, _ = model_with_record(techniques.Staircase())
     optimizer = keras.optimizers.SGD()
-    with pytest.raises(KeyError), sos.Driver(model, optimizer):
+    with pytest.raises(KeyError), sos.SparsityUpdater(model, optimizer):
         move(optimizer)
         raise KeyError
-    assert not any(w.clock.bound for w in model.layers)
+    assert not any(w.step_counter.bound for w in model.layers)
 
 
 def test_step_before_start_raises():
     model, _ = model_with_record(techniques.Staircase())
     with pytest.raises(RuntimeError, match="not started"):
-        sos.Driver(model, keras.optimizers.SGD()).step()
+        sos.SparsityUpdater(model, keras.optimizers.SGD()).step()
 
 
 def test_optimizer_that_goes_back_raises():
     model, _ = model_with_record(techniques.Staircase())
     optimizer = keras.optimizers.SGD()
-    driver = sos.Driver(model, optimizer)
-    driver.start()
+    updater = sos.SparsityUpdater(model, optimizer)
+    updater.start()
     move(optimizer, 1)
-    driver.step()
+    updater.step()
     optimizer.iterations.assign(0)
     with pytest.raises(RuntimeError, match="back from step 1 to 0"):
-        driver.step()
-    driver.stop()
+        updater.step()
+    updater.stop()
 
 
 @pytest.mark.parametrize("name", TECHNIQUES)
@@ -392,16 +401,18 @@ def test_custom_loop_needs_a_driver_and_evaluation_does_not(name):
     optimizer.build(model.trainable_variables)
     x, y = techniques.batch()
     model(x)
-    needs = any(w.needs_clock for w in model.layers)
+    needs = any(w.needs_step for w in model.layers)
     for _ in range(2):
         step = techniques.train_step(model, optimizer)
         if needs:
-            with pytest.raises(RuntimeError, match=r"sos.Driver\(model"):
+            with pytest.raises(
+                RuntimeError, match=r"sos.SparsityUpdater\(model"
+            ):
                 step(x, y)
-        with sos.Driver(model, optimizer) as driver:
+        with sos.SparsityUpdater(model, optimizer) as updater:
             step = techniques.train_step(model, optimizer)
             step(x, y)
-            driver.step()
+            updater.step()
         model(x)
         model(x, training=False)
 
@@ -410,19 +421,19 @@ def test_an_optimizer_that_never_moves_raises_at_the_end():
     model, _ = model_with_record(techniques.Staircase())
     trained, given = keras.optimizers.SGD(), keras.optimizers.SGD()
     with pytest.raises(RuntimeError, match="stood still at step 0.*3 calls"):
-        with sos.Driver(model, given) as driver:
+        with sos.SparsityUpdater(model, given) as updater:
             for _ in range(3):
                 move(trained)
-                driver.step()
-    assert not any(w.clock.bound for w in model.layers)
+                updater.step()
+    assert not any(w.step_counter.bound for w in model.layers)
 
 
 def test_an_optimizer_that_accumulates_may_stand_still():
     model, _ = model_with_record(techniques.Staircase())
     optimizer = keras.optimizers.SGD(gradient_accumulation_steps=4)
-    with sos.Driver(model, optimizer) as driver:
+    with sos.SparsityUpdater(model, optimizer) as updater:
         for _ in range(3):
-            driver.step()
+            updater.step()
 
 
 @pytest.mark.parametrize("used", [True, False])
@@ -432,11 +443,11 @@ def test_an_optimizer_that_only_overflows_may_stand_still(used):
     optimizer.build(model.trainable_variables)
 
     def loop():
-        with sos.Driver(model, optimizer) as driver:
+        with sos.SparsityUpdater(model, optimizer) as updater:
             for _ in range(3):
                 if used:
                     optimizer.dynamic_scale.assign(optimizer.dynamic_scale / 2)
-                driver.step()
+                updater.step()
 
     if used:
         loop()
@@ -447,39 +458,39 @@ def test_an_optimizer_that_only_overflows_may_stand_still(used):
 
 def test_fixed_masks_need_no_optimizer_that_moves():
     model = techniques.mlp("FixedMask")
-    with sos.Driver(model, keras.optimizers.SGD()) as driver:
-        driver.step()
+    with sos.SparsityUpdater(model, keras.optimizers.SGD()) as updater:
+        updater.step()
 
 
 def test_an_optimizer_restored_to_a_smaller_step_may_end():
     model, _ = model_with_record(techniques.Staircase())
     optimizer = keras.optimizers.SGD()
-    with sos.Driver(model, optimizer) as driver:
+    with sos.SparsityUpdater(model, optimizer) as updater:
         move(optimizer)
-        driver.step()
+        updater.step()
         optimizer.iterations.assign(0)
-    assert not any(w.clock.bound for w in model.layers)
+    assert not any(w.step_counter.bound for w in model.layers)
 
 
 def test_stop_inside_the_scope_ends_it():
     model, _ = model_with_record(techniques.Staircase())
     optimizer = keras.optimizers.SGD()
-    with sos.Driver(model, optimizer) as driver:
+    with sos.SparsityUpdater(model, optimizer) as updater:
         move(optimizer)
-        driver.step()
-        driver.stop()
+        updater.step()
+        updater.stop()
         move(optimizer, 5)
         with pytest.raises(RuntimeError, match="not started"):
-            driver.step()
-    assert not any(w.clock.bound for w in model.layers)
+            updater.step()
+    assert not any(w.step_counter.bound for w in model.layers)
 
 
 def test_step_in_a_compiled_function_raises():
     model, recorder = model_with_record(techniques.Staircase())
     optimizer = keras.optimizers.SGD()
-    with sos.Driver(model, optimizer) as driver:
+    with sos.SparsityUpdater(model, optimizer) as updater:
         with pytest.raises(RuntimeError, match=r"inside a `tf\.function`"):
-            tf.function(driver.step)()
+            tf.function(updater.step)()
     assert techniques.recorded(recorder.log) == [0]
 
 
@@ -488,7 +499,7 @@ def test_evaluation_traced_within_the_scope_has_no_penalty_after_it():
     optimizer = keras.optimizers.SGD(0.1)
     model.compile(optimizer, "mse")
     x, y = techniques.batch()
-    with sos.Driver(model, optimizer):
+    with sos.SparsityUpdater(model, optimizer):
         within = model.evaluate(x, y, verbose=0)
     assert within > 1e3
     plain = ((model.predict(x, verbose=0) - y) ** 2).mean()
@@ -496,7 +507,7 @@ def test_evaluation_traced_within_the_scope_has_no_penalty_after_it():
     assert after == pytest.approx(plain, rel=1e-5)
 
 
-class Gradients(sos.PruningWrapper):
+class Gradients(sos.extend.PruningWrapper):
     uses_gradient = True
 
     def scores(self, weight):
@@ -507,37 +518,39 @@ def test_gradients_are_not_there_before_the_first_step():
     for begin, refused in ((0, True), (1, False)):
         layer = Gradients(
             keras.layers.Dense(2),
-            schedule=sos.ConstantSparsity(0.5, begin, frequency=1),
+            schedule=sos.schedules.ConstantSparsity(0.5, begin, frequency=1),
         )
         model = keras.Sequential([keras.Input((3,)), layer])
-        driver = sos.Driver(model, keras.optimizers.SGD())
+        updater = sos.SparsityUpdater(model, keras.optimizers.SGD())
         if refused:
             with pytest.raises(ValueError, match="Gradients.*`begin_step`"):
-                driver.start()
+                updater.start()
             assert techniques.state(layer, "mask").numpy().all()
         else:
-            driver.start()
-        driver.stop()
+            updater.start()
+        updater.stop()
 
 
-# Two drivers of one layer.
+# Two updaters of one layer.
 
 
 def test_a_second_driver_is_refused_until_the_first_stops():
     model, _ = model_with_record(techniques.Staircase())
     part = keras.Sequential([keras.Input((6,)), model.layers[0]])
-    first = sos.Driver(model, keras.optimizers.SGD())
-    second = sos.Driver(part, keras.optimizers.SGD())
+    first = sos.SparsityUpdater(model, keras.optimizers.SGD())
+    second = sos.SparsityUpdater(part, keras.optimizers.SGD())
     first.start()
-    with pytest.raises(RuntimeError, match=r"another `sos.Driver`.*: 'a'\."):
+    with pytest.raises(
+        RuntimeError, match=r"another `sos.SparsityUpdater`.*: 'a'\."
+    ):
         second.start()
     # It left the first alone.
-    assert all(w.clock.bound for w in model.layers)
+    assert all(w.step_counter.bound for w in model.layers)
     second.stop()
-    assert all(w.clock.bound for w in model.layers)
+    assert all(w.step_counter.bound for w in model.layers)
     first.stop()
     second.start()
-    assert [w.clock.bound for w in model.layers] == [True, False]
+    assert [w.step_counter.bound for w in model.layers] == [True, False]
     second.stop()
 
 
@@ -547,11 +560,13 @@ def test_a_driver_that_could_not_start_is_in_nobodys_way():
     def fail(updates):
         raise KeyError
 
-    failed = sos.Driver(model, keras.optimizers.SGD(), update_masks=fail)
+    failed = sos.SparsityUpdater(
+        model, keras.optimizers.SGD(), update_masks=fail
+    )
     with pytest.raises(KeyError):
         failed.start()
-    assert not any(w.clock.bound for w in model.layers)
-    with sos.Driver(model, keras.optimizers.SGD()):
+    assert not any(w.step_counter.bound for w in model.layers)
+    with sos.SparsityUpdater(model, keras.optimizers.SGD()):
         pass
 
 
@@ -582,20 +597,20 @@ def test_a_loop_without_the_penalties_gives_a_warning(name, jit_compile):
     optimizer = keras.optimizers.SGD(0.1)
     optimizer.build(model.trainable_variables)
     without = loop_step(model, optimizer, penalties=False)
-    driver = sos.Driver(model, optimizer)
+    updater = sos.SparsityUpdater(model, optimizer)
     with pytest.warns(SparsityWarning, match=r"'a', 'b' have no effect"):
-        with driver:
+        with updater:
             without(*techniques.batch())
             # An evaluation.
             assert float(sum(model.losses)) > 0
-            driver.step()
+            updater.step()
     step = techniques.train_step(model, optimizer, jit_compile=jit_compile)
     with warnings.catch_warnings():
         warnings.simplefilter("error", SparsityWarning)
         for _ in range(2):  # The second uses the compiled step again.
-            with driver:
+            with updater:
                 step(*techniques.batch())
-                driver.step()
+                updater.step()
 
 
 def test_penalties_are_the_same_to_the_bit_for_being_watched():
@@ -603,7 +618,7 @@ def test_penalties_are_the_same_to_the_bit_for_being_watched():
     layer = model.layers[0]
     (weight,) = layer.sparse_weights
     state = weight.state["log_sigma2"]
-    with sos.Driver(model, keras.optimizers.SGD()):
+    with sos.SparsityUpdater(model, keras.optimizers.SGD()):
         with tf.GradientTape(persistent=True) as tape:
             found = layer.losses[0]
             expected = 0.1 * layer.penalty(weight)
@@ -620,30 +635,34 @@ def test_penalties_are_the_same_to_the_bit_for_being_watched():
 @pytest.mark.parametrize("steps", [0, -1])
 def test_blocks_of_no_steps_are_refused(steps):
     model, _ = model_with_record(techniques.Staircase())
-    with pytest.raises(ValueError, match=f"Received: steps_per_block={steps}"):
-        sos.Driver(model, keras.optimizers.SGD(), steps_per_block=steps)
+    with pytest.raises(
+        ValueError, match=f"Received: steps_per_execution={steps}"
+    ):
+        sos.SparsityUpdater(
+            model, keras.optimizers.SGD(), steps_per_execution=steps
+        )
 
 
 def test_wrong_arguments_are_refused():
     model, _ = model_with_record(techniques.Staircase())
     with pytest.raises(TypeError, match="Keras 3 model or layer.*model='m'"):
-        sos.Driver("m", keras.optimizers.SGD())
+        sos.SparsityUpdater("m", keras.optimizers.SGD())
     with pytest.raises(
         TypeError, match="Keras 3 optimizer.*Received: optimizer"
     ):
-        sos.Driver(model, "sgd")
+        sos.SparsityUpdater(model, "sgd")
     dense = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     with pytest.raises(ValueError, match="holds no sparse layer"):
-        sos.Driver(dense, keras.optimizers.SGD())
+        sos.SparsityUpdater(dense, keras.optimizers.SGD())
     unbuilt = keras.Sequential(
         [techniques.wrap("FixedMask", keras.layers.Dense(2))]
     )
     with pytest.raises(ValueError, match="unbuilt layers"):
-        sos.Driver(unbuilt, keras.optimizers.SGD())
+        sos.SparsityUpdater(unbuilt, keras.optimizers.SGD())
 
 
 def test_a_schedule_of_ones_own_drives():
-    class Odd(sos.PruningSchedule):
+    class Odd(sos.schedules.PruningSchedule):
         def __call__(self, step):
             return step % 2 == 1, tf.cast(step, tf.float32) / 1000
 
@@ -677,7 +696,7 @@ def check_replicas(model, before):
         assert np.isfinite(new.numpy()).all()
         assert (old != new.numpy()).any()
     for wrapper in find_wrappers(model):
-        if isinstance(wrapper, sos.MaskedWrapper):
+        if isinstance(wrapper, sos.extend.MaskedWrapper):
             mask = techniques.state(wrapper, "mask").numpy()
             assert mask.sum() == mask.size // 2
 
@@ -692,11 +711,11 @@ def test_custom_loop_on_two_replicas(name):
     def step(x, y):
         return strategy.run(lambda: inner(x, y))
 
-    with sos.Driver(model, optimizer) as driver:
+    with sos.SparsityUpdater(model, optimizer) as updater:
         for i in range(3):
             step(*techniques.batch(seed=i))
-            driver.step()
-    assert driver.iterations == 3
+            updater.step()
+    assert updater.iterations == 3
     check_replicas(model, before)
 
 

@@ -1,4 +1,4 @@
-"""Drives the clock of a model's sparse layers while it trains."""
+"""Updates masks and adds penalties while a model trains."""
 
 from collections.abc import Callable
 from types import TracebackType
@@ -18,26 +18,26 @@ from sos.wrappers.penalized import PenalizedWrapper
 from sos.wrappers.sparse_weight import SparseWeight
 
 
-class Driver:
+class SparsityUpdater:
     """Binds a model's sparse layers to an optimizer and updates their masks.
 
     For a custom training loop:
 
     ```
-    with sos.Driver(model, optimizer) as driver:
+    with sos.SparsityUpdater(model, optimizer) as updater:
         for batch in data:
             train_step(batch)
-            driver.step()
+            updater.step()
     ```
 
     `fit` uses `sos.SparsityCallback` in its place. Call the training step
     inside the scope only: a `tf.function` that was traced there and is called
     outside trains on with the masks that it finds. `model.losses` holds the
-    penalties while the driver runs; between `pause` and `resume` they are zero,
-    as the loss of an evaluation should have it.
+    penalties while the updater runs; between `pause` and `resume` they are
+    zero, as the loss of an evaluation should have it.
 
     Training that would not count is an error or a `SparsityWarning`, at the
-    latest when the scope ends: an optimizer that stands still, a second driver
+    latest when the scope ends: an optimizer that stands still, a second updater
     of the same layers, masks that a new optimizer's counter would make dense
     (they are kept), penalties that are in no loss. The variables that
     techniques add, such as log alpha, are excluded from the optimizer's weight
@@ -46,7 +46,7 @@ class Driver:
     Args:
         model: A model with sparse layers, built.
         optimizer: The optimizer that trains it.
-        steps_per_block: The number of optimizer steps between two calls of
+        steps_per_execution: The number of optimizer steps between two calls of
             `step`, at most.
         update_masks: What ranks the weights and sets the masks: called with
             the sparsity to reach, by wrapper, of the layers that are due.
@@ -54,7 +54,8 @@ class Driver:
     Raises:
         TypeError: If `model` or `optimizer` is not one of Keras 3.
         ValueError: If the model has no sparse layer or is not built, weights
-            share a path and so their noise, or `steps_per_block` is below 1.
+            share a path and so their noise, or `steps_per_execution` is below
+            1.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Driver:
         model: keras.layers.Layer,
         optimizer: keras.optimizers.Optimizer,
         *,
-        steps_per_block: int = 1,
+        steps_per_execution: int = 1,
         update_masks: Callable[
             [dict[PruningWrapper, float]], None
         ] = update_masks,
@@ -70,7 +71,7 @@ class Driver:
         if not isinstance(optimizer, keras.optimizers.Optimizer):
             raise TypeError(
                 "`optimizer` must be a Keras 3 optimizer, as its `iterations` "
-                "are the clock. "
+                "are the training step. "
                 f"Received: optimizer={optimizer!r} of type "
                 f"{type(optimizer).__module__}.{type(optimizer).__name__}"
             )
@@ -79,15 +80,15 @@ class Driver:
                 "`model` must be a Keras 3 model or layer. "
                 f"Received: model={model!r} of type {type(model).__name__}"
             )
-        if not steps_per_block >= 1:
+        if not steps_per_execution >= 1:
             raise ValueError(
-                "`steps_per_block` must be at least 1. "
-                f"Received: steps_per_block={steps_per_block!r}"
+                "`steps_per_execution` must be at least 1. "
+                f"Received: steps_per_execution={steps_per_execution!r}"
             )
         wrappers = find_wrappers(model)
         if not wrappers:
             raise ValueError(
-                f"The model {model.name!r} holds no sparse layer to drive. Use "
+                f"The model {model.name!r} holds no sparse layer. Use "
                 "`sos.sparsify`, or wrap its layers."
             )
         unbuilt = [wrapper.name for wrapper in wrappers if not wrapper.built]
@@ -100,7 +101,7 @@ class Driver:
         _check_streams(wrappers)
         self.model = model
         self.optimizer = optimizer
-        self._steps_per_block = steps_per_block
+        self._steps_per_execution = steps_per_execution
         self._update_masks = update_masks
         self._wrappers = wrappers
         self._last: int | None = None
@@ -115,7 +116,7 @@ class Driver:
         return int(keras.ops.convert_to_numpy(self.optimizer.iterations))
 
     def start(self, *, up_to_date: bool = False) -> None:
-        """Binds the clocks and makes the mask update of this step, if due.
+        """Binds the step counters and updates the masks if this step is due.
 
         Masks of ones are brought to what the schedule had for the last update
         before this step: a checkpoint may have been saved just before it. Masks
@@ -128,12 +129,14 @@ class Driver:
                 its optimizer step. Nothing is due then.
 
         Raises:
-            RuntimeError: If another driver updates one of the layers.
-            ValueError: If a schedule is finer than `steps_per_block`, or a
+            RuntimeError: If another updater updates one of the layers.
+            ValueError: If a schedule is finer than `steps_per_execution`, or a
                 technique needs gradients before the first step.
         """
         for wrapper in self.pruning_wrappers():
-            wrapper.schedule.check_block(self._steps_per_block)
+            wrapper.schedule.check_steps_per_execution(
+                self._steps_per_execution
+            )
         self.resume()
         try:
             exclude_techniques(self.model, self.optimizer)
@@ -159,17 +162,17 @@ class Driver:
         stand still (overflow under loss scaling, accumulation) it does nothing.
 
         Raises:
-            RuntimeError: If the driver is not started, or the optimizer went
+            RuntimeError: If the updater is not started, or the optimizer went
                 back or passed over a mask update since the last call.
         """
         if self._last is None:
             raise RuntimeError(
-                "The driver is not started. Use it as "
-                "`with sos.Driver(model, optimizer) as driver:`."
+                "The updater is not started. Use it as "
+                "`with sos.SparsityUpdater(model, optimizer) as updater:`."
             )
         if not tf.executing_eagerly():
             raise RuntimeError(
-                "`driver.step()` was called inside a `tf.function`, where it "
+                "`updater.step()` was called inside a `tf.function`, where it "
                 "would run once, when the function is traced. Call it after "
                 "the compiled step, in the Python loop."
             )
@@ -180,16 +183,16 @@ class Driver:
         if now < last:
             raise RuntimeError(
                 f"The optimizer went back from step {last} to {now}. Restore "
-                "checkpoints before the driver starts; in `fit`, list "
+                "checkpoints before the updater starts; in `fit`, list "
                 "`BackupAndRestore` before `SparsityCallback`."
             )
         self._last, self._moved = now, True
         self._update(last, now)
 
     def _set_masks(self, updates: dict[PruningWrapper, float]) -> None:
-        # `fit` binds the clocks in its compiled step only; scores may be a
+        # `fit` binds the counters in its compiled step only; scores may be a
         # function of the step too.
-        bound = all(wrapper.clock.bound for wrapper in self._wrappers)
+        bound = all(wrapper.step_counter.bound for wrapper in self._wrappers)
         self.resume()
         try:
             self._update_masks(updates)
@@ -221,42 +224,46 @@ class Driver:
         return min(due, default=None)
 
     def pause(self) -> None:
-        """Unbinds the clocks: penalties are zero until `resume`."""
+        """Unbinds the step counters: penalties are zero until `resume`."""
         for wrapper in self._wrappers:
-            wrapper.clock.unbind(owner=self)
+            wrapper.step_counter.unbind(owner=self)
 
     def resume(self) -> None:
-        """Binds the clocks to the optimizer.
+        """Binds the step counters to the optimizer.
 
         Raises:
-            RuntimeError: If another driver has bound one of them.
+            RuntimeError: If another updater has bound one of them.
         """
-        taken = [w for w in self._wrappers if w.clock.bound_by_another(self)]
+        taken = [
+            w for w in self._wrappers if w.step_counter.bound_by_another(self)
+        ]
         if taken:
             raise RuntimeError(
                 "The masks and penalties of these layers are updated by "
-                "another `sos.Driver`, which has not stopped: "
+                "another `sos.SparsityUpdater`, which has not stopped: "
                 f"{listed(w.name for w in taken[:3])}"
                 f"{' and more' * (len(taken) > 3)}. Use one at a time: "
                 "`sos.SparsityCallback` with `fit`, or one "
-                "`with sos.Driver(model, optimizer)` around a loop. A driver "
-                "without `with` ends at `driver.stop()`."
+                "`with sos.SparsityUpdater(model, optimizer)` around a loop. "
+                "An updater without `with` ends at `updater.stop()`."
             )
         for wrapper in self._wrappers:
-            wrapper.clock.bind(self.optimizer, owner=self)
+            wrapper.step_counter.bind(self.optimizer, owner=self)
 
     def pruning_wrappers(self) -> list[PruningWrapper]:
         """Returns the layers whose masks follow a schedule."""
         return [w for w in self._wrappers if isinstance(w, PruningWrapper)]
 
-    def driven_by_another(self) -> bool:
-        """Returns whether another driver has bound the clocks."""
-        return all(w.clock.bound_by_another(self) for w in self._wrappers)
+    def updated_by_another(self) -> bool:
+        """Returns whether another updater updates the layers."""
+        return all(
+            w.step_counter.bound_by_another(self) for w in self._wrappers
+        )
 
     def forget_penalties(self) -> None:
         """Forgets which penalties took part in training until now."""
         for wrapper in self._wrappers:
-            wrapper.clock.penalty_trained = False
+            wrapper.step_counter.penalty_trained = False
 
     def check_progress(self) -> None:
         """Raises if the optimizer stood still since the last check.
@@ -270,7 +277,7 @@ class Driver:
             self._mark, self._calls = progress, 0
             return
         patience = self.optimizer.gradient_accumulation_steps or 1
-        needed = any(wrapper.needs_clock for wrapper in self._wrappers)
+        needed = any(wrapper.needs_step for wrapper in self._wrappers)
         if self._calls < patience or not needed:
             return
         raise RuntimeError(
@@ -278,10 +285,11 @@ class Driver:
             f"({type(self.optimizer).__name__}), stood still at step "
             f"{self.iterations} through {self._calls} calls of the training "
             "step, so that nothing was pruned or ramped. Name the optimizer "
-            "that trains the sparse layers: `sos.Driver(model, optimizer)` in "
-            "a loop, `sos.SparsityCallback(optimizer=...)` in `fit`, which "
-            "counts the steps of `model.optimizer` by default. A model whose "
-            "`train_step` uses optimizers of its own, as GANs do, needs it."
+            "that trains the sparse layers: `sos.SparsityUpdater(model, "
+            "optimizer)` in a loop, `sos.SparsityCallback(optimizer=...)` in "
+            "`fit`, which counts the steps of `model.optimizer` by default. A "
+            "model whose `train_step` uses optimizers of its own, as GANs do, "
+            "needs it."
         )
 
     def check_effect(self) -> None:
@@ -294,7 +302,7 @@ class Driver:
             for wrapper in self._wrappers
             if isinstance(wrapper, PenalizedWrapper)
             and wrapper.penalty_weight > 0
-            and not wrapper.clock.penalty_trained
+            and not wrapper.step_counter.penalty_trained
             and any(
                 variable.trainable
                 for weight in wrapper.sparse_weights
@@ -322,18 +330,18 @@ class Driver:
             )
 
     def stop(self) -> None:
-        """Unbinds the clocks: training calls raise from now on."""
+        """Unbinds the step counters: training calls raise from now on."""
         self.pause()
         self._last = None
         model = self.model
-        # What was traced with the clock bound would train on in silence,
+        # What was traced with the counter bound would train on in silence,
         # without mask updates, or evaluate with penalties in the loss.
         if getattr(model, "train_function", None) is not None:
             model.make_train_function(force=True)
         if getattr(model, "test_function", None) is not None:
             model.make_test_function(force=True)
 
-    def __enter__(self) -> "Driver":
+    def __enter__(self) -> "SparsityUpdater":
         """Starts."""
         self.start()
         return self
@@ -360,8 +368,8 @@ class Driver:
         if missed > 0:
             raise RuntimeError(
                 f"The optimizer made {missed} steps after the last "
-                "`driver.step()`, whose mask updates are lost. Call "
-                "`driver.step()` after every training step."
+                "`updater.step()`, whose mask updates are lost. Call "
+                "`updater.step()` after every training step."
             )
         if self._moved:
             self.check_effect()
@@ -407,9 +415,9 @@ class Driver:
             if len([step for step in due if step != schedule.end_step]) > 1:
                 raise RuntimeError(
                     f"The optimizer moved from step {after} to {until} between "
-                    "two calls of `driver.step()` and passed over mask updates "
-                    f"that were due at {due}. Call `driver.step()` after every "
-                    "training step, or choose a larger `frequency`."
+                    "two calls of `updater.step()` and passed over mask "
+                    f"updates that were due at {due}. Call `updater.step()` "
+                    "after every training step, or choose a larger `frequency`."
                 )
             if due and self._held and self._held.holds(wrapper, due[-1]):
                 continue
@@ -439,7 +447,7 @@ def _check_streams(wrappers: list[SparseWrapper]) -> None:
     paths = [
         weight.path
         for wrapper in wrappers
-        if "seed" in wrapper.settings.values()
+        if "seed" in wrapper.hyperparameter_variables.values()
         for weight in wrapper.sparse_weights
     ]
     twice = sorted({path for path in paths if paths.count(path) > 1})
@@ -451,8 +459,8 @@ def _check_streams(wrappers: list[SparseWrapper]) -> None:
         )
 
 
-def set_all(model: keras.layers.Layer, **values: Any) -> None:
-    """Changes settings of all sparse layers of a model that have them.
+def set_hyperparameters(model: keras.layers.Layer, **values: Any) -> None:
+    """Changes hyperparameters of all sparse layers that have them.
 
     Nothing is built or traced again.
 
@@ -463,7 +471,7 @@ def set_all(model: keras.layers.Layer, **values: Any) -> None:
 
     Raises:
         TypeError: If a schedule is not one.
-        ValueError: If no layer has a setting of that name, or a value is wrong;
+        ValueError: If no layer has such a hyperparameter, or a value is wrong;
             nothing is changed then.
     """
     wrappers = find_wrappers(model)
@@ -473,8 +481,8 @@ def set_all(model: keras.layers.Layer, **values: Any) -> None:
         if not owners:
             valid = sorted({n for w in wrappers for n in _changeable(w)})
             raise ValueError(
-                f"No sparse layer of {model.name!r} has the setting {name!r}. "
-                f"Valid names: {valid}"
+                f"No sparse layer of {model.name!r} has the hyperparameter "
+                f"{name!r}. Valid names: {valid}"
             )
         if name == "schedule":
             value = as_schedule(value)
@@ -487,4 +495,7 @@ def set_all(model: keras.layers.Layer, **values: Any) -> None:
 
 def _changeable(wrapper: SparseWrapper) -> set[str]:
     scheduled = isinstance(wrapper, PruningWrapper)
-    return {*wrapper.settings.values(), *(["schedule"] if scheduled else [])}
+    return {
+        *wrapper.hyperparameter_variables.values(),
+        *(["schedule"] if scheduled else []),
+    }

@@ -6,10 +6,10 @@ import pytest
 import tensorflow as tf
 
 import sos
-from sos.clock import Clock
+from sos.step_counter import StepCounter
 from tests.support import techniques
 
-RAMP = sos.LinearRamp(begin_step=2, end_step=6)
+RAMP = sos.ramps.LinearRamp(begin_step=2, end_step=6)
 
 
 def factor(step):
@@ -37,39 +37,39 @@ def data(size=8):
     return techniques.normal(size, 6), techniques.normal(size, 6, seed=1)
 
 
-def test_unbound_clock_has_no_step():
-    clock = Clock()
-    assert not clock.bound
-    with pytest.raises(RuntimeError, match="not bound.*SparsityCallback"):
-        _ = clock.step
+def test_step_without_an_optimizer_raises():
+    counter = StepCounter()
+    assert not counter.bound
+    with pytest.raises(RuntimeError, match="no training step.*SparsityCallback"):
+        _ = counter.step
     optimizer = keras.optimizers.SGD()
-    clock.bind(optimizer)
+    counter.bind(optimizer)
     optimizer.iterations.assign(41)
-    assert clock.bound
-    assert int(clock.step) == 41
-    assert clock.step.dtype == tf.int32
-    clock.unbind()
-    assert not clock.bound
+    assert counter.bound
+    assert int(counter.step) == 41
+    assert counter.step.dtype == tf.int32
+    counter.unbind()
+    assert not counter.bound
 
 
-def test_clock_is_unbound_when_its_owner_is_gone():
+def test_step_counter_whose_owner_is_gone_is_unbound():
     class Owner:
         pass
 
-    clock, owner = Clock(), Owner()
-    clock.bind(keras.optimizers.SGD(), owner=owner)
-    assert clock.bound
+    counter, owner = StepCounter(), Owner()
+    counter.bind(keras.optimizers.SGD(), owner=owner)
+    assert counter.bound
     del owner
     gc.collect()
-    assert not clock.bound
-    with pytest.raises(RuntimeError, match="not bound"):
-        _ = clock.step
+    assert not counter.bound
+    with pytest.raises(RuntimeError, match="no training step"):
+        _ = counter.step
 
 
 def test_step_is_read_anew_in_compiled_code():
-    clock, optimizer = Clock(), keras.optimizers.SGD()
-    clock.bind(optimizer)
-    read = tf.function(lambda: clock.step)
+    counter, optimizer = StepCounter(), keras.optimizers.SGD()
+    counter.bind(optimizer)
+    read = tf.function(lambda: counter.step)
     for step in (0, 3, 1000):
         optimizer.iterations.assign(step)
         assert int(read()) == step
@@ -83,10 +83,10 @@ def test_ramp_is_exact_at_every_step(uses, jit_compile):
     optimizer.build(model.trainable_variables)
     step = techniques.train_step(model, optimizer, jit_compile=jit_compile)
     found = []
-    with sos.Driver(model, optimizer) as driver:
+    with sos.SparsityUpdater(model, optimizer) as updater:
         for _ in range(8):
             step(*data())
-            driver.step()
+            updater.step()
             found.append(techniques.shift_of(layer))
     np.testing.assert_allclose(found, shifts(8), rtol=1e-6)
 
@@ -96,7 +96,7 @@ def test_loss_holds_the_penalty_of_its_step():
     (weight,) = layer.sparse_weights
     weight.state["shift"].assign(tf.ones((6, 6)))
     optimizer = keras.optimizers.SGD()
-    with sos.Driver(model, optimizer):
+    with sos.SparsityUpdater(model, optimizer):
         for step in range(9):
             optimizer.iterations.assign(step)
             (penalty,) = model.losses
@@ -184,14 +184,14 @@ def test_overflow_stops_ramp_and_schedule_for_a_step():
     optimizer.build(model.trainable_variables)
     step = overflowing_step(model, optimizer)
     found, done = [], []
-    with sos.Driver(model, optimizer) as driver:
+    with sos.SparsityUpdater(model, optimizer) as updater:
         for i in range(12):
             overflow = i in (0, 3, 4, 11)
             step(*data(), tf.constant(np.inf if overflow else 1e-3, tf.float32))
-            driver.step()
-            driver.step()  # changes nothing
+            updater.step()
+            updater.step()  # changes nothing
             found.append(techniques.shift_of(layer))
-            done.append(driver.iterations)
+            done.append(updater.iterations)
     assert done == [0, 1, 2, 2, 2, 3, 4, 5, 6, 7, 8, 8]
     expected = [0.0, *shifts(8)]
     np.testing.assert_allclose(found, [expected[n] for n in done], rtol=1e-6)
@@ -202,10 +202,10 @@ def test_overflow_repeats_no_mask_update():
     optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.01))
     optimizer.build(model.trainable_variables)
     step = overflowing_step(model, optimizer)
-    with sos.Driver(model, optimizer) as driver:
+    with sos.SparsityUpdater(model, optimizer) as updater:
         for size in (1, np.inf, np.inf, 1, 1, np.inf, 1, 1):
             step(*techniques.batch(), tf.constant(size, tf.float32))
-            driver.step()
+            updater.step()
     assert techniques.recorded(recorder.log) == [1, 3, 5]
 
 

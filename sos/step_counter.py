@@ -1,4 +1,4 @@
-"""The one clock: the number of optimizer steps, as every technique sees it."""
+"""The training step, as every technique reads it."""
 
 import weakref
 from typing import Any
@@ -7,13 +7,13 @@ import keras
 import tensorflow as tf
 
 
-class Clock:
-    """Reads the training step from the optimizer that a driver has bound.
+class StepCounter:
+    """Reads the training step from the optimizer that an updater binds.
 
     The step is the optimizer's `iterations`: schedules, ramps and noise are
     functions of it, so nothing of theirs has to be saved and nothing can run
-    out of step with training. A clock is a plain object, not a Keras one, so
-    that neither the optimizer nor the clock ends up in a layer's saved state.
+    out of step with training. It is a plain object, not a Keras one, so
+    that neither the optimizer nor the counter is saved with the layer.
 
     Between `unbind` and the next `bind` there is no step, and a training call
     of a layer that needs one raises.
@@ -49,9 +49,10 @@ class Clock:
         """
         if not self.bound:
             raise RuntimeError(
-                "The clock is not bound to an optimizer. Train inside "
-                "`with sos.Driver(model, optimizer) as driver:` or pass "
-                "`callbacks=[sos.SparsityCallback()]` to `fit`."
+                "There is no training step, as no optimizer is bound. Train "
+                "inside `with sos.SparsityUpdater(model, optimizer) as "
+                "updater:` or pass `callbacks=[sos.SparsityCallback()]` to "
+                "`fit`."
             )
         return tf.cast(
             keras.ops.convert_to_tensor(self._optimizer.iterations), tf.int32
@@ -64,14 +65,14 @@ class Clock:
 
         Args:
             optimizer: A Keras optimizer.
-            owner: Who binds it, held weakly: a clock whose owner was lost in an
-                error counts as not bound.
+            owner: Who binds it, held weakly: a counter whose owner was lost in
+                an error counts as not bound.
 
         Raises:
             RuntimeError: If another owner has bound it.
         """
         if self.bound_by_another(owner):
-            raise RuntimeError("The clock is bound by another owner.")
+            raise RuntimeError("The step counter is bound by another owner.")
         self._optimizer = optimizer
         self._owner = None if owner is None else weakref.ref(owner)
 

@@ -1,4 +1,4 @@
-"""Numbers that compiled steps read from variables."""
+"""Hyperparameters that compiled steps read from variables."""
 
 import math
 from typing import Any, Protocol
@@ -9,11 +9,11 @@ import tensorflow as tf
 from sos.errors import UsageError
 
 
-class Setting:
-    """A number of a technique that can change after the layer is built.
+class Hyperparameter:
+    """A hyperparameter that can change after the layer is built.
 
     Compiled steps read it from a variable, so that a change neither builds nor
-    traces anything again, and runs that differ in settings share one compiled
+    traces anything again, and runs that differ in its value share one compiled
     step. On the layer it reads and assigns as a plain Python number.
 
     Args:
@@ -32,18 +32,18 @@ class Setting:
         if owner is None:
             return self
         try:
-            return owner.settings.get(self.name)
+            return owner.hyperparameter_variables.get(self.name)
         except KeyError as error:
             raise AttributeError(self.name) from error
 
     def __set__(self, owner: Any, value: float) -> None:
-        owner.settings.set(self, self.check(value))
+        owner.hyperparameter_variables.set(self, self.check(value))
 
     def check(self, value: Any) -> float:
         """Checks a value.
 
         Args:
-            value: What is to be set.
+            value: The new value.
 
         Returns:
             The value as a Python number.
@@ -77,11 +77,11 @@ class _StatefulLayer(Protocol):
     ) -> keras.Variable: ...
 
 
-class Settings:
-    """The values of one layer's settings, before and after it is built."""
+class HyperparameterVariables:
+    """The hyperparameters of one layer, before and after it is built."""
 
     def __init__(self) -> None:
-        self._settings: dict[str, Setting] = {}
+        self._descriptors: dict[str, Hyperparameter] = {}
         self._values: dict[str, float] = {}
         self._variables: dict[str, keras.Variable] = {}
 
@@ -93,12 +93,12 @@ class Settings:
         # The shortest decimal of a float32, so that 0.1 reads as 0.1.
         return int(value) if value.dtype.kind == "i" else float(str(value))
 
-    def set(self, setting: Setting, value: float) -> None:
+    def set(self, hyperparameter: Hyperparameter, value: float) -> None:
         """Sets the value, also for steps that are compiled already."""
-        self._settings[setting.name] = setting
-        self._values[setting.name] = value
-        if setting.name in self._variables:
-            self._variables[setting.name].assign(value)
+        self._descriptors[hyperparameter.name] = hyperparameter
+        self._values[hyperparameter.name] = value
+        if hyperparameter.name in self._variables:
+            self._variables[hyperparameter.name].assign(value)
 
     def values(self) -> dict[str, float]:
         """All values by name."""
@@ -116,8 +116,8 @@ class Settings:
         """
         for name, value in self._values.items():
             self._variables[name] = layer.add_state(
-                f"{name}_setting",
+                f"{name}_value",
                 (),
-                dtype=self._settings[name].dtype,
+                dtype=self._descriptors[name].dtype,
                 initializer=keras.initializers.Constant(value),
             )
