@@ -70,7 +70,7 @@ TEST_REQUIRES = [
 DOCS_REQUIRES = [
     "mkdocs-material>=9.6,<10",
     # The API reference, from docstrings.
-    "mkdocstrings[python]>=0.29",
+    "mkdocstrings[python]>=0.29,<2",
     # Pages from notebooks.
     "mkdocs-jupyter>=0.25,<1",
 ]
