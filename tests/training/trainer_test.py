@@ -1301,7 +1301,9 @@ def test_batches_are_checked_before_training():
 
 def test_schedules_without_an_end_are_laid_over_the_whole_training(tmp_path):
     numbers = {"schedule": "polynomial", "frequency": None, "sparsity": 0.75}
-    first, second = (toy("MagnitudePruning", **numbers) for _ in range(2))
+    first, second = (
+        make_trainer("MagnitudePruning", **numbers) for _ in range(2)
+    )
     assert not any(w.schedule.resolved for w in find_wrappers(first.model))
 
     class Stop:
