@@ -1302,23 +1302,16 @@ def test_batches_are_checked_before_training():
 def test_schedules_without_an_end_are_laid_over_the_whole_training(tmp_path):
     numbers = {"schedule": "polynomial", "frequency": None, "sparsity": 0.75}
     first, second = (
-        make_trainer("MagnitudePruning", **numbers) for _ in range(2)
+        make_trainer("MagnitudePruning", steps_per_loop=2, **numbers)
+        for _ in range(2)
     )
     assert not any(w.schedule.resolved for w in find_wrappers(first.model))
 
-    class Stop:
-        requested = None
-
-        def __call__(self, summary):
-            self.requested = signal.SIGTERM if summary.step >= 5 else None
-
-    stop = Stop()
     with pytest.raises(Stopped):
         first.train(
             STEPS,
             checkpoints=make_checkpoints(first, tmp_path),
-            stop=stop,
-            on_summary=[stop],
+            stop=StopAt(first, 5),
         )
     second.restore(make_checkpoints(second, tmp_path))
     for trainer in (first, second):
