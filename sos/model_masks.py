@@ -98,12 +98,11 @@ def set_masks(
             f"Received: masks={masks!r} of type {type(masks).__name__}"
         )
     weights = weights_by_path(model)
-    checked = [
-        (weights[path], _checked(weights, path, mask))
-        for path, mask in masks.items()
-    ]
-    for weight, mask in checked:
-        weight.state["mask"].assign(mask)
+    checked = {
+        path: _checked(weights, path, mask) for path, mask in masks.items()
+    }
+    for path, mask in checked.items():
+        weights[path].state["mask"].assign(mask)
 
 
 def _checked(weights: dict[str, SparseWeight], path: Any, mask: Any) -> Any:
