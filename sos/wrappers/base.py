@@ -225,7 +225,7 @@ class SparseWrapper(keras.layers.Layer):
         )
 
     def weights_changed(self) -> None:
-        """Called after the dense weights were set from another model."""
+        """Called once the weights and the technique's variables are there."""
 
     def target_sparsity(self) -> float | None:
         """The sparsity that the technique is to reach, None where unknown."""
