@@ -659,7 +659,7 @@ def weights_by_path(model: keras.layers.Layer) -> dict[str, SparseWeight]:
     paths = selection.unique(
         {
             # Whether Keras puts it there depends on how the model was made.
-            i: weight.path.removeprefix(f"{model.name}/")
+            i: selection.path_in(model, weight)
             for i, weight in enumerate(weights)
         }
     )
