@@ -27,7 +27,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 export KERAS_BACKEND := tensorflow
 
 .DELETE_ON_ERROR:
-.PHONY: help study study-full test test-slow test-oldest soak lint format \
+.PHONY: help docs study study-full test test-slow test-oldest soak lint format \
 	bench lock bazel-query wheel clean
 
 help:  ## list the targets
@@ -114,11 +114,15 @@ lock:  ## pin every dependency anew (ARGS=--upgrade for the newest versions)
 bazel-query:  ## read BUILD with Bazel (ARGS="'deps(//:models)'")
 	@$(PYTHON) .ci/bazel_query.py $(ARGS)
 
+docs: $(READY)  ## build the documentation site into site/
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	@echo "Wrote site/index.html"
+
 wheel: $(READY)  ## build the wheel into dist/
 	@$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	@ls dist/*.whl
 
 clean:  ## remove the virtual environment and everything built or cached
-	@rm -rf .venv .venv-tf2.20 .build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf .venv .venv-tf2.20 .build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune \
 		-exec rm -rf {} +
