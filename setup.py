@@ -71,8 +71,6 @@ DOCS_REQUIRES = [
     "mkdocs-material>=9.6,<10",
     # The API reference, from docstrings.
     "mkdocstrings[python]>=0.29,<2",
-    # Pages from notebooks.
-    "mkdocs-jupyter>=0.25,<1",
 ]
 
 
