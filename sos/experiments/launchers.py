@@ -32,7 +32,7 @@ from sos.experiments.config import resolve, run_name
 from sos.experiments.progress import SweepProgress
 from sos.experiments.runs import Result, last_step, run, run_directory
 from sos.experiments.task import make_task
-from sos.files import only_process
+from sos.files import lock_directory
 from sos.training.signals import StopRequest, StopSource
 from sos.training.strategies import make_strategy
 from sos.training.trainer import Trainer
@@ -394,7 +394,7 @@ def _train(
     """Trains a run; returns a message to the parent."""
     try:
         # Before a trainer is made for nothing.
-        with only_process(run_directory(resolve(config), workdir), "run"):
+        with lock_directory(run_directory(resolve(config), workdir), "run"):
             pass
         result = run(
             config,

@@ -21,7 +21,7 @@ from sos.errors import (
 )
 from sos.experiments import config as config_lib
 from sos.experiments.task import make_task
-from sos.files import check_writable, only_process, write_text
+from sos.files import check_writable, lock_directory, write_text
 from sos.report import SparsityReport, sparsity_report
 from sos.training import main
 from sos.training.checkpoints import Checkpoints
@@ -170,7 +170,7 @@ def run(
             if trainer.is_chief:
                 # Not before: a config that does not fit leaves no directory.
                 check_writable(directory)
-                stack.enter_context(only_process(directory, "run"))
+                stack.enter_context(lock_directory(directory, "run"))
                 if not several_processes(trainer.strategy):
                     # Another process may have finished it since.
                     result = read_result(directory)
@@ -382,7 +382,7 @@ def _evaluate(
     # If the process that trains has not ended, it removes them.
     with (
         contextlib.suppress(CheckpointError, DirectoryInUseError),
-        only_process(directory, "run"),
+        lock_directory(directory, "run"),
     ):
         _remove_checkpoints(config, directory)
     return result

@@ -19,7 +19,7 @@ from sos.errors import (
     Stopped,
     UsageError,
 )
-from sos.files import check_writable, only_process, storage_errors
+from sos.files import check_writable, lock_directory, storage_errors
 from sos.training.checkpoints import Checkpoints, remove_unfinished
 from sos.training.continuous_evaluation import ContinuousEvaluation
 from sos.training.reporting import (
@@ -219,7 +219,7 @@ def train(
     evaluations = []
     with contextlib.ExitStack() as stack:
         if trainer.is_chief:
-            stack.enter_context(only_process(options.workdir, "train"))
+            stack.enter_context(lock_directory(options.workdir, "train"))
             remove_unfinished(checkpoints.directory)
         step = _restore_or_initialize(trainer, checkpoints, options)
         report = stack.enter_context(
@@ -313,7 +313,7 @@ def evaluate_continuously(
         timeout=options.eval_timeout,
     )
     with (
-        only_process(options.workdir, "eval"),
+        lock_directory(options.workdir, "eval"),
         _reporting(trainer, options, "eval", on_summary) as report,
     ):
         evaluated = {summary.step for summary in _summaries(options, "eval")}
@@ -352,7 +352,7 @@ def export(trainer: Trainer, options: Options) -> str:
             configuration.
     """
     _check_one_process(trainer, "export")
-    with only_process(options.workdir, "export"):
+    with lock_directory(options.workdir, "export"):
         checkpoints = _checkpoints(trainer, options)
         step = trainer.restore(checkpoints)
         if step is None:

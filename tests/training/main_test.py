@@ -12,7 +12,7 @@ import tensorflow as tf
 
 import sos
 from sos import errors
-from sos.files import only_process
+from sos.files import lock_directory
 from sos.training import main
 from sos.training.checkpoints import Checkpoints
 from sos.training.main import Options, end_process, exit_code_of, run
@@ -547,13 +547,13 @@ def test_a_profile_is_taken_of_the_steps_asked_for(program, trained):
 
 
 def test_two_processes_in_one_work_directory(copy):
-    with only_process(copy.workdir):
+    with lock_directory(copy.workdir):
         assert copy("train") == 1
         assert "Another process (train) is working in" in copy.error
         # These may look on.
         assert copy("eval") == 0
         assert copy("export") == 0
-    with only_process(copy.workdir, "eval"):
+    with lock_directory(copy.workdir, "eval"):
         assert copy("eval") == 1
         assert "Another process (eval) is working in" in copy.error
         assert copy("train") == 0
