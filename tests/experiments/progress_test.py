@@ -115,7 +115,7 @@ def test_sweep_progress_names_what_was_finished_before(toy_configs):
 
 def test_sweep_progress_time_left_is_that_of_the_steps_left(toy_configs):
     now = 1000.0
-    shown = progress.SweepProgress(quiet=True, clock=lambda: now)
+    shown = progress.SweepProgress(quiet=True, timer=lambda: now)
     for config in toy_configs:
         shown.add(config)
     name = run_name(toy_configs[0])

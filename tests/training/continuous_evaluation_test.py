@@ -88,7 +88,7 @@ class Evaluation:
             self.trainer,
             self.checkpoints,
             last_step=LAST,
-            clock=lambda: self.stop.now,
+            timer=lambda: self.stop.now,
             **arguments,
         )
         evaluation.run(

@@ -728,7 +728,7 @@ def test_exit_code_of_a_bug_of_several_workers_prints_the_traceback(
 def test_exit_code_of_a_lost_worker_prints_one_line(capfd):
     assert exit_code_of(raising(LOST), several_workers=True) == 1
     assert capfd.readouterr().err == (
-        "FATAL A worker of this job ended or cannot be reached: Socket closed. "
+        "FATAL Another worker ended or cannot be reached: Socket closed. "
         "Start all workers again to continue from the last checkpoint.\n"
     )
 
@@ -739,7 +739,7 @@ def test_run_of_several_workers_tells_of_a_lost_one(
     monkeypatch.setenv("TF_CONFIG", processes.cluster(2)[0])
     monkeypatch.setattr(program, "make_trainer", raising(LOST))
     assert program("train") == 1
-    assert "A worker of this job ended" in program.error
+    assert "Another worker ended" in program.error
 
 
 @pytest.mark.parametrize("workers", [1, 2])
