@@ -194,7 +194,7 @@ def test_training_leaves_checkpoints_and_logs(trained):
 def test_a_finished_training_is_left_alone(copy):
     before = (copy.workdir / "train.jsonl").read_bytes()
     assert copy("train") == 0
-    assert "Training is done: there is a checkpoint of step 20." in copy.err
+    assert "Training is complete: there is a checkpoint of step 20." in copy.err
     assert copy.out == ""
     assert (copy.workdir / "train.jsonl").read_bytes() == before
     assert copy.saved == [5, 10, 15, 20]
@@ -351,11 +351,11 @@ def test_train_returns_the_evaluation_of_the_last_step(copy):
 def test_eval_evaluates_every_checkpoint_once(copy):
     assert copy("eval") == 0
     assert copy.steps("eval", "eval") == [5, 10, 15, 20]
-    assert "evaluated already" not in copy.err
+    assert "already evaluated" not in copy.err
     before = (copy.workdir / "eval.jsonl").read_bytes()
     # Again, as after a restart.
     assert copy("eval") == 0
-    assert "The checkpoint of the last step is evaluated already." in copy.err
+    assert "The checkpoint of the last step is already evaluated." in copy.err
     assert (copy.workdir / "eval.jsonl").read_bytes() == before
     # What a restarted evaluator has not seen yet.
     lines = before.splitlines(keepends=True)
