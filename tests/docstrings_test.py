@@ -11,6 +11,9 @@ import pytest
 # share a namespace and a directory. That of the object named here runs first,
 # because the others use what it defines.
 PACKAGES = {
+    "sos.datasets.fashion_mnist": None,
+    "sos.experiments": None,
+    "sos.export": None,
     "sos.training": "Task",
     "sos.training.learning_rates": None,
     "sos.training.optimizers": None,

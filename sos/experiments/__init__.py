@@ -1,4 +1,4 @@
-"""Experiments: configs, runs, sweeps, and what is made of their results."""
+"""Experiments: configs, runs, sweeps, and tables and figures of results."""
 
 from sos.experiments.config import base_config, parse_argument
 from sos.experiments.image_classification import ImageClassification

@@ -15,8 +15,8 @@ from sos.training.reporting import (
     ProgressBar,
     Summary,
     TensorBoard,
-    format_summary,
     format_duration,
+    format_summary,
     read_summaries,
 )
 from tests.support import techniques
