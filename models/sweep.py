@@ -47,15 +47,14 @@ _WORKDIR = flags.DEFINE_string(
 _SELECT = flags.DEFINE_string(
     "select",
     "",
-    "Regular expression that is searched for in the names of runs. Default: all "
-    "runs.",
+    "Regular expression that selects runs by name (re.search). Default: all.",
 )
 _LIST = flags.DEFINE_bool("list", False, "Only print the names of the runs.")
 _WORKERS = flags.DEFINE_integer(
     "workers",
     None,
     "Number of worker processes, each of which trains one run at a time. "
-    "Default: one for each GPU or, without a GPU, for each core, at most eight.",
+    "Default: one per GPU or, without a GPU, per core, at most eight.",
     lower_bound=1,
 )
 _SAVE_CHECKPOINTS_STEPS = flags.DEFINE_integer(
