@@ -257,7 +257,7 @@ class Checkpoints:
                 return self.restore_step(step, model, optimizer)
             except DamagedCheckpointError as damage:
                 logging.warning(
-                    "Skipping the damaged checkpoint %s: %s",
+                    "The checkpoint %s is damaged and not used: %s",
                     self.path(step),
                     damage,
                 )

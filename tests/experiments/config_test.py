@@ -274,7 +274,7 @@ def test_parse_argument_returns_name_and_values(argument, expected):
 
 @pytest.mark.parametrize("argument", ["a,b", "a,b=1,b=2", "a,=1", "a,b c=1"])
 def test_parse_argument_invalid_raises(argument):
-    with pytest.raises(UsageError, match="name=value"):
+    with pytest.raises(UsageError, match="key=value"):
         config_lib.parse_argument(argument)
 
 

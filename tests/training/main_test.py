@@ -412,7 +412,7 @@ def test_eval_gives_up(program):
     assert program("eval", eval_timeout=0.1) == 1
     assert "Waiting for checkpoints" in program.err
     assert "No new checkpoint appeared in" in program.error
-    assert "for 0.1 seconds" in program.error
+    assert "within 0.1 seconds" in program.error
 
 
 def test_eval_stops_within_an_evaluation(copy):

@@ -290,4 +290,4 @@ def test_workers_that_see_different_checkpoints(tmp_path):
     ]
     for worker in workers:
         assert worker.wait() == 1
-        assert "must see the same checkpoints" in worker.output
+        assert "must share the directory" in worker.output

@@ -462,7 +462,7 @@ def test_make_optimizer_uses_the_schedule():
         ({"name": "sgd", "beta_1": 0.9}, ["'beta_1'", "'momentum'"]),
         (
             {"name": "sgd", "learning_rate": 0.1},
-            ["'learning_rate'", "config of its own"],
+            ["'learning_rate'", "its own config"],
         ),
         ({"name": "sgd", "momentum": 2.0}, ["'sgd'", "`momentum`"]),
         ({"name": "sgd", "clipnorm": 1, "clipvalue": 1}, ["Only one of"]),
