@@ -162,8 +162,9 @@ def resolve(config: Mapping[str, Any]) -> ml_collections.ConfigDict:
     unknown = sorted(set(values) - set(defaults))
     if unknown:
         raise UsageError(
-            f"The config has unknown entries: {', '.join(unknown)}. Valid "
-            f"entries: {', '.join(sorted(defaults))}"
+            "The config has unknown entries: "
+            f"{', '.join(map(repr, unknown))}. Valid entries: "
+            f"{', '.join(sorted(defaults))}"
         )
     resolved = _merge(defaults, values)
     _check(resolved)
@@ -449,7 +450,7 @@ def _check_sparsity(sparsity: Mapping[str, Any], train_steps: int) -> None:
     if unknown:
         raise UsageError(
             f"`config.sparsity` has unknown entries for the technique "
-            f"{technique!r}: {', '.join(unknown)}. Valid entries: "
+            f"{technique!r}: {', '.join(map(repr, unknown))}. Valid entries: "
             f"{', '.join(sorted(valid))}"
         )
     missing = [

@@ -112,7 +112,7 @@ def test_resolve_default_technique_of_the_task_can_be_replaced(monkeypatch):
         monkeypatch, "sparsity", {"rules": (), **toy_experiment.MAGNITUDE}
     )
     default = config_lib.resolve(toy_experiment.CONFIG)
-    assert config_lib.identity(default) == toy_experiment.CONFIG
+    assert config_lib.fingerprint(default) == toy_experiment.CONFIG
     replaced = resolved("l0")
     assert replaced.sparsity.penalty_weight == 0.01
     assert "sparsity" not in replaced.sparsity
@@ -129,24 +129,24 @@ def test_load_task_module_with_missing_import_shows_the_cause(
         config_lib.load_task("broken_task:Task")
 
 
-# Identity.
+# Fingerprint.
 
 
-def test_identity_holds_only_what_differs_from_defaults():
-    assert config_lib.identity(resolved()) == toy_experiment.CONFIG
-    assert config_lib.identity(resolved("l0", seed=2)) == {
+def test_fingerprint_holds_only_what_differs_from_defaults():
+    assert config_lib.fingerprint(resolved()) == toy_experiment.CONFIG
+    assert config_lib.fingerprint(resolved("l0", seed=2)) == {
         **toy_experiment.CONFIG,
         "seed": 2,
         "sparsity.technique": "L0Regularization",
         "sparsity.penalty_weight": 0.01,
     }
     # A default that is written out is a default.
-    assert config_lib.identity(resolved(model={"units": 16})) == (
+    assert config_lib.fingerprint(resolved(model={"units": 16})) == (
         toy_experiment.CONFIG
     )
 
 
-def test_run_name_differs_whenever_the_identity_does():
+def test_run_name_differs_whenever_the_fingerprint_does():
     configs = [
         *(resolved(technique) for technique in toy_experiment.TECHNIQUES),
         resolved(seed=1),
