@@ -214,11 +214,10 @@ def run_title(config: Mapping[str, Any]) -> str:
     Returns:
         For example "magnitude pruning 0.9, seed 0".
     """
-    technique = config["sparsity"]["technique"]
     parts = [config_lib.label(config)]
     parts += [
         config_lib.format_value(config["sparsity"][name])
-        for name in config_lib.required_hyperparameters(technique)
+        for name in config_lib.required_hyperparameters(config["sparsity"])
     ]
     return f"{' '.join(parts)}, seed {config['seed']}"
 

@@ -47,7 +47,11 @@ from sos.training.task import (
 from sos.updater import SparsityUpdater
 from sos.weight_decay import exclude_techniques
 from sos.wrappers.base import find_wrappers
-from sos.wrappers.masked import PruningWrapper, update_masks
+from sos.wrappers.masked import (
+    PruningWrapper,
+    lay_out_schedules,
+    update_masks,
+)
 
 # Part of TensorFlow's error about a data set that ends early.
 _ENDED = "expected to contain"
@@ -496,7 +500,8 @@ class Trainer:
         """Trains from the current step until `steps` steps are completed.
 
         Args:
-            steps: Total number of steps.
+            steps: Total number of steps. The first call lays pruning schedules
+                without an `end_step` over them, from step 0.
             checkpoints: Saves a checkpoint every `save_every` steps, after the
                 last step, and when `stop` requests a stop.
             save_every: Steps between two checkpoints, or None.
@@ -522,7 +527,7 @@ class Trainer:
         dataset = self.strategy.distribute_datasets_from_function(
             lambda context: train_dataset(self.task, context, self.step)
         )
-        with self._updating_masks() as updater:
+        with self._updating_masks(steps) as updater:
             iterator = iter(dataset)
             while (step := self.step) < steps:
                 begin = self._timer()
@@ -731,11 +736,15 @@ class Trainer:
         return self._host_copy
 
     @contextlib.contextmanager
-    def _updating_masks(self) -> Iterator[SparsityUpdater | None]:
+    def _updating_masks(
+        self, train_steps: int
+    ) -> Iterator[SparsityUpdater | None]:
         """Yields the updater of the sparse layers; None if there are none."""
         if not self.steps.sparse_weights:
             yield None
             return
+        # From step 0, so that a resumed training has the same schedules.
+        lay_out_schedules(find_wrappers(self.model), train_steps)
         updater = SparsityUpdater(
             self.model, self.optimizer, update_masks=self._update_masks
         )
