@@ -1,12 +1,12 @@
-"""Side-by-side measurements that anybody can run again."""
+"""Reproducible side-by-side measurements."""
 
 import os
 
-# All of them measure on the CPU.
+# All benchmarks measure on the CPU.
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-# Before any benchmark imports TensorFlow, whose start-up lines this hides.
+# Before any benchmark imports TensorFlow, to hide its start-up lines.
 from sos import startup
 
 with startup.quiet():

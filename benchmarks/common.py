@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine, and how figures are printed."""
+"""Helpers of benchmarks: the description of the machine, and the report."""
 
 import importlib.metadata
 import json
@@ -11,7 +11,7 @@ import rich.table
 
 
 def cpu_model() -> str:
-    """Returns the processor's name as the system gives it."""
+    """Returns the name of the processor."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             for line in lines:
@@ -23,7 +23,7 @@ def cpu_model() -> str:
 
 
 def machine() -> dict[str, object]:
-    """Returns what the figures depend on."""
+    """Returns properties of the machine that affect measurements."""
     packages = ("numpy", "tensorflow", "keras", "tensorflow-model-optimization")
     return {
         "platform": platform.platform(),
@@ -37,12 +37,12 @@ def machine() -> dict[str, object]:
 def print_report(
     title: str, report: Mapping[str, object], as_json: bool
 ) -> None:
-    """Prints a benchmark's figures as a table or as one JSON object.
+    """Prints the results of a benchmark as a table or as one JSON object.
 
     Args:
         title: Title of the table.
-        report: What was measured. Its key `results` holds a dictionary of
-            figures for each contestant, all with the same keys.
+        report: The report. Its key `results` holds a dictionary of measurements
+            for each contestant, all with the same keys.
         as_json: Whether to print JSON.
     """
     report = {**report, "machine": machine()}
@@ -54,8 +54,8 @@ def print_report(
     table.add_column("", no_wrap=True)
     for key in next(iter(rows.values())):
         table.add_column(key.replace("_", " "), justify="right")
-    for name, figures in rows.items():
-        table.add_row(name, *(f"{figure:,.2f}" for figure in figures.values()))
+    for name, values in rows.items():
+        table.add_row(name, *(f"{value:,.2f}" for value in values.values()))
     console = rich.console.Console()
     console.print(table)
     for key, value in report["machine"].items():

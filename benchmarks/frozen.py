@@ -1,10 +1,10 @@
-"""Times a loop that decodes token by token, with and without `sos.frozen`.
+"""Times a decoding loop with and without `sos.frozen`.
 
     python -m benchmarks.frozen [--vocabulary=32000] [--width=512] [--json]
 
-A tied table and two dense layers are called in a `tf.while_loop` on one token
-at a time, as the decoder of a Transformer is. All contestants run in turns in
-one process. At the default size, 18.5 million weights, it takes a minute.
+A tied table and two dense layers run in a `tf.while_loop` on one token at a
+time, like the decoder of a Transformer. All contestants run in turns in one
+process. At the default size, 18.5 million weights, it takes a minute.
 """
 
 import argparse
@@ -19,12 +19,12 @@ import tensorflow as tf
 import sos
 from benchmarks.common import print_report
 
-# Of any technique; each takes those that it has.
+# Hyperparameters of all techniques; each ignores those of others.
 HYPERPARAMETERS = {"sparsity": 0.9, "penalty_weight": 1e-6}
 
 
 def build(vocabulary: int, width: int) -> keras.Model:
-    """Builds a model of one token's logits."""
+    """Builds a model that returns the logits after one token."""
     token = keras.Input((1,), dtype="int32")
     table = keras.layers.ReversibleEmbedding(vocabulary, width, name="table")
     x = table(token)
@@ -54,20 +54,20 @@ def decoder(
 
 
 def main() -> None:
-    """Measures, and prints a table or JSON."""
+    """Measures and prints a table or JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for name, default, text in (
-        ("vocabulary", 32_000, "rows of the table"),
-        ("width", 512, "units of the table"),
-        ("steps", 20, "tokens in one loop"),
-        ("repeats", 5, "of each contestant"),
+        ("vocabulary", 32_000, "number of rows of the table"),
+        ("width", 512, "number of columns of the table"),
+        ("steps", 20, "number of tokens in one loop"),
+        ("repeats", 5, "number of loops of each contestant"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=text)
     parser.add_argument(
-        "--json", action="store_true", help="print one JSON object instead"
+        "--json", action="store_true", help="print one JSON object"
     )
     flags = parser.parse_args()
     for name in ("vocabulary", "width", "steps", "repeats"):

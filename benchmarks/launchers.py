@@ -1,15 +1,15 @@
-"""Times ways of launching the runs of a sweep on this machine.
+"""Times three ways of launching the runs of a sweep on this machine.
 
     python -m benchmarks.launchers [--steps=700] [--seeds=2] [--json]
 
-The same runs of configs/fashion_mnist.py (two sparsities or penalties of three
-techniques, and dense ones) are trained in three ways, each from an empty
-directory and including the start of its processes:
+The same runs of configs/fashion_mnist.py (dense ones, and two sparsities or
+penalties of three techniques) are trained in three ways. Each begins with
+an empty directory, and its time includes the start of its processes:
 
 - by worker processes that share compiled steps among their runs, as many as
   `sos.experiments.launchers.LocalLauncher` starts by default;
 - by one worker process with all cores;
-- each by a process of its own, one after the other.
+- by one process per run, one after the other.
 
 It takes about seven minutes on two cores.
 """
@@ -36,7 +36,7 @@ L0_PENALTIES = (0.5, 1.3)
 def make_configs(
     steps: int, seeds: int, techniques: Sequence[str]
 ) -> list[ml_collections.ConfigDict]:
-    """Returns the configs of the runs that are timed."""
+    """Returns the configs of the timed runs."""
     config = fashion_mnist.get_config(f"dense,train_steps={steps}")
     grid = fashion_mnist.make_sweep(
         config,
@@ -54,7 +54,7 @@ def make_configs(
 
 
 def launch(configs: Sequence[ml_collections.ConfigDict], workers: int) -> float:
-    """Trains runs, and returns the seconds it took."""
+    """Trains runs and returns the duration in seconds."""
     with tempfile.TemporaryDirectory() as workdir:
         begin = time.perf_counter()
         sweeps.run_sweep(
@@ -64,21 +64,27 @@ def launch(configs: Sequence[ml_collections.ConfigDict], workers: int) -> float:
 
 
 def main() -> None:
-    """Measures, and prints a table or JSON."""
+    """Measures and prints a table or JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--steps", type=int, default=700, help="of each run")
-    parser.add_argument("--seeds", type=int, default=2, help="of each point")
-    parser.add_argument("--repeats", type=int, default=1, help="of each way")
+    parser.add_argument(
+        "--steps", type=int, default=700, help="steps of each run"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=2, help="seeds of each point"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=1, help="measurements of each way"
+    )
     parser.add_argument(
         "--techniques",
         default="MagnitudePruning,VariationalDropout,L0Regularization",
-        help="beside dense runs, with commas between",
+        help="techniques besides dense runs, separated by commas",
     )
     parser.add_argument(
-        "--json", action="store_true", help="print one JSON object instead"
+        "--json", action="store_true", help="print one JSON object"
     )
     flags = parser.parse_args()
     for name in ("steps", "seeds", "repeats"):
@@ -100,7 +106,7 @@ def main() -> None:
     ways: dict[str, Callable[[], float]] = {
         default: lambda: launch(configs, workers),
         "one worker": lambda: launch(configs, 1),
-        "a process a run": lambda: sum(
+        "one process per run": lambda: sum(
             launch([config], 1) for config in configs
         ),
     }

@@ -3,18 +3,18 @@
     python -m benchmarks.mask_update [--model=resnet50|convnet] [--repeats=5]
         [--sparsity=0.9] [--json]
 
-The contestants take turns within one run, so that whatever else the machine
-does hits them all, and medians are compared:
+The contestants run in turns, so other load on the machine affects all of them.
+Medians are compared:
 
-- this package, as a training run on this machine does it: the update that
-  `sos.SparsityUpdater` makes of a model under `sos.MagnitudePruning`;
-- this package, by the compiled code for accelerators, here run on the CPU;
+- this package on the host: the mask update of `sos.SparsityUpdater` for a model
+  with `sos.MagnitudePruning`;
+- this package's compiled code for accelerators, run on the CPU;
 - tensorflow-model-optimization: the mask update of its `prune_low_magnitude`,
   as one `tf.function`, with masks and thresholds assigned;
-- bare `numpy.partition` of the float magnitudes, computed beforehand: no mask.
+- `numpy.partition` of precomputed float magnitudes, without masks.
 
-With ResNet-50 it takes less than a minute on two cores, most of it spent in
-tfmot; with `--model=convnet --repeats=1`, to try it out, seconds.
+With ResNet-50 it takes less than a minute on two cores, mostly in tfmot. With
+`--model=convnet --repeats=1` it takes seconds.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import numpy as np
 import tensorflow as tf
 
 # isort: split
-# Before tfmot, which would change the environment.
+# Before tfmot, which changes the environment.
 import sos
 from benchmarks import networks
 from benchmarks.common import print_report
@@ -49,7 +49,7 @@ PARTITION = "numpy.partition"
 def make_contestants(
     wrappers: list[sos.extend.PruningWrapper], sparsity: float
 ) -> dict[str, Callable[[], None]]:
-    """Returns functions that each do one update of all masks."""
+    """Returns functions that each update all masks once."""
     sparse = [w for wrapper in wrappers for w in wrapper.sparse_weights]
     our_masks = [weight.state["mask"] for weight in sparse]
     kernels = [weight.value.numpy() for weight in sparse]
@@ -81,7 +81,7 @@ def make_contestants(
 
     def tfmot() -> None:
         update()
-        tfmot_masks[-1].numpy()  # waits until it is done
+        tfmot_masks[-1].numpy()  # Waits for the update.
 
     magnitudes = [np.abs(kernel).ravel() for kernel in kernels]
 
@@ -96,12 +96,12 @@ def make_contestants(
         PARTITION: partition,
     }
     for run in contestants.values():
-        run()  # traces and compiles
-    # The same work was done: host and device agree (the device ran last), and
-    # tfmot keeps as many, except for rounding in each tensor and ties.
-    agreed = [m.numpy() for m in our_masks]
+        run()  # Traces and compiles.
+    # Check that all do the same work: host and device agree (the device ran
+    # last), and tfmot keeps as many, except for rounding and ties.
+    device_masks = [m.numpy() for m in our_masks]
     host()
-    for mask, variable, k in zip(agreed, our_masks, counts, strict=True):
+    for mask, variable, k in zip(device_masks, our_masks, counts, strict=True):
         np.testing.assert_array_equal(mask, variable.numpy())
         assert mask.sum() == k
     kept = sum(int(tf.reduce_sum(m)) for m in tfmot_masks)
@@ -112,7 +112,7 @@ def make_contestants(
 def measure(
     contestants: dict[str, Callable[[], None]], repeats: int
 ) -> dict[str, list[float]]:
-    """Returns each contestant's seconds per update, all run in turns."""
+    """Runs the contestants in turns and returns seconds per update."""
     seconds = {name: [] for name in contestants}
     for _ in range(repeats):
         for name, run in contestants.items():
@@ -123,7 +123,7 @@ def measure(
 
 
 def main() -> None:
-    """Measures, and prints a table or JSON."""
+    """Measures and prints a table or JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -132,14 +132,16 @@ def main() -> None:
         "--model",
         choices=networks.NETWORKS,
         default="resnet50",
-        help="whose weights are ranked",
+        help="network whose weights are ranked",
     )
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="updates of each"
+    )
     parser.add_argument(
         "--sparsity", type=float, default=0.9, help="fraction of zeros"
     )
     parser.add_argument(
-        "--json", action="store_true", help="print one JSON object instead"
+        "--json", action="store_true", help="print one JSON object"
     )
     flags = parser.parse_args()
     if flags.repeats < 1:

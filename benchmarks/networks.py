@@ -1,4 +1,4 @@
-"""The networks that benchmarks train, dense or with any technique."""
+"""Networks of benchmarks, dense or with any technique."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ from models import convnet
 
 DENSE = "dense"
 
-# By name: the images' shape and the number of classes. The small ones are for
-# trying a benchmark out; "attention" has weights inside of a composite layer
-# and a table that is looked up and multiplied by.
+# Shape of the images and number of classes, by name. The small networks are for
+# quick trials. "attention" has weights in a composite layer, and a table for
+# look-up and matrix multiplication.
 NETWORKS = {
     "attention": ((28, 28, 1), 10),
     "convnet": ((28, 28, 1), 10),
@@ -29,11 +29,11 @@ def build(
     """Builds one of `NETWORKS`.
 
     Args:
-        name: Its name.
-        technique: The name of a registered technique, or "dense".
-        hyperparameters: Hyperparameters of any techniques, of which this one
-            takes those that it has.
-        size: Height and width of the images; None for the network's usual one.
+        name: Name of the network.
+        technique: Name of a registered technique, or "dense".
+        hyperparameters: Hyperparameters of any techniques. Those of other
+            techniques are ignored.
+        size: Height and width of the images; by default that in `NETWORKS`.
 
     Returns:
         A built model that returns logits.

@@ -1,23 +1,21 @@
-"""Times what resuming a training costs: a checkpoint, and records to skip.
+"""Times what resuming costs: saving, restoring, and skipping records.
 
     python -m benchmarks.resume [--model=resnet50] [--repeats=5]
         [--records=4000] [--json]
 
-Three comparisons, each against the least that could be done, in medians of
-contestants that take turns:
+Contestants run in turns, and medians are compared with the minimal work:
 
-- saving a model under magnitude pruning with the two slots of Adam: as the
-  engine does, complete or absent and on the disk; `tf.train.Checkpoint.write`
-  of the same variables; and the same followed by `fsync`, without which a power
-  cut may take the file;
-- restoring it: as the engine does, and `tf.train.Checkpoint.read`. Files are in
-  the page cache, as none is large enough to leave it;
+- saving a model with magnitude pruning and the two slots of Adam: by the engine
+  (atomically, flushed to the disk); by `tf.train.Checkpoint.write`; and by the
+  latter followed by `fsync`, without which a power failure may lose the file;
+- restoring it: by the engine, and by `tf.train.Checkpoint.read`. All files are
+  in the page cache;
 - skipping JPEG records within an epoch, up to the first batch after them, by
-  `sos.training.inputs.record_batches`; reading the same records and nothing
-  else; and decoding and resizing them, as training does.
+  `sos.training.record_batches`; only reading the same records; and decoding and
+  resizing them, as training does.
 
 It takes about two minutes, 3 GB of memory and 2 GB of disk on two cores. With
-`--model=small --records=100 --repeats=1` it takes seconds, to see that it runs.
+`--model=small --records=100 --repeats=1` it takes seconds.
 """
 
 import argparse
@@ -39,8 +37,8 @@ from sos.training.inputs import Shard, record_batches
 
 BATCH = 50
 FILES = 8
-# Height and width of a common photograph in ImageNet.
-PHOTOGRAPH = (375, 500)
+# Height and width of a typical image of ImageNet.
+IMAGE_SIZE = (375, 500)
 
 MODELS = {
     "resnet50": lambda: keras.applications.ResNet50(weights=None),
@@ -49,7 +47,7 @@ MODELS = {
     ),
 }
 
-# The first of each group is what the others are compared with.
+# The others of each group are compared with the first.
 GROUPS = (
     (
         "save: tf.train.Checkpoint",
@@ -111,9 +109,9 @@ def checkpoint_contestants(
 def write_records(
     folder: pathlib.Path, count: int
 ) -> tuple[list[Shard], float]:
-    """Writes JPEG records, and returns their files and mean size in bytes."""
-    height, width = PHOTOGRAPH
-    # Noise of a strength that gives files of about 110 kB, as those have.
+    """Writes JPEG records; returns their shards and mean size in bytes."""
+    height, width = IMAGE_SIZE
+    # The noise makes files of about 110 kB, as in ImageNet.
     coarse = tf.random.stateless_uniform((1, 25, 33, 3), (0, 1), 0.0, 255.0)
     smooth = tf.image.resize(coarse, (height, width), "bicubic")[0]
     images = []
@@ -140,7 +138,7 @@ def write_records(
 def record_contestants(
     shards: list[Shard],
 ) -> dict[str, Callable[[], None]]:
-    """Returns functions that each pass over all records but one batch."""
+    """Returns functions that each process all records before the last batch."""
 
     def decode(record: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         image = tf.io.decode_jpeg(record, channels=3)
@@ -177,9 +175,9 @@ def record_contestants(
 def measure(
     contestants: dict[str, Callable[[], None]], repeats: int
 ) -> dict[str, list[float]]:
-    """Returns each contestant's seconds, all run in turns."""
+    """Runs the contestants in turns and returns the seconds of each."""
     seconds = {name: [] for name in contestants}
-    # The first turn warms caches up and is not counted.
+    # The first turn warms up caches and is not counted.
     for turn in range(-1, repeats):
         for name, run in contestants.items():
             start = time.perf_counter()
@@ -190,20 +188,20 @@ def measure(
 
 
 def main() -> None:
-    """Measures, and prints a table or JSON."""
+    """Measures and prints a table or JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--model", choices=MODELS, default="resnet50", help="what is saved"
+        "--model", choices=MODELS, default="resnet50", help="model to save"
     )
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each")
+    parser.add_argument("--repeats", type=int, default=5, help="turns")
     parser.add_argument(
-        "--records", type=int, default=4000, help="JPEG records of an epoch"
+        "--records", type=int, default=4000, help="number of JPEG records"
     )
     parser.add_argument(
-        "--json", action="store_true", help="print one JSON object instead"
+        "--json", action="store_true", help="print one JSON object"
     )
     flags = parser.parse_args()
     for name, least in (("repeats", 1), ("records", 2 * BATCH)):
@@ -234,7 +232,7 @@ def main() -> None:
             }
     records = flags.records // BATCH * BATCH - BATCH
     print_report(
-        f"Resuming: {values:,} values in a checkpoint, and {records:,} records "
+        f"Resuming: checkpoints of {values:,} values, and {records:,} records "
         f"of {record_size / 1e3:.0f} kB",
         {
             "benchmark": "resume",

@@ -1,25 +1,25 @@
-"""Compiles training steps for a TPU, on a machine that has none.
+"""Compiles training steps for a TPU, on a machine without one.
 
     python -m benchmarks.tpu_compile [--model=convnet|resnet50]
         [--technique=NAME] [--replicas=N] [--topology=v5e:2x2]
         [--batch_size=N] [--lower_only] [--json]
 
-The engine's own step is traced in mixed bfloat16 under a TPUStrategy that has
-no TPU (`sos.training.tpu_check`), checked, lowered, and compiled by the TPU's
-real compiler, libtpu, for a described set of chips. That tells whether it
-compiles, what memory it takes and what it computes; it cannot tell how fast.
+The engine's training step is traced in mixed bfloat16 under a TPUStrategy
+without a TPU (`sos.training.tpu_check`), checked, lowered, and compiled by the
+TPU compiler, libtpu, for a described topology. This shows whether the step
+compiles, its memory and its operations, but not its speed.
 
-The compiler comes with JAX and lives in a virtual environment of its own, which
-is made on the first call (200 MB to download, 1.3 GB on the disk). With the
-small network a technique takes under a minute on two cores, with ResNet-50
-magnitude pruning took seven. `--lower_only` stops before the compiler, which it
-does not need then: that takes seconds.
+The compiler is installed with JAX in its own virtual environment on the first
+call (200 MB to download, 1.3 GB on the disk). On two cores, a technique takes
+less than a minute with the small network; magnitude pruning of ResNet-50 took
+seven. `--lower_only` stops before the compiler, does not install it, and takes
+seconds.
 
-Figures are of one replica and one step. "Total" is the memory that is set aside
-for arguments, temporaries, code and results; variables are updated in place.
-"Peak" is the compiler's own figure and seems to count the core's small memories
-as well, as it may be above the total. TensorFlow's runtime may keep more, and
-the lowering approximates in two places: see `benchmarks.tpu_lowering`.
+Results are for one replica and one step. "Total" is the memory of arguments,
+temporaries, code and results; variables are updated in place. "Peak" is
+reported by the compiler. It may exceed the total, and seems to include the
+core's small memories. TensorFlow's runtime may need more, and the lowering
+approximates in two places: see `benchmarks.tpu_lowering`.
 """
 
 import argparse
@@ -59,7 +59,7 @@ HYPERPARAMETERS = {
 REQUIREMENT = "jax[tpu]==0.10.2"
 ENVIRONMENT = pathlib.Path.home() / ".cache" / "sos" / "tpu_compile"
 WORKER = pathlib.Path(__file__).with_name("tpu_compile_worker.py")
-# The compiler's figures that are printed; the limit is what it may use.
+# Memory figures to print. The limit is what the compiler may use.
 MEMORY = ("arguments", "temporaries", "code", "total", "peak", "limit")
 
 
@@ -72,35 +72,35 @@ class Classification(Task):
     def compute_metrics(
         self, model: keras.Model, batch: Any, training: bool
     ) -> dict[str, tuple[tf.Tensor, tf.Tensor]]:
-        """The cross-entropy and the number of right answers."""
+        """Computes cross-entropy and accuracy."""
         logits = tf.cast(model(batch["image"], training=training), tf.float32)
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
             batch["label"], logits
         )
-        answers = tf.argmax(logits, axis=-1, output_type=tf.int32)
-        right = tf.cast(answers == batch["label"], tf.float32)
+        predictions = tf.argmax(logits, axis=-1, output_type=tf.int32)
+        correct = tf.cast(predictions == batch["label"], tf.float32)
         count = tf.cast(tf.size(losses), tf.float32)
         return {
             "loss": (tf.reduce_sum(losses), count),
-            "accuracy": (tf.reduce_sum(right), count),
+            "accuracy": (tf.reduce_sum(correct), count),
         }
 
 
 def trace(model_name: str, technique: str, replicas: int, batch: int) -> Any:
-    """Traces the engine's training step on replicas, and checks it.
+    """Traces the engine's training step and checks its TPU compatibility.
 
     Args:
         model_name: One of `networks.NETWORKS`.
-        technique: The name of a technique, or `DENSE`.
-        replicas: The number of replicas.
-        batch: The batch size of one replica.
+        technique: Name of a technique, or `DENSE`.
+        replicas: Number of replicas.
+        batch: Batch size of one replica.
 
     Returns:
         A concrete function of images and labels.
     """
     strategy = tpu_check.deviceless_strategy(replicas)
-    # A packed variable stands for all replicas at once, and only a TPU can
-    # unpack it; one replica's variables are to be lowered.
+    # One replica's variables are lowered. A packed variable represents those of
+    # all replicas, and only a TPU can unpack it.
     strategy._enable_packed_variable_in_eager_mode = False
     keras.config.set_dtype_policy("mixed_bfloat16")
     with strategy.scope():
@@ -110,12 +110,12 @@ def trace(model_name: str, technique: str, replicas: int, batch: int) -> Any:
         task = Classification(batch * replicas)
         steps = Steps(task, model, optimizer)
     if steps.sparse_weights:
-        # Not started: that would update masks, which needs a TPU.
+        # Not `start`, which would update masks, for which it needs a TPU.
         updater = sos.SparsityUpdater(model, optimizer)
         updater.resume()
 
     def replica_step(batch: dict[str, tf.Tensor]) -> None:
-        # Without its results, which go to the host.
+        # Without the results, which go to the host.
         steps.train_step(batch)
 
     @tf.function
@@ -132,26 +132,26 @@ def trace(model_name: str, technique: str, replicas: int, batch: int) -> Any:
 
 
 def make_environment(folder: pathlib.Path) -> pathlib.Path:
-    """Makes the compiler's virtual environment, unless it is there.
+    """Creates the compiler's virtual environment, unless it exists.
 
     Args:
-        folder: Where it is to be.
+        folder: Directory of the environment.
 
     Returns:
-        Its Python.
+        Path of its Python.
 
     Raises:
-        SystemExit: If it cannot be made.
+        SystemExit: If it cannot be created.
     """
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
     ready = folder / ".ready"
-    # Written last: an installation that was cut off is made anew.
+    # Written last: an interrupted installation is repeated.
     if ready.is_file() and ready.read_text("utf-8") == REQUIREMENT:
         return python
     if folder.exists() and not (folder / "pyvenv.cfg").is_file():
         if not folder.is_dir() or any(folder.iterdir()):
             raise SystemExit(
-                f"{folder} is no virtual environment and not empty. Choose "
+                f"{folder} is not empty and not a virtual environment. Choose "
                 "another --venv."
             )
     print(
@@ -173,14 +173,14 @@ def make_environment(folder: pathlib.Path) -> pathlib.Path:
         )
     except (OSError, subprocess.CalledProcessError) as error:
         shutil.rmtree(folder, ignore_errors=True)
-        said = getattr(error, "stderr", None) or str(error)
-        if isinstance(said, bytes):
-            said = said.decode(errors="replace")
-        lines = [line for line in said.splitlines() if "ERROR" in line]
-        reason = (lines or said.splitlines() or ["unknown"])[-1].strip()
+        output = getattr(error, "stderr", None) or str(error)
+        if isinstance(output, bytes):
+            output = output.decode(errors="replace")
+        lines = [line for line in output.splitlines() if "ERROR" in line]
+        reason = (lines or output.splitlines() or ["unknown"])[-1].strip()
         raise SystemExit(
-            f"The compiler's environment {folder} cannot be made, which needs "
-            f"the network and a folder to write to: {reason}"
+            f"The compiler's environment {folder} cannot be created: {reason}. "
+            "It needs the network and a writable directory."
         ) from None
     ready.write_text(REQUIREMENT, "utf-8")
     return python
@@ -194,20 +194,20 @@ def compile_for_tpu(
     replicas: int,
     batch_arguments: int,
 ) -> dict[str, float]:
-    """Compiles a lowered step in a process of its own, as it may abort.
+    """Compiles a lowered step in its own process, because libtpu may abort.
 
     Args:
-        python: Python of the compiler's environment.
+        python: Path of Python in the compiler's environment.
         module: StableHLO bytecode.
-        topology: Name of the set of chips.
-        replicas: The number of replicas.
-        batch_arguments: How many of the first arguments are data.
+        topology: Name of the topology.
+        replicas: Number of replicas.
+        batch_arguments: Number of arguments that are data; these come first.
 
     Returns:
-        Figures, as `tpu_compile_worker` gives them.
+        Figures of `tpu_compile_worker` by name.
 
     Raises:
-        RuntimeError: If the compiler refuses.
+        RuntimeError: If the compiler rejects the module.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "step.mlirbc"
@@ -224,34 +224,35 @@ def compile_for_tpu(
     try:
         figures = json.loads(result.stdout.splitlines()[-1])
     except (IndexError, ValueError):
-        said = result.stderr.strip().splitlines() or ["it said nothing"]
-        figures = {"error": f"it ended with {result.returncode}: {said[-1]}"}
+        lines = result.stderr.strip().splitlines() or ["no output"]
+        figures = {"error": f"exit code {result.returncode}: {lines[-1]}"}
     if "error" in figures:
         raise RuntimeError(figures["error"])
     return figures
 
 
 def _clean_environment() -> dict[str, str]:
-    """The environment variables, without those of this environment."""
-    foreign = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
-    return {k: v for k, v in os.environ.items() if k not in foreign}
+    """Returns the environment variables without those of this environment."""
+    excluded = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
+    return {k: v for k, v in os.environ.items() if k not in excluded}
 
 
 def measure(
     technique: str, flags: argparse.Namespace, python: pathlib.Path | None
 ) -> dict[str, float]:
-    """Returns the figures of one technique, as they are printed.
+    """Measures one technique.
 
     Args:
-        technique: The name of a technique, or `DENSE`.
-        flags: The command line.
-        python: Python of the compiler's environment; None to lower only.
+        technique: Name of a technique, or `DENSE`.
+        flags: The flags.
+        python: Path of Python in the compiler's environment; None to only
+            lower the step.
 
     Returns:
-        The figures by name.
+        Figures to print, by name.
 
     Raises:
-        RuntimeError: If the compiler refuses.
+        RuntimeError: If the compiler rejects the step.
     """
     begin = time.perf_counter()
     function = trace(flags.model, technique, flags.replicas, flags.batch_size)
@@ -281,7 +282,7 @@ def measure(
 
 
 def print_tables(report: dict[str, Any]) -> None:
-    """Prints a report, memory and operations apart, as both are wide."""
+    """Prints a report as two tables, memory and operations."""
     console = rich.console.Console()
     console.print(
         f"One training step of {report['model']} for {report['topology']}: "
@@ -293,10 +294,10 @@ def print_tables(report: dict[str, Any]) -> None:
     first = next(iter(rows.values()))
     memory = [f"{name}_mib" for name in MEMORY if name != "limit"]
     operations = [key for key in first if not key.endswith("_mib")]
-    limit = f"of {first['limit_mib']:,} that there are"
+    limit = f"{first['limit_mib']:,} available"
     for title, columns in (
-        (f"Memory of one replica, MiB, {limit}", memory),
-        ("Operations of one replica, and seconds taken here", operations),
+        (f"Memory of one replica in MiB ({limit})", memory),
+        ("Operations of one replica, and seconds on this machine", operations),
     ):
         table = rich.table.Table(title=title, title_justify="left")
         table.add_column("", no_wrap=True)
@@ -311,7 +312,7 @@ def print_tables(report: dict[str, Any]) -> None:
 
 
 def parse_flags() -> argparse.Namespace:
-    """Reads and checks the command line."""
+    """Parses and validates the command line."""
     techniques = [DENSE, *sos.extend.techniques()]
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
@@ -322,7 +323,7 @@ def parse_flags() -> argparse.Namespace:
         "--model",
         choices=networks.NETWORKS,
         default="convnet",
-        help="what is trained",
+        help="network to train",
     )
     add(
         "--technique",
@@ -330,25 +331,34 @@ def parse_flags() -> argparse.Namespace:
         metavar="NAME",
         help=f"one of {', '.join(techniques)}; all by default",
     )
-    add("--topology", default="v5e:2x2", help="kind and arrangement of chips")
+    add("--topology", default="v5e:2x2", help="kind and topology of TPU")
     add(
         "--replicas",
         type=int,
-        help="one for each core; by default the number of chips",
+        help="number of replicas; by default the number of chips",
     )
-    add("--batch_size", type=int, default=32, help="images for each replica")
+    add(
+        "--batch_size",
+        type=int,
+        default=32,
+        help="number of images per replica",
+    )
     add(
         "--venv",
         type=pathlib.Path,
         default=ENVIRONMENT,
-        help="the compiler's virtual environment, made if need be",
+        help="virtual environment of the compiler, created if missing",
     )
-    add("--lower_only", action="store_true", help="do not compile")
-    add("--json", action="store_true", help="print one JSON object instead")
+    add(
+        "--lower_only",
+        action="store_true",
+        help="lower the step, but do not compile it",
+    )
+    add("--json", action="store_true", help="print one JSON object")
     flags = parser.parse_args()
     if not re.fullmatch(r"\w+:\d+(x\d+)+", flags.topology):
         parser.error(
-            "--topology must be a kind of TPU and an arrangement, such as "
+            "--topology must be a kind of TPU and a topology, such as "
             f"v5e:2x2 or v4:2x2x1. Received: {flags.topology}"
         )
     if flags.replicas is None:
@@ -364,20 +374,20 @@ def parse_flags() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Compiles, and prints a table or JSON."""
+    """Compiles and prints a table or JSON."""
     flags = parse_flags()
     python = None
     if not flags.lower_only:
         python = make_environment(flags.venv.expanduser().resolve())
     results: dict[str, dict[str, float]] = {}
-    refused: dict[str, str] = {}
+    errors: dict[str, str] = {}
     for technique in flags.techniques:
         try:
             results[technique] = measure(technique, flags, python)
         except RuntimeError as error:
-            refused[technique] = str(error)
+            errors[technique] = str(error)
             print(
-                f"{technique}: the compiler refuses: {error}",
+                f"{technique}: the compiler failed: {error}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -388,7 +398,7 @@ def main() -> None:
         "replicas": flags.replicas,
         "batch_per_replica": flags.batch_size,
         "compiler": None if flags.lower_only else REQUIREMENT,
-        "refused": refused,
+        "errors": errors,
         "results": results,
     }
     if flags.json:
@@ -397,7 +407,7 @@ def main() -> None:
         print_report(f"One training step of {flags.model}", report, False)
     elif results:
         print_tables(report)
-    if refused:
+    if errors:
         raise SystemExit(1)
 
 

@@ -1,11 +1,11 @@
-"""Compiles a module for a TPU that is not there; `tpu_compile` runs it.
+"""Compiles a module for a TPU without one; a subprocess of `tpu_compile`.
 
     python tpu_compile_worker.py MODULE TOPOLOGY REPLICAS BATCH_ARGUMENTS
 
-It runs in an environment of its own, as the compiler (libtpu) comes with JAX,
-which is no dependency of this project. MODULE is a file of StableHLO bytecode
-whose first BATCH_ARGUMENTS arguments are data; the others are variables. The
-last line of the output is a JSON object: figures, or an "error".
+It runs in its own environment, because the compiler (libtpu) comes with JAX,
+which is not a dependency of this project. MODULE is a file of StableHLO
+bytecode. Its first BATCH_ARGUMENTS arguments are data, the others variables.
+The last line of the output is a JSON object: figures, or an "error".
 """
 
 import importlib
@@ -15,7 +15,7 @@ import pathlib
 import re
 import sys
 
-# There is no metadata server to ask for a TPU, and no TPU to lock.
+# There is no metadata server to query, and no TPU to lock.
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
 os.environ["TPU_WORKER_ID"] = "0"
@@ -24,15 +24,15 @@ os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 
 import numpy as np
 
-# Imported by name, as the project's environment does not have them. What is
-# private is why the version of JAX is pinned.
+# Imported by name, because the project's environment lacks them. Private
+# modules are the reason why the version of JAX is pinned.
 topologies = importlib.import_module("jax.experimental.topologies")
 _jax = importlib.import_module("jax._src.lib")._jax
 compiler = importlib.import_module("jax._src.compiler")
 mlir = importlib.import_module("jax._src.interpreters.mlir")
 ir = importlib.import_module("jax._src.lib.mlir").ir
 
-# More than any TPU has: the refusal tells how much there is.
+# Larger than the memory of any TPU: the error contains the available memory.
 TOO_BIG = """
 module @too_big {
   func.func public @main(%x: tensor<1099511627776xf32>)
@@ -58,20 +58,20 @@ def compile_module(module, devices):
 
 
 def memory_limit(devices):
-    """Returns the bytes of memory that the compiler may use of one core."""
+    """Returns the bytes of one core's memory that the compiler may use."""
     try:
         compile_module(ir.Module.parse(TOO_BIG), devices[:1])
     except Exception as error:
-        found = re.search(r"available HBM \(([\d.]+)G\)", str(error))
-        if found:
-            return int(float(found.group(1)) * 2**30)
+        match = re.search(r"available HBM \(([\d.]+)G\)", str(error))
+        if match:
+            return int(float(match.group(1)) * 2**30)
     return None
 
 
 def remove_copies(operation):
-    """Removes `mhlo.copy`, which TensorFlow puts before what is returned.
+    """Removes `mhlo.copy`, which TensorFlow adds before returned values.
 
-    The compiler takes pure StableHLO only.
+    The compiler accepts only pure StableHLO.
     """
     for region in operation.regions:
         for block in region:
@@ -85,10 +85,10 @@ def remove_copies(operation):
 
 
 def update_in_place(module, first):
-    """Lets results take the memory of arguments, as variables are updated.
+    """Lets results reuse the memory of arguments, to update variables in place.
 
-    Which variable a result belongs to is not known here: any of its type will
-    do for the memory's sake.
+    The variable of a result is unknown here. Any of the same type gives the
+    same memory.
     """
     (main,) = [
         operation
@@ -111,7 +111,7 @@ def update_in_place(module, first):
 
 
 def measure(path, topology, replicas, batch_arguments):
-    """Compiles a file and returns figures of one replica, in bytes."""
+    """Compiles a file; returns figures of one replica, memory in bytes."""
     devices = topologies.get_topology_desc(
         topology_name=topology, platform="tpu"
     ).devices
@@ -149,7 +149,7 @@ def measure(path, topology, replicas, batch_arguments):
 
 
 def main():
-    """Compiles, and prints one line of JSON."""
+    """Compiles and prints one line of JSON."""
     path, topology, replicas, batch_arguments = sys.argv[1:]
     try:
         figures = measure(path, topology, int(replicas), int(batch_arguments))

@@ -1,9 +1,9 @@
-"""Turns a traced TPU cluster into what a TPU's compiler takes.
+"""Lowers a traced TPU cluster to StableHLO for a TPU compiler.
 
-TensorFlow without a TPU has no way from a cluster to StableHLO. So the graph is
-edited until it is an ordinary function of one replica, which TensorFlow's
-compiler for CPUs lowers; collectives stay in it as those of XLA. The lowering
-of a few operations (random numbers, resizing) may differ from a TPU's.
+Without a TPU, TensorFlow cannot lower a cluster. Therefore the graph is edited
+to an ordinary function of one replica, which TensorFlow's compiler for CPUs
+lowers. Collectives become those of XLA. The lowering of a few operations
+(random numbers, resizing) may differ from a TPU's.
 """
 
 from typing import Any
@@ -20,8 +20,8 @@ def lower(function: Any) -> tuple[bytes, int]:
             variables must not be packed.
 
     Returns:
-        StableHLO bytecode, a function of the arguments and then the variables
-        that are used; and how many arguments come before the variables.
+        StableHLO bytecode, a function of the arguments followed by the used
+        variables; and the number of arguments before the variables.
     """
     graph = function.graph
     definition = graph.as_graph_def()
@@ -38,7 +38,7 @@ def lower(function: Any) -> tuple[bytes, int]:
     inputs = [t for t in graph.inputs if t.op.name in used]
     arguments = [t for t in inputs if t.name not in captured]
 
-    # Compiled code is the one thing that TensorFlow shows the lowering of.
+    # TensorFlow exposes only the lowering of compiled functions.
     @tf.function(jit_compile=True, autograph=False)
     def replica(*tensors: tf.Tensor) -> tf.Tensor:
         values = dict(zip((t.name for t in arguments), tensors, strict=True))
@@ -63,48 +63,48 @@ def lower(function: Any) -> tuple[bytes, int]:
 
 
 def _edit(node: Any) -> None:
-    """Replaces what only a TPU knows by what XLA knows."""
+    """Replaces operations that only a TPU has by those of XLA."""
     kind = node.op
     for name in [name for name in node.attr if name.startswith("_")]:
         del node.attr[name]
     node.device = ""
     if kind == "TPUReplicatedInput":
-        # One input for each replica, of which this is the first.
-        _become(node, "Identity", "T", inputs=1)
+        # It has one input per replica: take the first.
+        _replace(node, "Identity", "T", inputs=1)
     elif kind in ("TPUReplicateMetadata", "TPUCompilationResult"):
-        _become(node, "NoOp", inputs=0)
+        _replace(node, "NoOp", inputs=0)
     elif kind == "CrossReplicaSum":
-        _become(node, "XlaAllReduce", "T")
+        _replace(node, "XlaAllReduce", "T")
         node.attr["reduce_op"].s = b"Add"
         node.attr["mode"].s = b"CrossReplica"
     elif kind == "AllToAll":
-        # How TensorFlow broadcasts a variable's value from the first replica:
-        # of N equal ones along the first axis. There is no such operation.
+        # TensorFlow broadcasts a variable's value from the first replica by an
+        # AllToAll of N equal values along the first axis. XLA on CPUs lacks it.
         if node.attr["concat_dimension"].i != node.attr["split_dimension"].i:
             raise NotImplementedError(
                 f"The collective {node.name!r} (AllToAll) changes shapes, "
-                "which is not provided for."
+                "which is not supported."
             )
-        _become(node, "Identity", "T", inputs=1)
+        _replace(node, "Identity", "T", inputs=1)
 
 
-def _become(
+def _replace(
     node: Any, operation: str, *attributes: str, inputs: int | None = None
 ) -> None:
-    """Makes another operation of a node, with some attributes and inputs."""
-    kept = {name: node.attr[name].type for name in attributes}
+    """Replaces the operation of a node; keeps some attributes and inputs."""
+    types = {name: node.attr[name].type for name in attributes}
     sources = [source for source in node.input if not source.startswith("^")]
-    after = [source for source in node.input if source.startswith("^")]
+    control_inputs = [s for s in node.input if s.startswith("^")]
     node.op = operation
     node.attr.clear()
-    for name, value in kept.items():
+    for name, value in types.items():
         node.attr[name].type = value
     del node.input[:]
-    node.input.extend([*sources[:inputs], *after])
+    node.input.extend([*sources[:inputs], *control_inputs])
 
 
 def _remove_placeholders(definition: Any) -> None:
-    """Removes the inputs, for which tensors are put in on import."""
+    """Removes the placeholders, which `import_graph_def` replaces."""
     names = {n.name for n in definition.node if n.op == "Placeholder"}
     for node in definition.node:
         sources = [

@@ -4,14 +4,14 @@
         [--techniques=NAME,NAME] [--repeats=7] [--batch=32] [--size=128]
         [--json]
 
-Each technique lives in a process of its own, which gives its peak memory, and
-the processes take turns, one step each, so that whatever else the machine does
-hits them all. Medians over the turns are compared with the dense model. The
-step is forward pass, backward pass and SGD with momentum, as a `tf.function`;
-mask updates are not part of it (see `benchmarks.mask_update`).
+Each technique has its own process, whose peak memory is reported. The processes
+run one step each in turns, so other load on the machine affects all of them.
+Medians are compared with the dense model. The step is forward pass, backward
+pass and SGD with momentum, as a `tf.function`, without mask updates (see
+`benchmarks.mask_update`).
 
-With ResNet-50 it takes about three minutes and 16 GB of memory on two cores;
-with `--model=convnet --techniques=MagnitudePruning --repeats=1`, to try it out,
+With ResNet-50 it takes about three minutes and 16 GB of memory on two cores.
+With `--model=convnet --techniques=MagnitudePruning --repeats=1` it takes
 seconds.
 """
 
@@ -31,14 +31,14 @@ HYPERPARAMETERS = {
     "frequency": 10**9,
     "penalty_weight": 1e-7,
 }
-# Height and width of the images by network.
+# Height and width of the images, by network.
 SIZES = {"resnet50": 128, "convnet": 28}
 
 
 def work(
     pipe: Connection, network: str, technique: str, batch: int, size: int
 ) -> None:
-    """Builds one model and makes a step whenever it is asked for one."""
+    """Builds a model and runs a step for each message until one is false."""
     import contextlib
 
     import keras
@@ -92,18 +92,18 @@ def measure(
     pipes = {}
     workers = []
     for name in techniques:
-        pipes[name], theirs = context.Pipe()
+        pipes[name], child_pipe = context.Pipe()
         worker = context.Process(
             target=work,
-            args=(theirs, network, name, batch, size),
+            args=(child_pipe, network, name, batch, size),
             daemon=True,
         )
         worker.start()
-        theirs.close()
+        child_pipe.close()
         workers.append(worker)
     seconds = {name: [] for name in techniques}
     peaks = {}
-    # The first turn warms caches up and is not counted.
+    # The first turn warms up caches and is not counted.
     for turn in range(-1, repeats):
         for name, pipe in pipes.items():
             pipe.send(True)
@@ -111,7 +111,7 @@ def measure(
                 elapsed, peaks[name] = pipe.recv()
             except EOFError:
                 raise SystemExit(
-                    f"The process of {name} died; its error stands above."
+                    f"The process of {name} died; see its error above."
                 ) from None
             if turn >= 0:
                 seconds[name].append(elapsed)
@@ -123,11 +123,11 @@ def measure(
 
 
 def main() -> None:
-    """Measures, and prints a table or JSON."""
+    """Measures and prints a table or JSON."""
     import sos
     from benchmarks.networks import DENSE, NETWORKS
 
-    # One that needs no step has the training step of magnitude pruning.
+    # Others have the training step of magnitude pruning.
     names = [
         name for name, t in sos.extend.techniques().items() if t.needs_step
     ]
@@ -139,20 +139,24 @@ def main() -> None:
         "--model",
         choices=NETWORKS,
         default="resnet50",
-        help="what is trained",
+        help="network to train",
     )
     parser.add_argument(
         "--techniques",
         default=",".join(names),
-        help="compared with the dense model, with commas between",
+        help="techniques to compare with the dense model, separated by commas",
     )
-    parser.add_argument("--repeats", type=int, default=7, help="steps of each")
-    parser.add_argument("--batch", type=int, default=32, help="images a step")
+    parser.add_argument("--repeats", type=int, default=7, help="turns")
     parser.add_argument(
-        "--size", type=int, help=f"of the images; by default {SIZES}"
+        "--batch", type=int, default=32, help="number of images in a step"
     )
     parser.add_argument(
-        "--json", action="store_true", help="print one JSON object instead"
+        "--size",
+        type=int,
+        help=f"height and width of the images; by default {SIZES}",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object"
     )
     flags = parser.parse_args()
     if flags.size is None:
@@ -174,8 +178,8 @@ def main() -> None:
     seconds, peaks = measure(
         flags.model, techniques, flags.repeats, flags.batch, flags.size
     )
-    # Ratios are taken turn by turn: neighbours in time share the machine's
-    # mood.
+    # Ratios are computed within each turn, because the load on the machine
+    # varies.
     ratios = {
         name: [
             s / d for s, d in zip(seconds[name], seconds[DENSE], strict=True)

@@ -1,19 +1,19 @@
-r"""Four ways to sparsity on Fashion-MNIST, compared on a small network.
+r"""Four sparsity techniques on Fashion-MNIST, compared on a small network.
 
-The study, 52 networks on the 6,000 training images that the package contains:
+The study, 52 networks on the 6,000 embedded training images:
 
     python -m models.sweep --config=configs/fashion_mnist.py \
         --workdir=runs/fashion_mnist
 
-or `make study`, which installs everything first. One run of it:
+or `make study`, which also installs everything. One run of it:
 
     python -m models.train --workdir=runs/one \
         --config=configs/fashion_mnist.py:magnitude,sparsity=0.9,seed=1
 
-Before the comma stands one of the techniques below; after it, hyperparameters
-of the technique, `seed` and `train_steps`.
+The argument after the colon is a key of `TECHNIQUES`, followed by
+hyperparameters of the technique, `seed` and `train_steps`.
 
-Expected test accuracy in percent, the mean of two seeds:
+Expected test accuracy in percent, mean of two seeds:
 
     sparsity                        50    80    90    95    98
     magnitude                      85.9  86.3  85.2  84.0  78.0
@@ -23,19 +23,20 @@ Expected test accuracy in percent, the mean of two seeds:
     L0, about                      86.5  86.6  86.2  85.8  85.3
 
 and 86.9 for the dense network. On 4,000 test images the standard error of an
-accuracy is 0.6 points; at 98 % that of magnitude pruning varies by several
-points between seeds. The study takes about eight minutes on 2 CPU cores.
+accuracy is 0.6 points. At 98 % the accuracy of magnitude pruning varies by
+several points between seeds. The study takes about eight minutes on 2 CPU
+cores.
 
 The batch size, the number of steps, the optimizer and the learning rate are the
-same for all techniques, and all make every layer sparse unless their label says
-otherwise. What each may choose for itself was chosen among 3 to 6 values each
-by the accuracy on the last 1,000 of the training images, after training on the
-other 5,000, where one or two seeds leave an error of about a point: when
-pruning begins and ends, when a penalty grows, the learning rates of log alpha
-and log sigma^2, and the first value of the latter. The penalties were chosen
-for the sparsities that they lead to with seeds 0 and 1, which are about those
-of pruning. The learning rate and the number of steps were chosen on the test
-images with seed 0, so that all accuracies may be slightly optimistic.
+same for all techniques, and every layer is sparse unless the label says
+otherwise. The hyperparameters of each technique were chosen among 3 to 6 values
+each by the accuracy on the last 1,000 training images, after training on the
+other 5,000, with an error of about a point for one or two seeds: when pruning
+begins and ends, when a penalty grows, the learning rates of log alpha and
+log sigma^2, and the initial value of the latter. The penalty weights were
+chosen to reach about the sparsities of pruning with seeds 0 and 1. The learning
+rate and the number of steps were chosen on the test images with seed 0, so all
+accuracies may be slightly optimistic.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,9 +48,9 @@ from models.fashion_mnist import FashionMnist
 from sos.errors import UsageError
 from sos.experiments.config import parse_argument
 
-#: Values that replace those of a config, as its nested mappings have them.
+#: Values that override those of a config, as nested mappings.
 Overrides = dict[str, Any]
-#: By name, what a technique overrides in a config without one.
+#: By name, functions that return a technique's overrides of a dense config.
 Techniques = Mapping[str, Callable[[ml_collections.ConfigDict], Overrides]]
 
 _TRAIN_EXAMPLES = {"fashion_mnist": 6_000, "fashion_mnist_full": 60_000}
@@ -60,6 +61,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
     Args:
         arg: A technique and values, such as `magnitude,sparsity=0.9,seed=1`.
+
+    Raises:
+        UsageError: If `arg` has another form, or the technique is unknown.
     """
     return make_config(arg, FashionMnist.default_config())
 
@@ -68,13 +72,13 @@ def sweep(config: ml_collections.ConfigDict) -> Iterator[Overrides]:
     """Yields the overrides of every run of the study.
 
     Args:
-        config: The config that they override.
+        config: A dense config.
     """
     return make_sweep(
         config,
         seeds=(0, 1),
         sparsities=(0.5, 0.8, 0.9, 0.95, 0.98),
-        # They lead to about the same sparsities.
+        # These reach about the same sparsities.
         variational_dropout=(0.015, 0.12, 0.3, 0.6, 1.7),
         l0=(0.03, 0.5, 1.3, 3.0, 9.0),
     )
@@ -85,15 +89,18 @@ def make_config(
     config: ml_collections.ConfigDict,
     techniques: Techniques | None = None,
 ) -> ml_collections.ConfigDict:
-    """Completes a config by what an argument asks for.
+    """Applies the argument of a config file to a config.
 
     Args:
         arg: As for `get_config`.
-        config: The config without a technique.
-        techniques: The techniques, by default `TECHNIQUES`.
+        config: A dense config. It is modified.
+        techniques: The techniques; `TECHNIQUES` by default.
 
     Returns:
         The config.
+
+    Raises:
+        UsageError: If `arg` has another form, or the technique is unknown.
     """
     techniques = techniques or TECHNIQUES
     name, values = parse_argument(arg, default="dense")
@@ -122,21 +129,21 @@ def make_sweep(
     """Yields the overrides of a study.
 
     Args:
-        config: The config that they override, without a technique.
+        config: A dense config.
         seeds: Seeds of each point.
         sparsities: Final sparsities of the pruning techniques.
         variational_dropout: Penalty weights, in units of 1 / training examples.
-        l0: Penalty weights of L0, in the same units.
-        techniques: The techniques, by default `TECHNIQUES`.
+        l0: Penalty weights of L0 regularization, in the same units.
+        techniques: The techniques; `TECHNIQUES` by default.
 
     Raises:
         UsageError: If the config has a technique.
     """
     if config.sparsity.technique is not None:
-        # What it changes beside `sparsity` would be in all runs.
+        # Its overrides other than `sparsity` would be in all runs.
         raise UsageError(
-            "The sweep chooses the techniques: leave out the one that follows "
-            "the colon of --config, or select runs with --select. Received: "
+            "The sweep chooses the techniques: remove the argument of --config "
+            "after the colon, or select runs with --select. Received: "
             f"{config.sparsity.technique}"
         )
     techniques = techniques or TECHNIQUES
@@ -167,7 +174,7 @@ def _dense(config: ml_collections.ConfigDict) -> Overrides:
 
 
 def _pruning(technique: str, steps: int) -> Overrides:
-    # The cubic schedule, in the first half of training.
+    # The cubic schedule over the first half of training.
     return {
         "sparsity": {
             "technique": technique,
@@ -185,7 +192,7 @@ def _magnitude(config: ml_collections.ConfigDict) -> Overrides:
 
 def _magnitude_dense_first(config: ml_collections.ConfigDict) -> Overrides:
     overrides = _magnitude(config)
-    # As in the authors' best results on ResNet-50. Here it has 0.1 % of the
+    # As in the authors' best results on ResNet-50. The layer has 0.1 % of the
     # weights.
     overrides["sparsity"]["rules"] = (("^conv1/", None),)
     return {**overrides, "label": "magnitude, first layer dense"}
@@ -212,8 +219,8 @@ def _variational_dropout(config: ml_collections.ConfigDict) -> Overrides:
     return {
         "sparsity": {
             **_penalized("VariationalDropout", 0.3, config),
-            # From -10, the default, log sigma^2 does not come far enough in so
-            # few steps.
+            # From the default, -10, log sigma^2 would not grow enough in so few
+            # steps.
             "initial_log_sigma2": -6.0,
         }
     }
@@ -223,8 +230,8 @@ def _l0(config: ml_collections.ConfigDict) -> Overrides:
     return {
         "label": "L0",
         "sparsity": _penalized("L0Regularization", 1.3, config),
-        # Gates close at log alpha = -2.4, which Adam at the rate of the weights
-        # does not reach in so few steps.
+        # Gates close at log alpha = -2.4, which Adam would not reach in so few
+        # steps with the learning rate of the weights.
         "learning_rate": {"technique_multiplier": 10.0},
     }
 

@@ -4,19 +4,17 @@ r"""The study of configs/fashion_mnist.py on a residual network and all images.
         --workdir=runs/fashion_mnist_full
 
 or `make study-full`. It trains 108 networks, ResNet-20 of He et al. 2016, on
-the 60,000 training images of Fashion-MNIST, which are not part of this package:
-Debian's `dataset-fashion-mnist` has them, or see
-`sos.datasets.fashion_mnist.load_full`. On the embedded 6,000 images it runs
-with `--config.data.name=fashion_mnist`.
+the 60,000 training images of Fashion-MNIST, which are not part of this package;
+see `sos.datasets.fashion_mnist.load_full`. With
+`--config.data.name=fashion_mnist` it uses the embedded 6,000 images.
 
-With other work on the same 2 CPU cores a step took 0.3 seconds, with L0 0.4 and
-with variational dropout 0.8, so that all of it takes about two days there;
-Ctrl-C and the same command continue it. It has not been run from end to end.
-What was run, with seed 0, is 1,000 steps of the dense network, which gave a
-test accuracy of 92.1 %, and of magnitude pruning to 90 %, which gave 90.5 %;
-and 500 steps with a penalty, which are too few for variational dropout beside
-batch normalization: L0 gave 87.4 % at 89 % sparsity, variational dropout 48 %
-at 78 %.
+On 2 busy CPU cores a step took 0.3 seconds, with L0 0.4 and with variational
+dropout 0.8, so the study takes about two days; Ctrl-C stops it, and the same
+command continues. It has not been run from end to end. These parts were run
+with seed 0: 1,000 steps of the dense network (test accuracy 92.1 %) and of
+magnitude pruning to 90 % (90.5 %); and 500 steps with a penalty, which are too
+few for variational dropout with batch normalization (L0: 87.4 % at 89 %
+sparsity, variational dropout: 48 % at 78 %).
 """
 
 from collections.abc import Iterator
@@ -37,7 +35,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = FashionMnist.default_config()
     config.model.name = "residual"
     config.data.name = "fashion_mnist_full"
-    # Eight and a half epochs.
+    # 8.5 epochs.
     config.train_steps = 4000
     return fashion_mnist.make_config(arg, config, TECHNIQUES)
 
@@ -45,11 +43,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 def sweep(config: ml_collections.ConfigDict) -> Iterator[Overrides]:
     """Yields the overrides of every run of the study.
 
-    The penalties are coarse: they were laid around what one penalty for each
-    technique gave in 500 and 1,000 steps.
+    The grids of penalties are coarse: they are based on the result of one
+    penalty per technique after 500 and 1,000 steps.
 
     Args:
-        config: The config that they override.
+        config: A dense config.
     """
     return fashion_mnist.make_sweep(
         config,
@@ -63,7 +61,7 @@ def sweep(config: ml_collections.ConfigDict) -> Iterator[Overrides]:
 
 def _variational_dropout(config: ml_collections.ConfigDict) -> Overrides:
     overrides = fashion_mnist.TECHNIQUES["variational_dropout"](config)
-    # There are steps enough to come from the technique's default.
+    # There are enough steps for the technique's default.
     del overrides["sparsity"]["initial_log_sigma2"]
     return overrides
 

@@ -1,1 +1,1 @@
-"""Networks and programs that use `sos`; they are run from a checkout."""
+"""Networks, tasks and programs that use `sos`; run them from a checkout."""

@@ -1,4 +1,4 @@
-"""The flag `--config=FILE[:ARGUMENT]`, with mistakes reported in one line."""
+"""The flag `--config=FILE[:ARGUMENT]`, with errors reported in one line."""
 
 import importlib.util
 import re
@@ -15,16 +15,16 @@ from sos.errors import UsageError
 
 _NAME = "config"
 
-#: Returns the overrides of each run of a sweep.
+#: Returns the overrides of all runs of a sweep.
 Sweep = Callable[[ml_collections.ConfigDict], Iterable[Mapping[str, Any]]]
 
 
 class ConfigFlag:
     """Parses `--config=FILE[:ARGUMENT]` and `--config.NAME=VALUE`.
 
-    The file is a Python program, loaded once. Its function `get_config` takes
-    the argument, if there is one, and returns the config of a run; `sweep`
-    takes that config and yields the overrides of many.
+    The file is a Python module, loaded once. Its function `get_config` takes
+    the argument, if there is one, and returns the config of a run. Its function
+    `sweep` takes that config and yields the overrides of each run of a sweep.
 
     ```python
     CONFIG = ConfigFlag()
@@ -42,7 +42,7 @@ class ConfigFlag:
 
     @property
     def config(self) -> ml_collections.ConfigDict:
-        """The config, with the values of the command line."""
+        """The config, with the overrides of the command line."""
         return flags.FLAGS[_NAME].value
 
     @property
@@ -50,7 +50,7 @@ class ConfigFlag:
         """The file's function `sweep`.
 
         Raises:
-            SystemExit: If it has none.
+            SystemExit: If the file has none.
         """
         sweep = getattr(self._module, "sweep", None)
         if sweep is None:
@@ -61,13 +61,16 @@ class ConfigFlag:
         """Parses the command line, as a `flags_parser` for `app.run`.
 
         Args:
-            argv: The command line.
+            argv: Command line.
 
         Returns:
-            What is left of it.
+            The remaining arguments.
+
+        Raises:
+            SystemExit: If the command line or the config is invalid.
         """
-        path, arguments = _take_config(list(argv))
-        _forget_config()
+        path, arguments = _split_config(list(argv))
+        _remove_flags()
         if path is not None:
             self._path = path
             config = self._load(path)
@@ -81,9 +84,9 @@ class ConfigFlag:
                 _fail(" ".join(str(error).split()))
         rest = app.parse_flags_with_usage(arguments)
         if path is None:
-            _fail(f"A config is needed, such as --{_NAME}=configs/NAME.py")
+            _fail(f"Missing flag: --{_NAME}=configs/NAME.py")
         if flags.FLAGS["verbosity"].using_default_value:
-            # TensorFlow logs every save and every sum over workers.
+            # TensorFlow logs every save and every all-reduce.
             logging.set_verbosity(logging.WARNING)
         return rest
 
@@ -95,7 +98,7 @@ class ConfigFlag:
             config = self._module.get_config(*([argument] if colon else []))
         except UsageError as error:
             _fail(f"--{_NAME}={path}: {error}")
-        # A config file is a program, and may fail with anything.
+        # A config file can raise any exception.
         except Exception as error:
             text = " ".join(str(error).split())
             _fail(
@@ -120,8 +123,8 @@ def _import(file: str) -> ModuleType:
     return module
 
 
-def _take_config(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """Takes `--config` out of the arguments; the last one counts."""
+def _split_config(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Splits the last `--config` from the other arguments."""
     path, rest = None, []
     pending = iter(arguments)
     for argument in pending:
@@ -138,29 +141,29 @@ def _take_config(arguments: list[str]) -> tuple[str | None, list[str]]:
     return path, rest
 
 
-def _forget_config() -> None:
-    """Removes what an earlier call of `parse_flags` defined."""
+def _remove_flags() -> None:
+    """Removes the flags that an earlier call of `parse_flags` defined."""
     for name in list(flags.FLAGS):
         if name == _NAME or name.startswith(f"{_NAME}."):
             delattr(flags.FLAGS, name)
 
 
 def _check_name(argument: str, config: ml_collections.ConfigDict) -> None:
-    """Ends the program if an override's entry is not in the config."""
+    """Exits if the entry of an override is not in the config."""
     match = re.match(rf"--?(?:no)?{_NAME}\.([^=]+)", argument)
     if match is None:
         return
-    at: Any = config
+    value: Any = config
     parent = _NAME
     for name in match[1].split("."):
-        if not isinstance(at, ml_collections.ConfigDict):
+        if not isinstance(value, ml_collections.ConfigDict):
             _fail(f"{argument}: `{parent}` is a value and has no entries.")
-        if name not in at:
+        if name not in value:
             _fail(
                 f"{argument}: `{parent}` has no entry {name!r}. "
-                f"Valid entries: {', '.join(at)}"
+                f"Valid entries: {', '.join(value)}"
             )
-        at = at[name]
+        value = value[name]
         parent = f"{parent}.{name}"
 
 

@@ -8,26 +8,26 @@ import numpy as np
 
 
 def build(input_shape: Sequence[int], classes: int, seed: int) -> keras.Model:
-    """Builds three strided 3x3 convolutions and two dense layers.
+    """Builds a network of three strided 3x3 convolutions and two dense layers.
 
     On images of 28 x 28 x 1 it has 155,786 weights, biases included.
 
     Args:
         input_shape: Height, width and channels of the images.
-        classes: The number of classes.
-        seed: Seed of the initial weights, which depend on nothing else.
+        classes: Number of classes.
+        seed: Seed of the initial weights.
 
     Returns:
-        A model from float images of shape (batch, *input_shape) to logits of
-        shape (batch, classes).
+        A model from float images of shape [batch, *input_shape] to logits of
+        shape [batch, classes].
     """
     layers = keras.layers
-    # One stream of seeds for each run, one seed of it for each layer.
+    # A seed for each layer.
     seeds = iter(np.random.SeedSequence(seed).generate_state(5).tolist())
 
     def options(name: str) -> dict[str, Any]:
-        # The layers have names, as rules and noise go by the paths of weights,
-        # and Keras numbers unnamed layers through all models of a process.
+        # Rules and noise depend on the paths of weights, and Keras numbers
+        # unnamed layers across the process.
         initializer = keras.initializers.GlorotUniform(seed=next(seeds))
         return {"name": name, "kernel_initializer": initializer}
 

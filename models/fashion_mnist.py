@@ -1,4 +1,4 @@
-"""Fashion-MNIST as a task."""
+"""Classification of Fashion-MNIST."""
 
 import functools
 
@@ -21,7 +21,7 @@ _NETWORKS = {"convnet": convnet.build, "residual": residual.build}
 
 
 class FashionMnist(ImageClassification):
-    """Classifies pictures of clothes with a small network."""
+    """Classifies images of clothes with a small network."""
 
     runtime_entries = (
         "seed",
@@ -36,10 +36,10 @@ class FashionMnist(ImageClassification):
         """Returns the entries of a config, with their defaults.
 
         - `model.name`: "convnet" or "residual"; see the modules of these names.
-        - `model.synchronized_batch_norm`: whether the statistics of batch
-          normalisation are computed over all replicas; for "residual".
-        - `data.name`: "fashion_mnist", 10,000 images that the package contains,
-          or "fashion_mnist_full", all 70,000 where the machine has them.
+        - `model.synchronized_batch_norm`: Whether "residual" computes batch
+          statistics over all replicas.
+        - `data.name`: "fashion_mnist", the 10,000 embedded images, or
+          "fashion_mnist_full", all 70,000; see `sos.datasets.fashion_mnist`.
         """
         config = super().default_config()
         config.model.name = "convnet"
@@ -51,7 +51,7 @@ class FashionMnist(ImageClassification):
         return config
 
     def load_source(self) -> ArraySource:
-        """Returns the images that `config.data.name` names."""
+        """Returns the images selected by `config.data.name`."""
         data = _load(self.config.data.name)
         if self.config.batch_size > len(data.y_train):
             raise UsageError(
@@ -68,7 +68,7 @@ class FashionMnist(ImageClassification):
         )
 
     def build_network(self) -> keras.Model:
-        """Returns the network that `config.model.name` names."""
+        """Returns the network selected by `config.model.name`."""
         options = self.config.model.to_dict()
         name = options.pop("name")
         if name not in _NETWORKS:
@@ -95,7 +95,7 @@ class FashionMnist(ImageClassification):
 
 @functools.cache
 def _load(name: str) -> fashion_mnist.FashionMnist:
-    """Reads a data set once in a process."""
+    """Reads a data set once per process."""
     if name not in _DATA:
         raise UsageError(
             f"`config.data.name` must be one of {', '.join(_DATA)}. "

@@ -23,24 +23,23 @@ def build(
 
     A 3x3 convolution, three stages of three blocks with 16, 32 and 64 filters,
     global average pooling and a dense layer. As in the larger networks of that
-    paper, and in the ResNet-50 that this study is about, shortcuts that change
-    the width are 1x1 convolutions. On images of 28 x 28 x 1 it has 273,754
+    paper, and in the ResNet-50 of the authors, shortcuts that change the width
+    are 1x1 convolutions. On images of 28 x 28 x 1 it has 273,754
     weights, moving statistics included.
 
     Args:
         input_shape: Height, width and channels of the images.
-        classes: The number of classes.
-        seed: Seed of the initial weights, which depend on nothing else.
-        synchronized_batch_norm: Whether the statistics of batch normalization
-            are those of the whole batch under a distribution strategy, or of
-            each replica's part.
+        classes: Number of classes.
+        seed: Seed of the initial weights.
+        synchronized_batch_norm: Whether batch statistics are computed over all
+            replicas of a distribution strategy, or over each one's.
 
     Returns:
-        A model from float images of shape (batch, *input_shape) to logits of
-        shape (batch, classes).
+        A model from float images of shape [batch, *input_shape] to logits of
+        shape [batch, classes].
     """
     layers = keras.layers
-    # One stream of seeds for each run, one seed of it for each layer.
+    # A seed for each layer with weights.
     seeds = iter(
         np.random.SeedSequence(seed).generate_state(_WEIGHT_LAYERS).tolist()
     )
@@ -48,9 +47,9 @@ def build(
     def convolution(
         x: keras.KerasTensor, name: str, filters: int, size: int, strides: int
     ) -> keras.KerasTensor:
-        """A convolution without bias and the normalization that follows."""
-        # The layers have names, as rules and noise go by the paths of weights,
-        # and Keras numbers unnamed layers through all models of a process.
+        """Applies a convolution without bias, and batch normalization."""
+        # Rules and noise depend on the paths of weights, and Keras numbers
+        # unnamed layers across the process.
         x = layers.Conv2D(
             filters,
             size,
@@ -60,7 +59,7 @@ def build(
             kernel_initializer=keras.initializers.HeNormal(seed=next(seeds)),
             name=name,
         )(x)
-        # Keras' momentum of 0.99 averages over more steps than short runs have.
+        # Keras's default of 0.99 averages over more steps than short runs have.
         return layers.BatchNormalization(
             momentum=0.9,
             epsilon=1e-5,

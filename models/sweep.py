@@ -1,14 +1,14 @@
-r"""Trains many runs and compares them.
+r"""Trains the runs of a sweep and compares them.
 
-For example, the study on Fashion-MNIST with fewer steps than it has:
+For example, the study on Fashion-MNIST with fewer steps:
 
     python -m models.sweep --config=configs/fashion_mnist.py \
         --workdir=runs/fashion_mnist --config.train_steps=300
 
-Each run has a directory of its own in the work directory. Stop the sweep at any
-time and start it again: what is finished is not repeated, and runs in progress
-go on where they were. It writes results.csv and layerwise.png and, of a task
-with the metric accuracy, tradeoff.png.
+Each run has its own directory in the work directory. If the sweep is stopped
+and started again, it skips finished runs and resumes those in progress. It
+writes results.csv, layerwise.png and, for a task with the metric accuracy,
+tradeoff.png.
 """
 
 import os
@@ -22,7 +22,7 @@ from sos import startup
 with startup.quiet():
     import tensorflow as tf
 
-    # The first listing names the GPUs that are missing.
+    # The first listing of devices warns about missing GPUs.
     tf.config.list_physical_devices()
 
 from absl import app, flags
@@ -40,19 +40,21 @@ _CONFIG = ConfigFlag()
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "Directory of the runs, the table and the figures. Runs that are finished "
-    "there are not repeated.",
+    "Directory of the runs, the table and the figures. Finished runs in it are "
+    "not repeated.",
     required=True,
 )
 _SELECT = flags.DEFINE_string(
-    "select", "", "Regular expression on the names of runs. Default: all runs."
+    "select",
+    "",
+    "Regular expression that selects runs by name (re.search). Default: all.",
 )
-_LIST = flags.DEFINE_bool("list", False, "Print the names of the runs only.")
+_LIST = flags.DEFINE_bool("list", False, "Only print the names of the runs.")
 _WORKERS = flags.DEFINE_integer(
     "workers",
     None,
-    "Runs that are trained at a time, each in a process of its own. Default: "
-    "one for each GPU or, without one, for each core, at most eight.",
+    "Number of worker processes, each of which trains one run at a time. "
+    "Default: one per GPU or, without a GPU, per core, at most eight.",
     lower_bound=1,
 )
 _SAVE_CHECKPOINTS_STEPS = flags.DEFINE_integer(
@@ -71,10 +73,10 @@ _LAYERWISE_SPARSITY = flags.DEFINE_float(
 
 
 def main(argv: Sequence[str]) -> None:
-    """Trains the runs that the flags ask for.
+    """Trains the runs that the flags select.
 
     Args:
-        argv: What is left of the command line.
+        argv: Arguments that are not flags.
     """
     code = training_main.exit_code_of(lambda: _run(argv[1:]))
     training_main.end_process(code)
@@ -83,16 +85,14 @@ def main(argv: Sequence[str]) -> None:
 def _run(arguments: Sequence[str]) -> None:
     if arguments:
         raise UsageError(
-            f"There are only flags here. Received: {' '.join(arguments)}"
+            f"The program takes only flags. Received: {' '.join(arguments)}"
         )
     if not _WORKDIR.value:
-        raise UsageError(
-            "--workdir must name a directory. Received: an empty text"
-        )
+        raise UsageError("--workdir must be a directory. Received: --workdir=")
     if "://" in _WORKDIR.value:
         raise UsageError(
-            "--workdir must be a local directory, as the table and the figures "
-            f"are written there. Received: {_WORKDIR.value}"
+            "--workdir must be a local directory. "
+            f"Received: --workdir={_WORKDIR.value}"
         )
     config = _CONFIG.config
     all_configs = sweeps.expand(config, _CONFIG.sweep(config))
@@ -104,17 +104,17 @@ def _run(arguments: Sequence[str]) -> None:
     results.check_outputs(workdir)
     progress = SweepProgress()
     launcher = LocalLauncher(_WORKERS.value)
-    # The networks are built here to learn their size. This process would take
-    # the memory of a GPU for it, which a worker needs.
+    # This process builds the networks to estimate their size. It must leave the
+    # memory of GPUs to the workers.
     tf.config.set_visible_devices([], "GPU")
     options = {"save_checkpoints_steps": _SAVE_CHECKPOINTS_STEPS.value}
-    use = sweeps.estimate_disk_use(
+    disk_use = sweeps.estimate_disk_use(
         configs, workdir, workers=launcher.workers, **options
     )
     progress.console.print(
-        f"{len(configs)} runs in {workdir}; the checkpoints of those to train "
-        f"will take {use.finished / 1e6:,.0f} MB, and "
-        f"{use.training / 1e6:,.0f} MB more meanwhile.",
+        f"{len(configs)} runs in {workdir}. Their checkpoints will need "
+        f"{disk_use.final_bytes / 1e6:,.0f} MB, and up to "
+        f"{disk_use.temporary_bytes / 1e6:,.0f} MB more during training.",
         soft_wrap=True,
     )
     try:
@@ -128,28 +128,28 @@ def _run(arguments: Sequence[str]) -> None:
                 **options,
             )
     finally:
-        # Also of runs that are not selected now.
+        # Includes finished runs that are not selected now.
         _report(progress, workdir, [run_name(c) for c in all_configs])
 
 
 def _report(
     progress: SweepProgress, workdir: pathlib.Path, names: Sequence[str]
 ) -> None:
-    """Writes the table and the figures of what is finished."""
+    """Writes the table and the figures of the finished runs."""
     runs = results.collect(workdir, names)
     if not runs:
         return
-    written = [workdir / results.TABLE]
-    results.write_table(written[-1], runs)
-    # Tasks have other metrics, too.
+    paths = [workdir / results.TABLE]
+    results.write_table(paths[-1], runs)
+    # A task may lack this metric.
     if all("accuracy" in run.result.metrics for run in runs):
-        written.append(workdir / results.TRADEOFF)
-        figures.save_tradeoff(written[-1], runs)
-    written.append(workdir / results.LAYERWISE)
-    figures.save_layerwise(written[-1], runs, _LAYERWISE_SPARSITY.value)
+        paths.append(workdir / results.TRADEOFF)
+        figures.save_tradeoff(paths[-1], runs)
+    paths.append(workdir / results.LAYERWISE)
+    figures.save_layerwise(paths[-1], runs, _LAYERWISE_SPARSITY.value)
     progress.console.print(summary_table(runs))
     progress.console.print()
-    for path in written:
+    for path in paths:
         progress.console.print(f"Wrote {path}", soft_wrap=True)
 
 

@@ -1,15 +1,15 @@
-r"""Trains one run, for as long as it takes.
+r"""Trains, evaluates or exports one run.
 
-For example, one of the runs of the study, on whatever devices there are:
+For example, one run of the study:
 
     python -m models.train --workdir=runs/one \
         --config=configs/fashion_mnist.py:magnitude,sparsity=0.9
 
-The run has a directory of its own in the work directory, named after what
-identifies it. Stop it at any time and start it again: it goes on from its last
-checkpoint. Exit codes: 0 done; 75 stopped by SIGTERM and saved, 130 by Ctrl-C
-and saved; 143 and 130 at once, after a second signal; 1 an error, whose message
-says what to do.
+The run has its own directory in the work directory, named after its
+fingerprint. If it is stopped and started again, it resumes from its newest
+checkpoint. Exit codes: 0 for success; 1 for an error, whose message says what
+to do; 75 and 130 if SIGTERM or Ctrl-C stopped it and it saved; 143 and 130 if a
+second signal stopped it at once.
 """
 
 import os
@@ -23,7 +23,7 @@ from sos import startup
 with startup.quiet():
     import tensorflow as tf
 
-    # The first listing names the GPUs that are missing.
+    # The first listing of devices warns about missing GPUs.
     tf.config.list_physical_devices()
 
 import ml_collections
@@ -44,10 +44,10 @@ flags.adopt_module_key_flags(training_flags)
 
 
 def main(argv: Sequence[str]) -> None:
-    """Trains, evaluates or exports a run, as the flags say.
+    """Trains, evaluates or exports a run.
 
     Args:
-        argv: What is left of the command line.
+        argv: Arguments that are not flags.
     """
     code = training_main.exit_code_of(
         lambda: _run(argv[1:]), several_workers=several_workers()
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
 def _run(arguments: Sequence[str]) -> None:
     if arguments:
         raise UsageError(
-            f"There are only flags here. Received: {' '.join(arguments)}"
+            f"The program takes only flags. Received: {' '.join(arguments)}"
         )
     config = resolve(_CONFIG.config)
     workdir = training_flags.WORKDIR.value

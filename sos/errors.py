@@ -4,9 +4,9 @@ import re
 import signal
 from typing import Any
 
-# Heads the cause where a worker gives up a collective operation.
+# Precedes the cause when a worker aborts a collective operation.
 ABORTED = "Collective ops is aborted by: "
-# Begin the lines that say where in a graph an operation is.
+# Lines that locate an operation in a graph begin with one of these.
 _FRAMES = ('File "', "Detected at node", "[[{{node")
 _OPERATION = re.compile(r"^\{\{\S+ \S+\}\} ?| ?\[Op:\w+\].*$")
 
@@ -14,12 +14,12 @@ _OPERATION = re.compile(r"^\{\{\S+ \S+\}\} ?| ?\[Op:\w+\].*$")
 class ReportedError(Exception):
     """An error whose message says what is wrong and what to do.
 
-    Programs print the message alone. Any other exception is a bug, in this
+    Programs print only the message. Any other exception is a bug, in this
     package or in a task, and is shown with its traceback.
     """
 
-    # Otherwise AutoGraph replaces it, with a page of frames, when it is raised
-    # while a function is traced.
+    # Otherwise AutoGraph replaces an error that is raised during tracing by one
+    # with a page of frames.
     ag_pass_through = True
 
 
@@ -28,7 +28,7 @@ class UsageError(ReportedError, ValueError):
 
 
 class ArgumentError(ReportedError, TypeError):
-    """An argument is unknown, missing, or excludes another one."""
+    """An argument is unknown, missing, or excludes another."""
 
 
 class BackendError(ReportedError, ImportError):
@@ -44,7 +44,7 @@ class StorageError(ReportedError, OSError):
 
 
 class DirectoryInUseError(StorageError):
-    """Another process works in the same directory."""
+    """Another process is working in the same directory."""
 
 
 class CheckpointError(ReportedError):
@@ -56,14 +56,14 @@ class DamagedCheckpointError(CheckpointError):
 
 
 class WorkerLostError(ReportedError, RuntimeError):
-    """Another worker of the job ended or cannot be reached."""
+    """Another worker ended or cannot be reached."""
 
 
 class NonFiniteLossError(ReportedError, ArithmeticError):
     """The loss, a penalty or a weight became NaN or infinite.
 
     Attributes:
-        step: The number of steps completed before it.
+        step: Number of completed optimizer steps.
     """
 
     def __init__(self, message: str, step: int) -> None:
@@ -71,16 +71,16 @@ class NonFiniteLossError(ReportedError, ArithmeticError):
         self.step = step
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Returns how to unpickle the error, for other processes."""
+        """Makes the error picklable, to send it to other processes."""
         return type(self), (str(self), self.step)
 
 
 class Stopped(Exception):
-    """A signal stopped training or an evaluation. Not an error.
+    """A signal stopped training or an evaluation. This is not an error.
 
     Attributes:
         signal: The signal.
-        step: The number of completed steps; None where several runs were
+        step: Number of completed optimizer steps; None if several runs were
             stopped.
     """
 
@@ -94,23 +94,23 @@ class Stopped(Exception):
         self._state = state
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Returns how to unpickle the exception, for other processes."""
+        """Makes the exception picklable, to send it to other processes."""
         return type(self), (self.signal, self.step, self._state)
 
 
 def reason(error: BaseException) -> str:
-    """Returns the line of an error's message that names the cause.
+    """Returns the line of an error message that names the cause.
 
-    Leaves out TensorFlow's headings and names of operations.
+    Omits TensorFlow's headings and operation names.
 
     Args:
         error: Any exception, for example a `tf.errors.OpError`.
 
     Returns:
-        One line without a full stop; the name of the class if the message is
-        empty.
+        One line without a final period; the name of the class if the message
+        is empty.
     """
-    # The text of TensorFlow's errors also has the traceback of the operation.
+    # `str` of TensorFlow's errors includes the traceback of the operation.
     text = str(getattr(error, "message", None) or error)
     lines = [_OPERATION.sub("", line.strip()) for line in text.splitlines()]
     for line in lines:

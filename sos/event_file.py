@@ -1,4 +1,4 @@
-"""Files that TensorBoard shows, written without the package `tensorboard`."""
+"""Event files for TensorBoard, written without the package `tensorboard`."""
 
 import os
 import socket
@@ -8,22 +8,22 @@ from typing import Any
 
 import tensorflow as tf
 
-# Later than any.
+# Later than any step.
 _NO_STEP = 2**62
 
 
 class EventFile:
-    """A new file of scalars in a log directory of TensorBoard.
+    """A new event file of scalars in a log directory of TensorBoard.
 
-    The values are of Estimator's kind (`simple_value`). It is not
-    `tf.summary`, which needs TensorBoard's package to write scalars and has no
-    way to say that training goes on from a step.
+    Scalars are written as `simple_value`, as Estimator does. `tf.summary` is
+    not used: it needs the package `tensorboard` to write scalars, and cannot
+    mark the step at which training resumed.
 
     Args:
-        directory: The log directory; created if needed. `gs://` works too.
-        resume_step: The step that training goes on from: what earlier files in
-            the directory hold of later steps is no longer shown. By default all
-            is.
+        directory: The log directory, created if needed; may be a `gs://` path.
+        resume_step: Step at which training resumes. TensorBoard then hides what
+            earlier files in the directory hold for later steps. By default it
+            shows everything.
     """
 
     def __init__(
@@ -31,22 +31,27 @@ class EventFile:
     ) -> None:
         directory = os.fspath(directory)
         tf.io.gfile.makedirs(directory)
-        # The form of the name is TensorBoard's, which reads files in the order
-        # of their names.
+        # TensorBoard requires this form and reads files in the order of their
+        # names.
         name = (
             f"events.out.tfevents.{time.time():017.6f}."
             f"{socket.gethostname()}.{os.getpid()}"
         )
         self._writer = tf.io.TFRecordWriter(os.path.join(directory, name))
         self._event(file_version="brain.Event:2")
-        # TensorBoard forgets what it has of this step and later ones, if it is
-        # not the first such event of a run.
+        # At every such event but the first of a run, TensorBoard drops what it
+        # has for this step and later ones.
         step = _NO_STEP if resume_step is None else resume_step + 1
         start = tf.compat.v1.SessionLog(status=tf.compat.v1.SessionLog.START)
         self._event(step=step, session_log=start)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes the scalars of a step, by tag."""
+        """Writes scalars.
+
+        Args:
+            step: Number of completed optimizer steps.
+            scalars: Values by tag.
+        """
         value = tf.compat.v1.Summary.Value
         summary = tf.compat.v1.Summary(
             value=[value(tag=t, simple_value=v) for t, v in scalars.items()]

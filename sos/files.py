@@ -1,4 +1,4 @@
-"""Writes files and directories completely or not at all."""
+"""Writes files and directories atomically: complete or not at all."""
 
 import contextlib
 import errno
@@ -14,17 +14,17 @@ import tensorflow as tf
 
 from sos.errors import DirectoryInUseError, StorageError, reason
 
-# What file systems without locks answer.
+# Errors of file systems without locks.
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @contextlib.contextmanager
-def storage_errors(failure: str) -> Iterator[None]:
-    """Raises `StorageError` for errors of the file system within the scope.
+def storage_errors(message: str) -> Iterator[None]:
+    """Converts errors of the file system within the scope to `StorageError`.
 
     Args:
-        failure: What failed, the beginning of the message, for example
-            "The table could not be written to results.csv".
+        message: Beginning of the error message, for example "The table could
+            not be written to results.csv".
 
     Yields:
         Nothing.
@@ -38,11 +38,11 @@ def storage_errors(failure: str) -> Iterator[None]:
     except StorageError:
         raise
     except tf.errors.InvalidArgumentError:
-        # TensorFlow raises it for operations, not for files: a bug.
+        # A bug: TensorFlow raises it for operations, not for files.
         raise
     except (OSError, tf.errors.OpError) as error:
         raise StorageError(
-            f"{failure}: {reason(error)}. Free disk space or choose another "
+            f"{message}: {reason(error)}. Free disk space or choose another "
             "directory, and run the same command again."
         ) from error
 
@@ -51,10 +51,10 @@ def check_writable(directory: str | os.PathLike) -> None:
     """Creates a directory and checks that files can be written to it.
 
     Args:
-        directory: The directory; `gs://` works too.
+        directory: The directory; may be a `gs://` path.
 
     Raises:
-        StorageError: If it cannot be created or written to.
+        StorageError: If the directory cannot be created or written to.
     """
     directory = os.fspath(directory)
     probe = os.path.join(directory, f".probe-{uuid.uuid4().hex}")
@@ -89,7 +89,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        # The permissions of an ordinary new file, not mkstemp's private ones.
+        # mkstemp's permissions are private: set those of an ordinary new file.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
@@ -102,14 +102,15 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_text(path: str, text: str) -> None:
-    """Writes a text file that is complete or absent.
+    """Writes a text file atomically.
 
     Args:
-        path: The file; `gs://` works too. Its directory must exist there.
-        text: Its content.
+        path: The file. If it is a `gs://` path, its directory must exist.
+        text: Content of the file.
 
     Raises:
-        StorageError: If it cannot be written; an earlier file is unchanged.
+        StorageError: If the file cannot be written. An earlier file is
+            unchanged.
     """
     with storage_errors(f"{path} could not be written"):
         if "://" not in path:
@@ -126,12 +127,12 @@ def write_text(path: str, text: str) -> None:
 def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path that is renamed to `path` on success.
 
-    An existing directory is replaced. This takes two renames: a process that
-    is killed between them leaves the old directory under a hidden name, from
-    which the next call restores it. Only one process may write at a time.
+    Replaces an existing directory by two renames. If the process is killed
+    between them, the old directory is left under a hidden name, and the next
+    call restores it. Only one process may write at a time.
 
     Args:
-        path: The directory to write; if it is a link, its target.
+        path: The directory to write. If it is a link, its target is replaced.
 
     Yields:
         A path in the same directory that does not exist yet. If the scope
@@ -142,13 +143,14 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
     if old.exists() and not target.exists():
         old.rename(target)
     digits = "[0-9a-f]" * len(uuid.uuid4().hex)
-    for left in target.parent.glob(f".{glob.escape(target.name)}.{digits}.new"):
-        shutil.rmtree(left, ignore_errors=True)
+    pattern = f".{glob.escape(target.name)}.{digits}.new"
+    for unfinished in target.parent.glob(pattern):
+        shutil.rmtree(unfinished, ignore_errors=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.new")
     try:
         yield temporary
         sync_tree(temporary)
-        # `rename` does not replace a directory that is not empty.
+        # `rename` cannot replace a non-empty directory.
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
@@ -165,29 +167,30 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def only_process(
+def lock_directory(
     directory: str | os.PathLike, role: str = "train"
 ) -> Iterator[None]:
     """Locks a directory against other processes of the same role.
 
-    The operating system releases the lock when the process ends, however it
-    ends. On file systems without locks, such as object stores, this does
-    nothing.
+    The operating system releases the lock when the process ends, even if it is
+    killed. Does nothing on file systems without locks, such as object stores.
 
     Args:
-        directory: An existing directory; the lock is its file `.ROLE.lock`.
-        role: What the process does there. Processes of other roles may work
-            in the directory at the same time.
+        directory: An existing directory. The lock is the file `.ROLE.lock` in
+            it.
+        role: Task of the process. Processes of other roles may work in the
+            directory at the same time.
 
     Yields:
         Nothing.
 
     Raises:
-        DirectoryInUseError: If another process of this role holds the lock.
+        DirectoryInUseError: If another process of the same role holds the
+            lock.
         StorageError: If the lock file cannot be written.
     """
     try:
-        # Not on every system.
+        # Absent on Windows.
         import fcntl
     except ImportError:
         fcntl = None
@@ -203,8 +206,9 @@ def only_process(
             except BlockingIOError:
                 raise DirectoryInUseError(
                     f"Another process ({role}) is working in "
-                    f"{os.fspath(directory)}, and two would overwrite each "
-                    "other's files. Stop it, or choose another directory."
+                    f"{os.fspath(directory)}. Two processes would overwrite "
+                    "each other's files: stop the other one, or choose "
+                    "another directory."
                 ) from None
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
@@ -215,11 +219,10 @@ def only_process(
 def sync_tree(directory: str | os.PathLike) -> None:
     """Flushes a local directory and all its files to the disk.
 
-    After a power failure they are complete. Does nothing elsewhere than on
-    local disks.
+    Once it returns, a power failure does not damage them.
 
     Args:
-        directory: The directory.
+        directory: The directory. Nothing is done if it is not a local one.
     """
     for folder, _, names in os.walk(directory):
         for name in names:
@@ -229,10 +232,12 @@ def sync_tree(directory: str | os.PathLike) -> None:
 
 
 def sync_directory(directory: str | os.PathLike) -> None:
-    """Flushes the entries of a local directory to the disk, as after a rename.
+    """Flushes the entries of a local directory to the disk.
+
+    Call it after a rename in the directory.
 
     Args:
-        directory: The directory; nothing is done if it is not a local one.
+        directory: The directory. Nothing is done if it is not a local one.
     """
     if os.path.isdir(directory):
         handle = os.open(directory, os.O_RDONLY)

@@ -1,12 +1,12 @@
-"""What happens before TensorFlow and Keras are imported.
+"""Prepares the imports of TensorFlow and Keras.
 
 `check_backend` raises if Keras would use another backend than TensorFlow.
 
 `quiet` hides the lines that TensorFlow prints while it starts. TensorFlow 2.21
-prints about a dozen lines on the standard error when it is imported and when
-its devices are first listed (CPU features, oneDNN, no GPU). They are written
-before its logging is set up, so that TF_CPP_MIN_LOG_LEVEL, which should hide
-them, has no effect. Here it has.
+prints about a dozen lines to stderr when it is imported and when its devices
+are first listed (CPU features, oneDNN, no GPU). It writes them before its
+logging is set up, so TF_CPP_MIN_LOG_LEVEL, which should hide them, has no
+effect. This module makes it effective.
 """
 
 import contextlib
@@ -72,9 +72,9 @@ def _keras_json() -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hides what is written to the standard error while TensorFlow starts.
+    """Hides the output to stderr while TensorFlow starts.
 
-    It has an effect only if the environment variable TF_CPP_MIN_LOG_LEVEL is at
+    Has an effect only if the environment variable TF_CPP_MIN_LOG_LEVEL is at
     least 1. Use it around the first import of TensorFlow and the first listing
     of its devices:
 
@@ -89,27 +89,30 @@ def quiet() -> Iterator[None]:
         tf.config.list_physical_devices()
     ```
 
-    If the scope is left with an error, the hidden text is written after all.
-    Ctrl-C ends a program with one line and the exit code 130; in an interactive
-    session it raises KeyboardInterrupt as always.
+    If an error leaves the scope, the hidden text is printed. Ctrl-C ends a
+    program with one line and the exit code 130; in an interactive session it
+    raises KeyboardInterrupt as usual.
+
+    Yields:
+        Nothing.
 
     Raises:
         SystemExit: If Ctrl-C interrupts a program.
     """
-    if not _wanted():
+    if not _is_enabled():
         yield
         return
     try:
-        # Native code writes to the file descriptor, whatever `sys.stderr` is.
+        # Native code writes to the file descriptor, not to `sys.stderr`.
         stderr = os.dup(2)
     except OSError:
-        # It is closed, as in a service: there is nothing to hide.
+        # Closed, as in a service: there is nothing to hide.
         yield
         return
     try:
         hidden = tempfile.TemporaryFile()
     except OSError:
-        # The disk is full, which is no reason to fail here.
+        # A full disk is no reason to fail here.
         os.close(stderr)
         yield
         return
@@ -123,8 +126,9 @@ def quiet() -> Iterator[None]:
             if hasattr(sys, "ps1"):
                 raise
             os.write(stderr, b"\nInterrupted while TensorFlow was starting.\n")
-            # An interrupt within `exec` of a string, as of named tuples, sets a
-            # flag that makes Python end by SIGINT. The next `exec` resets it.
+            # An interrupt within `exec` of a string, which named tuples use,
+            # sets a flag that makes Python end by SIGINT. The next `exec`
+            # resets it.
             exec("")
             sys.exit(128 + signal.SIGINT)
         except Exception:
@@ -138,12 +142,12 @@ def quiet() -> Iterator[None]:
             os.close(stderr)
 
 
-def _command_starts() -> bool:
+def _is_command_starting() -> bool:
     """Returns whether `sos`, `python -m sos` or `-m sos.NAME` is starting."""
     package = __name__.partition(".")[0]
-    # `runpy` replaces "-m" by the path of the module once it has found it, for
-    # which it imports the package. Until then, the name of the module is the
-    # last argument of the interpreter.
+    # `runpy` imports the package to find the module, and only then replaces
+    # "-m" in `sys.argv` by the module's path. Until then, the module's name is
+    # the last argument of the interpreter.
     if sys.argv[:1] == ["-m"]:
         module = sys.orig_argv[-len(sys.argv) :][0].removeprefix("-m")
         return module.partition(".")[0] == package
@@ -152,12 +156,12 @@ def _command_starts() -> bool:
     return name in (package, f"{package}.exe")
 
 
-def _wanted() -> bool:
+def _is_enabled() -> bool:
     try:
         return int(os.environ.get(_LOG_LEVEL, "0")) >= 1
     except ValueError:
         return False
 
 
-if _command_starts():
+if _is_command_starting():
     os.environ.setdefault(_LOG_LEVEL, "2")

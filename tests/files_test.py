@@ -13,7 +13,7 @@ from sos.files import (
     atomic_directory,
     atomic_write,
     check_writable,
-    only_process,
+    lock_directory,
     storage_errors,
 )
 
@@ -156,8 +156,8 @@ def test_others_that_are_being_written_stay(tmp_path):
 def test_a_directory_is_claimed_by_one_process(tmp_path):
     program = (
         "import time\n"
-        "from sos.files import only_process\n"
-        "with only_process('.'):\n"
+        "from sos.files import lock_directory\n"
+        "with lock_directory('.'):\n"
         "    print('mine', flush=True)\n"
         "    time.sleep(600)\n"
     )
@@ -170,12 +170,12 @@ def test_a_directory_is_claimed_by_one_process(tmp_path):
         assert other.stdout.readline() == "mine\n"
         with (
             pytest.raises(DirectoryInUseError, match=f"working in {tmp_path}"),
-            only_process(tmp_path),
+            lock_directory(tmp_path),
         ):
             pass
         # However it ends, its claim ends with it.
         other.kill()
-    with only_process(tmp_path):
+    with lock_directory(tmp_path):
         pass
 
 
@@ -185,28 +185,28 @@ def test_file_systems_without_claims_refuse_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", flock)
     code = errno.ENOSYS
-    with only_process(tmp_path):
+    with lock_directory(tmp_path):
         pass
     code = errno.EIO
-    with pytest.raises(StorageError, match="flock"), only_process(tmp_path):
+    with pytest.raises(StorageError, match="flock"), lock_directory(tmp_path):
         pass
 
 
 def test_where_there_are_no_claims_nothing_is_refused(tmp_path):
     for path in ("ram://somewhere", tmp_path / "not there"):
-        with only_process(path), only_process(path):
+        with lock_directory(path), lock_directory(path):
             pass
 
 
 def test_only_process_within_its_scope_raises_what_the_scope_raises(tmp_path):
-    with pytest.raises(FileNotFoundError), only_process(tmp_path):
+    with pytest.raises(FileNotFoundError), lock_directory(tmp_path):
         raise FileNotFoundError
 
 
 def test_only_process_unwritable_lock_raises_storage_error(tmp_path):
     (tmp_path / ".train.lock").mkdir()
     with pytest.raises(StorageError, match="lock .* could not be taken: .*dir"):
-        with only_process(tmp_path):
+        with lock_directory(tmp_path):
             pass
 
 

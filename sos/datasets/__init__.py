@@ -1,4 +1,4 @@
-"""Data sets for the experiments, the small ones embedded in the package."""
+"""Data sets for the experiments. Small ones are part of the package."""
 
 from sos.datasets import fashion_mnist
 

@@ -1,9 +1,9 @@
-"""Fashion-MNIST, a part of it embedded, and the whole where a machine has it.
+"""Fashion-MNIST: a part that is embedded in the package, and the full data set.
 
-Embedded are 6,000 training and 4,000 test images: the first ones of each split
-of Fashion-MNIST (Xiao, Rasul and Vollgraf 2017, arXiv 1708.07747), which has
-60,000 and 10,000. That is enough to compare techniques within minutes on a
-laptop and without a network; accuracies are below those of the whole data set.
+The embedded part has 6,000 training and 4,000 test images, the first of each
+split of Fashion-MNIST (Xiao, Rasul and Vollgraf 2017, arXiv 1708.07747), which
+has 60,000 and 10,000. It suffices to compare techniques within minutes on a
+laptop, without a network; accuracies are below those of the full data set.
 Copyright 2017 Zalando SE, MIT licence (see
 `data/fashion_mnist_10k.NOTICE.txt`).
 """
@@ -18,6 +18,7 @@ import os
 import struct
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -45,9 +46,9 @@ _SHAPES = {
     "y_test": (4000,),
 }
 
-#: Names a directory with the files of the whole data set.
+#: Environment variable of the directory with the files of the full data set.
 DIRECTORY_VARIABLE = "SOS_FASHION_MNIST_DIR"
-#: Where Debian's package `dataset-fashion-mnist` puts them.
+#: Directory of the files in Debian's package `dataset-fashion-mnist`.
 DEBIAN_DIRECTORY = Path("/usr/share/datasets/fashion-mnist")
 _FULL_FILES = {
     "x_train": "train-images-idx3-ubyte",
@@ -67,16 +68,18 @@ _FULL_SHAPES = {
 class FashionMnist:
     """Images and labels, in the order of the original data set.
 
-    The images have a channel axis, so that they fit convolutions as they are.
-
     Attributes:
-        x_train: Training images, float32 in [0, 1], of shape (n, 28, 28, 1);
-            6,000 embedded ones or all 60,000.
-        y_train: Training labels, int32 in [0, 10), of shape (n,).
-        x_test: Test images, float32 in [0, 1], of shape (m, 28, 28, 1); 4,000
-            embedded ones or all 10,000.
-        y_test: Test labels, int32 in [0, 10), of shape (m,).
-        class_names: The ten names that the labels index.
+        x_train: Training images, float32 in [0, 1], of shape [n, 28, 28, 1].
+        y_train: Training labels, int32 in [0, 10), of shape [n].
+        x_test: Test images, float32 in [0, 1], of shape [m, 28, 28, 1].
+        y_test: Test labels, int32 in [0, 10), of shape [m].
+        class_names: Names of the ten classes, by label.
+
+    Example:
+    >>> from sos.datasets import fashion_mnist
+    >>> data = fashion_mnist.load()
+    >>> data.x_train.shape, data.class_names[data.y_train[0]]
+    ((6000, 28, 28, 1), 'Ankle boot')
     """
 
     x_train: np.ndarray
@@ -89,14 +92,19 @@ class FashionMnist:
 def load() -> FashionMnist:
     """Reads the embedded images and labels.
 
-    Every call returns new arrays, so that changing them is safe.
+    Every call returns new arrays.
 
     Returns:
-        The data, images as float32 in [0, 1] and labels as int32.
+        6,000 training and 4,000 test examples.
 
     Raises:
-        FileNotFoundError: If the data file is not part of the installation.
+        FileNotFoundError: If the installation lacks the data file.
         ValueError: If the data file is damaged.
+
+    Example:
+    >>> from sos.datasets import fashion_mnist
+    >>> fashion_mnist.load().x_test.shape
+    (4000, 28, 28, 1)
     """
     try:
         content = _FILE.read_bytes()
@@ -110,25 +118,35 @@ def load() -> FashionMnist:
 
 
 def load_full(directory: str | os.PathLike | None = None) -> FashionMnist:
-    """Reads all 60,000 training and 10,000 test images.
+    """Reads the full data set, which is not part of this package.
 
-    They are not part of this package. Without a directory they are looked for
-    in that of the environment variable `SOS_FASHION_MNIST_DIR` if it is set;
-    else where Debian's package `dataset-fashion-mnist` puts them; else among
-    the prepared data of tensorflow-datasets, if that is installed, which has
-    them in another order. Nothing is downloaded.
+    Nothing is downloaded. Without `directory`, the data set is read from the
+    first of these that exists:
+
+    - the directory in the environment variable `SOS_FASHION_MNIST_DIR`;
+    - the directory of Debian's package `dataset-fashion-mnist`;
+    - the prepared data of tensorflow-datasets, which has another order.
 
     Args:
-        directory: Where the four IDX files of the data set are, as published,
-            with or without their ending `.gz`.
+        directory: Directory of the four published IDX files, with or without
+            the suffix `.gz`.
 
     Returns:
-        The data, images as float32 in [0, 1] and labels as int32.
+        60,000 training and 10,000 test examples.
 
     Raises:
-        FileNotFoundError: If the data set is in none of these places, or not
-            in the directory that was named.
+        FileNotFoundError: If the data set is in none of these places, or not in
+            `directory`.
         ValueError: If a file is damaged or not of this data set.
+
+    Example:
+    >>> from sos.datasets import fashion_mnist
+    >>> try:
+    ...     data = fashion_mnist.load_full()
+    ... except FileNotFoundError:
+    ...     data = fashion_mnist.load()
+    >>> data.x_train.shape[1:]
+    (28, 28, 1)
     """
     directory = directory or os.environ.get(DIRECTORY_VARIABLE)
     if directory is None or directory == "":
@@ -144,7 +162,7 @@ def load_full(directory: str | os.PathLike | None = None) -> FashionMnist:
     )
 
 
-def _find(directory, name):
+def _find(directory: Path, name: str) -> Path:
     """Returns the path of a file that may be compressed."""
     for path in (directory / f"{name}.gz", directory / name):
         if path.exists():
@@ -156,8 +174,8 @@ def _find(directory, name):
     )
 
 
-def _read_idx(path, shape):
-    """Returns the uint8 array of an IDX file, checked to have a shape.
+def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """Reads a uint8 array from an IDX file and checks its shape.
 
     The format: two zero bytes, the type (8 is uint8), the rank, each dimension
     as a big-endian 32-bit number, and the elements.
@@ -168,8 +186,8 @@ def _read_idx(path, shape):
             content = gzip.decompress(content)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(
-            f"{path} is damaged ({type(error).__name__}: {error}). Get it "
-            "again."
+            f"{path} is damaged ({type(error).__name__}: {error}). Download "
+            "it again."
         ) from error
     header = struct.pack(f">4B{len(shape)}I", 0, 0, 8, len(shape), *shape)
     if not content.startswith(header):
@@ -182,7 +200,7 @@ def _read_idx(path, shape):
     if len(content) != len(header) + size:
         raise ValueError(
             f"{path} is damaged: it must hold {size} elements. "
-            f"Received: {len(content) - len(header)}. Get it again."
+            f"Received: {len(content) - len(header)}. Download it again."
         )
     array = np.frombuffer(content, np.uint8, offset=len(header)).reshape(shape)
     if len(shape) == 1 and array.max() >= len(CLASS_NAMES):
@@ -193,37 +211,37 @@ def _read_idx(path, shape):
     return array
 
 
-def _read_tfds():
-    """Returns the arrays from what tensorflow-datasets has prepared."""
+def _read_tfds() -> dict[str, np.ndarray]:
+    """Reads the arrays from the prepared data of tensorflow-datasets."""
     reason = "tensorflow-datasets is not installed"
-    # By its name, as it is no dependency: whoever has it may use it.
+    # Imported by name, because it is not a dependency.
     if importlib.util.find_spec("tensorflow_datasets") is not None:
         tfds = importlib.import_module("tensorflow_datasets")
         builder = tfds.builder("fashion_mnist")
         if builder.is_prepared():
             arrays = {}
             for split in ("train", "test"):
-                found = tfds.as_numpy(
+                examples = tfds.as_numpy(
                     builder.as_dataset(split=split, batch_size=-1)
                 )
-                arrays[f"x_{split}"] = found["image"][..., 0]
-                arrays[f"y_{split}"] = found["label"]
+                arrays[f"x_{split}"] = examples["image"][..., 0]
+                arrays[f"y_{split}"] = examples["label"]
             return arrays
-        reason = f"there is nothing in {builder.data_dir}"
+        reason = f"{builder.data_dir} has no data"
     raise FileNotFoundError(
-        "The whole Fashion-MNIST was not found. There are three ways to have "
-        "it: install Debian's package dataset-fashion-mnist (sought in "
-        f"{DEBIAN_DIRECTORY}); or put the published files, such as "
-        f"{_FULL_FILES['x_train']}.gz, into a directory and name it in the "
-        f"environment variable {DIRECTORY_VARIABLE} (not set); or install "
-        "tensorflow-datasets and call tfds.load('fashion_mnist') once "
-        f"({reason}). A part of it is embedded and needs nothing: load(), or "
-        "--config.dataset=fashion_mnist in the study."
+        "The full Fashion-MNIST was not found. Install Debian's package "
+        f"dataset-fashion-mnist ({DEBIAN_DIRECTORY} does not exist); or set "
+        f"the environment variable {DIRECTORY_VARIABLE} (not set) to a "
+        "directory with the published files, such as "
+        f"{_FULL_FILES['x_train']}.gz; or install tensorflow-datasets and call "
+        f"tfds.load('fashion_mnist') once ({reason}). A part is embedded in "
+        "the package: load(), or --config.data.name=fashion_mnist in the "
+        "study."
     )
 
 
-def _from_arrays(arrays):
-    """Returns the data of uint8 images and integer labels by name."""
+def _from_arrays(arrays: Mapping[str, np.ndarray]) -> FashionMnist:
+    """Converts uint8 images and integer labels by name."""
     return FashionMnist(
         x_train=_to_images(arrays["x_train"]),
         y_train=arrays["y_train"].astype(np.int32),
@@ -232,12 +250,12 @@ def _from_arrays(arrays):
     )
 
 
-def _decode(content):
-    """Returns the checked uint8 arrays of the file's bytes, by name."""
+def _decode(content: bytes) -> dict[str, np.ndarray]:
+    """Decodes the embedded file to validated uint8 arrays by name."""
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in _SHAPES}
-    # What NumPy raises depends on where the damage is.
+    # NumPy's error depends on where the damage is.
     except (
         AttributeError,
         EOFError,
@@ -249,28 +267,28 @@ def _decode(content):
         zipfile.BadZipFile,
         zlib.error,
     ) as error:
-        raise _damaged(f"{type(error).__name__}: {error}") from error
+        raise _damaged_file_error(f"{type(error).__name__}: {error}") from error
     for name, shape in _SHAPES.items():
         array = arrays[name]
         if array.shape != shape or array.dtype != np.uint8:
-            raise _damaged(
+            raise _damaged_file_error(
                 f"{name} must be uint8 of shape {shape}. "
                 f"Received: {array.dtype} of shape {array.shape}"
             )
         if name.startswith("y_") and array.max() >= len(CLASS_NAMES):
-            raise _damaged(
+            raise _damaged_file_error(
                 f"{name} must be below {len(CLASS_NAMES)}. "
                 f"Received: {array.max()}"
             )
     return arrays
 
 
-def _to_images(pixels):
+def _to_images(pixels: np.ndarray) -> np.ndarray:
     """Scales uint8 images to float32 in [0, 1] and adds a channel axis."""
     return pixels[..., np.newaxis].astype(np.float32) / np.float32(255)
 
 
-def _damaged(reason):
+def _damaged_file_error(reason: str) -> ValueError:
     return ValueError(
         f"The embedded data set {_FILE.name} is damaged: install "
         f"`state-of-sparsity` again. Cause: {reason}"

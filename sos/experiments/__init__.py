@@ -1,4 +1,4 @@
-"""Experiments: configs, runs, sweeps, and what is made of their results."""
+"""Experiments: configs, runs, sweeps, and tables and figures of results."""
 
 try:
     import matplotlib as matplotlib

@@ -1,17 +1,17 @@
-"""Configs of runs: one schema, and what identifies a run.
+"""Configs of runs: their schema and their fingerprint.
 
 A config is an `ml_collections.ConfigDict` with the entries of `base_config`.
 Files in `configs/` make them:
 
 ```python
 def get_config(arg=""):   # --config=configs/FILE.py:arg
-    ...                   # a config of one run
-def sweep(config):        # the runs of a study
-    ...                   # overrides of that config, one mapping per run
+    ...                   # Returns the config of one run.
+def sweep(config):
+    ...                   # Yields the overrides of each run of a study.
 ```
 
-A run is identified by the entries that differ from the defaults of its task
-and its technique. So a new entry with a default changes the name of no run.
+The fingerprint of a run consists of the entries that differ from the defaults
+of its task and technique, so a new entry with a default renames no run.
 """
 
 import ast
@@ -30,14 +30,14 @@ from sos.errors import UsageError
 from sos.training.checkpoints import diff
 from sos.training.task import Task
 
-#: What stays of a finished run's checkpoints: all, step 0 and the last step
-#: (where branches start), or none.
+#: Which checkpoints of a finished run are kept: all; step 0 and the last step,
+#: from which other runs can start; or none.
 KEEP = ("all", "trunk", "none")
-#: Entries that do not identify a run, as they change nothing it computes.
-NOT_IDENTIFYING = ("keep", "label")
-# Entries whose names depend on a choice, such as that of an optimizer: whoever
-# reads them checks the names.
-_OPEN = ("data", "learning_rate", "model", "optimizer", "sparsity")
+#: Entries that do not change the result and are not in the fingerprint.
+IGNORED_ENTRIES = ("keep", "label")
+# Mappings whose names depend on a choice, such as the optimizer. Their readers
+# check the names.
+_MAPPINGS = ("data", "learning_rate", "model", "optimizer", "sparsity")
 _DTYPE_POLICIES = ("float32", "mixed_bfloat16")
 
 
@@ -50,26 +50,33 @@ def base_config() -> ml_collections.ConfigDict:
     Returns:
         A config with these entries:
 
-        - `task`: the task's class, as `"package.module:Class"`.
-        - `model`, `data`, `optimizer`, `learning_rate`: mappings whose entries
-          the task reads.
-        - `batch_size`: examples in one optimizer step, over all replicas.
-        - `train_steps`: number of optimizer steps.
-        - `seed`: seed of initial weights, order of the data and noise; `run`
+        - `task`: Class of the task, as `"package.module:Class"`.
+        - `model`, `data`, `optimizer`, `learning_rate`: Mappings that the task
+          reads.
+        - `batch_size`: Number of examples in one optimizer step, over all
+          replicas.
+        - `train_steps`: Number of optimizer steps.
+        - `seed`: Seed of initial weights, order of the data and noise; `run`
           also passes it to `keras.utils.set_random_seed`.
-        - `sparsity`: the arguments of `sos.sparsify`: `technique` (None for a
-          dense model), `rules` as a mapping or as pairs of a regular expression
-          and a rule, and the technique's hyperparameters
-          (`sos.extend.hyperparameters`). Its seed is that of the run unless one
-          is given.
+        - `sparsity`: Arguments of `sos.sparsify`: `technique` (None for a dense
+          model), `rules` as a mapping or as pairs of a regular expression and a
+          rule, and the technique's hyperparameters
+          (`sos.extend.hyperparameters`). Its `seed` defaults to the run's.
         - `dtype_policy`: `"float32"` or `"mixed_bfloat16"`.
-        - `gradient_accumulation_steps`: parts, computed one after the other,
-          of each replica's batch.
-        - `parent`: directory of the finished run that this one starts from,
+        - `gradient_accumulation_steps`: Number of parts into which each
+          replica's batch is split to save memory.
+        - `parent`: Directory of the finished run that this one starts from,
           for a task whose `initialize` reads it.
-        - `label`: name in tables and figures; empty for one that is made of
-          the technique.
-        - `keep`: see `KEEP`.
+        - `label`: Name in tables and figures; if empty, derived from the
+          technique.
+        - `keep`: Which checkpoints are kept after the run; see `KEEP`.
+
+    Example:
+    >>> import sos.experiments
+    >>> config = sos.experiments.base_config()
+    >>> config.sparsity = {"technique": "MagnitudePruning", "sparsity": 0.9}
+    >>> config.seed, config.dtype_policy
+    (0, 'float32')
     """
     return ml_collections.ConfigDict(
         {
@@ -98,13 +105,13 @@ def load_task(path: str) -> type[Task]:
     """Imports the class of a task.
 
     Args:
-        path: Such as `"models.fashion_mnist:FashionMnist"`.
+        path: Path such as `"models.fashion_mnist:FashionMnist"`.
 
     Returns:
-        The class, derived from `sos.experiments.task.ExperimentTask`.
+        A subclass of `sos.experiments.ExperimentTask`.
 
     Raises:
-        UsageError: If there is no such class.
+        UsageError: If the class does not exist.
     """
     module_name, _, class_name = str(path).partition(":")
     try:
@@ -113,108 +120,112 @@ def load_task(path: str) -> type[Task]:
     except (ModuleNotFoundError, TypeError, ValueError) as error:
         missing = getattr(error, "name", None) or module_name
         if not f"{module_name}.".startswith(f"{missing}."):
-            # A module that the task's own module needs.
+            # The task's module imports a module that is missing.
             raise
         raise UsageError(
-            "`config.task` must name a class, as 'package.module:Class', in a "
-            f"module that can be imported. Received: {path!r}"
+            "`config.task` must be the path 'package.module:Class' of a class "
+            f"in a module that can be imported. Received: {path!r}"
         ) from error
     task = getattr(module, class_name, None)
-    # Not by the class itself, which builds upon this module.
+    # Not `ExperimentTask`, whose module imports this one.
     if not (
         isinstance(task, type)
         and issubclass(task, Task)
         and hasattr(task, "default_config")
     ):
         raise UsageError(
-            "`config.task` must name a subclass of ExperimentTask. "
+            "`config.task` must be the path of a subclass of ExperimentTask. "
             f"Received: {path!r}"
         )
     return task
 
 
 def resolve(config: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """Completes and checks the config of a run.
+    """Completes and validates the config of a run.
 
     Args:
-        config: A config or a part of one: entries that are missing take the
-            defaults of the task and of the technique.
+        config: A config. Missing entries take the defaults of the task and of
+            the technique. It is not modified.
 
     Returns:
-        The whole config, locked. The argument stays as it is.
+        The complete config, locked.
 
     Raises:
         UsageError: If an entry is unknown or has an invalid value.
     """
-    given = plain(config)
-    sparsity = given.get("sparsity")
+    values = plain(config)
+    sparsity = values.get("sparsity")
     if isinstance(sparsity, dict) and isinstance(sparsity.get("rules"), dict):
-        # One form for one run. Patterns may hold dots, names of entries not.
+        # One form for equal runs. Patterns may contain dots, entry names not.
         sparsity["rules"] = [list(rule) for rule in sparsity["rules"].items()]
-    defaults = _defaults(given)
-    unknown = sorted(set(given) - set(defaults))
+    defaults = _defaults(values)
+    unknown = sorted(set(values) - set(defaults))
     if unknown:
         raise UsageError(
-            f"A config has no entry {', '.join(map(repr, unknown))}. Valid "
-            f"entries: {', '.join(sorted(defaults))}"
+            "The config has unknown entries: "
+            f"{', '.join(map(repr, unknown))}. Valid entries: "
+            f"{', '.join(sorted(defaults))}"
         )
-    resolved = _merge(defaults, given)
+    resolved = _merge(defaults, values)
     _check(resolved)
     try:
         return ml_collections.ConfigDict(resolved, convert_dict=True).lock()
     except ValueError as error:
-        # A name with a dot.
+        # A name contains a dot.
         raise UsageError(f"The config is invalid: {error}") from error
 
 
-def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the entries that identify a run.
+def fingerprint(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fingerprint of a run: entries that differ from the default.
 
     Args:
         config: A resolved config.
 
     Returns:
-        The task and, by dotted name, every entry that differs from its
-        default; JSON values, with whole numbers as integers: 1 and 1.0 are the
-        same.
+        The task and, by dotted name, every entry that differs from its default.
+        The values are JSON; 1.0 becomes 1.
     """
     values = plain(config)
     defaults = flatten(_defaults(values))
     return {
         name: _canonical(value)
         for name, value in sorted(flatten(values).items())
-        if name.partition(".")[0] not in NOT_IDENTIFYING
+        if name.partition(".")[0] not in IGNORED_ENTRIES
         and (
             name == "task"
             or name not in defaults
-            or _json_text(value) != _json_text(defaults[name])
+            or _to_json(value) != _to_json(defaults[name])
         )
     }
 
 
 def run_name(config: Mapping[str, Any]) -> str:
-    """Returns the name of a run's directory, different for different runs.
+    """Returns the name of a run's directory, unique to its fingerprint.
 
     Args:
         config: A resolved config.
 
     Returns:
-        The technique, what it cannot do without, the seed, and a hash of
-        `identity`, such as `magnitude_pruning_sparsity-0.9_seed-0_1a2b3c4d`.
+        The technique, its required hyperparameters, the seed and a hash of the
+        fingerprint, such as `magnitude_pruning_sparsity-0.9_seed-0_1a2b3c4d`.
     """
-    text = _json_text(identity(config))
+    text = _to_json(fingerprint(config))
     digest = hashlib.blake2s(text.encode(), digest_size=4).hexdigest()
     sparsity = plain(config["sparsity"])
     technique = sparsity["technique"]
     parts = [_snake_case(technique) if technique else "dense"]
     for name in required_hyperparameters(sparsity):
-        parts.append(f"{name}-{_short(sparsity[name])}")
+        parts.append(f"{name}-{_short_text(sparsity[name])}")
     parts.append(f"seed-{config['seed']}")
     return "_".join([*parts, digest])
 
 
 def label(config: Mapping[str, Any]) -> str:
-    """Returns a run's name in tables and figures, without seed and sparsity."""
+    """Returns a run's name in tables and figures, without seed and sparsity.
+
+    Args:
+        config: A resolved config.
+    """
     if config["label"]:
         return config["label"]
     technique = config["sparsity"]["technique"]
@@ -223,12 +234,12 @@ def label(config: Mapping[str, Any]) -> str:
     return _snake_case(technique).replace("_", " ")
 
 
-def value_text(value: Any, *, digits: int = 4) -> str:
-    """Returns a hyperparameter as text for people.
+def format_value(value: Any, *, digits: int = 4) -> str:
+    """Formats the value of a hyperparameter for tables.
 
     Args:
         value: A JSON value.
-        digits: Significant digits of a number.
+        digits: Number of significant digits.
     """
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f"{value:.{digits}g}"
@@ -263,22 +274,21 @@ def _needs_one_of(technique: str | None) -> tuple[str, ...]:
 def config_diff(
     stored: Mapping[str, Any], config: Mapping[str, Any]
 ) -> list[str]:
-    """Compares the config that a run was started with to a resolved one.
+    """Compares the stored config of a run to a resolved one.
 
-    An entry that the stored config lacks is no difference: it was computed
-    with what is the default now.
+    An entry that the stored config lacks counts as its default.
 
     Args:
         stored: The stored config.
         config: A resolved config.
 
     Returns:
-        A line for each difference.
+        One line per difference.
     """
     new = flatten(plain(config))
     old = flatten(_merge(_defaults(plain(config)), plain(stored)))
     for name in {*old, *new}:
-        if name.partition(".")[0] in NOT_IDENTIFYING:
+        if name.partition(".")[0] in IGNORED_ENTRIES:
             old.pop(name, None)
             new.pop(name, None)
     return list(diff(old, new))
@@ -287,22 +297,23 @@ def config_diff(
 def parse_argument(
     argument: str, default: str = ""
 ) -> tuple[str, dict[str, Any]]:
-    """Parses what follows the colon in `--config=FILE:ARGUMENT`.
-
-    ```python
-    parse_argument("magnitude,sparsity=0.9")  # ("magnitude", {"sparsity": 0.9})
-    ```
+    """Parses the argument in `--config=FILE:ARGUMENT`.
 
     Args:
-        argument: A name and pairs `name=value`, with commas between. Values are
-            Python literals, or texts.
-        default: The name if there is none.
+        argument: A name and `key=value` pairs, separated by commas. Values are
+            Python literals or, failing that, strings.
+        default: Name if the argument has none.
 
     Returns:
-        The name and the values.
+        The name and the values by key.
 
     Raises:
-        UsageError: If it has another form.
+        UsageError: If the argument has another form.
+
+    Example:
+    >>> import sos.experiments
+    >>> sos.experiments.parse_argument("magnitude,sparsity=0.9,seed=1")
+    ('magnitude', {'sparsity': 0.9, 'seed': 1})
     """
     name, values = default, {}
     for index, part in enumerate(filter(None, argument.split(","))):
@@ -310,18 +321,25 @@ def parse_argument(
         if not equals and index == 0:
             name = key
         elif equals and key.isidentifier() and key not in values:
-            values[key] = _literal(value)
+            values[key] = _parse_literal(value)
         else:
             raise UsageError(
-                "The argument of a config file must be a name and different "
-                "pairs name=value, with commas between, such as "
+                "The argument of a config file must be a name and key=value "
+                "pairs with different keys, separated by commas, such as "
                 f"magnitude,sparsity=0.9. Received: {argument!r}"
             )
     return name, values
 
 
 def plain(value: Any) -> Any:
-    """Returns a value as JSON has it: configs as dictionaries, no tuples."""
+    """Converts a value to JSON types: dictionaries and lists.
+
+    Args:
+        value: A config, or a value of one.
+
+    Raises:
+        UsageError: If a value has no JSON type, or is NaN.
+    """
     if isinstance(value, ml_collections.ConfigDict):
         value = value.to_dict()
     if isinstance(value, Mapping):
@@ -329,18 +347,18 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(entry) for entry in value]
     if value is None or isinstance(value, bool | int | float | str):
-        # NaN is unequal to itself, so that such a run could not be resumed.
+        # NaN is unequal to itself, so such a run could not be resumed.
         if value == value:
             return value
     raise UsageError(
-        "The values of a config must be numbers (not NaN), texts, booleans, "
+        "The values of a config must be numbers (not NaN), strings, booleans, "
         f"None, lists and mappings. Received: {value!r} of type "
         f"{type(value).__name__}"
     )
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested mappings as one, by dotted name."""
+    """Flattens nested mappings to a dictionary by dotted name."""
     return dict(_flatten(values, prefix))
 
 
@@ -357,19 +375,19 @@ def _flatten(
 def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the defaults of a config's task and technique.
 
-    Those of required hyperparameters are None.
+    Required hyperparameters are None.
     """
     defaults = plain(load_task(values.get("task", "")).default_config())
     defaults["task"] = values["task"]
-    given = values.get("sparsity", {})
-    if not isinstance(given, Mapping):
+    sparsity = values.get("sparsity", {})
+    if not isinstance(sparsity, Mapping):
         raise UsageError(
-            f"`config.sparsity` must be a mapping. Received: {given!r}"
+            f"`config.sparsity` must be a mapping. Received: {sparsity!r}"
         )
     default = defaults["sparsity"]["technique"]
-    technique = given.get("technique", default)
+    technique = sparsity.get("technique", default)
     if technique != default:
-        # The task's defaults are for the hyperparameters of another one.
+        # The task's defaults are for the default technique.
         defaults["sparsity"] = {
             "technique": default,
             "rules": defaults["sparsity"]["rules"],
@@ -393,9 +411,9 @@ def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
 def _merge(
     defaults: Mapping[str, Any], values: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the defaults, replaced by the values.
+    """Returns the defaults, overridden by the values.
 
-    An integer becomes a float where the default is one.
+    An integer becomes a float if the default is one.
     """
     merged = dict(defaults)
     for name, value in values.items():
@@ -410,14 +428,14 @@ def _merge(
 
 
 def _check(config: Mapping[str, Any]) -> None:
-    """Raises `UsageError` if an entry of a whole config is invalid."""
+    """Raises `UsageError` if an entry of a complete config is invalid."""
     for name in ("batch_size", "train_steps", "gradient_accumulation_steps"):
         _check_integer(name, config[name], 1)
     _check_integer("seed", config["seed"], 0)
     for name, valid in (("label", str), ("parent", str | None)):
         if not isinstance(config[name], valid):
             raise UsageError(
-                f"`config.{name}` must be a text. Received: {config[name]!r}"
+                f"`config.{name}` must be a string. Received: {config[name]!r}"
             )
     for name, valid in (("keep", KEEP), ("dtype_policy", _DTYPE_POLICIES)):
         if config[name] not in valid:
@@ -425,7 +443,7 @@ def _check(config: Mapping[str, Any]) -> None:
                 f"`config.{name}` must be one of {', '.join(valid)}. "
                 f"Received: {config[name]!r}"
             )
-    for name in _OPEN:
+    for name in _MAPPINGS:
         if not isinstance(config[name], Mapping):
             raise UsageError(
                 f"`config.{name}` must be a mapping. Received: {config[name]!r}"
@@ -447,8 +465,8 @@ def _check_sparsity(sparsity: Mapping[str, Any], train_steps: int) -> None:
     unknown = sorted(set(sparsity) - valid)
     if unknown:
         raise UsageError(
-            f"`config.sparsity` has no entry {', '.join(map(repr, unknown))} "
-            f"with the technique {technique!r}. Valid entries: "
+            f"`config.sparsity` has unknown entries for the technique "
+            f"{technique!r}: {', '.join(map(repr, unknown))}. Valid entries: "
             f"{', '.join(sorted(valid))}"
         )
     missing = [
@@ -464,25 +482,26 @@ def _check_sparsity(sparsity: Mapping[str, Any], train_steps: int) -> None:
             missing, joined = alternatives, " or "
     if missing:
         raise UsageError(
-            f"The technique {technique!r} needs "
+            f"The technique {technique!r} requires "
             + joined.join(f"`config.sparsity.{name}`" for name in missing)
             + "."
         )
-    # `sos.sparsify` checks the form of rules.
+    # `sos.sparsify` validates the form of rules.
     rules = [rule[-1] for rule in sparsity["rules"] if rule]
     for entries in (sparsity, *rules):
         end = entries.get("end_step") if isinstance(entries, Mapping) else None
-        # `sos.sparsify` checks the type.
+        # `sos.sparsify` validates the type.
         if isinstance(end, int) and end > train_steps:
             raise UsageError(
-                "An `end_step` in `config.sparsity` must not be after the last "
-                "step, or the technique would not reach its final sparsity or "
-                f"penalty. Received: end_step={end}, train_steps={train_steps}"
+                "An `end_step` in `config.sparsity` must be at most "
+                "`train_steps`, or the technique would not reach its final "
+                f"sparsity or penalty. Received: end_step={end}, "
+                f"train_steps={train_steps}"
             )
 
 
 def _canonical(value: Any) -> Any:
-    """Returns a JSON value with whole numbers as integers."""
+    """Converts whole numbers in a JSON value to integers."""
     if isinstance(value, Mapping):
         return {key: _canonical(entry) for key, entry in value.items()}
     if isinstance(value, list):
@@ -492,12 +511,12 @@ def _canonical(value: Any) -> Any:
     return value
 
 
-def _json_text(value: Any) -> str:
-    """Returns a text that is equal for equal JSON values."""
+def _to_json(value: Any) -> str:
+    """Returns equal strings for equal JSON values."""
     return json.dumps(_canonical(value), sort_keys=True)
 
 
-def _literal(text: str) -> Any:
+def _parse_literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (SyntaxError, ValueError):
@@ -508,5 +527,5 @@ def _snake_case(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
 
 
-def _short(value: Any) -> str:
-    return re.sub(r"[^\w.+-]", "-", value_text(value, digits=6))
+def _short_text(value: Any) -> str:
+    return re.sub(r"[^\w.+-]", "-", format_value(value, digits=6))

@@ -1,4 +1,4 @@
-"""Image classification as a task."""
+"""Image classification tasks."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from sos.training.task import WeightedSum
 
 
 class ImageSource(Protocol):
-    """Images and labels, wherever they come from.
+    """Protocol of data sets of images and labels.
 
     Attributes:
         image_shape: Height, width and channels.
@@ -33,11 +33,11 @@ class ImageSource(Protocol):
     def train(
         self, context: tf.distribute.InputContext, step: int
     ) -> tf.data.Dataset:
-        """Returns training batches, as `Task.train_dataset` does.
+        """Returns training batches, like `Task.train_dataset`.
 
         Args:
             context: The share of the data that this host reads.
-            step: The number of optimizer steps made before.
+            step: Number of completed optimizer steps.
 
         Returns:
             Batches with "image", of shape [batch, *image_shape], and "label",
@@ -45,28 +45,29 @@ class ImageSource(Protocol):
         """
 
     def eval(self, context: tf.distribute.InputContext) -> tf.data.Dataset:
-        """Returns evaluation batches, as `Task.eval_dataset` does.
+        """Returns evaluation batches, like `Task.eval_dataset`.
 
         Args:
             context: The share of the data that this host reads.
 
         Returns:
-            Batches as those of training, and "weight", float32 of shape
-            [batch], which is 0 for padding.
+            Batches as in training, with "weight", float32 of shape [batch],
+            which is 0 for padding.
         """
 
 
 class ArraySource:
-    """Images and labels in memory, in another order in every epoch.
+    """Images and labels in memory, in a different order in every epoch.
 
     Args:
-        train: Arrays "image" and "label".
-        eval: Arrays of the same names.
+        train: Training examples: "image", of shape [examples, height, width,
+            channels], and "label", integers of shape [examples].
+        eval: Evaluation examples of the same names.
         classes: Number of classes.
         seed: Seed of the order.
-        batch_size: Examples in one optimizer step.
-        eval_batch_size: Examples in an evaluation batch, at most; it is lowered
-            to a multiple of the number of replicas.
+        batch_size: Number of examples in one optimizer step.
+        eval_batch_size: Maximum number of examples in an evaluation batch. It
+            is lowered to a multiple of the number of replicas.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class ArraySource:
         )
 
     def eval(self, context: tf.distribute.InputContext) -> tf.data.Dataset:
-        """Returns every evaluation example once."""
+        """Returns evaluation batches with every example once."""
         replicas = context.num_replicas_in_sync
         size = max(1, self._eval_batch_size // replicas) * replicas
         return inputs.array_eval_batches(
@@ -110,12 +111,35 @@ class ArraySource:
 
 
 class ImageClassification(ExperimentTask):
-    """Trains a network to classify images.
+    """A task that classifies images.
 
-    A subclass overrides `load_source` and `build_network`.
+    Subclasses override `load_source` and `build_network`.
 
     Attributes:
         source: The images.
+
+    Example:
+    >>> import keras, numpy as np, sos.experiments
+    >>> from sos.experiments.image_classification import ArraySource
+    >>> class Noise(sos.experiments.ImageClassification):
+    ...     def load_source(self):
+    ...         images = np.random.default_rng(0).normal(size=(8, 4, 4, 1))
+    ...         examples = {"image": images, "label": np.arange(8) % 2}
+    ...         return ArraySource(
+    ...             examples, examples, classes=2, seed=0, batch_size=8
+    ...         )
+    ...
+    ...     def build_network(self):
+    ...         return keras.Sequential(
+    ...             [
+    ...                 keras.Input(self.source.image_shape),
+    ...                 keras.layers.Flatten(),
+    ...                 keras.layers.Dense(self.source.classes, name="logits"),
+    ...             ]
+    ...         )
+    >>> task = Noise(Noise.default_config())
+    >>> task.build_model().output_shape
+    (None, 2)
     """
 
     def __init__(self, config: ml_collections.ConfigDict) -> None:
@@ -126,8 +150,8 @@ class ImageClassification(ExperimentTask):
     def default_config(cls) -> ml_collections.ConfigDict:
         """Returns the entries of a config, with their defaults.
 
-        - `learning_rate.technique_multiplier`: factor of the learning rate for
-          the trainable variables that a technique adds.
+        Adds `learning_rate.technique_multiplier`, the factor of the learning
+        rate of trainable variables that a technique adds.
         """
         config = super().default_config()
         config.optimizer.name = "adamw"
@@ -138,30 +162,30 @@ class ImageClassification(ExperimentTask):
         return config
 
     def load_source(self) -> ImageSource:
-        """Returns the images that `config.data` names."""
+        """Returns the images selected by `config.data`."""
         raise NotImplementedError(
             f"{type(self).__name__} must override `load_source`."
         )
 
     def build_network(self) -> keras.Model:
-        """Returns the dense network that `config.model` names, built.
+        """Returns the built dense network selected by `config.model`.
 
         It maps a batch of images to logits of shape [batch, classes]. Layers
-        need names, as noise and rules go by the paths of weights.
+        need names, because noise and rules depend on the paths of weights.
         """
         raise NotImplementedError(
             f"{type(self).__name__} must override `build_network`."
         )
 
     def build_model(self) -> keras.Model:
-        """Returns the network, sparse as `config.sparsity` says."""
+        """Returns the network, made sparse according to `config.sparsity`."""
         return self.sparsify(self.build_network())
 
     def build_optimizer(self, model: keras.Model) -> keras.optimizers.Optimizer:
-        """Returns the optimizer that `config.optimizer` names.
+        """Returns the optimizer selected by `config.optimizer`.
 
-        Decoupled weight decay is for weights of rank 2 or more, not for biases,
-        norms and the variables that a technique adds.
+        Decoupled weight decay applies to weights of rank 2 or more, except
+        variables that a technique adds.
         """
         rate = self.config.learning_rate.to_dict()
         multiplier = rate.pop("technique_multiplier")
@@ -205,23 +229,23 @@ class ImageClassification(ExperimentTask):
 def classification_metrics(
     logits: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor | None = None
 ) -> dict[str, WeightedSum]:
-    """Computes cross-entropy and accuracy, as `Task.compute_metrics` returns.
+    """Computes cross-entropy and accuracy for `Task.compute_metrics`.
 
     Args:
-        logits: Of shape [batch, classes].
+        logits: Floats of shape [batch, classes].
         labels: Integers of shape [batch].
-        weights: float32 of shape [batch]; None for ones.
+        weights: float32 of shape [batch]; ones by default.
 
     Returns:
         "loss", the cross-entropy in nats, and "accuracy", the fraction of
-        right answers: each the sum over the examples and the sum of weights,
-        float32.
+        correct predictions. Each is the weighted sum over the examples and the
+        sum of the weights, float32 scalars.
     """
     logits = tf.cast(logits, tf.float32)
     labels = tf.cast(labels, tf.int32)
     losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
-    answers = tf.argmax(logits, axis=-1, output_type=labels.dtype)
-    correct = tf.cast(answers == labels, tf.float32)
+    predictions = tf.argmax(logits, axis=-1, output_type=labels.dtype)
+    correct = tf.cast(predictions == labels, tf.float32)
     if weights is None:
         weights = tf.ones_like(losses)
     total = tf.reduce_sum(weights)

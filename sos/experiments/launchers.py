@@ -1,8 +1,8 @@
-"""Launchers: where the runs of a sweep are trained.
+"""Launchers, which train the runs of a sweep.
 
-There is one for this machine. Measured on two cores, worker processes of one
-thread each, which share compiled steps among their runs, are faster than one
-process (`python -m benchmarks.launchers`).
+`LocalLauncher` trains them on this machine. On two cores, worker processes of
+one thread each, which share compiled steps among their runs, are faster than
+one process (`python -m benchmarks.launchers`).
 """
 
 import contextlib
@@ -28,23 +28,24 @@ from sos.errors import (
     Stopped,
     UsageError,
 )
+from sos.experiments import runs as runs_lib
 from sos.experiments.config import resolve, run_name
 from sos.experiments.progress import SweepProgress
-from sos.experiments.runs import Result, last_step, run, run_directory
+from sos.experiments.runs import Result, last_step, run_directory
 from sos.experiments.task import make_task
-from sos.files import only_process
+from sos.files import lock_directory
 from sos.training.signals import StopRequest, StopSource
 from sos.training.strategies import make_strategy
 from sos.training.trainer import Trainer
 
-# Seconds between two looks at a signal.
+# Seconds between two checks of a signal.
 _POLL = 0.2
-# Seconds between two attempts at a run that another program trains.
+# Seconds between two attempts at a run that another process trains.
 _RETRY = 2.0
 
 
 class Launcher(Protocol):
-    """Trains runs somewhere."""
+    """Protocol of objects that train the runs of a sweep."""
 
     def launch(
         self,
@@ -61,31 +62,31 @@ class Launcher(Protocol):
             configs: Resolved configs.
             workdir: Directory of the runs.
             progress: Shows steps and results.
-            stop: Stops all runs; those in progress are saved.
+            stop: Requests a stop; runs in progress are saved.
             **options: As for `sos.experiments.run`.
 
         Returns:
-            By the name of each run that failed, the reason.
+            Error messages of the failed runs, by name.
 
         Raises:
-            RuntimeError: If a run raised an exception that is not a
-                `ReportedError`; its traceback is the message.
-            Stopped: If `stop` asked for it.
+            RuntimeError: If a run raised an exception other than a
+                `ReportedError`. The message is its traceback.
+            Stopped: If `stop` requested it.
         """
 
 
 class LocalLauncher:
     """Trains runs in worker processes on this machine.
 
-    A worker builds and traces once what its runs share, so runs of one compile
-    signature go to one worker as long as there are others for the rest.
+    A worker builds and traces what its runs share once, so runs of one compile
+    signature preferably go to the same worker.
 
-    Workers import the program's main module again, so start a sweep under
+    Workers import the program's main module, so start a sweep under
     `if __name__ == "__main__":`.
 
     Args:
-        workers: Number of processes; by default one for each GPU or, without
-            one, for each core, but not more than eight.
+        workers: Number of processes. Default: one for each GPU or, without a
+            GPU, for each core, at most eight.
 
     Raises:
         UsageError: If `workers` is below 1.
@@ -97,11 +98,11 @@ class LocalLauncher:
                 f"`workers` must be at least 1. Received: workers={workers}"
             )
         gpus = len(tf.config.list_physical_devices("GPU"))
-        # Not on every system.
+        # Absent on some systems.
         affinity = getattr(os, "sched_getaffinity", None)
         cores = len(affinity(0)) if affinity else os.cpu_count() or 1
         self.workers = workers or gpus or min(cores, 8)
-        # All cores together, where there is no GPU to do the work.
+        # All workers together use all cores.
         self._threads = max(1, cores // self.workers)
 
     def launch(
@@ -113,14 +114,14 @@ class LocalLauncher:
         stop: StopSource | None = None,
         **options: Any,
     ) -> dict[str, str]:
-        """Trains runs: see `Launcher.launch`."""
-        jobs = [
-            _Job(config, make_task(config).compile_signature())
+        """Trains runs; see `Launcher.launch`."""
+        runs = [
+            _Run(config, make_task(config).compile_signature())
             for config in configs
         ]
-        pool = _Pool(jobs, os.fspath(workdir), progress, options)
+        pool = _Pool(runs, os.fspath(workdir), progress, options)
         try:
-            for index in range(min(self.workers, len(jobs))):
+            for index in range(min(self.workers, len(runs))):
                 pool.start(index, self._threads)
             while pool.busy:
                 if stop is not None and stop.requested:
@@ -132,9 +133,9 @@ class LocalLauncher:
 
 
 class TrainerCache:
-    """Makes trainers, and uses the last one again where it can.
+    """Makes trainers; reuses the last one if the compile signature is equal.
 
-    Call it with a resolved config, as `make_trainer` of `sos.experiments.run`.
+    An instance is the argument `make_trainer` of `sos.experiments.run`.
     """
 
     def __init__(self) -> None:
@@ -142,7 +143,11 @@ class TrainerCache:
         self._trainer: Trainer | None = None
 
     def __call__(self, config: ml_collections.ConfigDict) -> Trainer:
-        """Returns a trainer whose state is that of a new one."""
+        """Returns a trainer in its initial state.
+
+        Args:
+            config: Resolved config.
+        """
         strategy = make_strategy("one_device")
         with strategy.scope():
             task = make_task(config)
@@ -150,7 +155,7 @@ class TrainerCache:
         if signature == self._signature:
             self._trainer.reset(task)
         else:
-            # Before the new one is made, for its memory.
+            # Frees the memory of the old trainer first.
             self._trainer = self._signature = None
             self._trainer = Trainer(
                 task,
@@ -162,8 +167,8 @@ class TrainerCache:
 
 
 @dataclasses.dataclass
-class _Job:
-    """A run, and what it shares with others."""
+class _Run:
+    """A run and its compile signature."""
 
     config: ml_collections.ConfigDict
     signature: str
@@ -175,81 +180,84 @@ class _Job:
 
 @dataclasses.dataclass
 class _Worker:
-    """A worker process as its parent sees it."""
+    """A worker process, from the parent's view."""
 
     process: multiprocessing.Process
     pipe: connection.Connection
     threads: int
-    job: _Job | None = None
+    run: _Run | None = None
     signature: str | None = None
 
 
 class _Pool:
-    """Hands jobs to workers and receives their results."""
+    """Sends runs to workers and receives their results."""
 
     def __init__(
         self,
-        jobs: Sequence[_Job],
+        runs: Sequence[_Run],
         workdir: str,
         progress: SweepProgress,
         options: dict[str, Any],
     ) -> None:
         self.failures: dict[str, str] = {}
-        self._pending = list(jobs)
-        # Runs that another program trains, and when to try again.
-        self._elsewhere: list[_Job] = []
+        self._pending = list(runs)
+        # Runs that another process trains, and when to try them again.
+        self._runs_in_use: list[_Run] = []
         self._retry_at = 0.0
         self._workdir = workdir
         self._progress = progress
         self._options = options
         self._workers: dict[int, _Worker] = {}
         self._stopping = False
-        # Names of runs that were stopped and saved, and have not gone on.
+        # Names of runs that were stopped and saved, and have not resumed.
         self._stopped: set[str] = set()
 
     @property
     def busy(self) -> bool:
-        """Whether there is anything left to do."""
-        running = any(worker.job for worker in self._workers.values())
-        return bool(running or self._pending or self._elsewhere)
+        """Whether runs are left."""
+        running = any(worker.run for worker in self._workers.values())
+        return bool(running or self._pending or self._runs_in_use)
 
     def start(self, index: int, threads: int) -> None:
         """Starts a worker process."""
         context = multiprocessing.get_context("spawn")
-        pipe, theirs = context.Pipe()
+        pipe, child_pipe = context.Pipe()
         process = context.Process(
-            target=_work, args=(theirs, index, threads), daemon=True
+            target=_work, args=(child_pipe, index, threads), daemon=True
         )
-        # It unblocks signals when it is started.
+        # Started here, because its start unblocks signals.
         resource_tracker.ensure_running()
-        # The terminal sends Ctrl-C to all processes; this one stops the others.
-        # They inherit the mask, and here the signal waits.
+        # The terminal sends Ctrl-C to all processes, but this one stops the
+        # workers. They inherit the mask; here the signal waits.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        theirs.close()
+        child_pipe.close()
         self._workers[index] = _Worker(process, pipe, threads)
 
     def step(self) -> None:
-        """Hands out jobs, and waits a moment for messages."""
-        if self._elsewhere and time.monotonic() > self._retry_at:
-            self._pending += self._elsewhere
-            self._elsewhere = []
+        """Sends out runs and waits briefly for messages."""
+        if self._runs_in_use and time.monotonic() > self._retry_at:
+            self._pending += self._runs_in_use
+            self._runs_in_use = []
         for worker in self._workers.values():
-            if worker.job is None and self._pending:
+            if worker.run is None and self._pending:
                 self._assign(worker)
         self._receive()
 
     def stop(self, signum: signal.Signals) -> None:
-        """Stops all workers once they have saved.
+        """Stops all workers after they have saved.
+
+        Args:
+            signum: The signal that requested it.
 
         Raises:
             Stopped: Always.
         """
-        running = {w.job.name for w in self._workers.values() if w.job}
-        # One signal for all processes may have stopped workers already.
+        running = {w.run.name for w in self._workers.values() if w.run}
+        # A signal to all processes may have stopped workers already.
         running |= self._stopped
         self._stop_workers()
         raise Stopped(
@@ -263,7 +271,7 @@ class _Pool:
         self._stopping = True
         for worker in self._workers.values():
             worker.process.terminate()
-        # A worker whose pipe is full could not end if nobody read it.
+        # A worker whose pipe is full could not end unless it is read.
         while self._workers:
             self._receive()
 
@@ -276,37 +284,38 @@ class _Pool:
             worker.pipe.close()
 
     def _assign(self, worker: _Worker) -> None:
-        taken = {
+        other_signatures = {
             other.signature
             for other in self._workers.values()
             if other is not worker
         }
-        # What is traced already, then what nobody traced, then the rest.
-        job = min(
+        # First a signature that this worker traced, then one that no worker
+        # traced.
+        run = min(
             self._pending,
-            key=lambda job: (
-                job.signature != worker.signature,
-                job.signature in taken,
+            key=lambda run: (
+                run.signature != worker.signature,
+                run.signature in other_signatures,
             ),
         )
-        self._pending.remove(job)
-        worker.job, worker.signature = job, job.signature
-        directory = run_directory(job.config, self._workdir)
-        self._progress.begin(job.name, last_step(directory))
-        # If the worker has ended, the end of its pipe is what comes next.
+        self._pending.remove(run)
+        worker.run, worker.signature = run, run.signature
+        directory = run_directory(run.config, self._workdir)
+        self._progress.begin(run.name, last_step(directory))
+        # If the worker has ended, `_receive` meets the end of its pipe.
         with contextlib.suppress(OSError):
             worker.pipe.send(
-                (job.config.to_dict(), self._workdir, self._options)
+                (run.config.to_dict(), self._workdir, self._options)
             )
 
     def _receive(self) -> None:
-        """Waits a moment for messages of workers, and handles them."""
+        """Waits briefly for messages of workers and handles them."""
         pipes = {worker.pipe: index for index, worker in self._workers.items()}
         for pipe in connection.wait(list(pipes), timeout=_POLL):
             index = pipes[pipe]
             try:
                 kind, content = pipe.recv()
-            # The latter where it ended within a message.
+            # An OSError if it ended within a message.
             except (EOFError, OSError):
                 self._replace(index)
             else:
@@ -314,68 +323,67 @@ class _Pool:
 
     def _handle(self, index: int, kind: str, content: Any) -> None:
         worker = self._workers[index]
-        job = worker.job
+        run = worker.run
         if kind == "summary":
-            self._stopped.discard(job.name)
-            self._progress.update(job.name, content)
+            self._stopped.discard(run.name)
+            self._progress.update(run.name, content)
             return
-        worker.job = None
+        worker.run = None
         if kind == "finished":
-            self._stopped.discard(job.name)
-            self._progress.finish(job.name, content)
-        elif kind == "elsewhere":
-            self._elsewhere.append(job)
+            self._stopped.discard(run.name)
+            self._progress.finish(run.name, content)
+        elif kind == "in_use":
+            self._runs_in_use.append(run)
             self._retry_at = time.monotonic() + _RETRY
-            self._progress.wait(job.name)
+            self._progress.wait(run.name)
         elif kind == "stopped":
-            self._stopped.add(job.name)
-            self._pending.append(job)
+            self._stopped.add(run.name)
+            self._pending.append(run)
         elif kind == "ended":
-            # It has not read a job that was sent meanwhile.
-            self._pending += [job] if job else []
+            # It did not read a run that was sent in the meantime.
+            self._pending += [run] if run else []
             self._replace(index)
         elif kind == "failed" or self._stopping:
-            self._fail(job, content)
+            self._fail(run, content)
         else:
-            # A bug, which other runs are likely to meet: show it at once, but
-            # lose nothing of them.
+            # A bug, which other runs are likely to hit: save them and show it.
             self._stop_workers()
-            raise RuntimeError(f"The run {job.name} failed:\n{content}")
+            raise RuntimeError(f"The run {run.name} failed:\n{content}")
 
-    def _fail(self, job: _Job, reason: str) -> None:
-        self.failures[job.name] = reason
-        self._progress.fail(job.name, reason)
+    def _fail(self, run: _Run, reason: str) -> None:
+        self.failures[run.name] = reason
+        self._progress.fail(run.name, reason)
 
     def _replace(self, index: int) -> None:
-        """Starts another worker in place of one that ended."""
+        """Replaces a worker that ended."""
         worker = self._workers.pop(index)
         worker.process.join()
         worker.pipe.close()
         code = worker.process.exitcode
-        if worker.job is not None:
+        if worker.run is not None:
             if code == -signal.SIGTERM:
-                # It was asked to stop before it had begun.
-                self._pending.append(worker.job)
+                # It was stopped before it began.
+                self._pending.append(worker.run)
             elif code == -signal.SIGKILL:
                 self._fail(
-                    worker.job,
-                    "its process was killed, perhaps for lack of memory. Try "
-                    "fewer workers.",
+                    worker.run,
+                    "its process was killed, perhaps because memory ran out. "
+                    "Try fewer workers.",
                 )
             else:
                 self._fail(
-                    worker.job, f"its process ended with the code {code}."
+                    worker.run, f"its process ended with exit code {code}."
                 )
         if not self._stopping:
             self.start(index, worker.threads)
 
 
 def _work(pipe: connection.Connection, index: int, threads: int) -> None:
-    """Trains one run after another, in a process of its own."""
+    """Trains one run after another; the main function of a worker."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _configure_tensorflow(index, threads)
     trainers = TrainerCache()
-    # A signal to all processes of a group comes twice: the parent passes it on.
+    # A signal to the process group arrives twice: the parent forwards it.
     with StopRequest(announce=False, echo_seconds=math.inf) as stop:
         while not stop.requested:
             if pipe.poll(_POLL):
@@ -393,10 +401,10 @@ def _train(
 ) -> tuple[str, Result | str | None]:
     """Trains a run; returns a message to the parent."""
     try:
-        # Before a trainer is made for nothing.
-        with only_process(run_directory(resolve(config), workdir), "run"):
+        # Checks the lock before making a trainer.
+        with lock_directory(run_directory(resolve(config), workdir), "run"):
             pass
-        result = run(
+        result = runs_lib.run(
             config,
             workdir,
             make_trainer=trainers,
@@ -406,7 +414,7 @@ def _train(
             **options,
         )
     except DirectoryInUseError:
-        return "elsewhere", None
+        return "in_use", None
     except Stopped:
         return "stopped", None
     except ReportedError as error:
@@ -417,7 +425,7 @@ def _train(
 
 
 def _end_with_parent() -> None:
-    """Ends the process when its parent is gone, however that ended."""
+    """Ends the process when its parent has ended, even if it was killed."""
     connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 
@@ -428,12 +436,12 @@ def _configure_tensorflow(index: int, threads: int) -> None:
     if gpus:
         gpu = gpus[index % len(gpus)]
         tf.config.set_visible_devices(gpu, "GPU")
-        # Otherwise the first of several workers takes all of its memory.
+        # Otherwise the first of several workers takes all memory.
         tf.config.experimental.set_memory_growth(gpu, True)
     else:
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(threads)
-    # The same run gives the same bits.
+    # Makes runs bit-exact.
     tf.config.experimental.enable_op_determinism()
-    # Several kinds of runs are traced, of which TensorFlow warns.
+    # Hides warnings about retracing: workers trace several signatures.
     tf.get_logger().setLevel("ERROR")

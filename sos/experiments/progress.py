@@ -14,20 +14,20 @@ from sos.experiments.results import FinishedRun
 from sos.experiments.runs import Result
 from sos.training.reporting import ProgressBar, Summary, format_duration
 
-# Seconds between two lines where there is no terminal to draw a bar on.
+# Seconds between two lines if the output is not a terminal.
 _LINE_INTERVAL = 15.0
 
 
 class SweepProgress:
     """Shows the progress of a sweep: a line for each finished run, and a bar.
 
-    Use it as a context while runs are trained. Where the output is no terminal,
-    a line every few seconds takes the place of the bar.
+    Use it as a context manager while runs are trained. If the output is not a
+    terminal, it prints a line every few seconds instead of the bar.
 
     Args:
-        console: Where to write; by default the standard output.
-        quiet: Whether to show nothing.
-        clock: Returns the time in seconds, from any origin.
+        console: Console to print to; stdout by default.
+        quiet: Whether to print nothing.
+        timer: Returns the time in seconds since any origin.
     """
 
     def __init__(
@@ -35,13 +35,13 @@ class SweepProgress:
         console: Console | None = None,
         *,
         quiet: bool = False,
-        clock: Callable[[], float] = time.monotonic,
+        timer: Callable[[], float] = time.monotonic,
     ) -> None:
-        # Labels and paths may hold brackets.
+        # No markup: labels and paths may contain brackets.
         self.console = console or Console(
             highlight=False, markup=False, quiet=quiet
         )
-        self._clock = clock
+        self._timer = timer
         self._configs: dict[str, Mapping[str, Any]] = {}
         self._steps: dict[str, int] = {}
         self._finished: set[str] = set()
@@ -54,8 +54,8 @@ class SweepProgress:
         """Adds a run of the sweep, before it begins.
 
         Args:
-            config: Its resolved config.
-            result: Its result if it was finished before.
+            config: Resolved config.
+            result: Result of the run if it is already finished.
         """
         name = config_lib.run_name(config)
         self._configs[name] = config
@@ -65,16 +65,16 @@ class SweepProgress:
             self._finished.add(name)
 
     def __enter__(self) -> "SweepProgress":
-        """Begins to measure time."""
-        total, done = len(self._configs), len(self._finished)
-        if done:
+        """Starts measuring time."""
+        total, finished = len(self._configs), len(self._finished)
+        if finished:
             self.console.print(
-                f"{done} of {total} runs were finished before"
-                f"{'.' if done < total else ': nothing to train.'}"
+                f"{finished} of {total} runs are already finished"
+                f"{'.' if finished < total else ': nothing to train.'}"
             )
         self._bar = ProgressBar(self.console)
-        self._begin = self._line_time = self._clock()
-        self._steps_before = self._done_steps()
+        self._begin = self._line_time = self._timer()
+        self._steps_before = self._completed_steps()
         return self
 
     def __exit__(
@@ -83,28 +83,28 @@ class SweepProgress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Removes the bar; the lines stay."""
+        """Removes the bar, but not the lines."""
         self._bar.close()
 
     def begin(self, name: str, step: int = 0) -> None:
         """Shows that a run is being trained.
 
         Args:
-            name: The run.
-            step: The step that it is resumed from.
+            name: Name of the run.
+            step: Step at which it resumes.
         """
         self._running[name] = None
-        # They were made before, and say nothing of the speed.
+        # Earlier steps are not part of the speed.
         self._steps_before += step - self._steps[name]
         self._steps[name] = step
         self._show()
 
     def update(self, name: str, summary: Summary) -> None:
-        """Shows how far a run is.
+        """Shows the step of a run.
 
         Args:
-            name: The run.
-            summary: That of its last loop.
+            name: Name of the run.
+            summary: Summary of its last loop.
         """
         if summary.kind == "train":
             self._steps[name] = summary.step
@@ -114,16 +114,16 @@ class SweepProgress:
         """Shows that a run is finished.
 
         Args:
-            name: The run.
-            result: Its result.
+            name: Name of the run.
+            result: Result of the run.
         """
         self._steps[name] = result.step
         self._finished.add(name)
         self._running.pop(name, None)
-        width = max(len(self._describe(other)) for other in self._configs)
+        width = max(len(self._title(other)) for other in self._configs)
         parts = [
             f"{len(self._finished):{len(str(len(self._configs)))}d}"
-            f"/{len(self._configs)}  {self._describe(name):<{width}}"
+            f"/{len(self._configs)}  {self._title(name):<{width}}"
         ]
         if "accuracy" in result.metrics:
             parts.append(f"accuracy {result.metrics['accuracy']:6.2%}")
@@ -132,91 +132,104 @@ class SweepProgress:
         if result.sparsity is not None:
             parts.append(f"sparsity {result.sparsity:6.2%}")
         self.console.print("  ".join(parts), soft_wrap=True, markup=False)
-        self._line_time = self._clock()
+        self._line_time = self._timer()
         self._show()
 
     def fail(self, name: str, reason: str) -> None:
         """Shows that a run failed.
 
         Args:
-            name: The run.
-            reason: The message of the error.
+            name: Name of the run.
+            reason: Error message.
         """
         self._running.pop(name, None)
         self.console.print(
-            f"{self._describe(name)} failed: {reason}",
+            f"{self._title(name)} failed: {reason}",
             soft_wrap=True,
             markup=False,
         )
 
     def wait(self, name: str) -> None:
-        """Shows, once, that another process trains a run of this sweep."""
+        """Shows, once, that another process trains a run of this sweep.
+
+        Args:
+            name: Name of the run.
+        """
         self._running.pop(name, None)
         if not self._waiting:
             self._waiting = True
             self.console.print(
-                "Another process trains runs of this sweep. This one waits for "
-                "those that are left."
+                "Another process is training runs of this sweep. Waiting for "
+                "the remaining ones."
             )
 
     def seconds_left(self) -> float | None:
-        """Estimates the time left in seconds; None as long as it is unknown."""
-        made = self._done_steps() - self._steps_before
-        if made < 1:
+        """Estimates the time left in seconds; None while it is unknown."""
+        steps = self._completed_steps() - self._steps_before
+        if steps < 1:
             return None
-        elapsed = self._clock() - self._begin
-        return elapsed / made * (self._total_steps() - self._done_steps())
+        elapsed = self._timer() - self._begin
+        return elapsed / steps * (self._total_steps() - self._completed_steps())
 
     def _total_steps(self) -> int:
         return sum(config["train_steps"] for config in self._configs.values())
 
-    def _done_steps(self) -> int:
+    def _completed_steps(self) -> int:
         return sum(self._steps.values())
 
-    def _describe(self, name: str) -> str:
-        return describe(self._configs[name])
+    def _title(self, name: str) -> str:
+        return run_title(self._configs[name])
 
     def _show(self) -> None:
-        left = self.seconds_left()
-        running = ", ".join(self._describe(name) for name in self._running)
+        seconds_left = self.seconds_left()
+        running = ", ".join(self._title(name) for name in self._running)
         self._bar.update(
-            self._done_steps(),
+            self._completed_steps(),
             self._total_steps(),
             f"{len(self._finished)} of {len(self._configs)} runs",
-            seconds_left=left,
+            seconds_left=seconds_left,
         )
-        now = self._clock()
+        now = self._timer()
         if (
             not self.console.is_terminal
             and now - self._line_time > _LINE_INTERVAL
         ):
             self._line_time = now
-            text = f"{self._done_steps():,} of {self._total_steps():,} steps"
-            if left is not None:
-                text += f", {format_duration(left)} left"
+            text = (
+                f"{self._completed_steps():,} of {self._total_steps():,} steps"
+            )
+            if seconds_left is not None:
+                text += f", {format_duration(seconds_left)} left"
             self.console.print(
                 f"{text}: {running}", soft_wrap=True, markup=False
             )
 
 
-def describe(config: Mapping[str, Any]) -> str:
-    """Returns a run as text for people: label, hyperparameters and seed."""
+def run_title(config: Mapping[str, Any]) -> str:
+    """Returns the label, required hyperparameters and seed of a run.
+
+    Args:
+        config: Resolved config.
+
+    Returns:
+        For example "magnitude pruning 0.9, seed 0".
+    """
     parts = [config_lib.label(config)]
     parts += [
-        config_lib.value_text(config["sparsity"][name])
+        config_lib.format_value(config["sparsity"][name])
         for name in config_lib.required_hyperparameters(config["sparsity"])
     ]
     return f"{' '.join(parts)}, seed {config['seed']}"
 
 
 def summary_table(runs: Sequence[FinishedRun]) -> Table:
-    """Returns a table of finished runs, the mean over the seeds of each point.
+    """Returns a table of finished runs, averaged over seeds.
 
     Args:
         runs: Finished runs, in the order of the table.
 
     Returns:
-        A table for `rich` to print.
+        A table that `rich` prints.
     """
     points: dict[tuple, list[FinishedRun]] = {}
     for run in runs:
@@ -234,7 +247,7 @@ def summary_table(runs: Sequence[FinishedRun]) -> Table:
         caption_justify="left",
     )
     table.add_column("technique", no_wrap=True)
-    # The final sparsity, or the weight of the penalty.
+    # Final sparsity or penalty weight.
     table.add_column("target", no_wrap=True)
     for heading in ("sparsity", "accuracy", "time"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -255,7 +268,7 @@ def summary_table(runs: Sequence[FinishedRun]) -> Table:
 
 
 def _percent(values: Sequence[float | None]) -> str:
-    """Returns the mean and, of several values, half their range, in percent."""
+    """Returns the mean in percent, with half the range of several values."""
     if any(value is None for value in values):
         return ""
     text = f"{sum(values) / len(values):.2%}"

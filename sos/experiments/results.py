@@ -1,4 +1,4 @@
-"""Reading the results of finished runs, and writing them as a table."""
+"""Reads the results of finished runs and writes them as a table."""
 
 import csv
 import dataclasses
@@ -19,18 +19,18 @@ from sos.files import atomic_write, storage_errors
 TABLE = "results.csv"
 TRADEOFF = "tradeoff.png"
 LAYERWISE = "layerwise.png"
-# Of every table, so that a file of something else is not replaced.
+# First columns of every table. Other files are not replaced.
 _FIRST_COLUMNS = ("name", "label")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinishedRun:
-    """A finished run, as its directory holds it.
+    """A finished run, read from its directory.
 
     Attributes:
         name: Name of the directory.
-        config: The whole config.
-        result: Outcome of the run.
+        config: The complete config.
+        result: The result.
     """
 
     name: str
@@ -49,18 +49,18 @@ class FinishedRun:
 
     @property
     def point(self) -> tuple:
-        """A key that is the same for runs which differ in their seeds alone."""
+        """Key that is equal for runs that differ only in their seeds."""
         values = config_lib.flatten(self.config)
-        for name in ("seed", *config_lib.NOT_IDENTIFYING):
+        for name in ("seed", *config_lib.IGNORED_ENTRIES):
             values.pop(name, None)
         return (self.label, *(f"{k}={v}" for k, v in sorted(values.items())))
 
     @property
     def hyperparameters(self) -> str:
-        """Values of the hyperparameters without a default, for people."""
+        """Values of the required hyperparameters, for tables."""
         sparsity = self.config["sparsity"]
         return ", ".join(
-            config_lib.value_text(sparsity[name])
+            config_lib.format_value(sparsity[name])
             for name in config_lib.required_hyperparameters(sparsity)
         )
 
@@ -68,25 +68,33 @@ class FinishedRun:
 def collect(
     workdir: str | os.PathLike, names: Collection[str] | None = None
 ) -> list[FinishedRun]:
-    """Reads the finished runs of a directory.
-
-    ```python
-    for run in sos.experiments.collect("runs/fashion_mnist"):
-        print(run.label, run.result.sparsity, run.result.metrics["accuracy"])
-    ```
+    """Reads the finished runs in a directory.
 
     Args:
-        workdir: Directory of runs; `gs://` works too.
+        workdir: Directory of the runs; may be a `gs://` path.
         names: Names of the runs to read; by default all.
 
     Returns:
-        The runs: dense ones, then technique by technique in the order of their
-        registration, by label, hyperparameters and seed.
+        A list of `sos.experiments.results.FinishedRun`, with `label`, `config`
+        and `result`, ordered by technique (dense runs first, then in the order
+        of registration), label, hyperparameters and seed.
 
     Raises:
         StorageError: If a file is damaged or cannot be read.
         UsageError: If a technique is not registered, and importing the task
             does not register it.
+
+    Example:
+    >>> import sos.experiments
+    >>> config = {
+    ...     "task": "models.fashion_mnist:FashionMnist",
+    ...     "sparsity": {"technique": "MagnitudePruning", "sparsity": 0.9},
+    ...     "train_steps": 2,
+    ... }
+    >>> result = sos.experiments.run(config, "runs", quiet=True)
+    >>> for run in sos.experiments.collect("runs"):
+    ...     print(run.label, run.result.step)
+    magnitude pruning 2
     """
     workdir = os.path.expanduser(os.fspath(workdir))
     if names is None:
@@ -100,7 +108,7 @@ def collect(
         if config is not None and result is not None:
             run = FinishedRun(name=name, config=config, result=result)
             if run.technique not in (None, *sos.extend.techniques()):
-                # One of the user's own.
+                # The user's: importing the task registers it.
                 config_lib.load_task(config["task"])
             runs.append(run)
     return sorted(runs, key=_order)
@@ -127,8 +135,8 @@ def rows(runs: Iterable[FinishedRun]) -> list[dict[str, Any]]:
         runs: Finished runs.
 
     Returns:
-        By column: name and label, the metrics, `achieved_sparsity` and other
-        figures of the result, and every entry of the config by its dotted name.
+        Values by column: name, label, metrics, `achieved_sparsity` and other
+        fields of the result, and every entry of the config by dotted name.
     """
     return [
         {
@@ -150,14 +158,14 @@ def rows(runs: Iterable[FinishedRun]) -> list[dict[str, Any]]:
 
 
 def write_table(path: Path, runs: Sequence[FinishedRun]) -> None:
-    """Writes a CSV file with a row for each run.
+    """Writes a CSV file with a row for each run, atomically.
 
     Args:
-        path: The file; it is complete or, on an error, as it was before.
+        path: The file. Only a table of runs is replaced.
         runs: Finished runs.
 
     Raises:
-        StorageError: If there is a file that is not such a table, or it cannot
+        StorageError: If the file exists and is not a table of runs, or cannot
             be written.
     """
     _check_table(path)
@@ -174,16 +182,19 @@ def write_table(path: Path, runs: Sequence[FinishedRun]) -> None:
 
 
 def check_outputs(workdir: Path) -> None:
-    """Raises `StorageError` if files of something else would be replaced.
+    """Checks that a table and figures would replace only such files.
 
     Args:
-        workdir: Directory of runs, where a table and figures are to be written.
+        workdir: Directory of the runs, the table and the figures.
+
+    Raises:
+        StorageError: If another file would be replaced.
     """
     _check_table(workdir / TABLE)
     for name in (TRADEOFF, LAYERWISE):
         path = workdir / name
         if path.exists() and not (workdir / TABLE).exists():
-            raise _not_ours(path, "a figure of runs")
+            raise _foreign_file_error(path, "a figure of runs")
 
 
 def _check_table(path: Path) -> None:
@@ -195,11 +206,11 @@ def _check_table(path: Path) -> None:
     except (OSError, UnicodeDecodeError, csv.Error):
         header = []
     if tuple(header[: len(_FIRST_COLUMNS)]) != _FIRST_COLUMNS:
-        raise _not_ours(path, "a table of runs")
+        raise _foreign_file_error(path, "a table of runs")
 
 
-def _not_ours(path: Path, kind: str) -> StorageError:
+def _foreign_file_error(path: Path, kind: str) -> StorageError:
     return StorageError(
-        f"{path} is not {kind}, and would be lost. Choose another work "
+        f"{path} would be replaced, but is not {kind}. Choose another work "
         "directory, or move the file away."
     )

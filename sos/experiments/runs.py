@@ -21,7 +21,7 @@ from sos.errors import (
 )
 from sos.experiments import config as config_lib
 from sos.experiments.task import make_task
-from sos.files import check_writable, only_process, write_text
+from sos.files import check_writable, lock_directory, write_text
 from sos.report import SparsityReport, sparsity_report
 from sos.training import main
 from sos.training.checkpoints import Checkpoints
@@ -44,7 +44,7 @@ class WeightSparsity:
     """Sparsity of one weight of a trained network.
 
     Attributes:
-        path: The weight's path in the dense network.
+        path: Path of the weight in the dense network.
         size: Number of elements.
         sparsity: Fraction of zeros in evaluation.
     """
@@ -56,21 +56,34 @@ class WeightSparsity:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """Outcome of a finished run, as `result.json` holds it.
+    """Result of a finished run, stored in `result.json`.
 
     Attributes:
         step: Number of optimizer steps.
-        metrics: Figures of the last evaluation by name; empty if the task has
+        metrics: Metrics of the last evaluation by name; empty if the task has
             no evaluation data.
-        sparsity: Fraction of zeros in the weights that were made sparse, in
-            evaluation; None for a dense model.
+        sparsity: Fraction of zeros in the sparse weights, in evaluation; None
+            for a dense model.
         model_sparsity: Fraction of zeros in all weights of the model.
         seconds: Total training time in seconds, including time before
-            restarts, and tracing where the run did not share its steps.
+            restarts, and tracing unless the run shared a compiled step.
         parameters: Number of elements of all trainable variables, including
             those that the technique adds.
         weights: All weights of rank 2 or more, in the order of the network.
-        versions: Versions of the packages, by name.
+        versions: Versions of the packages by name.
+
+    Example:
+    >>> import sos.experiments
+    >>> config = {
+    ...     "task": "models.fashion_mnist:FashionMnist",
+    ...     "sparsity": {"technique": "MagnitudePruning", "sparsity": 0.9},
+    ...     "train_steps": 2,
+    ... }
+    >>> result = sos.experiments.run(config, "runs", quiet=True)
+    >>> sorted(result.metrics)
+    ['accuracy', 'loss']
+    >>> result.weights[0].path, result.weights[0].size
+    ('conv1/kernel', 144)
     """
 
     step: int
@@ -93,30 +106,26 @@ def run(
     stop: StopSource | None = None,
     **options: Any,
 ) -> Result | None:
-    """Trains a run, resumes it, or finds that it is finished.
+    """Trains a run, resumes it, or returns the result if it is finished.
 
-    The run has a directory of its own in `workdir`, named `run_name(config)`:
-    `config.json` (the whole config), `checkpoints/`, `train.jsonl`, TensorBoard
-    files and, once it is finished, `result.json`.
-
-    ```python
-    config = get_config("magnitude,sparsity=0.9")  # of a file in configs/
-    result = sos.experiments.run(config, "runs/fashion_mnist")
-    ```
+    The run has its own directory in `workdir`, named `run_name(config)`, with
+    `config.json` (the complete config), `checkpoints/`, `train.jsonl`, event
+    files for TensorBoard and, once the run is finished, `result.json`.
 
     Args:
-        config: The config, complete or not: see `base_config`.
+        config: The config. Missing entries take their defaults; see
+            `base_config`.
         workdir: Directory of several runs.
-        mode: One of `sos.training.main.MODES`. Modes "train" and "eval", in two
-            processes, do together what "train_and_eval" does. "export" writes
-            the newest checkpoint for serving.
-        make_trainer: Makes the trainer, in the way the run is to be executed.
-            By default on all devices that the machine calls for.
-        on_summary: Called with a summary of every loop and evaluation.
-        stop: Stops the run between two loops. By default SIGTERM and Ctrl-C
-            do, where the main thread calls this. In mode "eval" it must be a
+        mode: One of `sos.training.main.MODES`. The modes "train" and "eval", in
+            two processes, together do what "train_and_eval" does. "export"
+            exports the newest checkpoint for serving.
+        make_trainer: Makes the trainer of a resolved config. By default it uses
+            the strategy of `sos.training.make_strategy()`.
+        on_summary: Called with the summary of every loop and evaluation.
+        stop: Requests a stop between two loops. By default SIGTERM and Ctrl-C
+            do, if called in the main thread. In mode "eval" it must be a
             `StopRequest`.
-        **options: Fields of `sos.training.main.Options`, such as
+        **options: Fields of `sos.training.Options`, such as
             `save_checkpoints_steps`. None of them changes the result.
 
     Returns:
@@ -130,8 +139,19 @@ def run(
             trains this run.
         CheckpointError: If a checkpoint cannot be written, read or exported.
         NonFiniteLossError: If the loss is not finite.
-        Stopped: If it was asked to stop, and is saved; the same call resumes
-            the run.
+        Stopped: If a stop was requested. The run is saved, and the same call
+            resumes it.
+
+    Example:
+    >>> import sos.experiments
+    >>> config = {
+    ...     "task": "models.fashion_mnist:FashionMnist",
+    ...     "sparsity": {"technique": "MagnitudePruning", "sparsity": 0.9},
+    ...     "train_steps": 2,
+    ... }
+    >>> result = sos.experiments.run(config, "runs", quiet=True)
+    >>> result.step
+    2
     """
     config = config_lib.resolve(config)
     directory = run_directory(config, workdir)
@@ -144,16 +164,16 @@ def run(
     result = find_result(config, workdir)
     trains = mode in ("train", "train_and_eval")
     # An evaluation would wait forever for a last checkpoint that was removed.
-    ended = trains or (
+    no_work_left = trains or (
         mode == "eval" and last_step(directory) < config.train_steps
     )
-    if result is not None and ended:
+    if result is not None and no_work_left:
         if not options.quiet:
             path = os.path.join(directory, RESULT)
             print(f"The run is finished: {path}", file=sys.stderr, flush=True)
         return result
     with _dtype_policy(config.dtype_policy):
-        # For initializers and layers that have no seed of their own.
+        # For initializers and layers without a seed.
         keras.utils.set_random_seed(config.seed)
         trainer = (make_trainer or _make_trainer)(config)
         if mode == "export":
@@ -163,16 +183,17 @@ def run(
             return None
         with contextlib.ExitStack() as stack:
             if stop is None:
-                # After the strategy is made, which may take signals itself.
+                # After creating the strategy, which may install signal
+                # handlers.
                 stop = stack.enter_context(StopRequest())
             if mode == "eval":
                 return _evaluate(trainer, config, options, stop, on_summary)
             if trainer.is_chief:
-                # Not before: a config that does not fit leaves no directory.
+                # Now: a config that does not fit the task leaves no directory.
                 check_writable(directory)
-                stack.enter_context(only_process(directory, "run"))
+                stack.enter_context(lock_directory(directory, "run"))
                 if not several_processes(trainer.strategy):
-                    # Another process may have finished it since.
+                    # Another process may have finished it in the meantime.
                     result = read_result(directory)
                     if result is not None:
                         return result
@@ -185,14 +206,14 @@ def find_result(
 ) -> Result | None:
     """Returns the result of a config's run; None if it is not finished.
 
-    Stores the label and new entries of the config of a finished run.
+    Updates the label and new entries in the stored config of a finished run.
 
     Args:
         config: A resolved config.
         workdir: Directory of several runs.
 
     Raises:
-        UsageError: If a run was started with another config of this name.
+        UsageError: If the run of this name was started with another config.
         StorageError: If a file is damaged, or cannot be read or written.
     """
     directory = run_directory(config, workdir)
@@ -217,14 +238,12 @@ def run_directory(
     """
     workdir = os.path.expanduser(os.fspath(workdir))
     if not workdir:
-        raise UsageError(
-            "`workdir` must name a directory. Received: an empty text"
-        )
+        raise UsageError("`workdir` must be a directory. Received: workdir=''")
     return os.path.join(workdir, config_lib.run_name(config))
 
 
 def last_step(directory: str) -> int:
-    """Returns the step that a run would be resumed from.
+    """Returns the step at which a run would resume.
 
     Args:
         directory: Directory of the run.
@@ -244,7 +263,9 @@ def read_config(directory: str) -> dict[str, Any] | None:
     """
     config = _read_json(os.path.join(directory, CONFIG))
     if config is not None and not isinstance(config, dict):
-        raise _damaged(os.path.join(directory, CONFIG), "it is no mapping")
+        raise _damaged_file_error(
+            os.path.join(directory, CONFIG), "not a mapping"
+        )
     return config
 
 
@@ -266,7 +287,9 @@ def read_result(directory: str) -> Result | None:
         result = Result(**content, weights=weights)
         _check_result(result)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+        raise _damaged_file_error(
+            path, f"{type(error).__name__}: {error}"
+        ) from error
     return result
 
 
@@ -304,23 +327,22 @@ def _check_config(config: ml_collections.ConfigDict, directory: str) -> None:
     lines = [] if stored is None else config_lib.config_diff(stored, config)
     if lines:
         raise UsageError(
-            f"The run in {directory} was started with another config. Start it "
-            "with the same config and the same version of the task, or choose "
-            "another work directory. Differences:"
-            + "".join(f"\n  {line}" for line in lines)
+            f"The run in {directory} was started with another config. Use the "
+            "same config and the same version of the task, or another work "
+            "directory. Differences:" + "".join(f"\n  {line}" for line in lines)
         )
 
 
 def _write_config(config: ml_collections.ConfigDict, directory: str) -> None:
     values = config_lib.plain(config)
     if read_config(directory) != values:
-        write_text(os.path.join(directory, CONFIG), _json_text(values))
+        write_text(os.path.join(directory, CONFIG), _to_json(values))
 
 
 def _checkpoints_to_keep(
     config: ml_collections.ConfigDict, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the options with those that `config.keep` asks for."""
+    """Returns the options with those for `config.keep`."""
     options = dict(options)
     if config.keep != "none":
         steps = options.get("keep_checkpoint_steps", ())
@@ -337,7 +359,7 @@ def _train(
     stop: StopSource,
     on_summary: Sequence[Callable[[Summary], Any]],
 ) -> Result | None:
-    """Trains a run and, unless another process evaluates, finishes it."""
+    """Trains a run; writes the result unless another process evaluates."""
     directory = options.workdir
     summary = main.train(trainer, options, stop=stop, on_summary=on_summary)
     if summary is None and trainer.task.has_evaluation:
@@ -347,8 +369,8 @@ def _train(
         return result
     result = _make_result(trainer, config, summary, trainer.seconds)
     if trainer.is_chief:
-        # Once there is a result, nobody looks for checkpoints that are left. A
-        # run that is killed before needs the last one.
+        # Before the result, because a finished run removes none. A run that is
+        # killed in between needs the last one.
         _remove_checkpoints(config, directory, except_step=config.train_steps)
         _write_result(result, directory)
         _remove_checkpoints(config, directory)
@@ -362,7 +384,7 @@ def _evaluate(
     stop: StopRequest,
     on_summary: Sequence[Callable[[Summary], Any]],
 ) -> Result | None:
-    """Evaluates what another process trains, and finishes the run."""
+    """Evaluates a run that another process trains; writes the result."""
     directory = options.workdir
     summary = main.evaluate_continuously(
         trainer, options, stop=stop, on_summary=on_summary
@@ -373,16 +395,16 @@ def _evaluate(
     )
     if config.train_steps not in checkpoints.steps():
         return None
-    # It may have been evaluated before a restart.
+    # An earlier process may have evaluated it.
     metadata = checkpoints.restore_step(
         config.train_steps, trainer.model, trainer.optimizer
     )
     result = _make_result(trainer, config, summary, metadata["seconds"])
     _write_result(result, directory)
-    # If the process that trains has not ended, it removes them.
+    # If the training process has not ended, it removes them.
     with (
         contextlib.suppress(CheckpointError, DirectoryInUseError),
-        only_process(directory, "run"),
+        lock_directory(directory, "run"),
     ):
         _remove_checkpoints(config, directory)
     return result
@@ -394,10 +416,10 @@ def _make_result(
     summary: Summary | None,
     seconds: float,
 ) -> Result:
-    """Returns the result of a run whose last step is trained and evaluated."""
-    # All workers, as reading variables may take all of them.
+    """Returns the result of a run that is trained and evaluated."""
+    # On all workers, because reading variables may involve all of them.
     report = sparsity_report(trainer.model)
-    # Rules may name techniques, too.
+    # Rules may name techniques as well.
     sparse = any(row["technique"] for row in report.rows)
     dense = config.sparsity.technique is None and not sparse
     return Result(
@@ -409,7 +431,7 @@ def _make_result(
         parameters=sum(
             int(np.prod(v.shape)) for v in trainer.model.trainable_variables
         ),
-        weights=_weights(report),
+        weights=_weight_sparsities(report),
         versions={
             "sos": __version__,
             "keras": keras.__version__,
@@ -420,7 +442,7 @@ def _make_result(
 
 def _write_result(result: Result, directory: str) -> None:
     write_text(
-        os.path.join(directory, RESULT), _json_text(dataclasses.asdict(result))
+        os.path.join(directory, RESULT), _to_json(dataclasses.asdict(result))
     )
 
 
@@ -440,7 +462,7 @@ def _remove_checkpoints(
             checkpoints.remove(step)
 
 
-def _weights(report: SparsityReport) -> tuple[WeightSparsity, ...]:
+def _weight_sparsities(report: SparsityReport) -> tuple[WeightSparsity, ...]:
     return tuple(
         WeightSparsity(
             path=row["weight"], size=row["size"], sparsity=row["sparsity"]
@@ -451,13 +473,13 @@ def _weights(report: SparsityReport) -> tuple[WeightSparsity, ...]:
 
 
 def _checkpoints(directory: str) -> Checkpoints:
-    """The checkpoints of a run, to list and remove them."""
+    """Returns the checkpoints of a run, to list and remove them."""
     return Checkpoints(os.path.join(directory, CHECKPOINTS), configuration={})
 
 
 @contextlib.contextmanager
 def _dtype_policy(name: str) -> Iterator[None]:
-    """Sets the policy of the layers that are made in the scope."""
+    """Sets the dtype policy of layers that are made in the scope."""
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(name)
     try:
@@ -467,24 +489,24 @@ def _dtype_policy(name: str) -> Iterator[None]:
 
 
 def _read_json(path: str) -> Any:
-    """Returns the content of a JSON file; None if there is no file."""
+    """Returns the content of a JSON file; None if it does not exist."""
     try:
         if not tf.io.gfile.exists(path):
             return None
         with tf.io.gfile.GFile(path) as file:
             return json.loads(file.read())
     except ValueError as error:
-        raise _damaged(path, str(error)) from error
+        raise _damaged_file_error(path, str(error)) from error
     except (tf.errors.OpError, OSError) as error:
         raise StorageError(f"{path} cannot be read: {error}") from error
 
 
-def _damaged(path: str, reason: str) -> StorageError:
+def _damaged_file_error(path: str, reason: str) -> StorageError:
     return StorageError(
-        f"{path} is damaged or not the file of a run ({reason}). Move the "
+        f"{path} is damaged or not a file of a run ({reason}). Move the "
         "directory away to repeat the run."
     )
 
 
-def _json_text(values: Mapping[str, Any]) -> str:
+def _to_json(values: Mapping[str, Any]) -> str:
     return json.dumps(values, indent=1) + "\n"

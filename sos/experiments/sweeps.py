@@ -1,4 +1,4 @@
-"""Sweeps: many runs of one config, with values that differ."""
+"""Sweeps: many runs of one config with different values."""
 
 import dataclasses
 import os
@@ -24,10 +24,10 @@ from sos.training.signals import StopSource
 
 
 class FailedRunsError(ReportedError):
-    """Runs of a sweep failed, when all others were finished.
+    """Runs of a sweep failed; all others are finished.
 
     Attributes:
-        failures: By the name of the run, what went wrong.
+        failures: Error message by name of the run.
     """
 
     def __init__(self, failures: Mapping[str, str]) -> None:
@@ -40,15 +40,15 @@ class FailedRunsError(ReportedError):
 
 @dataclasses.dataclass(frozen=True)
 class DiskUse:
-    """Estimate of the disk space that a sweep takes.
+    """Estimated disk use of the checkpoints of a sweep.
 
     Attributes:
-        finished: Bytes of the checkpoints that stay.
-        training: Further bytes while runs are trained, at most.
+        final_bytes: Bytes of the checkpoints that are kept.
+        temporary_bytes: Maximum number of further bytes during training.
     """
 
-    finished: int
-    training: int
+    final_bytes: int
+    temporary_bytes: int
 
 
 def expand(
@@ -57,10 +57,10 @@ def expand(
     """Makes the configs of a sweep.
 
     Args:
-        config: The config that all runs have in common.
-        overrides: For each run, the values that replace those of the config, as
-            nested mappings. A `sparsity` with a `technique` replaces the whole
-            entry, as techniques have different hyperparameters.
+        config: The common config.
+        overrides: For each run, the values that override those of the config,
+            as nested mappings. A `sparsity` with a `technique` replaces the
+            whole entry, because techniques have different hyperparameters.
 
     Returns:
         The resolved configs, in order.
@@ -68,6 +68,15 @@ def expand(
     Raises:
         UsageError: If a config is invalid, two runs are the same, or there is
             no run.
+
+    Example:
+    >>> import sos.experiments
+    >>> configs = sos.experiments.expand(
+    ...     {"task": "models.fashion_mnist:FashionMnist"},
+    ...     [{"seed": 0}, {"seed": 1, "learning_rate": {"base": 0.1}}],
+    ... )
+    >>> [(config.seed, config.learning_rate.base) for config in configs]
+    [(0, 0.01), (1, 0.1)]
     """
     configs = {}
     for values in overrides:
@@ -76,8 +85,8 @@ def expand(
         name = config_lib.run_name(resolved)
         if name in configs:
             raise UsageError(
-                "The runs of a sweep must differ. Received twice: "
-                f"{dict(values)}"
+                "The runs of a sweep must differ. Received: "
+                f"{dict(values)} more than once"
             )
         configs[name] = resolved
     if not configs:
@@ -101,7 +110,7 @@ def select(
         expression = re.compile(pattern)
     except re.error as error:
         raise UsageError(
-            "Runs are selected by a regular expression on their names "
+            "The pattern that selects runs must be a regular expression "
             f"({error}). Received: {pattern!r}"
         ) from error
     names = [config_lib.run_name(config) for config in configs]
@@ -112,8 +121,8 @@ def select(
     ]
     if not selected:
         raise UsageError(
-            f"The expression {pattern!r} matches none of the {len(names)} runs "
-            f"of the sweep. The first are {', '.join(names[:3])}"
+            f"The pattern {pattern!r} matches none of the {len(names)} runs of "
+            f"the sweep. Their names begin with {', '.join(names[:3])}"
         )
     return selected
 
@@ -126,18 +135,17 @@ def estimate_disk_use(
     keep_checkpoint_max: int = 5,
     save_checkpoints_steps: int = 1000,
 ) -> DiskUse:
-    """Estimates the disk space of the runs that are not finished.
+    """Estimates the disk use of the runs that are not finished.
 
-    It builds the model and the optimizer of every kind of run, so that a
-    network that cannot be made sparse as a config asks for is known before
-    anything is trained.
+    Builds the model and the optimizer of every compile signature, so a config
+    that does not fit the network raises an error before training begins.
 
     Args:
         configs: Resolved configs.
         workdir: Directory of the runs.
         workers: Number of runs that are trained at a time.
-        keep_checkpoint_max: As in `sos.training.main.Options`.
-        save_checkpoints_steps: As in `sos.training.main.Options`.
+        keep_checkpoint_max: As in `sos.training.Options`.
+        save_checkpoints_steps: As in `sos.training.Options`.
 
     Returns:
         The estimate.
@@ -146,7 +154,7 @@ def estimate_disk_use(
         UsageError: If a config does not fit the network.
     """
     sizes: dict[str, int] = {}
-    finished, largest = 0, 0
+    final_bytes, largest = 0, 0
     for config in configs:
         if read_result(run_directory(config, workdir)) is not None:
             continue
@@ -159,13 +167,13 @@ def estimate_disk_use(
                 optimizer.build(model.trainable_variables)
             sizes[signature] = Checkpoints.nbytes(model, optimizer)
         size = sizes[signature]
-        saved = 1 + -(-config.train_steps // save_checkpoints_steps)
-        stays = {"all": saved, "trunk": 2, "none": 0}[config.keep]
-        finished += stays * size
-        # One more is written before the oldest is removed.
-        most = min(saved, keep_checkpoint_max + 2)
-        largest = max(largest, max(0, most - stays) * size)
-    return DiskUse(finished=finished, training=largest * workers)
+        saves = 1 + -(-config.train_steps // save_checkpoints_steps)
+        keeps = {"all": saves, "trunk": 2, "none": 0}[config.keep]
+        final_bytes += keeps * size
+        # A checkpoint is written before the oldest is removed.
+        peak = min(saves, keep_checkpoint_max + 2)
+        largest = max(largest, max(0, peak - keeps) * size)
+    return DiskUse(final_bytes=final_bytes, temporary_bytes=largest * workers)
 
 
 def run_sweep(
@@ -179,24 +187,38 @@ def run_sweep(
 ) -> list[Result]:
     """Trains all runs of a sweep that are not finished.
 
-    Several processes may work on one sweep: each run is trained by one of them.
+    Several processes may train one sweep; they share the runs. The default
+    launcher starts worker processes, which import the main module: call this
+    function under `if __name__ == "__main__":`.
 
     Args:
-        configs: Resolved configs, as `expand` makes them.
+        configs: Resolved configs, as from `expand`.
         workdir: Directory of the runs.
-        launcher: Starts the runs; by default on this machine.
-        progress: Shows what is going on; by default nothing does.
-        stop: Stops the sweep; runs in progress are saved.
+        launcher: Trains the runs. Default: worker processes on this machine.
+        progress: Shows the progress. Default: nothing is shown.
+        stop: Requests a stop; runs in progress are saved.
         **options: As for `sos.experiments.run`.
 
     Returns:
         The results, in the order of the configs.
 
     Raises:
-        FailedRunsError: If runs failed, when all others are finished.
+        FailedRunsError: If runs failed. All others are finished.
         UsageError: If a run was started with another config.
         StorageError: If a file cannot be read or written.
-        Stopped: If `stop` asked for it; the same call continues.
+        Stopped: If `stop` requested it. The same call continues.
+
+    Example:
+    >>> import sos.experiments
+    >>> config = {
+    ...     "task": "models.fashion_mnist:FashionMnist",
+    ...     "sparsity": {"technique": "MagnitudePruning", "sparsity": 0.9},
+    ...     "train_steps": 2,
+    ... }
+    >>> configs = sos.experiments.expand(config, [{"seed": 0}])
+    >>> results = sos.experiments.run_sweep(configs, "runs")
+    >>> [result.step for result in results]
+    [2]
     """
     launcher = launcher or LocalLauncher()
     progress = progress or SweepProgress(quiet=True)

@@ -1,4 +1,4 @@
-"""Tasks that are made from a config."""
+"""Tasks made from a config."""
 
 import json
 from collections.abc import Mapping
@@ -18,22 +18,49 @@ from sos.wrappers.masked import lay_out_schedules
 class ExperimentTask(Task):
     """A task that a config describes.
 
-    Args:
-        config: A resolved config. All that the task computes must follow from
-            it.
+    Subclasses override `default_config` and the methods of
+    `sos.training.Task`. `sparsify` makes a model sparse according to
+    `config.sparsity`.
 
-    Raises:
-        UsageError: If `config.parent` is set, and the task does not override
-            `initialize`, which would have to read it.
+    Args:
+        config: A resolved config. It must determine the result of the task.
 
     Attributes:
         config: The config.
-        runtime_entries: The dotted names of config entries that compiled steps
-            do not depend on: they decide the values of variables, the data, or
-            what the host does. Runs that differ in these alone share one
-            compiled step, so name one only if `compute_metrics` and the
-            model's graph do not use it. Hyperparameters may be named that are
-            a `sos.extend.Hyperparameter`, and those of a pruning schedule.
+        runtime_entries: Dotted names of config entries on which compiled steps
+            do not depend: entries that only determine values of variables, data
+            or work of the host. Runs that differ only in these share one
+            compiled step, so list an entry only if neither `compute_metrics`
+            nor the model's graph uses it. Hyperparameters that are a
+            `sos.extend.Hyperparameter` or belong to a pruning schedule
+            qualify.
+
+    Raises:
+        UsageError: If `config.parent` is set, and the task does not override
+            `initialize`, which has to read it.
+
+    Example:
+    >>> import keras, sos.experiments
+    >>> class Line(sos.experiments.ExperimentTask):
+    ...     runtime_entries = ("seed",)
+    ...
+    ...     @classmethod
+    ...     def default_config(cls):
+    ...         config = super().default_config()
+    ...         config.model.units = 8
+    ...         config.sparsity.technique = "MagnitudePruning"
+    ...         config.sparsity.sparsity = 0.9
+    ...         return config
+    ...
+    ...     def build_model(self):
+    ...         units = self.config.model.units
+    ...         model = keras.Sequential(
+    ...             [keras.Input((8,)), keras.layers.Dense(units)]
+    ...         )
+    ...         return self.sparsify(model)
+    >>> task = Line(Line.default_config())
+    >>> len(sos.sparsity_report(task.build_model()).rows)
+    2
     """
 
     runtime_entries: tuple[str, ...] = ()
@@ -44,8 +71,8 @@ class ExperimentTask(Task):
             and type(self).initialize is Task.initialize
         ):
             raise UsageError(
-                "`config.parent` is for a task that overrides `initialize` to "
-                f"start from another run. {type(self).__name__} does not. "
+                "`config.parent` requires a task that overrides `initialize` "
+                f"to start from another run. {type(self).__name__} does not. "
                 f"Received: {config.parent!r}"
             )
         self.config = config
@@ -56,19 +83,19 @@ class ExperimentTask(Task):
         """Returns all entries of the task's configs, with their defaults.
 
         Override it to change defaults and to add entries, in `model`, `data`
-        or at the top. It must always return the same: a run is named by what
-        differs from it.
+        or at the top level. It must always return the same entries, because a
+        run's fingerprint is its difference from them.
         """
         config = config_lib.base_config()
         config.task = f"{cls.__module__}:{cls.__qualname__}"
         return config
 
     def configuration(self) -> Mapping[str, Any]:
-        """Returns what identifies the run."""
-        return config_lib.identity(self.config)
+        """Returns the fingerprint of the run."""
+        return config_lib.fingerprint(self.config)
 
     def compile_signature(self) -> str:
-        """Returns a text that is equal for runs which share a compiled step."""
+        """Returns equal strings for runs that share a compiled step."""
         return json.dumps(
             {
                 name: value
@@ -79,7 +106,7 @@ class ExperimentTask(Task):
         )
 
     def sparsify(self, model: keras.Model) -> keras.Model:
-        """Makes a model sparse as `config.sparsity` says.
+        """Makes a model sparse according to `config.sparsity`.
 
         Pruning schedules without an `end_step` are laid over
         `config.train_steps`.
@@ -88,8 +115,8 @@ class ExperimentTask(Task):
             model: The dense model.
 
         Returns:
-            The sparse model; `model` itself if there is neither a technique
-            nor a rule.
+            The sparse model; `model` itself if the config has neither a
+            technique nor rules.
 
         Raises:
             UsageError: If the config does not fit the model.
@@ -108,7 +135,7 @@ class ExperimentTask(Task):
 
 
 def make_task(config: ml_collections.ConfigDict) -> ExperimentTask:
-    """Makes the task of a config, in the scope of the strategy if there is one.
+    """Makes the task of a config. Call it in the scope of the strategy.
 
     Args:
         config: A resolved config.

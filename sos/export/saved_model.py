@@ -1,4 +1,4 @@
-"""The format of TensorFlow Serving: a SavedModel, complete or absent."""
+"""The SavedModel format of TensorFlow Serving, written atomically."""
 
 import os
 import tempfile
@@ -18,19 +18,19 @@ def write(module: tf.Module, path: str) -> None:
 
     Args:
         module: The module, with an attribute `signatures`.
-        path: The directory to write. A SavedModel there is replaced.
+        path: The directory to write. An existing SavedModel is replaced.
 
     Raises:
         UsageError: If `signatures` is invalid.
         StorageError: If `path` holds anything other than a SavedModel, or
             cannot be written.
     """
-    # Traced here, so that any error of TensorFlow's below is one of the disk.
+    # Traced first, so that any later error of TensorFlow is due to the disk.
     signatures = concrete_signatures(module)
-    put = _upload if "://" in path else atomic_directory
+    open_directory = _upload if "://" in path else atomic_directory
     with storage_errors(f"The model could not be exported to {path}"):
         _check_path(path)
-        with _without_signatures(module), put(path) as temporary:
+        with _without_signatures(module), open_directory(path) as temporary:
             tf.saved_model.save(
                 module, os.fspath(temporary), signatures=signatures
             )
@@ -38,17 +38,17 @@ def write(module: tf.Module, path: str) -> None:
 
 @contextmanager
 def _without_signatures(module: tf.Module) -> Iterator[None]:
-    """Removes the attribute `signatures`, a name that SavedModels reserve."""
-    removed = vars(module).get("signatures")
-    if removed is None:
-        # A property, which TensorFlow does not see.
+    """Removes the attribute `signatures`, whose name SavedModels reserve."""
+    signatures = vars(module).get("signatures")
+    if signatures is None:
+        # A property, which TensorFlow does not track.
         yield
         return
     del module.signatures
     try:
         yield
     finally:
-        module.signatures = removed
+        module.signatures = signatures
 
 
 def _check_path(path: str) -> None:
@@ -58,7 +58,7 @@ def _check_path(path: str) -> None:
     if gfile.isdir(path) and not gfile.listdir(path):
         return
     raise StorageError(
-        "An export replaces nothing but a SavedModel, and there is something "
+        "An export replaces only a SavedModel, but the path holds something "
         f"else. Move it away or choose another path. Received: path={path!r}"
     )
 
@@ -67,8 +67,8 @@ def _check_path(path: str) -> None:
 def _upload(path: str) -> Iterator[str]:
     """Yields a local directory that is copied to `path` on success.
 
-    An object store has no directories to rename. `saved_model.pb`, which makes
-    a directory a SavedModel, is removed first and written last.
+    Object stores cannot rename directories. `saved_model.pb`, which makes a
+    directory a SavedModel, is removed first and written last.
     """
     gfile = tf.io.gfile
     with tempfile.TemporaryDirectory() as temporary:

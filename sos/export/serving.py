@@ -1,4 +1,4 @@
-"""Modules that serve a model: variables, tables, assets and signatures."""
+"""Modules for serving: variables, tables, assets and signatures."""
 
 import re
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from sos.errors import UsageError
 from sos.surgery import strip
 from sos.wrappers.base import find_wrappers
 
-# What layers may hold besides Keras's own variables.
+# Resources of layers other than Keras variables.
 _RESOURCES = (
     tf.Module,
     tf.Variable,
@@ -22,18 +22,18 @@ _RESOURCES = (
 
 
 class ServingModule(tf.Module):
-    """Serves a Keras model, without Keras's copy of every variable.
+    """A module that serves a Keras model and stores every variable once.
 
-    `module(inputs)` computes as the model in inference. The signature
+    `module(inputs)` runs inference with the model. The signature
     `serving_default` takes and returns tensors by name: inputs by the keys of a
     dictionary, else by the names of their `keras.Input`s (`inputs` or
-    `input_0`, `input_1`, ... where they have none); outputs by the keys of a
+    `input_0`, `input_1`, ... if they have none); outputs by the keys of a
     dictionary, else as `output_0`, `output_1`, ....
 
-    Add signatures to `signatures`, and files that they read as attributes of
-    type `tf.saved_model.Asset`:
+    Subclasses can add functions to `signatures`, and the files that these read
+    as attributes of type `tf.saved_model.Asset`:
 
-    ```
+    ```python
     class Translator(sos.export.ServingModule):
         def __init__(self, model, vocabulary):
             super().__init__(model)
@@ -55,16 +55,26 @@ class ServingModule(tf.Module):
         input_signature: As for `sos.export_model`.
 
     Attributes:
-        model: The plain model. It is not exported; the next two are.
-        weights: Its variables, as TensorFlow's.
-        resources: Tables, assets and the like that its layers hold.
-        signatures: Functions by the names under which they are exported.
+        model: The plain model. It is not exported itself.
+        weights: The TensorFlow variables of the model.
+        resources: Tables, assets and other resources of the model's layers.
+        signatures: Functions to export, by name.
 
     Raises:
         UsageError: If the model is not built, its inputs are unknown or nested,
             or two of them have the same name.
         TypeError: If `model` is not a Keras 3 model, or the signature holds
             anything other than `tf.TensorSpec`.
+
+    Example:
+    >>> import keras, sos.export
+    >>> import tensorflow as tf
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    >>> module = sos.export.ServingModule(model)
+    >>> module(tf.ones((2, 8))).shape
+    TensorShape([2, 4])
+    >>> sorted(module.signatures["serving_default"](inputs=tf.ones((2, 8))))
+    ['output_0']
     """
 
     def __init__(self, model: keras.Model, input_signature: Any = None) -> None:
@@ -75,8 +85,7 @@ class ServingModule(tf.Module):
         names = _input_names(input_signature)
         if find_wrappers(model):
             model = strip(model)
-        # Not as other attributes, which are stored: that would store all
-        # variables a second time.
+        # Hidden from tf.Module, which would store all variables twice.
         object.__setattr__(self, "model", model)
         self.weights = [variable.value for variable in model.variables]
         self.resources = _resources(model)
@@ -86,12 +95,14 @@ class ServingModule(tf.Module):
 
         self._call = tf.function(call, input_signature=[input_signature])
         self.signatures = {
-            "serving_default": _by_name(self._call, input_signature, names)
+            "serving_default": _named_function(
+                self._call, input_signature, names
+            )
         }
 
     @property
     def __call__(self) -> tf.types.experimental.PolymorphicFunction:
-        """The function `module(inputs)`, which is exported by this name."""
+        """The function `module(inputs)`, exported under this name."""
         return self._call
 
 
@@ -130,13 +141,13 @@ def _concrete(name: Any, function: Any) -> Any:
         ):
             return function.get_concrete_function()
     raise UsageError(
-        "`signatures` must map names to concrete functions or to functions "
-        "made with tf.function(input_signature=[...]). "
+        "`signatures` must map names to concrete functions, or to functions "
+        "of tf.function(input_signature=[...]). "
         f"Received: {name!r}: {function!r}"
     )
 
 
-def _by_name(
+def _named_function(
     call: Any, input_signature: Any, names: list[str]
 ) -> tf.types.experimental.ConcreteFunction:
     """Returns a function that takes and returns tensors by name."""
@@ -161,20 +172,20 @@ def _by_name(
 
 
 def _resources(model: keras.Model) -> list[Any]:
-    """Returns tables, assets and the like that a model's layers hold."""
-    found = {
+    """Returns tables, assets and other resources of a model's layers."""
+    resources = {
         id(value): value
         for layer in keras_compat.all_layers(model)
         for value in vars(layer).values()
         if isinstance(value, _RESOURCES)
     }
-    return list(found.values())
+    return list(resources.values())
 
 
 def _signature_of(model: keras.Model) -> Any:
-    """Returns specs of a model's `Input`s, with a batch of any size."""
+    """Returns specs of a model's `Input`s, with any batch size."""
     try:
-        # Keras gives the list alone for a Sequential model.
+        # A Sequential model has a list of one input.
         inputs = (
             model.inputs[0]
             if isinstance(model, keras.Sequential)
@@ -183,7 +194,7 @@ def _signature_of(model: keras.Model) -> Any:
     except (AttributeError, ValueError) as error:
         raise UsageError(
             f"The inputs of the model {model.name!r} of class "
-            f"{type(model).__name__} are unknown, as it has no `keras.Input`. "
+            f"{type(model).__name__} are unknown: it has no `keras.Input`. "
             "Pass `input_signature`, such as "
             "tf.TensorSpec((None, 224, 224, 3))."
         ) from error
@@ -195,30 +206,29 @@ def _signature_of(model: keras.Model) -> Any:
 def _input_names(input_signature: Any) -> list[str]:
     """Returns names of the inputs, in the order of `keras.tree.flatten`."""
     specs = keras.tree.flatten(input_signature)
-    several = isinstance(input_signature, (dict, list, tuple))
-    flat = input_signature if several else [input_signature]
+    is_structure = isinstance(input_signature, (dict, list, tuple))
+    flat = input_signature if is_structure else [input_signature]
     flat = list(flat.values() if isinstance(flat, dict) else flat)
-    wrong = [spec for spec in specs if not isinstance(spec, tf.TensorSpec)]
-    if wrong or not specs:
+    if not specs or not all(isinstance(x, tf.TensorSpec) for x in specs):
         raise TypeError(
             "`input_signature` must be a tf.TensorSpec, or a list, tuple or "
             f"dictionary of them. Received: input_signature={input_signature!r}"
         )
     if len(flat) != len(specs):
         raise UsageError(
-            "A signature takes tensors by name, so the inputs of an exported "
-            "model cannot be nested. Use a flat list or dictionary. "
+            "The inputs of an exported model must not be nested, because a "
+            "signature takes tensors by name. Use a flat list or dictionary. "
             f"Received: input_signature={input_signature!r}"
         )
     if isinstance(input_signature, dict):
-        # As Keras flattens them.
+        # Keras flattens dictionaries in this order.
         names = sorted(input_signature)
     else:
         names = [
-            _own_name(spec) or (f"input_{i}" if several else "inputs")
+            _user_name(spec) or (f"input_{i}" if is_structure else "inputs")
             for i, spec in enumerate(specs)
         ]
-    # They become names of arguments.
+    # Names of arguments must be identifiers.
     names = [re.sub(r"\W", "_", name) for name in names]
     if len(set(names)) < len(names):
         raise UsageError(
@@ -228,8 +238,8 @@ def _input_names(input_signature: Any) -> list[str]:
     return names
 
 
-def _own_name(spec: tf.TensorSpec) -> str | None:
-    """Returns a spec's name unless it is one that Keras counted up."""
+def _user_name(spec: tf.TensorSpec) -> str | None:
+    """Returns a spec's name unless Keras generated it."""
     if spec.name and re.fullmatch(r"keras_tensor(_\d+)?", spec.name):
         return None
     return spec.name
@@ -244,5 +254,5 @@ def _check_model(model: Any) -> None:
     if not model.built:
         raise UsageError(
             f"The model {model.name!r} is not built, so it has no weights to "
-            "export. Give it a `keras.Input`, or call it on a batch, first."
+            "export. Give it a `keras.Input`, or call it on a batch first."
         )

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent."""
+"""Saves and restores checkpoints atomically."""
 
 import contextlib
 import json
@@ -25,8 +25,8 @@ _FOLDER = re.compile(r"step-(\d{8,})")
 _METADATA = "metadata.json"
 _VARIABLES = "variables"
 _TEMPORARY = ".writing-"
-# Errors that may pass, and say nothing about the files.
-_NOT_DAMAGE = (
+# Errors that may not recur: the files need not be damaged.
+_TRANSIENT_ERRORS = (
     tf.errors.AbortedError,
     tf.errors.CancelledError,
     tf.errors.DeadlineExceededError,
@@ -37,44 +37,58 @@ _NOT_DAMAGE = (
     MemoryError,
     PermissionError,
 )
-_COUNTS = re.compile(r"_\d+(?=[/_]|$)")
+_NUMBERS = re.compile(r"_\d+(?=[/_]|$)")
 _MAX_DIFFERENCES = 20
-# Bytes of a variable's entries in the index, the object graph and the metadata.
+# Bytes of a variable's entries in the index, the object graph and metadata.
 _ENTRY_BYTES = 256
 
 
 class Checkpoints:
-    """The checkpoints in a directory.
+    """Saves, lists, restores and removes the checkpoints in a directory.
 
-    Each is a directory such as `step-00001000`, which holds the variables in
-    the format of `tf.train.Checkpoint(model=..., optimizer=...)` and
+    A checkpoint is a directory such as `step-00001000` with the variables, in
+    the format of `tf.train.Checkpoint(model=..., optimizer=...)`, and
     `metadata.json`: the step, the configuration, and the names, dtypes and
     shapes of all variables. It is written under a temporary name and renamed,
-    so that it is complete or absent; sizes and checksums reveal later damage.
-    On an object store such as `gs://`, where a directory cannot be renamed
-    atomically, a checkpoint counts only when all its files are there.
+    so it is complete or absent; sizes and checksums reveal later damage. On an
+    object store such as `gs://`, where directories cannot be renamed
+    atomically, a checkpoint is ignored until all its files are there.
 
-    A checkpoint holds all state of training: weights, masks, the optimizer's
-    slots and the step, which also is the position in the input.
+    A checkpoint holds the whole state of training: weights, masks, optimizer
+    slots and the step, from which the position in the input follows.
 
-    `tf.train.CheckpointManager` is not used: it writes the files of a
+    `tf.train.CheckpointManager` is not used. It writes the files of a
     checkpoint one by one and lists them in another file, does not flush them to
-    the disk, stores and verifies no configuration, restores the newest
-    checkpoint only, also where it is damaged, and keeps old ones by hours
-    rather than by steps.
+    the disk, does not verify a configuration, restores only the newest
+    checkpoint even if it is damaged, and keeps old ones by hours rather than by
+    steps.
 
     Args:
         directory: The directory; created when a checkpoint is saved.
-        configuration: Everything that determines what is computed, as JSON
-            values by name. Restoring a checkpoint of another configuration
-            raises `CheckpointError`.
-        keep: Number of newest checkpoints that are kept.
-        keep_every: Checkpoints whose step is a multiple of it are never removed
-            by `save`; None for none.
-        keep_steps: Steps whose checkpoints are never removed by `save`.
+        configuration: Everything that determines the result, as JSON values by
+            name. Restoring a checkpoint of another configuration raises
+            `CheckpointError`.
+        keep: Number of newest checkpoints that `save` keeps.
+        keep_every: `save` also keeps checkpoints whose step is a multiple of
+            this number; None to keep no others.
+        keep_steps: Steps whose checkpoints `save` also keeps.
 
     Raises:
         UsageError: If `keep` or `keep_every` is below 1.
+
+    Example:
+    >>> import keras, sos.training
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8)])
+    >>> optimizer = keras.optimizers.SGD()
+    >>> optimizer.build(model.trainable_variables)
+    >>> checkpoints = sos.training.Checkpoints(
+    ...     "checkpoints", configuration={"units": 8}
+    ... )
+    >>> checkpoints.save(0, model, optimizer, metadata={"seconds": 1.5})
+    >>> checkpoints.steps()
+    [0]
+    >>> checkpoints.restore(model, optimizer)
+    {'step': 0, 'seconds': 1.5}
     """
 
     def __init__(
@@ -92,7 +106,7 @@ class Checkpoints:
                     f"`{name}` must be at least 1. Received: {name}={value}"
                 )
         self.directory = os.fspath(directory)
-        # As a file returns it: tuples become lists.
+        # As read from a file: tuples become lists.
         self._configuration = json.loads(json.dumps(dict(configuration)))
         self._keep = keep
         self._keep_every = keep_every
@@ -124,7 +138,7 @@ class Checkpoints:
 
         Returns:
             Number of bytes: the values of all variables, and about 250 bytes
-            for each variable's entries in the index and the metadata.
+            per variable for its entries in the index and the metadata.
         """
         variables = [*model.variables, *optimizer.variables]
         return sum(
@@ -142,23 +156,23 @@ class Checkpoints:
         metadata: Mapping[str, Any] | None = None,
         chief: bool = True,
     ) -> None:
-        """Saves a checkpoint and removes those that are no longer kept.
+        """Saves a checkpoint and removes old ones.
 
-        All workers must call it, as reading some variables takes all of them;
-        only the chief's checkpoint is kept.
+        All workers must call this method, because reading some variables
+        involves all of them. Only the chief's checkpoint stays.
 
         Args:
             step: Number of completed optimizer steps.
             model: The model.
             optimizer: Its optimizer.
-            metadata: Further JSON values by name, which `restore` returns.
+            metadata: Further JSON values by name, returned by `restore`.
             chief: Whether this process is the chief.
 
         Raises:
-            CheckpointError: If it cannot be written. Nothing is left of it,
-                and the other checkpoints are unchanged.
+            CheckpointError: If the checkpoint cannot be written. It leaves no
+                files, and the other checkpoints are unchanged.
         """
-        # Workers may share the directory, so each has a name of its own.
+        # Workers may share the directory: each needs its own name.
         temporary = os.path.join(
             self.directory, f"{_TEMPORARY}{step:08d}-{uuid.uuid4().hex}"
         )
@@ -177,7 +191,7 @@ class Checkpoints:
                     tf.io.gfile.rename(temporary, self.path(step))
                 sync_directory(self.directory)
         except (tf.errors.OpError, OSError) as error:
-            # Reading variables takes all workers, and one may be lost.
+            # Reading variables involves all workers, and one may be lost.
             if several_workers() and is_lost_worker(error):
                 raise
             steps = self.steps()
@@ -185,9 +199,9 @@ class Checkpoints:
                 f"The checkpoint of step {step} could not be written to "
                 f"{self.directory}: {reason(error)}. "
                 + (
-                    f"The newest one is of step {steps[-1]}. "
+                    f"The newest checkpoint is of step {steps[-1]}. "
                     if steps
-                    else "There is no other one. "
+                    else "There is no other checkpoint. "
                 )
                 + "Free disk space or choose another directory, and run the "
                 "same command again."
@@ -223,19 +237,19 @@ class Checkpoints:
     def restore(
         self, model: keras.Model, optimizer: keras.optimizers.Optimizer
     ) -> dict[str, Any] | None:
-        """Restores the newest checkpoint that is not damaged.
+        """Restores the newest undamaged checkpoint.
 
         Args:
             model: The model to restore into.
             optimizer: Its optimizer, built.
 
         Returns:
-            Its "step" and the metadata it was saved with; None if there is no
-            checkpoint.
+            The "step" and the metadata that was passed to `save`; None if there
+            is no checkpoint.
 
         Raises:
-            CheckpointError: If the checkpoint is of another configuration, or
-                all checkpoints are damaged.
+            CheckpointError: If the checkpoint is of another configuration,
+                cannot be read at the moment, or all checkpoints are damaged.
         """
         steps = self.steps()
         for step in reversed(steps):
@@ -268,10 +282,10 @@ class Checkpoints:
             optimizer: Its optimizer, built.
 
         Returns:
-            The "step" and the metadata it was saved with.
+            The "step" and the metadata that was passed to `save`.
 
         Raises:
-            DamagedCheckpointError: If it is damaged.
+            DamagedCheckpointError: If the checkpoint is damaged.
             CheckpointError: If it is of another configuration, or cannot be
                 read at the moment.
         """
@@ -291,12 +305,12 @@ class Checkpoints:
 
         Args:
             step: One of `steps()`.
-            model: The model that it could be restored into.
+            model: The model to compare with.
             optimizer: Its optimizer, built.
 
         Raises:
             DamagedCheckpointError: If the metadata is damaged, or a file is
-                absent or of another size.
+                missing or has another size.
             CheckpointError: If it is of another configuration, or cannot be
                 read at the moment.
         """
@@ -305,13 +319,13 @@ class Checkpoints:
         self._verify(step, metadata, variable_specs(model, optimizer))
 
     def remove(self, step: int) -> None:
-        """Removes the checkpoint of a step, whether or not `save` keeps it.
+        """Removes the checkpoint of a step, even if `save` would keep it.
 
-        It is renamed first: a process that is killed meanwhile leaves no
+        Renames it first, so that a process that is killed meanwhile leaves no
         incomplete checkpoint.
 
         Args:
-            step: The step; nothing is done if it has no checkpoint.
+            step: The step. Nothing is done if it has no checkpoint.
 
         Raises:
             CheckpointError: If the checkpoint cannot be removed.
@@ -327,10 +341,10 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _readable(self, step: int) -> Iterator[None]:
-        """Raises `CheckpointError` for errors that may pass."""
+        """Converts errors that may not recur to `CheckpointError`."""
         try:
             yield
-        except _NOT_DAMAGE as error:
+        except _TRANSIENT_ERRORS as error:
             raise CheckpointError(
                 f"The checkpoint {self.path(step)} cannot be read now: "
                 f"{reason(error)}. Run the same command again."
@@ -346,9 +360,9 @@ class Checkpoints:
         try:
             status = checkpoint.read(os.path.join(self.path(step), _VARIABLES))
             status.assert_existing_objects_matched().assert_consumed()
-        except _NOT_DAMAGE:
+        except _TRANSIENT_ERRORS:
             raise
-        # What TensorFlow raises depends on where the damage is, for example an
+        # TensorFlow's error depends on where the damage is. It can be an
         # IndexError.
         except Exception as error:
             raise DamagedCheckpointError(reason(error)) from error
@@ -377,7 +391,7 @@ class Checkpoints:
                 key: dict(metadata[key])
                 for key in ("metadata", "configuration", "variables")
             }
-        except _NOT_DAMAGE:
+        except _TRANSIENT_ERRORS:
             raise
         except (tf.errors.OpError, OSError) as error:
             raise DamagedCheckpointError(reason(error)) from error
@@ -392,7 +406,7 @@ class Checkpoints:
         metadata: Mapping[str, Any],
         variables: Mapping[str, Any],
     ) -> None:
-        """Raises `CheckpointError` for a checkpoint of something else."""
+        """Raises `CheckpointError` if the configuration or variables differ."""
         lines = [
             *diff(metadata["configuration"], self._configuration),
             *diff(metadata["variables"], variables),
@@ -403,13 +417,13 @@ class Checkpoints:
         more = len(lines) - _MAX_DIFFERENCES
         raise CheckpointError(
             f"The checkpoint {self.path(step)} is of another configuration. "
-            "Use the configuration it was saved with, or another work "
+            "Use the configuration that it was saved with, or another work "
             f"directory. Differences:{shown}"
             + (f"\n  and {more} more" if more > 0 else "")
         )
 
     def _remove_old(self, newest: int) -> None:
-        # Later ones are damaged: training restarted before them.
+        # Newer ones are damaged: training restarted from an earlier one.
         steps = [step for step in self.steps() if step <= newest]
         for step in steps[: -self._keep]:
             if not self._is_kept(step):
@@ -423,9 +437,9 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _set_aside(self, step: int) -> Iterator[None]:
-        """Renames a checkpoint, if there is one, and removes it on success.
+        """Renames a checkpoint, if it exists, and removes it on success.
 
-        A checkpoint that is half removed would count as a damaged one.
+        Without the renaming, an interrupted removal would leave a damaged one.
         """
         path = self.path(step)
         if not tf.io.gfile.isdir(path):
@@ -443,7 +457,7 @@ class Checkpoints:
 
 
 def remove_unfinished(directory: str | os.PathLike) -> None:
-    """Removes the unfinished checkpoints that killed processes left.
+    """Removes unfinished checkpoints of killed processes.
 
     Args:
         directory: The directory of the checkpoints. No other process may be
@@ -469,10 +483,10 @@ def remove_unfinished(directory: str | os.PathLike) -> None:
 
 
 def canonical_path(path: str) -> str:
-    """Returns the path of a variable without the numbers in its names.
+    """Returns the path of a variable without Keras's numbers.
 
-    Keras numbers unnamed layers, optimizers and seed generators over the whole
-    process, so that a second model of the same kind has other paths.
+    Keras numbers unnamed layers, optimizers and seed generators across the
+    process, so a second model of the same kind has other paths.
 
     Args:
         path: The path, for example "sequential_1/dense_12/kernel".
@@ -480,7 +494,7 @@ def canonical_path(path: str) -> str:
     Returns:
         The path without numbers, for example "sequential/dense/kernel".
     """
-    return _COUNTS.sub("", path)
+    return _NUMBERS.sub("", path)
 
 
 def variable_specs(
@@ -493,8 +507,8 @@ def variable_specs(
         optimizer: Its optimizer, built.
 
     Returns:
-        Texts such as "float32 3x2" by a path that is the same in every process;
-        "(2)" and so on are appended to the path of a second variable.
+        Strings such as "float32 3x2" by canonical path. Paths of further
+        variables with the same canonical path end in "(2)" and so on.
     """
     specs: dict[str, str] = {}
     prefix = f"{optimizer.name}/"
@@ -518,12 +532,12 @@ def diff(
     """Yields the differences between two configurations or variable specs.
 
     Args:
-        saved: The stored one.
-        now: The one of this process.
-        prefix: Prepended to all names.
+        saved: The saved values.
+        now: The values of this process.
+        prefix: Prefix of all names.
 
     Yields:
-        One line for each difference, for example `rate: 0.1 saved, 0.2 now`.
+        One line per difference, for example `rate: 0.1 saved, 0.2 now`.
     """
     for name in sorted({*saved, *now}):
         if name not in now:
@@ -539,8 +553,8 @@ def diff(
 def _checkpoint(
     model: keras.Model, optimizer: keras.optimizers.Optimizer
 ) -> tf.train.Checkpoint:
-    # TensorFlow does not find the states of random generators, such as those of
-    # dropout layers, in a model.
+    # TensorFlow does not track the states of random generators in a model, such
+    # as those of dropout layers.
     weights = {id(weight) for weight in model.weights}
     return tf.train.Checkpoint(
         model=model,
@@ -551,7 +565,7 @@ def _checkpoint(
 
 @contextlib.contextmanager
 def _removing(folder: str) -> Iterator[None]:
-    """Removes a folder, if it exists, at the end of the scope."""
+    """Removes a folder when the scope ends, if it exists."""
     try:
         yield
     finally:

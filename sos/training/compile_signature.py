@@ -1,8 +1,8 @@
-"""Signatures of training steps: equal ones are traced to the same function.
+"""Compile signatures: models with equal ones are traced to the same function.
 
-A signature covers all of a model and its optimizer that becomes a constant of
-a traced step. Anything unknown, such as the arguments of a layer without a
-configuration, differs from everything.
+A signature holds everything about a model and its optimizer that becomes a
+constant of a traced step. Anything unknown, such as the arguments of a layer
+without a config, compares as different from everything.
 """
 
 import inspect
@@ -25,7 +25,7 @@ from sos.wrappers.sparse_layer import (
 
 
 class _Unknown:
-    """A value that differs from all others, unknown ones included."""
+    """A value that is equal to no other, not even to another `_Unknown`."""
 
     def __repr__(self) -> str:
         return "unknown"
@@ -34,14 +34,15 @@ class _Unknown:
 def compile_signature(
     model: keras.Model, optimizer: keras.optimizers.Optimizer
 ) -> dict[str, Any]:
-    """Returns all constants of a traced step, by name.
+    """Returns everything that becomes a constant of a traced step.
 
     Args:
         model: A built model.
         optimizer: Its optimizer, built.
 
     Returns:
-        Nested values, to be compared with `sos.training.checkpoints.diff`.
+        Nested values by name. Compare them with
+        `sos.training.checkpoints.diff`.
     """
     return {
         "variables": variable_specs(model, optimizer),
@@ -64,15 +65,15 @@ def _optimizer_properties(
     try:
         config = traced_config(optimizer)
     except NotImplementedError:
-        # A user's learning-rate schedule may have no configuration.
+        # A user's learning-rate schedule may have no config.
         config = None
     if config is None or not _is_complete(config, optimizer):
         return {**properties, "config": _Unknown()}
     ignored = set()
     if isinstance(config.get("learning_rate"), float):
-        # It is a variable then, and not a schedule.
+        # A variable, not a schedule.
         ignored.add("learning_rate")
-    return {**properties, **_plain(config, ignored)}
+    return {**properties, **_traced_values(config, ignored)}
 
 
 def _layer_properties(layer: keras.layers.Layer) -> dict[str, Any]:
@@ -80,16 +81,16 @@ def _layer_properties(layer: keras.layers.Layer) -> dict[str, Any]:
     try:
         config = layer.get_config()
     except Exception:
-        # A user's layer may have no configuration.
+        # A user's layer may have no config.
         config = None
     if config is None or not _is_complete(config, layer):
         return {**properties, "config": _Unknown()}
     ignored = set()
     if isinstance(layer, keras.layers.Wrapper | SparseWrapper):
-        # Wrapped layers are compared by themselves.
+        # The wrapped layer is compared as a layer.
         ignored.add("layer")
     if isinstance(layer, SparseLayer):
-        # So are techniques.
+        # Techniques are compared as layers, too.
         ignored.add("sparse")
     if isinstance(layer, SparseWrapper):
         # Schedules are not traced, and some hyperparameters are variables.
@@ -98,12 +99,12 @@ def _layer_properties(layer: keras.layers.Layer) -> dict[str, Any]:
             "ranking",
             *layer.hyperparameter_variables.values(),
         }
-    if not _is_users(plain_class(layer)):
-        # A seed in a variable. A user's layer may have traced it.
+    if not _is_user_class(plain_class(layer)):
+        # Keras holds the seed in a variable. A user's layer may trace it.
         ignored.add("seed")
     if _is_graph(layer, config):
-        config = {**config, **_graph(layer, config)}
-    return {**properties, **_plain(config, ignored)}
+        config = {**config, **_graph_config(layer, config)}
+    return {**properties, **_traced_values(config, ignored)}
 
 
 def _is_only_a_graph(cls: type) -> bool:
@@ -113,18 +114,19 @@ def _is_only_a_graph(cls: type) -> bool:
     )
 
 
-def _is_users(cls: type) -> bool:
+def _is_user_class(cls: type) -> bool:
     return cls.__module__.split(".")[0] not in ("keras", "sos")
 
 
 def _is_complete(config: Mapping[str, Any], instance: Any) -> bool:
-    """Returns whether a configuration has all arguments of the constructor.
+    """Returns whether a config has all arguments of the constructor.
 
-    It lacks some where a user's class inherits `get_config` from one of
-    Keras's.
+    It lacks some if a user's class inherits `get_config` from a Keras class.
     """
     arguments = set()
-    for cls in itertools.takewhile(_is_users, plain_class(instance).__mro__):
+    for cls in itertools.takewhile(
+        _is_user_class, plain_class(instance).__mro__
+    ):
         if "__init__" in vars(cls):
             arguments |= {
                 parameter.name
@@ -133,13 +135,13 @@ def _is_complete(config: Mapping[str, Any], instance: Any) -> bool:
                 not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
             }
     if _is_graph(instance, config):
-        # These arguments follow from its layers.
+        # They follow from the layers.
         arguments -= {"inputs", "outputs"}
     return arguments <= set(config)
 
 
 def _is_graph(instance: Any, config: Mapping[str, Any]) -> bool:
-    """Returns whether a configuration lists the operations of a model."""
+    """Returns whether a config lists the operations of a model."""
     operations = config.get("layers")
     return (
         _is_only_a_graph(plain_class(instance))
@@ -151,11 +153,13 @@ def _is_graph(instance: Any, config: Mapping[str, Any]) -> bool:
     )
 
 
-def _graph(model: keras.Model, config: Mapping[str, Any]) -> dict[str, Any]:
+def _graph_config(
+    model: keras.Model, config: Mapping[str, Any]
+) -> dict[str, Any]:
     """Returns how a model connects its operations, without their names.
 
-    It has the configurations of operations that are no layers, such as a
-    product with a number. Those of layers are compared layer by layer.
+    Includes the configs of operations that are not layers, such as a product
+    with a number. Configs of layers are compared layer by layer.
     """
     layers = {layer.name for layer in model.layers}
     operations = config["layers"]
@@ -173,32 +177,36 @@ def _graph(model: keras.Model, config: Mapping[str, Any]) -> dict[str, Any]:
                     if operation["config"].get("name") in layers
                     else operation["config"]
                 ),
-                "nodes": _renamed(operation.get("inbound_nodes"), indices),
+                "nodes": _replace_names(
+                    operation.get("inbound_nodes"), indices
+                ),
             }
             for operation in operations
         ],
-        "input_layers": _renamed(config.get("input_layers"), indices),
-        "output_layers": _renamed(config.get("output_layers"), indices),
+        "input_layers": _replace_names(config.get("input_layers"), indices),
+        "output_layers": _replace_names(config.get("output_layers"), indices),
     }
 
 
-def _renamed(config: Any, names: Mapping[str, Any]) -> Any:
-    """Replaces names in a nested configuration."""
+def _replace_names(config: Any, names: Mapping[str, Any]) -> Any:
+    """Replaces names in a nested config."""
     if isinstance(config, (list, tuple)):
-        return [_renamed(value, names) for value in config]
+        return [_replace_names(value, names) for value in config]
     if isinstance(config, dict):
-        return {key: _renamed(value, names) for key, value in config.items()}
+        return {
+            key: _replace_names(value, names) for key, value in config.items()
+        }
     return names.get(config, config) if isinstance(config, str) else config
 
 
-def _plain(config: Any, ignored: set[str]) -> Any:
-    """Removes from a nested configuration all that is not traced.
+def _traced_values(config: Any, ignored: set[str]) -> Any:
+    """Removes from a nested config what is not traced.
 
     These are initializers, the ignored entries, and the numbers in names, which
-    Keras counts through all of a process.
+    Keras counts across the process.
     """
     if isinstance(config, (list, tuple)):
-        return [_plain(value, ignored) for value in config]
+        return [_traced_values(value, ignored) for value in config]
     if isinstance(config, np.ndarray):
         return config.tolist()
     if not isinstance(config, dict):
@@ -207,7 +215,7 @@ def _plain(config: Any, ignored: set[str]) -> Any:
         key: (
             canonical_path(value)
             if key == "name" and isinstance(value, str)
-            else _plain(value, ignored)
+            else _traced_values(value, ignored)
         )
         for key, value in config.items()
         if key not in ignored and not str(key).endswith("initializer")

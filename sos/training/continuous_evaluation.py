@@ -1,4 +1,4 @@
-"""Evaluates the checkpoints that another process saves."""
+"""Continuous evaluation of the checkpoints that another process saves."""
 
 import contextlib
 import time
@@ -15,16 +15,16 @@ from sos.training.trainer import Trainer
 
 
 class ContinuousEvaluation:
-    """Evaluates every checkpoint of a directory once, as they appear.
+    """Evaluates every checkpoint in a directory once, as it appears.
 
     Args:
-        trainer: Evaluates; its state is replaced by that of each checkpoint.
-        checkpoints: The checkpoints of the training.
+        trainer: Evaluates the checkpoints. Its state is replaced by each.
+        checkpoints: The checkpoints.
         last_step: Step of the last checkpoint.
-        timeout: Seconds without a new checkpoint after which to give up; None
-            to wait forever.
-        poll_seconds: Seconds between two looks at the directory.
-        clock: Returns the time in seconds, from any origin.
+        timeout: Seconds to wait for a new checkpoint before raising an error;
+            None to wait forever.
+        poll_seconds: Seconds between two listings of the directory.
+        timer: Returns the time in seconds since any origin.
     """
 
     def __init__(
@@ -35,16 +35,16 @@ class ContinuousEvaluation:
         last_step: int,
         timeout: float | None = None,
         poll_seconds: float = 5.0,
-        clock: Callable[[], float] = time.monotonic,
+        timer: Callable[[], float] = time.monotonic,
     ) -> None:
         self._trainer = trainer
         self._checkpoints = checkpoints
         self._last_step = last_step
         self._timeout = timeout
         self._poll_seconds = poll_seconds
-        self._clock = clock
-        # Steps that a warning was logged for.
-        self._passed_over: set[int] = set()
+        self._timer = timer
+        # Steps for which a warning was logged.
+        self._warned_steps: set[int] = set()
 
     def run(
         self,
@@ -54,34 +54,34 @@ class ContinuousEvaluation:
         on_wait: Callable[[str], Any] = lambda message: None,
         stop: StopRequest | None = None,
     ) -> None:
-        """Evaluates until the checkpoint of the last step is evaluated.
+        """Evaluates checkpoints until that of the last step is evaluated.
 
         Args:
             evaluated: Steps that were evaluated before.
             on_summary: Called with the summary of each evaluation.
-            on_wait: Called with a message the first time that there is nothing
-                to evaluate.
-            stop: Asks to stop before the end; its `wait` passes the time
-                between two looks at the directory.
+            on_wait: Called with a message the first time there is nothing to
+                evaluate.
+            stop: Requests a stop before the end; its `wait` sleeps between two
+                listings of the directory.
 
         Raises:
             CheckpointError: If the checkpoints are of another configuration, or
                 no new one appeared within `timeout`.
-            Stopped: If `stop` asked to stop.
+            Stopped: If `stop` requested it.
         """
         stop = stop or StopRequest()
-        done = set(evaluated)
+        steps = set(evaluated)
         self._check_newest()
-        waiting_since, announced = self._clock(), False
+        waiting_since, announced = self._timer(), False
         while True:
             for step in self._checkpoints.steps():
-                if step in done or not self._evaluate(step, on_summary, stop):
+                if step in steps or not self._evaluate(step, on_summary, stop):
                     continue
-                waiting_since = self._clock()
-                done.add(step)
-                if stop.requested and self._last_step not in done:
+                waiting_since = self._timer()
+                steps.add(step)
+                if stop.requested and self._last_step not in steps:
                     raise Stopped(stop.requested, step, "evaluated")
-            if self._last_step in done:
+            if self._last_step in steps:
                 return
             if not announced:
                 on_wait(
@@ -92,26 +92,26 @@ class ContinuousEvaluation:
             if stop.wait(self._seconds_to_wait(waiting_since)):
                 raise Stopped(
                     stop.requested,
-                    max(done, default=0),
+                    max(steps, default=0),
                     "while waiting for the next checkpoint",
                 )
 
     def _seconds_to_wait(self, since: float) -> float:
         if self._timeout is None:
             return self._poll_seconds
-        left = since + self._timeout - self._clock()
-        if left <= 0:
+        remaining = since + self._timeout - self._timer()
+        if remaining <= 0:
             raise CheckpointError(
                 f"No new checkpoint appeared in {self._checkpoints.directory} "
-                f"for {self._timeout:g} seconds, and the last step, "
+                f"within {self._timeout:g} seconds, and the last step, "
                 f"{self._last_step}, has none. Check that training is running."
             )
-        return min(self._poll_seconds, left)
+        return min(self._poll_seconds, remaining)
 
     def _check_newest(self) -> None:
-        """Raises for another configuration, even if all were evaluated."""
+        """Raises `CheckpointError` if the configuration differs."""
         for step in self._checkpoints.steps()[-1:]:
-            # Damaged checkpoints are passed over later.
+            # `run` skips damaged checkpoints.
             with contextlib.suppress(DamagedCheckpointError):
                 self._checkpoints.check(
                     step, self._trainer.model, self._trainer.optimizer
@@ -120,13 +120,13 @@ class ContinuousEvaluation:
     def _evaluate(
         self, step: int, on_summary: Callable[[Summary], Any], stop: StopRequest
     ) -> bool:
-        """Evaluates a checkpoint; returns False if it cannot be read (yet)."""
+        """Evaluates a checkpoint; returns False if it cannot be read yet."""
         try:
             self._trainer.restore_step(self._checkpoints, step)
         except DamagedCheckpointError as error:
             # On an object store it may still be incomplete.
-            if step not in self._passed_over:
-                self._passed_over.add(step)
+            if step not in self._warned_steps:
+                self._warned_steps.add(step)
                 logging.warning(
                     "The checkpoint of step %d is damaged, not complete yet, "
                     "or was removed before it could be evaluated: %s",

@@ -1,7 +1,7 @@
-"""Flags of training programs, by the names that Estimator users know.
+"""absl flags of training programs, named as in Estimator.
 
-They say how a program runs. What it computes is determined by the task; only
-`--deterministic` and `--jit_compile` may change how results are rounded.
+They choose how a program runs. The task determines the result, except that
+`--deterministic` and `--jit_compile` may change its rounding.
 
 ```
 def main(argv):
@@ -27,8 +27,8 @@ from sos.training.trainer import Trainer
 WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "Directory for checkpoints, logs and exports. Training continues from the "
-    "newest checkpoint there.",
+    "Directory of checkpoints, logs and exports. Training resumes from the "
+    "newest checkpoint in it.",
     required=True,
 )
 MODE = flags.DEFINE_enum(
@@ -42,28 +42,31 @@ STRATEGY = flags.DEFINE_enum(
     "strategy",
     None,
     strategies.STRATEGIES,
-    "Devices to train on. Default: all that the machine has.",
+    "Distribution strategy. Default: the TPU with --tpu or on a TPU machine, "
+    "multi_worker if TF_CONFIG lists several workers, else all GPUs, else the "
+    "CPU.",
 )
 TPU = flags.DEFINE_string(
-    "tpu", None, "Name or address of the TPU; local for this machine's TPU."
+    "tpu", None, "Name or address of the TPU, or local for this machine's TPU."
 )
 STEPS_PER_LOOP = flags.DEFINE_integer(
     "steps_per_loop",
     100,
-    "Maximum number of steps that the devices run between two actions of the "
-    "host.",
+    "Maximum number of steps in one compiled loop. Summaries, checkpoints and "
+    "evaluations run between loops.",
     lower_bound=1,
 )
 MAX_SECONDS_PER_LOOP = flags.DEFINE_float(
     "max_seconds_per_loop",
     10.0,
-    "Approximate maximum duration of a loop in seconds: signals are handled "
-    "between loops.",
+    "Approximate maximum duration of a compiled loop in seconds. Signals are "
+    "handled between loops.",
 )
 JIT_COMPILE = flags.DEFINE_bool(
     "jit_compile",
     None,
-    "Compile the training step with XLA. Default: on a GPU, but not on a CPU.",
+    "Compile the training and evaluation steps with XLA. Default: only on a "
+    "GPU.",
 )
 SAVE_CHECKPOINTS_STEPS = flags.DEFINE_integer(
     "save_checkpoints_steps",
@@ -80,36 +83,35 @@ KEEP_CHECKPOINT_MAX = flags.DEFINE_integer(
 KEEP_CHECKPOINT_EVERY = flags.DEFINE_integer(
     "keep_checkpoint_every_n_steps",
     None,
-    "Keep checkpoints whose step is a multiple of it, too.",
+    "Also keep checkpoints whose step is a multiple of this number.",
     lower_bound=1,
 )
 STEPS_PER_EVAL = flags.DEFINE_integer(
     "steps_per_eval",
     None,
-    "Steps between two evaluations in train_and_eval. Default: evaluate only "
-    "after the last step.",
+    "Steps between two evaluations in train_and_eval. The last step is always "
+    "evaluated. Default: evaluate only that.",
     lower_bound=1,
 )
 EVAL_TIMEOUT = flags.DEFINE_float(
     "eval_timeout",
     None,
-    "Seconds without a new checkpoint after which eval gives up. Default: "
-    "never.",
+    "Seconds that eval waits for a new checkpoint. Default: forever.",
 )
 PROFILE_STEPS = flags.DEFINE_list(
     "profile_steps",
     None,
-    "FIRST,LAST: steps of a profile for TensorBoard.",
+    "FIRST,LAST: first and last step of a profile for TensorBoard.",
 )
 DETERMINISTIC = flags.DEFINE_bool(
     "deterministic",
     False,
-    "Compute the same bits in every run, at some cost in speed.",
+    "Make results bit-exact across runs, at some cost in speed.",
 )
 
 
 @flags.validator(PROFILE_STEPS.name)
-def _two_steps(value: list[str] | None) -> bool:
+def _check_steps(value: list[str] | None) -> bool:
     if value is None:
         return True
     if len(value) == 2 and all(part.strip().isdigit() for part in value):
@@ -120,8 +122,7 @@ def _two_steps(value: list[str] | None) -> bool:
 def option_values() -> dict[str, Any]:
     """Returns the fields of `Options` that have a flag, except `workdir`.
 
-    Pass them to `sos.experiments.run`, which chooses a directory in the work
-    directory.
+    Pass them to `sos.experiments.run`, which chooses the directory of a run.
     """
     profile = PROFILE_STEPS.value
     return {
@@ -136,12 +137,12 @@ def option_values() -> dict[str, Any]:
 
 
 def options(train_steps: int, **overrides: Any) -> Options:
-    """Returns the options that the flags select.
+    """Returns the `Options` that the flags select.
 
     Args:
         train_steps: Number of optimizer steps of the whole training.
-        **overrides: Fields of `Options` that replace the flags, for example
-            `keep_checkpoint_steps`, which has no flag.
+        **overrides: Fields of `Options` that override the flags, or have no
+            flag, such as `keep_checkpoint_steps`.
 
     Returns:
         The options.
@@ -154,7 +155,7 @@ def options(train_steps: int, **overrides: Any) -> Options:
 
 
 def make_strategy() -> tf.distribute.Strategy:
-    """Returns the strategy that the flags select, and configures TensorFlow.
+    """Configures TensorFlow and returns the strategy that the flags select.
 
     Call it once, before anything else uses TensorFlow's devices.
 
@@ -179,9 +180,9 @@ def make_trainer(
 
     Args:
         make_task: Returns the task; called in the strategy's scope.
-        strategy: From `make_strategy`, if it is made already.
-        gradient_accumulation_steps: Number of parts of each replica's batch
-            that are computed one after the other to save memory.
+        strategy: The strategy. Default: that of `make_strategy`.
+        gradient_accumulation_steps: Number of parts into which each replica's
+            batch is split to save memory.
 
     Returns:
         The trainer.

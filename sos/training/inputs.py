@@ -1,9 +1,9 @@
 """Input pipelines that are functions of the seed, the epoch and the step.
 
-A restart needs nothing except the number of completed steps: the batches after
-it do not depend on where training began. `array_batches` and
-`array_eval_batches` read arrays in memory; `record_batches` and
-`record_eval_batches` read files of records, of which each host reads its own.
+To resume, they need only the number of completed steps: the following batches
+do not depend on where training began. `array_batches` and `array_eval_batches`
+read arrays in memory. `record_batches` and `record_eval_batches` read files of
+records; each host reads its own files.
 """
 
 import concurrent.futures
@@ -23,16 +23,16 @@ from absl import logging
 
 from sos.errors import StorageError, UsageError, reason
 
-#: Opens a file: maps its path, a string scalar, to a data set of its records.
+#: Maps the path of a file, a string scalar, to a data set of its records.
 Read = Callable[[tf.Tensor], tf.data.Dataset]
 
 _FOREVER = 2**62
 
-# Hosts that leave out a larger fraction of an epoch's records log a warning.
+# Hosts that omit a larger fraction of an epoch's records log a warning.
 _TOLERATED_FRACTION = 0.05
 
 # Marks the errors that `usage_error` recognizes.
-_WRONG_COUNT = "The number of records in a file is not as given:"
+_WRONG_COUNT = "The number of records in a file differs from its shard:"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +40,13 @@ class Shard:
     """A file of records.
 
     Attributes:
-        path: Path of the file, of any file system that TensorFlow can read.
-        examples: The number of records in the file.
+        path: Path of the file, in any file system that TensorFlow can read.
+        examples: Number of records in the file.
+
+    Example:
+    >>> import sos.training
+    >>> sos.training.Shard("train-00000-of-01024", 1251).examples
+    1251
     """
 
     path: str
@@ -56,28 +61,37 @@ def list_shards(
 ) -> list[Shard]:
     """Lists files of records with the number of records in each.
 
-    Example:
+    TensorFlow Datasets knows the numbers:
+
     ```python
-    # With TensorFlow Datasets, which knows the number of records:
     split = tfds.builder("imagenet2012").info.splits["train"]
     shards = list_shards(split.filepaths, counts=split.shard_lengths)
-    # Without, by reading all files once:
-    shards = list_shards("/data/imagenet/train-*")
     ```
 
     Args:
         files: A glob pattern, whose matches are sorted, or paths.
-        counts: The number of records in each file. Without it, all files are
-            read to count their records.
+        counts: Number of records in each file. By default all files are read to
+            count their records.
         read: Opens a file to count its records.
 
     Returns:
-        One `Shard` per file. All hosts must list the same.
+        One `Shard` per file. The list must be the same on all hosts.
 
     Raises:
-        UsageError: If no file matches, or a path is missing or is given twice,
-            or the number of counts differs from the number of files.
+        UsageError: If no file matches, a file is missing or listed twice, or
+            the number of counts differs from the number of files.
         StorageError: If a file cannot be read.
+
+    Example:
+    >>> import sos.training
+    >>> import tensorflow as tf
+    >>> for index in range(2):
+    ...     with tf.io.TFRecordWriter(f"train-{index}") as writer:
+    ...         for record in (b"a", b"b", b"c"):
+    ...             writer.write(record)
+    >>> shards = sos.training.list_shards("train-*")
+    >>> [shard.examples for shard in shards]
+    [3, 3]
     """
     if isinstance(files, str | os.PathLike):
         pattern = os.fspath(files)
@@ -117,49 +131,70 @@ def record_batches(
     shuffle_buffer: int = 10_000,
     cycle_length: int = 16,
 ) -> tf.data.Dataset:
-    """Makes endless training batches of records, such as JPEG files.
+    """Returns infinite training batches of records, such as JPEG files.
 
-    Each host reads its own files only, chosen such that the hosts have about
-    the same number of records. If there are fewer files than hosts, every host
-    reads all files and takes every n-th record.
+    Each host reads its own files, chosen so that all hosts have about the same
+    number of records. If there are fewer files than hosts, every host reads all
+    files and takes every n-th record.
 
-    The order of the records is a function of the seed, the epoch and the host,
-    and of `shards`, `batch_size`, `shuffle_buffer` and `cycle_length`, which
-    must be the same after a restart. The seeds that `decode` gets are functions
+    The order of the records is a function of the seed, the epoch, the host,
+    `shards`, `batch_size`, `shuffle_buffer` and `cycle_length`, which must not
+    change when training resumes. The seeds that `decode` receives are functions
     of the seed, the epoch and the record. Another number of hosts therefore
-    gives another order, and the same augmentation. Every epoch has the same
-    number of steps on all hosts. Records that do not fill a batch at its end
-    are left out, different ones in each epoch.
+    changes the order, but not the augmentation. Every epoch has the same number
+    of steps on all hosts. It omits the records that do not fill its last batch;
+    these differ between epochs.
 
-    After a restart, the records of the running epoch that were seen before are
-    read and skipped, but not decoded. Earlier epochs are not read.
+    When training resumes, the records of the current epoch that were used
+    before are read and skipped, but not decoded. Earlier epochs are not read.
 
     Args:
         shards: The files, the same on all hosts.
         decode: Called as `decode(record, seed)`, where `record` is an element
-            of `read` and `seed` an int32 tensor of shape [2], to be used with
-            the functions `tf.random.stateless_*` and `tf.image.stateless_*`.
-            Returns tensors of static shape.
+            of `read` and `seed` is int32 of shape [2], for the functions
+            `tf.random.stateless_*` and `tf.image.stateless_*`. Returns tensors
+            of static shape.
         seed: Seed of order and augmentation.
-        batch_size: The number of records in a step, over all replicas.
-        step: The number of completed steps.
+        batch_size: Number of records in a step, over all replicas.
+        step: Number of completed steps.
         context: Describes the host's share of the data.
         read: Opens a file. The records must be dense tensors or structures of
             them; their shapes may differ.
-        shuffle_buffer: The number of records, not decoded, that a host keeps in
-            memory to draw the next one from. It is filled when an epoch begins.
-        cycle_length: The number of files that a host reads in turns.
+        shuffle_buffer: Number of undecoded records that a host holds in memory
+            to draw the next one from. It is filled at the start of an epoch.
+        cycle_length: Number of files that a host interleaves.
 
     Returns:
-        Batches for one replica of the host after another. Iterating raises
-        `tf.errors.InvalidArgumentError`, which `usage_error` converts, if the
-        number of records in a file differs from that in its `Shard`: at the end
-        of the epoch if there are fewer, and when one too many is decoded.
+        Batches of batch_size / replicas records, for one replica of the host
+        after another. Iterating raises `tf.errors.InvalidArgumentError`, which
+        `usage_error` converts, if the number of records in a file differs from
+        that in its `Shard`: at the end of the epoch if there are fewer, and
+        when the first excess record is decoded.
 
     Raises:
         UsageError: If there are no shards, a file is missing, an epoch does not
             fill one batch on every host, or the replicas cannot share a batch
             evenly.
+
+    Example:
+    >>> import sos.training
+    >>> import tensorflow as tf
+    >>> with tf.io.TFRecordWriter("digits") as writer:
+    ...     for digit in range(10):
+    ...         writer.write(str(digit))
+    >>> def decode(record, seed):
+    ...     noise = tf.random.stateless_uniform((), seed)
+    ...     return tf.strings.to_number(record) + noise
+    >>> batches = sos.training.record_batches(
+    ...     [sos.training.Shard("digits", 10)],
+    ...     decode,
+    ...     seed=0,
+    ...     batch_size=4,
+    ...     step=0,
+    ...     context=tf.distribute.InputContext(),
+    ... )
+    >>> next(iter(batches)).shape
+    TensorShape([4])
     """
     replica_batch = _replica_batch(batch_size, context)
     _check_positive(shuffle_buffer=shuffle_buffer, cycle_length=cycle_length)
@@ -188,25 +223,25 @@ def record_batches(
     )
 
     def epoch_records(epoch: tf.Tensor) -> tf.data.Dataset:
-        # Otherwise `tf.random.set_seed` would change the order. This sets the
-        # seed of the function that is being traced, of nothing else.
+        # Otherwise the user's `tf.random.set_seed` would change the order. This
+        # affects only the function that is being traced.
         tf.random.set_seed(1)
         epoch_key = _fold(tf.constant(seed, tf.int64), epoch)
-        # Below 0, as the keys of files are folded from 0 on.
+        # Negative: the keys of files are folded from 0 on.
         order_key = _fold(epoch_key, -1 - host)
         order = tf.random.experimental.stateless_shuffle(
             tf.range(len(part.paths)), tf.stack([order_key, 0])
         )
-        # Where the epoch begins is random, too. Otherwise a shuffle buffer that
-        # is small beside the files would leave out the same records each time.
+        # The beginning is random, too. Otherwise a shuffle buffer that is small
+        # compared to the files would omit the same records in every epoch.
         begin = tf.random.stateless_uniform(
             (),
             tf.stack([order_key, 1]),
             maxval=part.examples - per_epoch + 1,
             dtype=tf.int64,
         )
-        seen = tf.where(epoch == first, completed * host_batch, 0)
-        seen = tf.cast(seen, tf.int64)
+        skip = tf.where(epoch == first, completed * host_batch, 0)
+        skip = tf.cast(skip, tf.int64)
         return (
             _read_part(part, read, order, epoch_key, cycle_length)
             .shuffle(
@@ -214,8 +249,8 @@ def record_batches(
                 seed=_fold(order_key, 2),
                 reshuffle_each_iteration=False,
             )
-            .skip(begin + seen)
-            .take(per_epoch - seen)
+            .skip(begin + skip)
+            .take(per_epoch - skip)
         )
 
     def decode_record(element: _Element) -> Any:
@@ -246,7 +281,7 @@ def record_eval_batches(
     read: Read = tf.data.TFRecordDataset,
     cycle_length: int = 16,
 ) -> tf.data.Dataset:
-    """Makes evaluation batches that hold every record once, over all hosts.
+    """Returns evaluation batches with every record once, over all hosts.
 
     Hosts share the files as in `record_batches`.
 
@@ -254,24 +289,40 @@ def record_eval_batches(
         shards: The files, the same on all hosts.
         decode: Called as `decode(record)`, where `record` is an element of
             `read`. Returns a dictionary of tensors of static shape.
-        batch_size: The number of records in a step, over all replicas.
+        batch_size: Number of records in a step, over all replicas.
         context: Describes the host's share of the data.
         read: Opens a file. The records must be dense tensors or structures of
             them; their shapes may differ.
-        cycle_length: The number of files that a host reads in turns.
+        cycle_length: Number of files that a host interleaves.
 
     Returns:
-        The same known number of batches on every host, for one replica of the
-        host after another: dictionaries of the tensors of `decode` and
-        "weight", float32, which is 1 for a record and 0 for padding. Padding
+        Batches of batch_size / replicas records, for one replica of the host
+        after another; their number is known and the same on every host. They
+        are dictionaries of the tensors of `decode` and "weight", float32 of
+        shape [batch], which is 1 for a record and 0 for padding. Padding
         repeats records. Iterating raises `tf.errors.InvalidArgumentError`,
         which `usage_error` converts, if the number of records in a file differs
         from that in its `Shard`.
 
     Raises:
-        UsageError: If there are no records, a file is missing, `decode` returns
-            no dictionary or a tensor named "weight", or the replicas cannot
-            share a batch evenly.
+        UsageError: If there are no records, a file is missing, `decode` does
+            not return a dictionary or returns a tensor named "weight", or the
+            replicas cannot share a batch evenly.
+
+    Example:
+    >>> import sos.training
+    >>> import tensorflow as tf
+    >>> with tf.io.TFRecordWriter("digits") as writer:
+    ...     for digit in range(3):
+    ...         writer.write(str(digit))
+    >>> batches = sos.training.record_eval_batches(
+    ...     [sos.training.Shard("digits", 3)],
+    ...     lambda record: {"x": tf.strings.to_number(record)},
+    ...     batch_size=4,
+    ...     context=tf.distribute.InputContext(),
+    ... )
+    >>> [batch["weight"].numpy().tolist() for batch in batches]
+    [[1.0, 1.0, 1.0, 0.0]]
     """
     replica_batch = _replica_batch(batch_size, context)
     _check_positive(cycle_length=cycle_length)
@@ -310,8 +361,8 @@ def record_eval_batches(
     if part.examples:
         padding = records
     else:
-        # A host without records, which there is only if all hosts read all
-        # files, takes those of others: zeros could give NaN.
+        # A host may lack records only if all hosts read all files. It takes
+        # those of others as padding, because zeros could give NaN.
         padding = read_part(_whole(shards))
     records = _read_ahead(records)
     dataset = with_weight(records, 1.0).concatenate(
@@ -335,8 +386,8 @@ def usage_error(error: tf.errors.OpError) -> UsageError | None:
         error: The error that TensorFlow raised, for example in a step.
 
     Returns:
-        A `UsageError` that names the file if the number of records in it
-        differs from that in its `Shard`, None for any other error.
+        A `UsageError` that names the file if its number of records differs from
+        that in its `Shard`; None for any other error.
     """
     match = re.search(
         rf"\[{_WRONG_COUNT}\] \[(.*?)\] \[(\d+)\] \[(\d+)\]", error.message
@@ -360,7 +411,8 @@ def input_errors() -> Iterator[None]:
         Nothing.
 
     Raises:
-        UsageError: If a shard has another number of records than stated.
+        UsageError: If the number of records in a file differs from that in its
+            `Shard`.
         StorageError: If a record is damaged.
     """
     try:
@@ -385,26 +437,39 @@ def array_batches(
     step: int,
     context: tf.distribute.InputContext,
 ) -> tf.data.Dataset:
-    """Makes endless training batches of arrays in memory.
+    """Returns infinite training batches of arrays in memory.
 
     The order is a function of the seed and the epoch. The batch of a step, over
     all replicas, does not depend on the number of hosts.
 
     Args:
-        arrays: By name, arrays with the examples along the first axis.
+        arrays: Arrays by name, with the examples along the first axis.
         seed: Seed of the order.
-        batch_size: The number of examples in a step, over all replicas.
-        step: The number of completed steps.
+        batch_size: Number of examples in a step, over all replicas.
+        step: Number of completed steps.
         context: Describes the host's share of the data.
 
     Returns:
-        Batches for one replica of the host after another: dictionaries with the
-        names of `arrays`. Examples that do not fill a batch at the end of an
-        epoch are left out.
+        Batches of batch_size / replicas examples, for one replica of the host
+        after another: dictionaries with the names of `arrays`. An epoch omits
+        the examples that do not fill its last batch.
 
     Raises:
         UsageError: If the arrays differ in length or do not fill one batch, or
             the replicas cannot share a batch evenly.
+
+    Example:
+    >>> import numpy as np, sos.training, tensorflow as tf
+    >>> batches = sos.training.array_batches(
+    ...     {"x": np.arange(6)},
+    ...     seed=0,
+    ...     batch_size=3,
+    ...     step=0,
+    ...     context=tf.distribute.InputContext(),
+    ... )
+    >>> epoch = [batch["x"].numpy() for batch in batches.take(2)]
+    >>> sorted(np.concatenate(epoch).tolist())
+    [0, 1, 2, 3, 4, 5]
     """
     tensors, examples = _tensors(arrays)
     replica_batch = _replica_batch(batch_size, context)
@@ -420,9 +485,9 @@ def array_batches(
         order = tf.random.experimental.stateless_shuffle(
             tf.range(examples), tf.stack([tf.constant(seed, tf.int64), epoch])
         )
-        seen = tf.where(epoch == first, completed * batch_size, 0)
+        skip = tf.where(epoch == first, completed * batch_size, 0)
         return tf.data.Dataset.from_tensor_slices(
-            order[seen : steps_per_epoch * batch_size]
+            order[skip : steps_per_epoch * batch_size]
         )
 
     indices = tf.data.Dataset.range(first, _FOREVER).flat_map(epoch_indices)
@@ -440,22 +505,33 @@ def array_eval_batches(
     batch_size: int,
     context: tf.distribute.InputContext,
 ) -> tf.data.Dataset:
-    """Makes evaluation batches that hold every example once, over all hosts.
+    """Returns evaluation batches with every example once, over all hosts.
 
     Args:
-        arrays: By name, arrays with the examples along the first axis.
-        batch_size: The number of examples in a step, over all replicas.
+        arrays: Arrays by name, with the examples along the first axis.
+        batch_size: Number of examples in a step, over all replicas.
         context: Describes the host's share of the data.
 
     Returns:
-        The same known number of batches on every host, for one replica of the
-        host after another: dictionaries with the names of `arrays` and
-        "weight", float32, which is 1 for an example and 0 for padding. Padding
+        Batches of batch_size / replicas examples, for one replica of the host
+        after another; their number is known and the same on every host. They
+        are dictionaries with the names of `arrays` and "weight", float32 of
+        shape [batch], which is 1 for an example and 0 for padding. Padding
         repeats the last example.
 
     Raises:
         UsageError: If the arrays differ in length or one is named "weight", or
             the replicas cannot share a batch evenly.
+
+    Example:
+    >>> import numpy as np, sos.training, tensorflow as tf
+    >>> batches = sos.training.array_eval_batches(
+    ...     {"x": np.arange(3)},
+    ...     batch_size=2,
+    ...     context=tf.distribute.InputContext(),
+    ... )
+    >>> [batch["weight"].numpy().tolist() for batch in batches]
+    [[1.0, 1.0], [1.0, 0.0]]
     """
     _check_names(arrays)
     tensors, examples = _tensors(arrays)
@@ -464,9 +540,9 @@ def array_eval_batches(
     indices = tf.data.Dataset.range(steps * batch_size)
 
     def take(batch: tf.Tensor) -> dict[str, tf.Tensor]:
-        real = batch < examples
-        taken = _take(tensors, tf.minimum(batch, examples - 1))
-        return {**taken, "weight": tf.cast(real, tf.float32)}
+        weight = tf.cast(batch < examples, tf.float32)
+        values = _take(tensors, tf.minimum(batch, examples - 1))
+        return {**values, "weight": weight}
 
     return (
         _host_slices(indices, batch_size, context)
@@ -484,7 +560,7 @@ class _Element(NamedTuple):
         record: The record.
         position: Its position in the file, int64.
         path: Path of the file.
-        count: The expected number of records in the file, int64.
+        count: Number of records in the file according to its `Shard`, int64.
         key: Key of the epoch and the file, int64; see `_fold`.
     """
 
@@ -500,11 +576,11 @@ class _Part:
     """The records that a host reads: every `stride`-th of some files.
 
     Attributes:
-        numbers: The number of each file among all.
-        paths: The paths of the files.
-        counts: The number of records in each file.
-        offsets: The position of the first record to take of each file.
-        stride: Take every record after it whose distance is a multiple.
+        numbers: Index of each file among all.
+        paths: Path of each file.
+        counts: Number of records in each file.
+        offsets: Position of the first record to take from each file.
+        stride: Distance between two records to take.
     """
 
     numbers: list[int]
@@ -515,7 +591,7 @@ class _Part:
 
     @property
     def examples(self) -> int:
-        """The number of records."""
+        """Number of records."""
         return sum(
             len(range(offset, count, self.stride))
             for offset, count in zip(self.offsets, self.counts, strict=True)
@@ -529,7 +605,7 @@ def _whole(shards: Sequence[Shard], hosts: int = 1, host: int = 0) -> _Part:
         numbers=list(range(len(shards))),
         paths=[shard.path for shard in shards],
         counts=[shard.examples for shard in shards],
-        # As if the files were one.
+        # As if all files were one.
         offsets=[int((host - begin) % hosts) for begin in begins[:-1]],
         stride=hosts,
     )
@@ -551,7 +627,7 @@ def _divide(shards: Sequence[Shard], hosts: int) -> list[_Part]:
     if sum(shard.examples > 0 for shard in shards) < hosts:
         return [_whole(shards, hosts, host) for host in range(hosts)]
     # The largest file first, each to the host with the fewest records. Files of
-    # equal size are dealt out in turns.
+    # equal size go to the hosts in turns.
     numbers: list[list[int]] = [[] for _ in range(hosts)]
     loads = [(0, host) for host in range(hosts)]
     for number in sorted(
@@ -579,14 +655,14 @@ def _read_part(
     epoch_key: tf.Tensor,
     cycle_length: int,
 ) -> tf.data.Dataset:
-    """Reads a host's records, several files in turns.
+    """Reads a host's records and interleaves its files.
 
     Args:
         part: The records.
         read: Opens a file.
         order: A permutation of the files.
         epoch_key: int64 scalar to derive the keys of files from.
-        cycle_length: The number of files to read in turns.
+        cycle_length: Number of files to interleave.
 
     Returns:
         Elements of type `_Element`. Reading and filtering one calls no traced
@@ -612,9 +688,9 @@ def _read_part(
                 f"of them. Received: elements of {spec}"
             )
         records = tf.data.Dataset.zip(records, constant(True).repeat())
-        # After `count` records comes an end mark, which is filtered out below.
-        # If there are fewer records, `fail` is called. If there are more, one
-        # of them takes the mark's place, at the position `count`.
+        # An end mark, which is filtered out below, follows `count` records. If
+        # there are fewer records, `fail` is called. If there are more, one of
+        # them is at the position `count` instead of the mark.
         marked = (
             records.concatenate(constant((_zeros(spec), False)))
             .concatenate(tf.data.Dataset.range(1).flat_map(fail))
@@ -649,9 +725,9 @@ def _read_part(
 
 
 def _read_ahead(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Checks the position of each element before it gives the previous one.
+    """Checks the position of each element before it yields the previous one.
 
-    So the last record is given only after all files were read to their ends.
+    It yields the last record only after all files were read to their ends.
     Otherwise nothing would read on after a last batch that is full.
     """
 
@@ -680,13 +756,13 @@ def _check_position(element: _Element) -> None:
 def _assert_count(
     condition: Any, path: tf.Tensor, count: tf.Tensor, actual: tf.Tensor
 ) -> None:
-    # Of these types, an assertion costs little as long as it holds.
+    # With these types, an assertion that holds is cheap.
     numbers = [tf.cast(number, tf.int32) for number in (count, actual)]
     tf.debugging.Assert(condition, [_WRONG_COUNT, path, *numbers])
 
 
 def _zeros(spec: Any) -> Any:
-    """Returns small tensors that a spec allows."""
+    """Returns small tensors that match a spec."""
     return tf.nest.map_structure(
         lambda x: tf.zeros(
             [size or 0 for size in x.shape] if x.shape.rank else [], x.dtype
@@ -696,7 +772,7 @@ def _zeros(spec: Any) -> Any:
 
 
 def _fold(key: tf.Tensor, number: Any) -> tf.Tensor:
-    """Derives the key of a number from another key, both int64 scalars."""
+    """Derives a key from another key and a number, all int64 scalars."""
     return tf.random.stateless_uniform(
         (),
         tf.stack([key, tf.cast(number, tf.int64)]),
@@ -738,7 +814,7 @@ def _host_slices(
 def _assert_steps(
     steps: int, context: tf.distribute.InputContext
 ) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
-    """Makes the number of batches known, one per step and replica."""
+    """Asserts the number of batches, one per step and replica."""
     replicas = context.num_replicas_in_sync // context.num_input_pipelines
     return tf.data.experimental.assert_cardinality(steps * replicas)
 
@@ -765,17 +841,17 @@ def _check_paths(paths: Sequence[str]) -> None:
 
 def _check_unique(paths: Sequence[str]) -> None:
     if len(set(paths)) < len(paths):
-        twice = next(path for path in paths if paths.count(path) > 1)
+        duplicate = next(path for path in paths if paths.count(path) > 1)
         raise UsageError(
-            "The files of an input must differ, as each of their records "
-            f"counts once. Received: {twice} more than once"
+            "The files of an input must differ. "
+            f"Received: {duplicate} more than once"
         )
 
 
 def _check_files(paths: Sequence[str]) -> None:
     """Raises `UsageError` if a file is missing."""
-    # A remote file system lists a directory in one request, where one per file
-    # would take minutes.
+    # A remote file system lists a directory in one request. One per file would
+    # take minutes.
     listed: dict[str, set[str]] = {}
     missing = []
     for path in paths:
@@ -816,13 +892,13 @@ def _check_steps_per_epoch(
             f"Received: {examples} examples, batch_size={batch_size}, "
             f"{len(parts)} hosts of which one reads {fewest} examples"
         )
-    left_out = 1 - steps_per_epoch / (examples // batch_size)
-    if left_out > _TOLERATED_FRACTION:
+    omitted_fraction = 1 - steps_per_epoch / (examples // batch_size)
+    if omitted_fraction > _TOLERATED_FRACTION:
         logging.warning(
-            "Every epoch leaves out %.0f %% of the records, as hosts read "
+            "Every epoch omits %.0f %% of the records, because hosts read "
             "between %d and %d. Divide the records evenly among a multiple of "
             "%d files.",
-            100 * left_out,
+            100 * omitted_fraction,
             fewest,
             max(part.examples for part in parts),
             len(parts),
@@ -867,7 +943,7 @@ def _tensors(
             "The arrays must have the same number of examples, and at least "
             f"one. Received: {lengths}"
         )
-    # On the host: gathering there leaves the accelerator's memory alone.
+    # On the host, to save the accelerator's memory.
     with tf.device("CPU:0"):
         tensors = {name: tf.constant(array) for name, array in arrays.items()}
     return tensors, next(iter(lengths.values()))

@@ -1,26 +1,19 @@
 """Learning-rate schedules, made from the entries of a config.
 
-```
-config = {"schedule": "cosine", "base": 1e-3, "warmup_steps": 500}
-learning_rate = make_learning_rate(config, train_steps=10_000)
-optimizer = make_optimizer({"name": "adamw"}, learning_rate=learning_rate)
-```
-
 A schedule is a function of t, the number of completed optimizer steps
-(`optimizer.iterations`): the first step is made with the rate at t = 0. With B
-the base rate, W the warm-up and T the training length in steps, the schedules
-are:
+(`optimizer.iterations`): the first step uses the rate at t = 0. With B the base
+rate, and W the warm-up and T the training length in steps, the schedules are:
 
 - "constant": B * min(1, t / W).
 - "cosine": B * t / W for t < W, then
   B * (alpha + (1 - alpha) * (1 + cos(pi * (t - W) / (T - W))) / 2)
   (Loshchilov and Hutter 2016, arXiv 1608.03983).
-- "piecewise": B * t / W for t < W, then B, then B * factors[i] from
-  boundaries[i] on.
+- "piecewise": B * t / W for t < W, then B, then B * factors[i] for
+  t >= boundaries[i].
 - "rsqrt": B * min(1, t / W) / sqrt(max(t, W) * hidden_size)
   (Vaswani et al. 2017, arXiv 1706.03762).
 
-`defaults` lists the entries of each. A rate is a float32 scalar; its constants
+`defaults` lists the entries of each. A rate is a float32 scalar. Its constants
 become part of a compiled step.
 """
 
@@ -39,8 +32,8 @@ from sos.errors import UsageError
 _POSITIVE = "(0, inf)"
 _NOT_NEGATIVE = "[0, inf)"
 
-# A default of None marks an entry that a config must set, except
-# `base_batch_size` and `reference_steps`.
+# None marks an entry that a config must set, except `base_batch_size` and
+# `reference_steps`.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "constant": {
         "base": None,
@@ -74,7 +67,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def names() -> tuple[str, ...]:
-    """Returns the names of all schedules."""
+    """Returns the names of all schedules.
+
+    Example:
+    >>> from sos.training import learning_rates
+    >>> learning_rates.names()
+    ('constant', 'cosine', 'piecewise', 'rsqrt')
+    """
     return tuple(_DEFAULTS)
 
 
@@ -83,28 +82,36 @@ def defaults(schedule: str) -> dict[str, Any]:
 
     The entries are:
 
-    - `base`: the base learning rate, greater than 0. Must be set.
-    - `base_batch_size`: the batch size that `base` is meant for. The rate is
-      then base * batch_size / base_batch_size (the linear scaling rule of Goyal
-      et al. 2017, arXiv 1706.02677). None: `base` fits any batch size.
-    - `warmup_steps`: the number of steps over which the rate grows linearly
-      from 0; at least 0 (for "rsqrt" greater than 0), not necessarily an
-      integer.
-    - `alpha` ("cosine"): the last rate as a fraction of the base, in [0, 1].
-    - `boundaries` and `factors` ("piecewise"): increasing steps, not
+    - `base`: Base learning rate, greater than 0. Required.
+    - `base_batch_size`: Batch size for which `base` was chosen. The base is
+      multiplied by batch_size / base_batch_size (the linear scaling rule of
+      Goyal et al. 2017, arXiv 1706.02677). None: it is not scaled.
+    - `warmup_steps`: Number of steps over which the rate grows linearly from 0;
+      at least 0 (for "rsqrt" greater than 0), not necessarily an integer.
+    - `alpha` ("cosine"): Final rate as a fraction of the base, in [0, 1].
+    - `boundaries` and `factors` ("piecewise"): Increasing steps, not
       necessarily integers, and for each the factor of the *base* rate from
-      there on.
-    - `reference_steps`: the training length that `warmup_steps` and
-      `boundaries` are meant for. They are multiplied by
+      that step on.
+    - `reference_steps`: Training length for which `warmup_steps` and
+      `boundaries` were chosen. They are multiplied by
       train_steps / reference_steps. None: they are not scaled.
-    - `hidden_size` ("rsqrt"): the width d of the model; 1 leaves the factor
-      d^-1/2 out. Must be set.
+    - `hidden_size` ("rsqrt"): Width d of the model; 1 omits the factor d^-1/2.
+      Required.
 
     Args:
-        schedule: The name of a schedule.
+        schedule: Name of a schedule.
+
+    Returns:
+        Default values by name; None for required entries.
 
     Raises:
-        UsageError: If there is no such schedule.
+        UsageError: If `schedule` is unknown.
+
+    Example:
+    >>> from sos.training import learning_rates
+    >>> defaults = learning_rates.defaults("rsqrt")
+    >>> defaults["warmup_steps"], defaults["hidden_size"]
+    (8000, None)
     """
     if not isinstance(schedule, str) or schedule not in _DEFAULTS:
         raise UsageError(
@@ -120,44 +127,47 @@ def make_learning_rate(
     train_steps: int,
     batch_size: int | None = None,
 ) -> keras.optimizers.schedules.LearningRateSchedule:
-    """Makes the learning-rate schedule that a config describes.
-
-    The authors' recipes for ResNet-50 on ImageNet (drops after 30, 60 and 80
-    epochs of 1,281,167 images) and for the Transformer:
-
-    ```
-    epoch = 1_281_167 / 1024
-    resnet = make_learning_rate(
-        {
-            "schedule": "piecewise",
-            "base": 0.1,
-            "base_batch_size": 256,
-            "warmup_steps": 5 * epoch,
-            "boundaries": [30 * epoch, 60 * epoch, 80 * epoch],
-            "factors": [0.1, 0.01, 0.001],
-            "reference_steps": 128_000,
-        },
-        train_steps=256_000,  # Twice as long: all drops at twice the step.
-        batch_size=1024,
-    )
-    transformer = make_learning_rate(
-        {"schedule": "rsqrt", "base": 2.0, "hidden_size": 512},
-        train_steps=500_000,
-    )
-    ```
+    """Returns the learning-rate schedule that a config describes.
 
     Args:
         config: `schedule`, the name of a schedule, and its entries; see
-            `defaults`. Entries that are left out take their default.
-        train_steps: The number of steps of the whole training.
-        batch_size: The number of examples per optimizer step, over all
-            replicas. Used only if `base_batch_size` is set.
+            `defaults`. Missing entries take their default.
+        train_steps: Total number of training steps.
+        batch_size: Number of examples in a step, over all replicas. Used only
+            if `base_batch_size` is set.
 
     Returns:
         A schedule that Keras can serialize.
 
     Raises:
-        UsageError: If an entry or its value is invalid, or one is missing.
+        UsageError: If an entry is unknown, invalid or missing.
+
+    Example:
+    The authors' recipes for ResNet-50 on ImageNet (drops after 30, 60 and 80
+    epochs of 1,281,167 images) and for the Transformer:
+    >>> from sos.training import make_learning_rate
+    >>> epoch = 1_281_167 / 1024
+    >>> resnet = make_learning_rate(
+    ...     {
+    ...         "schedule": "piecewise",
+    ...         "base": 0.1,
+    ...         "base_batch_size": 256,
+    ...         "warmup_steps": 5 * epoch,
+    ...         "boundaries": [30 * epoch, 60 * epoch, 80 * epoch],
+    ...         "factors": [0.1, 0.01, 0.001],
+    ...         "reference_steps": 128_000,
+    ...     },
+    ...     train_steps=256_000,  # Twice as long: all drops at twice the step.
+    ...     batch_size=1024,
+    ... )
+    >>> [round(float(resnet(step)), 6) for step in (20_000, 100_000)]
+    [0.4, 0.04]
+    >>> transformer = make_learning_rate(
+    ...     {"schedule": "rsqrt", "base": 2.0, "hidden_size": 512},
+    ...     train_steps=500_000,
+    ... )
+    >>> round(float(transformer(8000)), 6)
+    0.000988
     """
     entries = _entries(config)
     name = entries.pop("schedule", None)
@@ -176,8 +186,8 @@ def make_learning_rate(
         if batch_size is None:
             raise UsageError(
                 "`base_batch_size` scales the base learning rate with the "
-                "batch size: pass `batch_size`, or leave `base_batch_size` "
-                f"out. Received: base_batch_size={base_batch_size!r}, "
+                "batch size: pass `batch_size`, or remove `base_batch_size`. "
+                f"Received: base_batch_size={base_batch_size!r}, "
                 "batch_size=None"
             )
         base *= check_integer("batch_size", batch_size, minimum=1)
@@ -196,20 +206,23 @@ def make_learning_rate(
 class WarmupPiecewise(keras.optimizers.schedules.LearningRateSchedule):
     """Linear warm-up to a base rate, then factors of it at boundaries.
 
-    The rate is base * t / warmup_steps for t < warmup_steps. From there on it
-    is the base, and for t >= boundaries[i] base * factors[i].
-
-    ```
-    rate = WarmupPiecewise(0.4, 5, boundaries=[30, 60], factors=[0.1, 0.01])
-    [float(rate(t)) for t in (0, 5, 30, 60)]  # 0.0, 0.4, 0.04, 0.004
-    ```
+    The rate is base * t / warmup_steps for t < warmup_steps, then base, then
+    base * factors[i] for t >= boundaries[i].
 
     Args:
-        base: The base learning rate.
-        warmup_steps: The length of the warm-up in steps, not necessarily an
-            integer; 0 for none.
+        base: Base learning rate.
+        warmup_steps: Length of the warm-up in steps, not necessarily an
+            integer; 0 for no warm-up.
         boundaries: Integer steps in increasing order.
-        factors: As many factors of the base rate.
+        factors: For each boundary, the factor of the base rate.
+
+    Example:
+    >>> from sos.training import learning_rates
+    >>> rate = learning_rates.WarmupPiecewise(
+    ...     0.4, 5, boundaries=[30, 60], factors=[0.1, 0.01]
+    ... )
+    >>> [round(float(rate(t)), 6) for t in (0, 5, 30, 60)]
+    [0.0, 0.4, 0.04, 0.004]
     """
 
     def __init__(
@@ -226,20 +239,20 @@ class WarmupPiecewise(keras.optimizers.schedules.LearningRateSchedule):
         self.factors = list(factors)
 
     def __call__(self, step: Any) -> Any:
-        """Returns the rate after `step` completed steps."""
+        """Returns the rate after `step` completed steps, a float32 scalar."""
         step = ops.convert_to_tensor(step)
         rate = _float32(self.base)
-        # Steps are compared as integers, which are exact at any size.
+        # Integers are compared exactly at any size.
         for boundary, factor in zip(self.boundaries, self.factors, strict=True):
             rate = ops.where(
                 step >= boundary, _float32(self.base * factor), rate
             )
         if not self.warmup_steps:
             return rate
-        done = ops.cast(step, "float32") / _float32(self.warmup_steps)
+        fraction = ops.cast(step, "float32") / _float32(self.warmup_steps)
         return ops.where(
             step < math.ceil(self.warmup_steps),
-            _float32(self.base) * done,
+            _float32(self.base) * fraction,
             rate,
         )
 
@@ -265,14 +278,15 @@ class InverseSquareRoot(keras.optimizers.schedules.LearningRateSchedule):
     schedule "constant*linear_warmup*rsqrt_decay*rsqrt_hidden_size". Vaswani et
     al. (2017) count the steps from 1.
 
-    ```
-    rate = InverseSquareRoot(2.0 / (8000 * 512) ** 0.5, warmup_steps=8000)
-    float(rate(8000))  # 9.88e-4
-    ```
-
     Args:
-        peak: The rate at the end of the warm-up.
-        warmup_steps: The length of the warm-up in steps, greater than 0.
+        peak: Rate at the end of the warm-up.
+        warmup_steps: Length of the warm-up in steps, greater than 0.
+
+    Example:
+    >>> from sos.training import learning_rates
+    >>> rate = learning_rates.InverseSquareRoot(1e-3, warmup_steps=8000)
+    >>> [round(float(rate(t)), 6) for t in (4000, 8000, 32000)]
+    [0.0005, 0.001, 0.0005]
     """
 
     def __init__(self, peak: float, warmup_steps: float) -> None:
@@ -281,7 +295,7 @@ class InverseSquareRoot(keras.optimizers.schedules.LearningRateSchedule):
         self.warmup_steps = warmup_steps
 
     def __call__(self, step: Any) -> Any:
-        """Returns the rate after `step` completed steps."""
+        """Returns the rate after `step` completed steps, a float32 scalar."""
         step = ops.cast(step, "float32")
         warmup = _float32(self.warmup_steps)
         return _float32(self.peak) * ops.minimum(
@@ -318,9 +332,8 @@ def _cosine(
     alpha = check_number("alpha", alpha, "[0, 1]")
     if warmup_steps >= train_steps:
         raise UsageError(
-            "`warmup_steps` must be less than `train_steps`, as the cosine "
-            f"needs steps to decay over. Received: warmup_steps={warmup_steps}"
-            f", train_steps={train_steps}"
+            "`warmup_steps` must be less than `train_steps`. "
+            f"Received: warmup_steps={warmup_steps}, train_steps={train_steps}"
         )
     if not warmup_steps:
         return keras.optimizers.schedules.CosineDecay(
@@ -367,7 +380,7 @@ def _piecewise(
     return WarmupPiecewise(
         base,
         _scaled(warmup_steps, scale),
-        # A factor holds from the first whole step that is not before its
+        # A factor applies from the first integer step that is not before its
         # boundary. Fractions are exact: no rounding error adds a step.
         [math.ceil(fractions.Fraction(b) * scale) for b in boundaries],
         factors,
@@ -409,7 +422,7 @@ def _entries(config: Any) -> dict[str, Any]:
         return dict(config)
     except (TypeError, ValueError):
         raise UsageError(
-            "A learning rate is described by entries such as "
+            "The config of a learning rate must be a mapping such as "
             "{'schedule': 'constant', 'base': 0.1}. "
             f"Received: {config!r} of type {type(config).__name__}"
         ) from None

@@ -19,7 +19,7 @@ from sos.errors import (
     Stopped,
     UsageError,
 )
-from sos.files import check_writable, only_process, storage_errors
+from sos.files import check_writable, lock_directory, storage_errors
 from sos.training.checkpoints import Checkpoints, remove_unfinished
 from sos.training.continuous_evaluation import ContinuousEvaluation
 from sos.training.reporting import (
@@ -51,32 +51,38 @@ _OnSummary = Callable[[Summary], Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a training program runs. No option changes what is computed.
+    """Options of a training program. None of them changes the result.
 
     Attributes:
         mode: "train"; "eval": evaluate every checkpoint in `workdir` as it
-            appears; "train_and_eval"; or "export": write the newest checkpoint
+            appears; "train_and_eval"; or "export": export the newest checkpoint
             for serving. "eval" and "export" run in one process.
-        workdir: Directory of all files that are written.
-        train_steps: Number of optimizer steps of the whole training.
+        workdir: Directory of all output files.
+        train_steps: Total number of optimizer steps.
         save_checkpoints_steps: Steps between two checkpoints. Another one is
             saved before every evaluation and after the last step.
         keep_checkpoint_max: Number of newest checkpoints that are kept.
         keep_checkpoint_every_n_steps: Checkpoints whose step is a multiple of
-            it are kept, too; None for none.
-        keep_checkpoint_steps: Steps at which a checkpoint is saved and kept, 0
+            this number are kept as well; None to keep no others.
+        keep_checkpoint_steps: Steps at which a checkpoint is saved and kept; 0
             for the initial weights.
-        steps_per_eval: Steps between two evaluations in "train_and_eval"; None
-            to evaluate only after the last step, which is always evaluated.
-        eval_timeout: Seconds without a new checkpoint after which "eval" gives
-            up; None to wait forever.
+        steps_per_eval: Steps between two evaluations in "train_and_eval". The
+            last step is always evaluated; None to evaluate only that.
+        eval_timeout: Seconds that "eval" waits for a new checkpoint; None to
+            wait forever.
         profile_steps: First and last step of a profile for TensorBoard; None
             for no profile.
-        quiet: Whether to print neither summaries nor a progress bar nor
-            messages. Errors are always printed.
+        quiet: Whether to hide summaries, progress bar and messages. Errors are
+            always printed.
 
     Raises:
         UsageError: If a value is invalid.
+
+    Example:
+    >>> import sos.training
+    >>> options = sos.training.Options(workdir="run", train_steps=1000)
+    >>> options.mode, options.save_checkpoints_steps
+    ('train_and_eval', 1000)
     """
 
     mode: str = "train_and_eval"
@@ -129,8 +135,9 @@ class Options:
         if every is not None and every % saved:
             raise UsageError(
                 "`keep_checkpoint_every_n_steps` must be a multiple of "
-                "`save_checkpoints_steps`, or there would be no checkpoint to "
-                f"keep. Received: {every} and {saved}"
+                "`save_checkpoints_steps`. Received: "
+                f"keep_checkpoint_every_n_steps={every}, "
+                f"save_checkpoints_steps={saved}"
             )
         steps = sorted(self.keep_checkpoint_steps)
         if steps and not 0 <= steps[0] <= steps[-1] <= self.train_steps:
@@ -152,25 +159,36 @@ def run(options: Options, make_trainer: Callable[[], Trainer]) -> int:
     """Runs the selected mode; prints errors to stderr.
 
     Args:
-        options: How to run.
-        make_trainer: Returns the trainer; called after the work directory was
-            found to be writable.
+        options: Options.
+        make_trainer: Returns the trainer; called if the work directory is
+            writable.
 
     Returns:
-        The exit code, see `exit_code_of`. Pass it to `end_process`.
+        The exit code, as from `exit_code_of`. Pass it to `end_process`.
+
+    Example:
+    With the task `Line` of the example of `Task`:
+    >>> import sos.training
+    >>> def make_trainer():
+    ...     strategy = sos.training.make_strategy("one_device")
+    ...     return sos.training.Trainer(Line(), strategy=strategy)
+    >>> options = sos.training.Options(
+    ...     workdir="line", train_steps=2, quiet=True
+    ... )
+    >>> sos.training.run(options, make_trainer)
+    0
     """
 
     def call() -> None:
         check_writable(options.workdir)
         trainer = make_trainer()
         if options.mode == "export":
-            # A signal ends it at once, and an earlier export is unchanged.
+            # A signal ends the process at once. An earlier export is unchanged.
             path = export(trainer, options)
             if not options.quiet:
                 print(f"Wrote {path}", flush=True)
             return
-        # Entered after the strategy was made, which may take signals for
-        # itself.
+        # After creating the strategy, which may install signal handlers.
         with StopRequest() as stop:
             if options.mode == "eval":
                 evaluate_continuously(trainer, options, stop=stop)
@@ -187,29 +205,29 @@ def train(
     stop: StopSource | None = None,
     on_summary: Sequence[_OnSummary] = (),
 ) -> Summary | None:
-    """Trains to the last step, from the newest checkpoint in `workdir`.
+    """Trains from the newest checkpoint in `workdir` to the last step.
 
     Writes checkpoints, `train.jsonl` and event files for TensorBoard.
 
     Args:
-        trainer: Trains.
-        options: How to run. In the mode "train" nothing is evaluated.
-        stop: Asks to stop before the end.
+        trainer: The trainer.
+        options: Options. The mode "train" evaluates nothing.
+        stop: Requests a stop before the end.
         on_summary: Called with every summary of training and evaluation, in
-            every process of a job.
+            every process.
 
     Returns:
-        The summary of the evaluation of the last step, also if it was evaluated
-        before a restart; None in the mode "train".
+        The summary of the evaluation of the last step, even if an earlier
+        process evaluated it; None in the mode "train".
 
     Raises:
-        UsageError: If the task has no evaluation data and the mode needs them.
+        UsageError: If the mode evaluates, and the task has no evaluation data.
         StorageError: If a file cannot be written, or another process trains in
             the work directory.
-        CheckpointError: If a checkpoint cannot be saved, or the newest one is
-            of another configuration, or all are damaged.
+        CheckpointError: If a checkpoint cannot be saved, the newest one is of
+            another configuration, or all are damaged.
         NonFiniteLossError: If the loss, a penalty or a weight is not finite.
-        Stopped: If `stop` asked to stop. What was computed is saved.
+        Stopped: If `stop` requested it. All completed steps are saved.
     """
     evaluates = options.mode != "train"
     if evaluates:
@@ -219,7 +237,7 @@ def train(
     evaluations = []
     with contextlib.ExitStack() as stack:
         if trainer.is_chief:
-            stack.enter_context(only_process(options.workdir, "train"))
+            stack.enter_context(lock_directory(options.workdir, "train"))
             remove_unfinished(checkpoints.directory)
         step = _restore_or_initialize(trainer, checkpoints, options)
         report = stack.enter_context(
@@ -227,7 +245,7 @@ def train(
         )
 
         def evaluate(trainer: Trainer) -> None:
-            # An evaluation that is asked to stop can simply end.
+            # Saved first, so that a stop can simply end the evaluation.
             _save(trainer, checkpoints)
             summary = trainer.evaluate(options.train_steps, stop=stop)
             report(summary)
@@ -245,7 +263,7 @@ def train(
                 call=evaluate, every=options.steps_per_eval, at_end=True
             )
             # An earlier process may have ended between a save and its
-            # evaluation. Only the chief knows.
+            # evaluation. Only the chief has the log.
             missed = (
                 trainer.is_chief
                 and step > 0
@@ -279,28 +297,28 @@ def evaluate_continuously(
 ) -> Summary | None:
     """Evaluates every checkpoint in the work directory as it appears.
 
-    Ends when the checkpoint of the last step is evaluated. The trainer then
-    holds that checkpoint, unless it was removed or damaged since. Writes
+    Ends after the checkpoint of the last step. The trainer then holds that
+    checkpoint, unless it was removed or damaged in the meantime. Writes
     `eval.jsonl` and event files for TensorBoard.
 
     Args:
-        trainer: Evaluates. It must be the only process of its job.
-        options: How to run.
-        stop: Asks to stop before the end.
+        trainer: The trainer, in a single process.
+        options: Options.
+        stop: Requests a stop before the end.
         on_summary: Called with every summary.
 
     Returns:
-        The summary of the evaluation of the last step, also if it was evaluated
-        before a restart.
+        The summary of the evaluation of the last step, even if an earlier
+        process evaluated it.
 
     Raises:
-        UsageError: If the task has no evaluation data, or other processes take
-            part.
+        UsageError: If the task has no evaluation data, or there are several
+            processes.
         StorageError: If a file cannot be written, or another process evaluates
             in the work directory.
         CheckpointError: If the checkpoints are of another configuration, or no
             new one appeared within `eval_timeout`.
-        Stopped: If `stop` asked to stop.
+        Stopped: If `stop` requested it.
     """
     _check_one_process(trainer, "eval")
     _check_evaluation(trainer, "eval")
@@ -313,22 +331,23 @@ def evaluate_continuously(
         timeout=options.eval_timeout,
     )
     with (
-        only_process(options.workdir, "eval"),
+        lock_directory(options.workdir, "eval"),
         _reporting(trainer, options, "eval", on_summary) as report,
     ):
         evaluated = {summary.step for summary in _summaries(options, "eval")}
         if options.train_steps in evaluated:
-            _say(
-                options, "The checkpoint of the last step is evaluated already."
+            _print_message(
+                options,
+                "The checkpoint of the last step is already evaluated.",
             )
         evaluation.run(
             evaluated,
             on_summary=report,
-            on_wait=lambda message: _say(options, message),
+            on_wait=lambda message: _print_message(options, message),
             stop=stop,
         )
         if trainer.step != options.train_steps:
-            # It was evaluated before a restart.
+            # An earlier process evaluated it.
             with contextlib.suppress(DamagedCheckpointError):
                 trainer.restore_step(checkpoints, options.train_steps)
         return _evaluation(options, "eval", options.train_steps)
@@ -338,21 +357,21 @@ def export(trainer: Trainer, options: Options) -> str:
     """Exports the newest checkpoint in the work directory for serving.
 
     Args:
-        trainer: Exports. It must be the only process of its job.
-        options: How to run.
+        trainer: The trainer, in a single process.
+        options: Options.
 
     Returns:
         The path of the export, `WORKDIR/export/STEP`.
 
     Raises:
-        UsageError: If other processes take part.
+        UsageError: If there are several processes.
         StorageError: If the export cannot be written, or another process
             exports from the work directory.
         CheckpointError: If there is no checkpoint, or it is of another
             configuration.
     """
     _check_one_process(trainer, "export")
-    with only_process(options.workdir, "export"):
+    with lock_directory(options.workdir, "export"):
         checkpoints = _checkpoints(trainer, options)
         step = trainer.restore(checkpoints)
         if step is None:
@@ -360,7 +379,7 @@ def export(trainer: Trainer, options: Options) -> str:
                 f"There is no checkpoint to export in {checkpoints.directory}. "
                 "Train first, or choose another work directory."
             )
-        # TensorFlow Serving takes the number for the version.
+        # TensorFlow Serving uses the number as the version.
         path = os.path.join(options.workdir, "export", str(step))
         trainer.export(path)
         return path
@@ -369,21 +388,27 @@ def export(trainer: Trainer, options: Options) -> str:
 def exit_code_of(
     call: Callable[[], Any], *, several_workers: bool = False
 ) -> int:
-    """Runs a function; prints errors and turns them into exit codes.
+    """Runs a function; prints errors and converts them to exit codes.
 
     Args:
-        call: The function. It may return an exit code of its own.
-        several_workers: Whether the process is one of several workers, see
+        call: The function. It may return an exit code.
+        several_workers: Whether the process is one of several workers; see
             `sos.training.strategies.several_workers`.
 
     Returns:
-        0 after success; 1 after a `ReportedError` or, in a job of several
-        workers, any error; 75 after SIGTERM and 130 after Ctrl-C, when
-        everything is saved and the same command continues.
+        0 after success; 1 after a `ReportedError` or, with several workers, any
+        error; 75 after SIGTERM and 130 after Ctrl-C: everything is saved, and
+        the same command continues.
 
     Raises:
         Exception: Any other exception, which is a bug: its traceback is needed.
-            In a job of several workers the traceback is printed instead.
+            With several workers the traceback is printed instead.
+
+    Example:
+    >>> import sos.training
+    >>> sos.training.exit_code_of(lambda: print("trained"))
+    trained
+    0
     """
     errors = (
         lost_worker_errors() if several_workers else contextlib.nullcontext()
@@ -395,7 +420,7 @@ def exit_code_of(
         _print_error(f"{stopped} Run the same command again to continue.")
         return exit_code(stopped.signal)
     except KeyboardInterrupt:
-        # Outside of training, where no `StopRequest` handles signals.
+        # Outside of training no `StopRequest` handles signals.
         _print_error("Stopped by SIGINT.")
         return exit_code(signal.SIGINT)
     except ReportedError as error:
@@ -405,7 +430,7 @@ def exit_code_of(
     except Exception:
         if not several_workers:
             raise
-        # Propagating would end in `sys.exit`, see `end_process`.
+        # Raising would end in `sys.exit`; see `end_process`.
         traceback.print_exc()
         return 1
     return code if isinstance(code, int) else 0
@@ -414,12 +439,21 @@ def exit_code_of(
 def end_process(code: int) -> NoReturn:
     """Ends the process with an exit code.
 
-    After an error in a job of several workers it ends at once: on the way out
+    After an error with several workers it ends at once: during a normal exit
     TensorFlow's runtime would wait for the other workers, which wait for this
     one.
 
     Args:
         code: The exit code.
+
+    Raises:
+        SystemExit: Unless it ends at once.
+
+    Example:
+    >>> import sos.training
+    >>> sos.training.end_process(75)
+    Traceback (most recent call last):
+    SystemExit: 75
     """
     if several_workers() and code not in (0, EXIT_RESTART):
         sys.stdout.flush()
@@ -458,16 +492,16 @@ def _checkpoints(trainer: Trainer, options: Options) -> Checkpoints:
 def _restore_or_initialize(
     trainer: Trainer, checkpoints: Checkpoints, options: Options
 ) -> int:
-    """Returns the step from which training continues."""
+    """Returns the step at which training resumes."""
     step = trainer.restore_or_initialize(checkpoints)
     if step is None:
         if 0 in options.keep_checkpoint_steps:
             trainer.save(checkpoints)
         return 0
     if trainer.is_chief and step > 0:
-        _say(
+        _print_message(
             options,
-            f"Training is done: there is a checkpoint of step {step:,}."
+            f"Training is complete: there is a checkpoint of step {step:,}."
             if step >= options.train_steps
             else f"Continuing from the checkpoint of step {step:,}.",
         )
@@ -508,7 +542,7 @@ def _reporting(
     *,
     resume_step: int | None = None,
 ) -> Iterator[_OnSummary]:
-    """Yields a function that reports a summary; only the chief writes files."""
+    """Yields a function that reports a summary; only the chief writes it."""
     workdir = options.workdir
     with contextlib.ExitStack() as stack:
         reporters = []
@@ -521,7 +555,7 @@ def _reporting(
                     TensorBoard(workdir, resume_step=resume_step),
                 ]
         for reporter in reporters:
-            # After an error of the disk, closing raises again.
+            # After a disk error, closing raises again.
             stack.callback(
                 storage_errors(f"The logs in {workdir} could not be closed")(
                     reporter.close
@@ -545,7 +579,7 @@ def _reporting(
 def _profiling(
     trainer: Trainer, options: Options, step: int
 ) -> Iterator[list[Action]]:
-    """Yields the actions that take the profile, none if there is none."""
+    """Yields the actions that write the profile, if there is one."""
     window = options.profile_steps
     if window is None or step >= window[1]:
         yield []
@@ -554,22 +588,22 @@ def _profiling(
     directory = os.path.join(
         options.workdir, "profile", f"step-{max(step, window[0]):08d}"
     )
-    with contextlib.ExitStack() as running:
-        # Actions are due on all workers, as loops end where an action is due.
+    with contextlib.ExitStack() as profile:
+        # All workers have the actions, because loops end where one is due.
         def start(trainer: Trainer) -> None:
             if trainer.is_chief:
                 tf.profiler.experimental.start(directory)
-                running.callback(tf.profiler.experimental.stop)
+                profile.callback(tf.profiler.experimental.stop)
 
         if step >= window[0]:
             start(trainer)
         yield [
             Action(call=start, at=(window[0],)),
-            Action(call=lambda _: running.close(), at=(window[1],)),
+            Action(call=lambda _: profile.close(), at=(window[1],)),
         ]
 
 
-def _say(options: Options, message: str) -> None:
+def _print_message(options: Options, message: str) -> None:
     if not options.quiet:
         print(message, file=sys.stderr, flush=True)
 

@@ -1,16 +1,4 @@
-"""Keras optimizers, made from the entries of a config.
-
-```
-optimizer = make_optimizer(
-    {"name": "adamw", "weight_decay": 0.01, "beta_2": 0.98},
-    learning_rate=make_learning_rate(
-        {"schedule": "cosine", "base": 1e-3}, train_steps=10_000
-    ),
-    multipliers=[(v, 10.0) for v in technique_variables(model)],
-    no_weight_decay=technique_variables(model),
-)
-```
-"""
+"""Keras optimizers, made from the entries of a config."""
 
 import functools
 import inspect
@@ -26,7 +14,7 @@ from sos.arguments import listed
 from sos.errors import UsageError
 from sos.weight_decay import technique_variables as technique_variables
 
-#: Pairs of a variable and the factor of its learning rate. Keras's variables
+#: Pairs of a variable and the factor of its learning rate. Keras variables
 #: cannot be keys of a dictionary.
 Multipliers = Iterable[tuple[keras.Variable, float]]
 
@@ -40,38 +28,51 @@ def make_optimizer(
     multipliers: Multipliers | None = None,
     no_weight_decay: Iterable[keras.Variable] | None = None,
 ) -> keras.optimizers.Optimizer:
-    """Makes the optimizer that a config describes.
+    """Returns the optimizer that a config describes.
 
     Call it, and build the optimizer, in the scope of the distribution strategy.
 
-    The weight decay of Keras's optimizers is decoupled from the gradient
-    (Loshchilov and Hutter 2019, arXiv 1711.05101), also SGD's: it subtracts
-    learning_rate * weight_decay * w from w. An L2 penalty is part of the loss
-    instead: use `kernel_regularizer`.
+    The weight decay of all Keras optimizers, including SGD, is decoupled from
+    the gradient (Loshchilov and Hutter 2019, arXiv 1711.05101): it subtracts
+    learning_rate * weight_decay * w from w. For an L2 penalty, which is part of
+    the loss, use `kernel_regularizer`.
 
     Args:
         config: `name`, the name of a class of `keras.optimizers` in any case,
             such as "sgd" or "adamw", and arguments of that class; see
             `defaults`.
-        learning_rate: The learning rate or its schedule.
+        learning_rate: Learning rate or schedule.
         multipliers: Pairs of a variable and the factor of its learning rate;
             see `with_multipliers`. Other variables have the factor 1.
         no_weight_decay: Variables without weight decay, such as biases.
 
     Returns:
-        An optimizer of that class, not yet built; with multipliers an
-        optimizer of a subclass.
+        An unbuilt optimizer of that class or, with multipliers, of a subclass.
 
     Raises:
         UsageError: If the name, an argument or a multiplier is invalid.
+
+    Example:
+    >>> import keras, sos.training
+    >>> layer = keras.layers.Dense(8)
+    >>> layer.build((None, 8))
+    >>> optimizer = sos.training.make_optimizer(
+    ...     {"name": "adamw", "weight_decay": 0.01, "beta_2": 0.98},
+    ...     learning_rate=1e-3,
+    ...     multipliers=[(layer.bias, 10.0)],
+    ...     no_weight_decay=[layer.bias],
+    ... )
+    >>> optimizer.build(layer.trainable_variables)
+    >>> isinstance(optimizer, keras.optimizers.AdamW)
+    True
     """
     try:
         # A ConfigDict is not a `Mapping`.
         arguments = dict(config)
     except (TypeError, ValueError):
         raise UsageError(
-            "An optimizer is described by entries such as {'name': 'adamw', "
-            f"'weight_decay': 0.01}}. Received: {config!r} of type "
+            "The config of an optimizer must be a mapping such as {'name': "
+            f"'adamw', 'weight_decay': 0.01}}. Received: {config!r} of type "
             f"{type(config).__name__}"
         ) from None
     name = arguments.pop("name", None)
@@ -79,7 +80,7 @@ def make_optimizer(
     unknown = sorted(set(arguments) - set(valid))
     if unknown:
         advice = (
-            " The learning rate has a config of its own."
+            " The learning rate has its own config."
             if "learning_rate" in unknown
             else ""
         )
@@ -89,7 +90,7 @@ def make_optimizer(
         )
     optimizer_class = _classes()[name.lower()]
     if _is_real(learning_rate):
-        # Keras takes no integers.
+        # Keras rejects integers.
         learning_rate = float(learning_rate)
     multipliers = list(multipliers or ())
     if multipliers:
@@ -111,20 +112,34 @@ def make_optimizer(
 
 
 def names() -> tuple[str, ...]:
-    """Returns the names of all optimizers, in lower case."""
+    """Returns the names of all optimizers, in lower case.
+
+    Example:
+    >>> from sos.training import optimizers
+    >>> "adamw" in optimizers.names()
+    True
+    """
     return tuple(_classes())
 
 
 def defaults(name: str) -> dict[str, Any]:
     """Returns the arguments of an optimizer with their default values.
 
-    The learning rate and the optimizer's own name are not among them.
+    Omits the arguments `learning_rate` and `name`.
 
     Args:
-        name: The name of an optimizer, in any case.
+        name: Name of an optimizer, in any case.
+
+    Returns:
+        Default values by argument.
 
     Raises:
-        UsageError: If there is no such optimizer.
+        UsageError: If the name is unknown.
+
+    Example:
+    >>> from sos.training import optimizers
+    >>> optimizers.defaults("sgd")["momentum"]
+    0.0
     """
     classes = _classes()
     key = name.lower() if isinstance(name, str) else None
@@ -141,22 +156,14 @@ def with_multipliers(
 ) -> type[keras.optimizers.Optimizer]:
     """Derives an optimizer class with learning-rate factors per variable.
 
-    The new class takes one more argument, `multipliers`: pairs of a variable
-    and a factor greater than 0. A variable with the factor f is updated as if
-    the learning rate were f * learning_rate, computed in float32.
-    Everything else stays the same: clipping, moving averages and their
-    overwrites, the optimizer's variables and their names.
+    The new class has an additional argument, `multipliers`: pairs of a variable
+    and a factor greater than 0. A variable with the factor f is updated with
+    the learning rate f * learning_rate, computed in float32. Everything else is
+    unchanged: clipping, moving averages and their overwrites, the optimizer's
+    variables and their names.
 
-    Decoupled weight decay is not multiplied: it uses the plain learning rate.
-    Adafactor bounds its rate by 1 / sqrt(step) after it is multiplied.
-
-    ```
-    optimizer = with_multipliers(keras.optimizers.SGD)(
-        learning_rate=0.1,
-        momentum=0.9,
-        multipliers=[(layer.bias, 2.0)],
-    )
-    ```
+    Decoupled weight decay is not multiplied: it uses the base learning rate.
+    Adafactor bounds its rate by 1 / sqrt(step) after the multiplication.
 
     Factors belong to variables, which a config cannot name: `get_config`
     raises `UsageError`. Save and restore such an optimizer with
@@ -167,12 +174,23 @@ def with_multipliers(
             `update_step` and uses the learning rate passed to it.
 
     Returns:
-        A subclass of the same name. Calls with the same class return the same
-        subclass.
+        A subclass of the same name, always the same for the same class.
 
     Raises:
-        UsageError: If the class leaves the updates to other optimizers, as
+        UsageError: If the class delegates updates to other optimizers, as
             `LossScaleOptimizer` and `MultiOptimizer` do.
+
+    Example:
+    >>> import keras
+    >>> from sos.training import optimizers
+    >>> layer = keras.layers.Dense(8)
+    >>> layer.build((None, 8))
+    >>> optimizer = optimizers.with_multipliers(keras.optimizers.SGD)(
+    ...     learning_rate=0.1, multipliers=[(layer.bias, 2.0)]
+    ... )
+    >>> optimizer.build(layer.trainable_variables)
+    >>> optimizer.factors
+    (1.0, 2.0)
     """
     if optimizer_class.update_step is keras.optimizers.Optimizer.update_step:
         raise UsageError(
@@ -188,20 +206,31 @@ def with_multipliers(
 
 
 def traced_config(optimizer: keras.optimizers.Optimizer) -> dict[str, Any]:
-    """Returns the properties of an optimizer that a compiled step holds.
+    """Returns the properties of an optimizer that become constants of a step.
 
-    Two optimizers of one class with equal properties make the same updates, up
-    to the values of their variables.
+    Two optimizers of one class with equal properties and equal variables make
+    equal updates.
 
     Args:
         optimizer: A built optimizer.
+
+    Returns:
+        Properties by name.
+
+    Example:
+    >>> import keras
+    >>> from sos.training import optimizers
+    >>> optimizer = keras.optimizers.SGD(momentum=0.9)
+    >>> optimizer.build([keras.Variable([0.0])])
+    >>> optimizers.traced_config(optimizer)["momentum"]
+    0.9
     """
     if isinstance(optimizer, _WithMultipliers):
         config = super(_WithMultipliers, optimizer).get_config()
         config["multipliers"] = optimizer.factors
     else:
         config = optimizer.get_config()
-    # Not in the config: `exclude_from_weight_decay` was called after it.
+    # The config lacks the effect of `exclude_from_weight_decay`.
     decayed = [
         keras_compat.decays(optimizer, variable)
         for variable in keras_compat.trained_variables(optimizer)
@@ -216,10 +245,10 @@ class _WithMultipliers:
         self, *args: Any, multipliers: Multipliers, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        # In an object, as Keras would count variables that it finds in lists
-        # of an optimizer as the optimizer's.
+        # In an object, because Keras tracks variables in lists as the
+        # optimizer's own.
         self._multipliers = _Pairs(multipliers)
-        #: The factors of the variables that it is built with, in their order.
+        #: Factors of the variables passed to `build`, in their order.
         self.factors: tuple[float, ...] = ()
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
@@ -232,16 +261,16 @@ class _WithMultipliers:
     def update_step(
         self, gradient: Any, variable: Any, learning_rate: Any
     ) -> None:
-        """Updates one variable, with its own learning rate."""
-        # Under a strategy the variable is a replica's part of the one that
-        # the optimizer was built with.
+        """Updates one variable with its own learning rate."""
+        # Under a strategy the variable is a replica's component of the one
+        # that was passed to `build`.
         factor = self.factors[self._get_variable_index(variable)]
         if factor != 1.0:
             learning_rate = learning_rate * factor
         super().update_step(gradient, variable, learning_rate)
 
     def get_config(self) -> dict[str, Any]:
-        """Raises `UsageError`: multipliers have no config."""
+        """Raises `UsageError`: multipliers cannot be serialized."""
         raise UsageError(
             f"The optimizer {self.name!r} has learning-rate multipliers, which "
             "belong to variables and cannot be serialized. Save its state with "
@@ -255,7 +284,7 @@ class _Pairs:
 
     def __init__(self, multipliers: Multipliers) -> None:
         self._pairs = [(variable, factor) for variable, factor in multipliers]
-        seen = set()
+        variables = set()
         for variable, factor in self._pairs:
             if not _is_real(factor) or not 0.0 < factor < math.inf:
                 raise UsageError(
@@ -264,12 +293,12 @@ class _Pairs:
                     f"`trainable` to False. Received: {factor!r} for "
                     f"{variable.path!r}"
                 )
-            if id(variable) in seen:
+            if id(variable) in variables:
                 raise UsageError(
                     "A variable must have one learning-rate multiplier. "
                     f"Received: two for {variable.path!r}"
                 )
-            seen.add(id(variable))
+            variables.add(id(variable))
 
     def factors(self, variables: Sequence[keras.Variable]) -> tuple[float, ...]:
         """Returns the factors of variables, in their order."""
@@ -279,7 +308,7 @@ class _Pairs:
                 raise UsageError(
                     "Learning-rate multipliers must be for variables that the "
                     "optimizer trains. Received: one for "
-                    f"{variable.path!r}, with which it is not built"
+                    f"{variable.path!r}, which it does not train"
                 )
         factors = {id(variable): factor for variable, factor in self._pairs}
         return tuple(
@@ -291,7 +320,7 @@ class _Pairs:
 def _classes() -> dict[str, type[keras.optimizers.Optimizer]]:
     """Returns the classes of `keras.optimizers` by name in lower case.
 
-    Classes without a `learning_rate` wrap other optimizers and are left out.
+    Classes without a `learning_rate` wrap other optimizers and are omitted.
     """
     return {
         name.lower(): value

@@ -1,4 +1,4 @@
-"""Reports training: terminal, progress bar, JSON lines, TensorBoard.
+"""Reporters of training: terminal, progress bar, JSON lines, TensorBoard.
 
 A reporter is a callable that takes a `Summary`, with a method `close`.
 """
@@ -26,19 +26,27 @@ class Summary:
 
     Attributes:
         step: Number of completed optimizer steps.
-        total_steps: Number of optimizer steps of the whole training.
+        total_steps: Total number of optimizer steps.
         kind: "train" for a host loop, "eval" for an evaluation.
         metrics: Means over the steps of the loop or over the evaluation data,
             by name, for example `loss` and `accuracy`.
         learning_rate: Learning rate of the next step.
-        sparsity: Fraction of zeros in all sparse weights together; None for a
-            dense model.
+        sparsity: Fraction of zeros in all sparse weights; None for a dense
+            model.
         penalty: Sum of the techniques' penalties, as added to the loss.
         weight_sparsity: Fraction of zeros in each sparse weight, by its path.
         weight_penalty: Penalty of each weight that has one, by its path.
         examples_per_second: Examples of all replicas per second.
         seconds: Duration of the loop or evaluation in seconds.
         seconds_left: Estimated seconds until training ends.
+
+    Example:
+    >>> import sos.training
+    >>> summary = sos.training.Summary(
+    ...     step=200, total_steps=1000, seconds=1.5
+    ... )
+    >>> print(summary.to_json())
+    {"step": 200, "total_steps": 1000, "kind": "train", "seconds": 1.5}
     """
 
     step: int
@@ -61,9 +69,8 @@ class Summary:
     def to_json(self) -> str:
         """Returns a JSON object without line breaks.
 
-        Its keys are the fields of the summary; those that are None or empty are
-        omitted. Values that are not finite become `null`, as JSON has neither
-        NaN nor infinity.
+        Its keys are the fields of the summary, except those that are None or
+        empty. NaN and infinity, which JSON lacks, become `null`.
         """
         fields = {
             field.name: getattr(self, field.name)
@@ -80,16 +87,16 @@ class Summary:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Summary":
-        """Returns the summary that `to_json` wrote.
+        """Returns the summary in a JSON object of `to_json`.
 
         Args:
-            text: A JSON object. Keys that are no fields are ignored.
+            text: A JSON object. Unknown keys are ignored.
 
         Returns:
-            The summary, with NaN where `to_json` wrote `null`.
+            The summary, with NaN instead of `null`.
 
         Raises:
-            ValueError: If the text is not the JSON of a summary.
+            ValueError: If `text` is not the JSON of a summary.
         """
         try:
             values = json.loads(text)
@@ -114,18 +121,17 @@ class Summary:
 class ProgressBar:
     """A progress bar below the lines of a terminal.
 
-    Draws nothing where the output is not a terminal. Only one bar may be open
-    at a time.
-
-    ```
-    with ProgressBar(console) as bar:
-        for run in range(10):
-            bar.update(run, 10, f"{run} of 10 runs", seconds_left=60.0)
-            ...
-    ```
+    Draws nothing if the output is not a terminal. Only one bar may be open at a
+    time.
 
     Args:
-        console: Where to draw; by default the standard output.
+        console: Console to draw on; stdout by default.
+
+    Example:
+    >>> import sos.training
+    >>> with sos.training.ProgressBar() as bar:
+    ...     for run in range(10):
+    ...         bar.update(run, 10, f"{run} of 10 runs", seconds_left=60.0)
     """
 
     def __init__(self, console: rich.console.Console | None = None) -> None:
@@ -140,22 +146,25 @@ class ProgressBar:
         *,
         seconds_left: float | None = None,
     ) -> None:
-        """Draws the bar, or draws it anew.
+        """Draws or redraws the bar.
 
         Args:
-            completed: How much of `total` is done, in any unit.
-            total: The whole.
+            completed: Completed amount, in any unit.
+            total: Total amount, in the same unit.
             description: Text in front of the bar.
-            seconds_left: Estimated seconds until all is done, if known.
+            seconds_left: Estimated seconds left, if known.
         """
         if not self.console.is_terminal:
             return
-        left = seconds_left
         state = {
             "completed": completed,
             "total": total,
             "description": description,
-            "left": "" if left is None else f"{format_duration(left)} left",
+            "time_left": (
+                ""
+                if seconds_left is None
+                else f"{format_duration(seconds_left)} left"
+            ),
         }
         if self._bar is not None:
             self._bar.update(self._task, refresh=True, **state)
@@ -164,16 +173,16 @@ class ProgressBar:
             rich.progress.TextColumn("{task.description}", markup=False),
             rich.progress.BarColumn(bar_width=None),
             rich.progress.TextColumn("{task.percentage:>3.0f}%"),
-            rich.progress.TextColumn("{task.fields[left]}"),
+            rich.progress.TextColumn("{task.fields[time_left]}"),
             console=self.console,
-            # Nothing changes between two updates.
+            # The bar changes only in `update`.
             auto_refresh=False,
             expand=True,
             transient=True,
         )
         self._task = self._bar.add_task(**state)
         self._bar.start()
-        # A process that is killed cannot show the cursor again.
+        # A killed process could not restore a hidden cursor.
         self.console.show_cursor(True)
 
     def close(self) -> None:
@@ -190,10 +199,21 @@ class ProgressBar:
 
 
 class Console:
-    """Prints one line per summary, and on a terminal a progress bar below.
+    """Reporter that prints a line per summary and, on a terminal, a bar.
 
     Args:
-        console: Where to write; by default the standard output.
+        console: Console to print to; stdout by default.
+
+    Example:
+    >>> import sos.training
+    >>> report = sos.training.Console()
+    >>> report(
+    ...     sos.training.Summary(
+    ...         step=200, total_steps=1000, metrics={"loss": 0.25}, seconds=1.5
+    ...     )
+    ... )
+    step 200/1,000  loss 0.25
+    >>> report.close()
     """
 
     def __init__(self, console: rich.console.Console | None = None) -> None:
@@ -210,15 +230,18 @@ class Console:
                 seconds_left=summary.seconds_left,
             )
         self.console.print(
-            describe(summary), soft_wrap=True, markup=False, highlight=False
+            format_summary(summary),
+            soft_wrap=True,
+            markup=False,
+            highlight=False,
         )
 
     def close(self) -> None:
-        """Removes the progress bar; the lines stay."""
+        """Removes the progress bar, but not the lines."""
         self._bar.close()
 
 
-def describe(summary: Summary) -> str:
+def format_summary(summary: Summary) -> str:
     """Returns a summary as one line of text.
 
     Args:
@@ -263,23 +286,31 @@ def format_duration(seconds: float) -> str:
 
 
 class JsonLines:
-    """Appends each summary to a file, as one line of JSON.
+    """Reporter that appends each summary to a file, as a line of JSON.
 
     See `Summary.to_json` for the format and `read_summaries` for reading. A
     line is handed to the operating system before the call returns.
 
-    Only one process may write to the file at a time: opening may replace it. On
-    Google Cloud Storage (`gs://`), where nothing can be appended, TensorFlow
-    uploads the whole file for each summary.
+    Opening drops a truncated last line, as a killed process leaves it. Only one
+    process may write to the file at a time. On Google Cloud Storage (`gs://`),
+    where files cannot be appended to, TensorFlow uploads the whole file for
+    each summary.
 
     Args:
         path: The file; it and its directory are created if needed.
-        resume_step: Step from which training continues. Lines of later steps,
-            which will be written again, are dropped. By default all are kept.
+        resume_step: Step at which training resumes. Lines of later steps, which
+            will be written again, are dropped. By default all are kept.
 
     Raises:
-        StorageError: If the file holds something else than summaries. A last
-            line that was cut off, as when the process was killed, is dropped.
+        StorageError: If the file holds anything other than summaries.
+
+    Example:
+    >>> import sos.training
+    >>> report = sos.training.JsonLines("log.jsonl")
+    >>> report(sos.training.Summary(step=200, total_steps=1000, seconds=1.5))
+    >>> report.close()
+    >>> sos.training.read_summaries("log.jsonl")[0].step
+    200
     """
 
     def __init__(
@@ -309,7 +340,7 @@ class JsonLines:
         self._file.close()
 
     def _repair(self, last_step: float) -> None:
-        """Drops lines of later steps and a last line that was cut off."""
+        """Drops lines of later steps and a truncated last line."""
         with tf.io.gfile.GFile(self.path, "rb") as file:
             old = file.read()
         new = b"".join(
@@ -330,17 +361,22 @@ class JsonLines:
 
 
 def read_summaries(path: str | os.PathLike) -> list[Summary]:
-    """Reads the file of a `JsonLines`, also while it is being written.
+    """Reads a file of `JsonLines`, even while it is being written.
 
     Args:
-        path: The file; `gs://` works too.
+        path: The file; may be a `gs://` path.
 
     Returns:
-        All summaries in their order; none if there is no file. A last line that
-        was cut off is ignored.
+        The summaries in order, without a truncated last line; an empty list if
+        the file does not exist.
 
     Raises:
-        StorageError: If the file holds something else than summaries.
+        StorageError: If the file holds anything other than summaries.
+
+    Example:
+    >>> import sos.training
+    >>> sos.training.read_summaries("missing.jsonl")
+    []
     """
     path = os.fspath(path)
     if not tf.io.gfile.exists(path):
@@ -356,7 +392,7 @@ def _parse(path: str, text: bytes) -> Iterator[tuple[bytes, Summary]]:
         try:
             summary = Summary.from_json(line)
         except ValueError as error:
-            # A line that was cut off has no closing brace.
+            # A truncated line lacks the closing brace.
             if number == len(lines) and not text.endswith(b"\n"):
                 return
             raise StorageError(
@@ -368,10 +404,10 @@ def _parse(path: str, text: bytes) -> Iterator[tuple[bytes, Summary]]:
 
 
 class TensorBoard:
-    """Writes every summary for TensorBoard.
+    """Reporter that writes event files for TensorBoard.
 
     Summaries of training go to the subdirectory `train`, those of evaluations
-    to `eval`, so that a chart shows both as two runs. The tags are the names of
+    to `eval`, so TensorBoard charts them as two runs. The tags are the names of
     the metrics, `learning_rate`, `sparsity`, `penalty` and
     `examples_per_second`, and for each weight `sparsity/<path>` and
     `penalty/<path>`.
@@ -379,9 +415,19 @@ class TensorBoard:
     Writing does not need the package `tensorboard`.
 
     Args:
-        directory: The log directory; `gs://` works too.
-        resume_step: Step from which training continues. TensorBoard no longer
-            shows what was written for later steps. By default it shows all.
+        directory: The log directory; may be a `gs://` path.
+        resume_step: Step at which training resumes. TensorBoard then hides what
+            was written for later steps. By default it shows everything.
+
+    Example:
+    >>> import sos.training
+    >>> report = sos.training.TensorBoard("logs")
+    >>> report(
+    ...     sos.training.Summary(
+    ...         step=200, total_steps=1000, metrics={"loss": 0.25}, seconds=1.5
+    ...     )
+    ... )
+    >>> report.close()
     """
 
     def __init__(
@@ -413,7 +459,7 @@ def _metrics(summary: Summary) -> list[tuple[str, float]]:
 
 
 def _scalars(summary: Summary) -> dict[str, float]:
-    """Returns all numbers of a summary by TensorBoard tag."""
+    """Returns the scalars of a summary by TensorBoard tag."""
     scalars = dict(summary.metrics)
     for name in (
         "learning_rate",
@@ -432,7 +478,7 @@ def _scalars(summary: Summary) -> dict[str, float]:
 
 
 def _to_plain(value: Any) -> Any:
-    """Returns a value in types of JSON."""
+    """Converts a value to JSON types."""
     if isinstance(value, Mapping):
         return {key: _to_plain(entry) for key, entry in value.items()}
     if isinstance(value, numbers.Integral):

@@ -1,4 +1,4 @@
-"""Stops training at a signal without losing what was computed."""
+"""Stops training at a signal without losing steps."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ import time
 from types import TracebackType
 from typing import Protocol
 
-#: Exit code of a training that saved everything and ended at SIGTERM: run the
+#: Exit code of a program that SIGTERM stopped after saving everything: run the
 #: same command again to continue. It is `os.EX_TEMPFAIL`, which schedulers and
 #: scripts can distinguish from success and from errors.
 EXIT_RESTART = 75
@@ -19,13 +19,13 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def exit_code(signum: signal.Signals) -> int:
-    """Returns the exit code of a process that saved and ended at a signal.
+    """Returns the exit code of a program that a signal stopped after saving.
 
     Args:
         signum: The signal.
 
     Returns:
-        130 for SIGINT, as of any program that Ctrl-C ends, else `EXIT_RESTART`.
+        130 for SIGINT, as usual after Ctrl-C, else `EXIT_RESTART`.
     """
     if signum == signal.SIGINT:
         return 128 + signal.SIGINT
@@ -33,45 +33,45 @@ def exit_code(signum: signal.Signals) -> int:
 
 
 class StopSource(Protocol):
-    """Asks training to stop, for example a `StopRequest`."""
+    """Protocol of objects that request a stop, such as a `StopRequest`."""
 
     @property
     def requested(self) -> signal.Signals | None:
-        """The signal that asks for it; None while there is none."""
+        """The signal that requests a stop, or None."""
 
 
 class StopRequest:
     """Turns SIGTERM and SIGINT (Ctrl-C) into a request to stop.
 
-    Within the scope the first signal only sets `requested`; the training loop
+    Within the scope the first signal only sets `requested`. The training loop
     checks it between two calls, saves, and ends the process with the signal's
     `exit_code`. A second signal, of either kind, ends the process at once
     without saving, with the exit code 128 + its number (143 for SIGTERM, 130
-    for SIGINT), even while TensorFlow computes: a thread watches for signals,
-    as Python's own handlers would wait for the end of that call.
+    for SIGINT). It does so even while TensorFlow computes, because a thread
+    watches for signals: Python's handlers would wait for the end of that call.
 
-    ```
-    with StopRequest() as stop:
-        while not stop.requested:
-            ...
-        save()
-    sys.exit(exit_code(stop.requested))
-    ```
-
-    Enter the scope after creating the `tf.distribute` strategy:
-    MultiWorkerMirroredStrategy takes SIGTERM for itself. Python has handlers in
-    the main thread only; in another thread the scope does nothing, and nothing
-    is ever requested. A signal that was ignored before stays ignored.
+    Enter the scope after creating the `tf.distribute` strategy, because
+    MultiWorkerMirroredStrategy installs its own handler of SIGTERM. Python has
+    signal handlers in the main thread only: in another thread the scope has no
+    effect. A signal that was ignored before stays ignored.
 
     Args:
         echo_seconds: Seconds after the first signal within which further ones
-            count as its echo: `timeout`, and launchers that pass on a Ctrl-C
-            which their child receives as well, send it twice.
+            are ignored. `timeout`, and launchers that forward a Ctrl-C which
+            their child receives as well, send every signal twice.
         announce: Whether to print a line when a stop is requested.
 
     Attributes:
-        requested: The first signal; None before there is one. Stays set when
-            the scope is left.
+        requested: The first signal, or None. Stays set after the scope.
+
+    Example:
+    >>> import sos.training
+    >>> with sos.training.StopRequest() as stop:
+    ...     for step in range(3):
+    ...         if stop.requested:
+    ...             break
+    >>> stop.requested is None
+    True
     """
 
     def __init__(
@@ -86,10 +86,10 @@ class StopRequest:
         self._announcer: threading.Thread | None = None
 
     def wait(self, seconds: float) -> bool:
-        """Sleeps until a stop is requested or the time is over.
+        """Sleeps until a stop is requested.
 
         Args:
-            seconds: Seconds to sleep at most.
+            seconds: Maximum number of seconds to sleep.
 
         Returns:
             Whether a stop is requested.
@@ -101,8 +101,8 @@ class StopRequest:
             return self
         self._receiver, self._sender = socket.socketpair()
         self._sender.setblocking(False)
-        # CPython's handler in C writes the signal's number here right away,
-        # whatever the main thread is doing.
+        # CPython's handler in C writes the signal's number to this socket at
+        # once, even while the main thread is busy.
         self._previous_fd = signal.set_wakeup_fd(
             self._sender.fileno(), warn_on_full_buffer=False
         )
@@ -132,7 +132,7 @@ class StopRequest:
         self._watcher = None
         self._receiver.close()
         if self._announcer is not None:
-            # Its line comes before the program's last ones.
+            # Prints its line before the program's last ones.
             self._announcer.join(0.1)
 
     def _watch(self) -> None:
@@ -140,7 +140,7 @@ class StopRequest:
         first = 0.0
         while data := self._receiver.recv(1):
             if self._previous_fd >= 0:
-                # For an event loop that had been listening.
+                # An event loop may be listening to the previous descriptor.
                 with contextlib.suppress(OSError):
                     os.write(self._previous_fd, data)
             if data[0] not in self._previous:
@@ -151,8 +151,8 @@ class StopRequest:
                 self.requested = signal.Signals(data[0])
                 self._event.set()
                 if self._announces:
-                    # Not here: nobody may be reading, and a second signal
-                    # would have to wait for that.
+                    # In a thread: printing may block, and this one must watch
+                    # for a second signal.
                     self._announcer = threading.Thread(
                         target=self._announce, daemon=True
                     )
@@ -170,4 +170,4 @@ class StopRequest:
 
 
 def _do_nothing(signum: int, frame: object) -> None:
-    """Makes CPython write to the wakeup file descriptor, and no more."""
+    """Does nothing; CPython writes to the wakeup file descriptor."""

@@ -1,4 +1,4 @@
-"""The compiled functions of training: steps, evaluation, summaries."""
+"""Compiled functions of training: steps, evaluation, summaries, masks."""
 
 import dataclasses
 import math
@@ -22,8 +22,7 @@ from sos.wrappers.masked import PruningWrapper
 from sos.wrappers.penalized import PenalizedWrapper
 from sos.wrappers.sparse_weight import SparseWeight
 
-# One of them is in every error of TensorFlow about a step that XLA cannot
-# compile.
+# TensorFlow's errors about a step that XLA cannot compile contain one of these.
 _XLA_ERRORS = ("tf2xla conversion failed", "XLA_CPU_JIT", "XLA_GPU_JIT")
 _UNSUPPORTED = "Detected unsupported operations"
 
@@ -34,7 +33,7 @@ class Totals:
 
     Attributes:
         names: The names of the metrics.
-        sums: float32 of shape [steps, metrics, 2]: weighted sums, and sums of
+        sums: float32 of shape [steps, metrics, 2]: weighted sums and sums of
             weights.
         penalties: float32 of shape [steps]: sums of `model.losses` over the
             replicas and the parts of their batches; zeros in evaluation.
@@ -46,7 +45,7 @@ class Totals:
 
     @classmethod
     def concatenate(cls, parts: Sequence["Totals"]) -> "Totals":
-        """Returns the totals of successive loops as one object."""
+        """Concatenates the totals of successive loops."""
         return cls(
             names=parts[0].names,
             sums=np.concatenate([part.sums for part in parts]),
@@ -54,7 +53,7 @@ class Totals:
         )
 
     def means(self) -> dict[str, float]:
-        """Returns the weighted mean of each metric; NaN without any weight."""
+        """Returns weighted means of the metrics; NaN if the weights are 0."""
         sums = self.sums.sum(axis=0, dtype=np.float64)
         return {
             name: float(total / weight) if weight else math.nan
@@ -64,7 +63,7 @@ class Totals:
     def first_non_finite(self) -> int | None:
         """Returns the index of the first step with a NaN or infinite loss."""
         losses = self.sums[:, self.names.index("loss")]
-        # The sum is checked too: without any weight the mean is zero.
+        # The sum is checked as well: without any weight the mean is zero.
         values = np.column_stack([losses, _means(losses), self.penalties])
         indices = np.flatnonzero(~np.isfinite(values).all(axis=1))
         return int(indices[0]) if len(indices) else None
@@ -80,35 +79,34 @@ def _means(totals: np.ndarray) -> np.ndarray:
 class Steps:
     """The compiled functions of one model and its optimizer.
 
-    Create it in the strategy's scope. The functions ending in `_step` run on
-    one replica, within `strategy.run`; those ending in `_function` are the
-    compiled functions around them; the host calls the others.
+    Create it in the strategy's scope. Functions that end in `_step` run on one
+    replica, within `strategy.run`. Those that end in `_function` are the
+    compiled functions around them. The host calls the others.
 
-    The gradient is the gradient of `loss + sum(model.losses)`, where the loss
-    is the mean over the weights of the whole batch: over all replicas and all
-    parts of an accumulated gradient, even if their weights differ, as those of
-    sentences do. `model.losses`, which may differ between replicas and parts,
-    are averaged with the same weights. The gradient of a batch without any
-    weight is zero. With several replicas gradients are clipped after they are
-    summed; Keras alone would clip on each replica. A technique with
-    `uses_gradient` gathers gradients of sums over examples, in which a step
-    counts by the weight of its batch.
+    The gradient is that of `loss + sum(model.losses)`, where the loss is the
+    weighted mean over the whole batch: over all replicas and all parts of an
+    accumulated gradient, even if their weights differ, as those of sentences
+    do. `model.losses`, which may differ between replicas and parts, are
+    averaged with the same weights. The gradient of a batch of weight 0 is zero.
+    With several replicas gradients are clipped after they are summed; Keras
+    would clip on each replica. A technique with `uses_gradient` gathers
+    gradients of sums over examples, in which a step counts by the weight of its
+    batch.
 
     Args:
         task: The task.
-        model: Its model.
+        model: The task's model.
         optimizer: The model's optimizer, built.
-        gradient_accumulation_steps: Number of parts, computed one after the
-            other, into which a replica's batch is split.
+        gradient_accumulation_steps: Number of parts into which a replica's
+            batch is split. They are computed one after the other.
         jit_compile: Whether to compile the training and evaluation steps with
-            XLA, which needs one device. By default they are compiled on a GPU
-            and not on a CPU. The default for a GPU has not been tried on a GPU
-            yet. A TPU compiles every step by itself.
+            XLA, which needs one device. Default: only on a GPU. The default for
+            a GPU has not been tried on a GPU yet. A TPU always compiles.
 
     Attributes:
-        task: The task. It is called while a function is traced only.
-        sparse_weights: All sparse weights, with their wrappers.
-        jit_compile: Whether the steps are compiled with XLA here.
+        task: The task. It is called only while a function is traced.
+        sparse_weights: Pairs of a wrapper and one of its sparse weights.
+        jit_compile: Whether the steps are compiled with XLA.
 
     Raises:
         UsageError: If the optimizer accumulates gradients or scales the loss
@@ -133,7 +131,7 @@ class Steps:
         self._replicas = self._strategy.num_replicas_in_sync
         self._check()
         self.jit_compile = _uses_xla(self._strategy, jit_compile)
-        # By whether it is training: the names of the metrics, once traced.
+        # Names of the metrics, by `training`; set while a step is traced.
         self._names: dict[bool, tuple[str, ...]] = {}
         self._replica_train_step, self._replica_eval_step = (
             tf.function(step, jit_compile=True) if self.jit_compile else step
@@ -157,10 +155,9 @@ class Steps:
             )
         if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
             raise UsageError(
-                "The optimizer must not scale the loss: it would skip steps, "
-                "and the input of a step would depend on the number of steps "
-                "skipped before. Use bfloat16, which needs no scaling. "
-                "Received: a LossScaleOptimizer"
+                "The optimizer must not scale the loss, because it would skip "
+                "steps, on whose number the input depends. Use bfloat16, which "
+                "needs no scaling. Received: a LossScaleOptimizer"
             )
         if optimizer.loss_scale_factor:
             raise UsageError(
@@ -170,8 +167,8 @@ class Steps:
             )
         if optimizer.use_ema and not optimizer.ema_overwrite_frequency:
             raise UsageError(
-                "Nothing would use the optimizer's moving averages of the "
-                "weights. Set its `ema_overwrite_frequency`, or remove "
+                "The optimizer's moving averages of the weights would be "
+                "unused. Set its `ema_overwrite_frequency`, or remove "
                 "`use_ema`. Received: use_ema=True"
             )
         overwrites = optimizer.use_ema and self._replicas > 1
@@ -179,8 +176,8 @@ class Steps:
             self._strategy, tf.distribute.TPUStrategy
         ):
             raise UsageError(
-                "Keras overwrites weights with their moving averages on one "
-                "device or on a TPU only. Train on one device, or remove "
+                "Keras can overwrite weights with their moving averages only "
+                "on one device or on a TPU. Train on one device, or remove "
                 f"`use_ema`. Received: use_ema=True on {self._replicas} "
                 "replicas"
             )
@@ -202,11 +199,11 @@ class Steps:
     # On the host.
 
     def train(self, iterator: Iterator[Any], steps: int) -> Totals:
-        """Makes optimizer steps and waits for them.
+        """Runs optimizer steps and waits for them.
 
         Args:
             iterator: Yields a batch for every replica.
-            steps: Number of steps, at least 1. Another number does not retrace.
+            steps: Number of steps, at least 1. A new number does not retrace.
 
         Returns:
             The totals of each step.
@@ -250,11 +247,11 @@ class Steps:
         return Totals(self._names[training], sums, penalties)
 
     def summary(self) -> tuple[dict[str, int], dict[str, float]]:
-        """Returns figures of every sparse weight as it is now.
+        """Counts zeros and computes penalties of the current weights.
 
         Returns:
-            By weight path, the number of zeros in evaluation; and the penalty
-            of the weights that have one, empty outside of training.
+            Number of zeros in evaluation, by weight path; and penalties of the
+            weights that have one, by weight path, empty outside of training.
         """
         if not self.sparse_weights:
             return {}, {}
@@ -284,7 +281,7 @@ class Steps:
         return bool(self._first(self.finite_function()))
 
     def _first(self, output: Any) -> tf.Tensor:
-        """Returns the first replica's output, where all return the same."""
+        """Returns the first replica's output; all return the same."""
         return self._strategy.experimental_local_results(output)[0]
 
     # Compiled.
@@ -293,7 +290,7 @@ class Steps:
     def train_function(
         self, iterator: Iterator[Any], steps: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Makes optimizer steps on all replicas.
+        """Runs optimizer steps on all replicas.
 
         Args:
             iterator: Yields a batch for every replica.
@@ -348,15 +345,15 @@ class Steps:
     def share_statistics(self) -> None:
         """Copies the first replica's batch statistics to all replicas.
 
-        A checkpoint holds those, so that an evaluation now and an evaluation
-        of the checkpoint are the same.
+        A checkpoint holds the first replica's. Copying makes an evaluation
+        before saving equal to one of the checkpoint.
         """
         self._strategy.run(self.share_statistics_step)
 
     # On a replica.
 
     def train_step(self, batch: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        """Makes one optimizer step, on one replica.
+        """Runs one optimizer step, on one replica.
 
         Args:
             batch: The replica's share of the batch.
@@ -419,7 +416,7 @@ class Steps:
         context = tf.distribute.get_replica_context()
         first = tf.equal(context.replica_id_in_sync_group, 0)
         for variable in self._model.non_trainable_variables:
-            # Others are equal on all replicas, or sums over replicas.
+            # Others are equal on all replicas, or are summed over them.
             if variable.aggregation == "none" and _is_floating(variable):
                 value = variable.value
                 value = tf.where(first, value, tf.zeros_like(value))
@@ -440,10 +437,10 @@ class Steps:
         )
 
     def _gradients(self, batch: Any) -> tuple[list[Any], tf.Tensor, tf.Tensor]:
-        """Returns the gradients of a batch's sum, its totals, and the penalty.
+        """Returns the gradients of the batch's sum, its totals and its penalty.
 
-        Sums can be added over parts, replicas and steps. They are divided by
-        the total weight in the end.
+        Sums can be added over parts, replicas and steps. `train_step` divides
+        them by the total weight.
         """
         variables = self._model.trainable_variables
         with tf.GradientTape() as tape:
@@ -456,8 +453,8 @@ class Steps:
                 tf.stop_gradient(tf.cast(weight, penalty.dtype)) * penalty,
                 objective.dtype,
             )
-        # Dense, because Keras's Adam squares each occurrence of an embedding's
-        # row by itself instead of their sum.
+        # Dense, because for an embedding's row Keras's Adam squares each
+        # occurrence instead of their sum.
         gradients = [
             None if g is None else tf.convert_to_tensor(g)
             for g in tape.gradient(objective, variables)
@@ -467,13 +464,13 @@ class Steps:
     def _accumulated(
         self, batch: Any
     ) -> tuple[list[Any], tf.Tensor, tf.Tensor]:
-        """Returns the same as `_gradients`, computed part by part."""
+        """Computes `_gradients` part by part."""
         sums: list[Any] = []
         totals = tf.zeros([])
         penalties = tf.zeros([])
         for index in range(self._parts):
-            # One after the other, so that memory holds the activations of one
-            # part only. Each part has activation noise of its own.
+            # One after the other, so that memory holds the activations of only
+            # one part. Each part has its own activation noise.
             previous = [g for g in sums if g is not None]
             with (
                 tf.control_dependencies(previous),
@@ -535,8 +532,8 @@ class Steps:
             present = [tf.clip_by_norm(g, by_norm) for g in present]
         else:
             present, _ = tf.clip_by_global_norm(present, by_global_norm)
-        # Keras sums over the replicas once more. Its own clipping leaves the
-        # parts alone, as they are within the limit.
+        # Keras sums over the replicas again. Its clipping does not change these
+        # parts, because they are within the limit.
         parts = iter([g / self._replicas for g in present])
         return [None if g is None else next(parts) for g in gradients]
 
@@ -553,7 +550,7 @@ def _uses_xla(
     if isinstance(strategy, tf.distribute.TPUStrategy):
         if jit_compile:
             raise UsageError(
-                "A TPU compiles every step with XLA by itself. Remove "
+                "A TPU compiles every step with XLA anyway. Remove "
                 "`--jit_compile`. Received: jit_compile=True"
             )
         return False
@@ -571,7 +568,7 @@ def _uses_xla(
     if tf.distribute.has_strategy():
         devices = strategy.extended.worker_devices
     else:
-        # TensorFlow's default strategy does not tell its device.
+        # TensorFlow's default strategy does not list its device.
         devices = [device.name for device in tf.config.list_logical_devices()]
     return any("GPU" in name for name in devices)
 
@@ -581,7 +578,7 @@ def _xla_reason(error: tf.errors.OpError) -> str:
     lines = [line.strip() for line in error.message.splitlines()]
     for line in lines:
         if _UNSUPPORTED in line:
-            # Without the name of the graph, and the node once more.
+            # Without the name of the graph and the repeated node.
             line = line.split("_JIT: ", 1)[-1].split("{{node", 1)[0]
             return line.strip().rstrip(".") + ")" * (
                 line.count("(") - line.count(")")
@@ -592,9 +589,9 @@ def _xla_reason(error: tf.errors.OpError) -> str:
 class CompiledMaskUpdate:
     """Updates masks on a TPU, as `update_masks` does on other devices.
 
-    A TPU runs compiled code inside `strategy.run` only. The number of weights
-    to keep is an argument of that code, so that a ranking of single tensors is
-    compiled once; other rankings are compiled for each sparsity.
+    A TPU runs only compiled code inside `strategy.run`. The number of weights
+    to keep is an argument of that code, so a ranking of single tensors is
+    compiled once. Other rankings are compiled for each sparsity.
     """
 
     def __init__(self) -> None:
@@ -605,13 +602,13 @@ class CompiledMaskUpdate:
         """Ranks weights and sets their masks.
 
         Args:
-            updates: The sparsity to reach, by wrapper.
+            updates: Target sparsity by wrapper.
 
         Warns:
             UserWarning: As `update_masks`.
 
         Raises:
-            ValueError: If a score is NaN; all masks stay as they are.
+            ValueError: If a score is NaN. All masks are unchanged.
         """
         if not updates:
             return
@@ -624,7 +621,7 @@ class CompiledMaskUpdate:
             else 0
             for wrapper, weight in pairs
         ]
-        # Python sparsities are part of a compilation only where they must be.
+        # A Python sparsity is part of the compiled code only if it must be.
         key = (
             tuple((id(wrapper), wrapper.ranking) for wrapper in updates),
             tuple(
@@ -635,12 +632,14 @@ class CompiledMaskUpdate:
         )
         if key not in self._functions:
             self._functions[key] = self.compile(dict(updates))
-        facts = self._functions[key](tf.constant(counts, tf.int32))
-        facts = self._strategy.experimental_local_results(facts)[0].numpy()
-        for (_, weight), (nans, _, _) in zip(pairs, facts, strict=True):
+        statistics = self._functions[key](tf.constant(counts, tf.int32))
+        statistics = self._strategy.experimental_local_results(statistics)[
+            0
+        ].numpy()
+        for (_, weight), (nans, _, _) in zip(pairs, statistics, strict=True):
             refuse_nan(int(nans), f" of {weight.path}")
         for (wrapper, weight), (_, undecided, any_left) in zip(
-            pairs, facts, strict=True
+            pairs, statistics, strict=True
         ):
             dead_weights.after_update(
                 wrapper,
@@ -654,12 +653,12 @@ class CompiledMaskUpdate:
         """Returns the compiled function of an update.
 
         Args:
-            updates: The sparsity to reach, by wrapper.
+            updates: Target sparsity by wrapper.
 
         Returns:
-            A `tf.function` that takes the number of elements to keep, int32 of
-            shape [weights], sets the masks, and returns what
-            `mask_update_step` found out about them.
+            A `tf.function` that takes the numbers of elements to keep, int32 of
+            shape [weights], sets the masks, and returns the second output of
+            `mask_update_step`.
         """
 
         def step(counts: tf.Tensor) -> tuple[list[tf.Tensor], tf.Tensor]:
@@ -670,18 +669,18 @@ class CompiledMaskUpdate:
 
         @tf.function
         def update(counts: tf.Tensor) -> tf.Tensor:
-            masks, facts = self._strategy.run(step, args=(counts,))
-            facts = first_replica(facts)
-            invalid = tf.reduce_sum(facts[:, 0]) > 0
-            # Not on the replicas, where an assignment sends every mask to every
-            # other replica, although all have the same.
+            masks, statistics = self._strategy.run(step, args=(counts,))
+            statistics = first_replica(statistics)
+            invalid = tf.reduce_sum(statistics[:, 0]) > 0
+            # Not on the replicas, where an assignment would send every mask to
+            # every other replica, although all are equal.
             for (wrapper, weight), mask in zip(
                 _weights(updates), masks, strict=True
             ):
                 old = weight.state["mask"].value
                 new = tf.where(invalid, old, first_replica(mask))
                 wrapper.assign_mask(weight, new)
-            return facts
+            return statistics
 
         return update
 
@@ -692,22 +691,21 @@ def mask_update_step(
     """Ranks weights, on one replica.
 
     Args:
-        updates: The sparsity to reach, by wrapper.
-        counts: int32 of shape [weights], the number of elements that each
-            weight keeps.
+        updates: Target sparsity by wrapper.
+        counts: Number of elements that each weight keeps, int32 of shape
+            [weights].
 
     Returns:
-        The uint8 masks, one for each weight, which is the old one where only
-        positions could decide; and int32 of shape [weights, 3]: the number of
-        scores that are NaN, 1 where the old mask stays, and 1 where the mask
-        keeps any element.
+        A uint8 mask for each weight, the old one where only positions would
+        decide; and int32 of shape [weights, 3]: the number of NaN scores, 1 if
+        the old mask stays, and 1 if the mask keeps any element.
     """
     pairs = _weights(updates)
     groups: dict[Any, list[tuple[PruningWrapper, SparseWeight, int]]] = {}
     for index, (wrapper, weight) in enumerate(pairs):
         groups.setdefault(wrapper.ranking, []).append((wrapper, weight, index))
     masks: list[Any] = [None] * len(pairs)
-    facts = list(masks)
+    statistics = list(masks)
     for ranking, members in groups.items():
         scores = [wrapper.scores(weight) for wrapper, weight, _ in members]
         if _ranks_by_count(ranking):
@@ -731,14 +729,14 @@ def mask_update_step(
             mask = tf.where(unchanged, old, mask)
             kept = tf.minimum(mask, old) if wrapper.cumulative else mask
             masks[index] = mask
-            facts[index] = tf.stack(
+            statistics[index] = tf.stack(
                 [
                     nan_count(score),
                     tf.cast(unchanged, tf.int32),
                     tf.cast(tf.reduce_any(kept > 0), tf.int32),
                 ]
             )
-    return masks, tf.stack(facts)
+    return masks, tf.stack(statistics)
 
 
 def _weights(

@@ -27,7 +27,7 @@ _LOST_WORKER = (
 )
 
 # Dtypes that TensorFlow cannot send to other workers.
-_NOT_SENT = (tf.uint8, tf.int8, tf.uint16, tf.int16)
+_UNSENDABLE_DTYPES = (tf.uint8, tf.int8, tf.uint16, tf.int16)
 
 # The compiled function of `gather`, by strategy.
 _GATHER: dict[tf.distribute.Strategy, Callable[[tf.Tensor], tf.Tensor]] = {}
@@ -43,11 +43,18 @@ def make_strategy(
     ("remapping") that fails on variational dropout.
 
     Args:
-        name: "tpu"; "mirrored", over all GPUs of this machine (or all logical
-            CPU devices, if it has no GPU); "multi_worker", over the machines
-            that the environment variable TF_CONFIG lists; "one_device"; or
-            None: a TPU if `tpu` is set, several workers if TF_CONFIG lists
-            them, all GPUs if there are several, else one device.
+        name: One of:
+
+            - "tpu"
+            - "mirrored": all GPUs of this machine, or all logical CPU devices
+              if it has no GPU
+            - "multi_worker": the machines that the environment variable
+              TF_CONFIG lists
+            - "one_device"
+            - None: "tpu" if `tpu` is set or the machine has a TPU,
+              "multi_worker" if TF_CONFIG lists several workers, "mirrored" if
+              there are several GPUs, else "one_device".
+
         tpu: Name or address of the TPU, or "local" for a TPU of this machine.
 
     Returns:
@@ -56,6 +63,12 @@ def make_strategy(
     Raises:
         UsageError: If the name is unknown, `tpu` is set for another strategy,
             TF_CONFIG is invalid for several workers, or the TPU cannot be used.
+
+    Example:
+    >>> import sos.training
+    >>> strategy = sos.training.make_strategy("one_device")
+    >>> strategy.num_replicas_in_sync
+    1
     """
     if name is not None and name not in STRATEGIES:
         raise UsageError(
@@ -67,8 +80,8 @@ def make_strategy(
             "`tpu` is for the strategy tpu only. "
             f"Received: tpu={tpu!r} with strategy={name!r}"
         )
-    # This graph rewriter fails on noise between a bias and its activation, with
-    # an error message and no other effect.
+    # This graph rewriter fails on noise between a bias and its activation: it
+    # prints an error, without other effects.
     tf.config.optimizer.set_experimental_options({"remapping": False})
     if name is None:
         name = _name_for_this_machine(tpu)
@@ -76,7 +89,7 @@ def make_strategy(
         return _tpu_strategy(tpu or "local")
     if name == "multi_worker":
         _check_workers()
-        return _meet_workers()
+        return _join_workers()
     gpus = tf.config.list_logical_devices("GPU")
     cpus = tf.config.list_logical_devices("CPU")
     if name == "one_device":
@@ -86,13 +99,13 @@ def make_strategy(
         return tf.distribute.MirroredStrategy(devices)
     return tf.distribute.MirroredStrategy(
         devices,
-        # The default's collectives fail when a process has several strategies.
+        # The default collectives fail if a process has several strategies.
         cross_device_ops=tf.distribute.ReductionToOneDevice(),
     )
 
 
 def is_chief(strategy: tf.distribute.Strategy) -> bool:
-    """Whether this process writes the files of its job."""
+    """Returns whether this process writes the files."""
     resolver = strategy.cluster_resolver
     if not several_processes(strategy) or resolver is None:
         return True
@@ -106,14 +119,14 @@ def is_chief(strategy: tf.distribute.Strategy) -> bool:
 def gather(
     strategy: tf.distribute.Strategy, values: Sequence[float]
 ) -> np.ndarray:
-    """Gathers numbers from all processes of a job.
+    """Gathers numbers from all processes.
 
-    All of them must call it at the same point of the program.
+    All processes must call it at the same point of the program.
 
     Args:
-        strategy: The strategy of the job.
-        values: This process's numbers, the same count in every process; exact
-            in float64.
+        strategy: The strategy.
+        values: Numbers of this process, exact in float64; the same count in
+            every process.
 
     Returns:
         float64 of shape [processes, len(values)], equal in all processes.
@@ -122,10 +135,10 @@ def gather(
     if not several_processes(strategy):
         return row
     if strategy not in _GATHER:
-        # Once: `strategy.gather` would trace a function in every call.
+        # Cached: `strategy.gather` would trace a function in every call.
         _GATHER[strategy] = _make_gather(strategy)
     rows = _GATHER[strategy](tf.constant(row)).numpy()
-    # The replicas of a process have equal rows.
+    # All replicas of a process have the same row.
     return rows[:: len(strategy.extended.worker_devices)]
 
 
@@ -146,7 +159,7 @@ def _make_gather(
 
 
 def input_pipelines(strategy: tf.distribute.Strategy) -> int:
-    """Returns the number of hosts that read data for a strategy."""
+    """Returns the number of hosts that read data."""
     if isinstance(strategy, tf.distribute.TPUStrategy):
         return strategy.extended.num_hosts
     if not several_processes(strategy):
@@ -157,7 +170,7 @@ def input_pipelines(strategy: tf.distribute.Strategy) -> int:
 
 
 def several_processes(strategy: tf.distribute.Strategy) -> bool:
-    """Whether other processes run the same program in a job."""
+    """Returns whether other processes run the same program."""
     # One process drives a TPU pod with any number of hosts.
     return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
 
@@ -165,19 +178,19 @@ def several_processes(strategy: tf.distribute.Strategy) -> bool:
 def several_workers() -> bool:
     """Returns whether this process is one of several workers.
 
-    Unlike `several_processes`, it is known before they have joined: TF_CONFIG
-    lists them.
+    Unlike `several_processes`, this works before the workers have joined,
+    because it reads TF_CONFIG.
     """
     try:
         return len(_workers()) > 1
     except UsageError:
-        # Workers cannot join by it, and `make_strategy` raises.
+        # `make_strategy` raises this error.
         return False
 
 
 def is_lost_worker(error: BaseException) -> bool:
-    """Returns whether an error in a job of several workers is a lost worker."""
-    # TensorFlow raises FailedPreconditionError for invalid data, too.
+    """Returns whether an error among several workers is due to a lost one."""
+    # TensorFlow also raises FailedPreconditionError for invalid data.
     return isinstance(error, _LOST_WORKER) and (
         not isinstance(error, tf.errors.FailedPreconditionError)
         or ABORTED in error.message
@@ -186,10 +199,10 @@ def is_lost_worker(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def lost_worker_errors() -> Iterator[None]:
-    """Raises `WorkerLostError` when another worker is lost within the scope.
+    """Converts errors about lost workers within the scope to `WorkerLostError`.
 
-    Enter it in a job of several workers only: in a single process TensorFlow
-    raises the same errors for other reasons.
+    Enter it with several workers only: in a single process TensorFlow raises
+    the same errors for other reasons.
 
     Yields:
         Nothing.
@@ -203,38 +216,38 @@ def lost_worker_errors() -> Iterator[None]:
         if not is_lost_worker(error):
             raise
         raise WorkerLostError(
-            "A worker of this job ended or cannot be reached: "
+            "Another worker ended or cannot be reached: "
             f"{reason(error)}. Start all workers again to continue from the "
             "last checkpoint."
         ) from error
 
 
 class _MultiWorkerStrategy(tf.distribute.MultiWorkerMirroredStrategy):
-    """A strategy in whose scope uint8 variables, such as masks, can be created.
+    """A strategy with support for uint8 variables, such as masks.
 
     TensorFlow sends the chief's initial value of every variable to all workers,
-    and cannot send uint8. Such values are sent as int32.
+    and cannot send uint8. This class sends such values as int32.
     """
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
         """Returns the scope to create variables in."""
-        sent: list[tf.DType] = []
+        dtypes: list[tf.DType] = []
 
         def widen(make: Callable[..., tf.Variable], **kwargs: Any) -> Any:
             dtype = kwargs.get("dtype")
-            if dtype is None or tf.as_dtype(dtype) not in _NOT_SENT:
+            if dtype is None or tf.as_dtype(dtype) not in _UNSENDABLE_DTYPES:
                 return make(**kwargs)
-            sent.append(tf.as_dtype(dtype))
+            dtypes.append(tf.as_dtype(dtype))
             try:
                 return make(**_cast(kwargs, tf.int32))
             finally:
-                sent.pop()
+                dtypes.pop()
 
         def narrow(make: Callable[..., tf.Variable], **kwargs: Any) -> Any:
-            return make(**(_cast(kwargs, sent[-1]) if sent else kwargs))
+            return make(**(_cast(kwargs, dtypes[-1]) if dtypes else kwargs))
 
-        # The last scope is called first; the strategy sends in between.
+        # The innermost scope is called first; the strategy sends in between.
         with (
             tf.variable_creator_scope(narrow),
             super().scope(),
@@ -243,12 +256,12 @@ class _MultiWorkerStrategy(tf.distribute.MultiWorkerMirroredStrategy):
             yield
 
 
-def _meet_workers() -> tf.distribute.Strategy:
-    """Waits for the other workers, and prints that it does."""
-    # TensorFlow may wait for an hour, and keeps SIGTERM to itself.
+def _join_workers() -> tf.distribute.Strategy:
+    """Waits for the other workers; prints a line about it."""
+    # TensorFlow may wait for an hour, and handles SIGTERM itself.
     print(
-        f"Meeting the other workers of {', '.join(_workers())}. Ctrl-C ends "
-        "this, SIGTERM does not.",
+        f"Waiting for the workers {', '.join(_workers())}. Ctrl-C ends the "
+        "program, SIGTERM does not.",
         file=sys.stderr,
         flush=True,
     )
@@ -257,7 +270,7 @@ def _meet_workers() -> tf.distribute.Strategy:
         or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
     ):
         return _MultiWorkerStrategy()
-    # Python's own handler would have to wait, too.
+    # Python's own handler would wait for the end of the call.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         return _MultiWorkerStrategy()
@@ -288,13 +301,13 @@ def _workers() -> list[str]:
     cluster = _tf_config()["cluster"]
     return [
         address
-        for job in ("chief", "worker")
-        for address in cluster.get(job, [])
+        for task_type in ("chief", "worker")
+        for address in cluster.get(task_type, [])
     ]
 
 
 def _tf_config() -> dict[str, Any]:
-    """Returns TF_CONFIG, with a cluster and a task even if they are empty."""
+    """Returns TF_CONFIG with the keys "cluster" and "task"."""
     text = os.environ.get("TF_CONFIG", "")
     try:
         config = json.loads(text) if text.strip() else {}
@@ -304,8 +317,11 @@ def _tf_config() -> dict[str, Any]:
         for name in ("cluster", "task"):
             if not isinstance(config[name], dict):
                 raise ValueError(f"its {name} is not a JSON object")
-        if not all(isinstance(job, list) for job in config["cluster"].values()):
-            raise ValueError("a job of its cluster is not a list of addresses")
+        for task_type, addresses in config["cluster"].items():
+            if not isinstance(addresses, list):
+                raise ValueError(
+                    f"{task_type!r} in its cluster is not a list of addresses"
+                )
     except ValueError as error:
         raise UsageError(
             "The environment variable TF_CONFIG must be a JSON object such as "
@@ -319,9 +335,11 @@ def _tf_config() -> dict[str, Any]:
 def _check_workers() -> None:
     config = _tf_config()
     task = config["task"]
-    job = config["cluster"].get(str(task.get("type")), [])
+    addresses = config["cluster"].get(str(task.get("type")), [])
     index = task.get("index")
-    if not _workers() or not (isinstance(index, int) and 0 <= index < len(job)):
+    if not _workers() or not (
+        isinstance(index, int) and 0 <= index < len(addresses)
+    ):
         raise UsageError(
             "The strategy multi_worker needs the environment variable "
             "TF_CONFIG with the addresses of all workers and the task of this "

@@ -10,22 +10,69 @@ import tensorflow as tf
 from sos.errors import TaskError
 from sos.export import ServingModule
 
-#: A sum over examples and the sum of their weights, float32 scalars.
+#: A weighted sum over examples and the sum of the weights, float32 scalars.
 WeightedSum = tuple[tf.Tensor, tf.Tensor]
 
-#: Evaluates a model on the host and returns figures by name.
+#: Evaluates a model on the host and returns metrics by name.
 Evaluator = Callable[[keras.Model], Mapping[str, float]]
 
 
 class Task:
     """A model, its optimizer, its data and its metrics.
 
-    Subclass it and override the methods that raise here. This is all that the
-    engine knows about a training: it finds sparse layers in the model itself.
+    Subclasses override the methods that raise `NotImplementedError`. A task
+    need not mention sparsity outside of `build_model`: the engine finds the
+    sparse layers in the model.
 
     Attributes:
         batch_size: Number of examples in one optimizer step, over all replicas
             and all parts of an accumulated gradient.
+
+    Example:
+    A sparse linear regression:
+    >>> import keras, numpy as np, sos, sos.training, tensorflow as tf
+    >>> x = np.random.default_rng(0).normal(size=(16, 8)).astype("float32")
+    >>> data = {"x": x, "y": 2.0 * x}
+    >>> class Line(sos.training.Task):
+    ...     batch_size = 8
+    ...
+    ...     def configuration(self):
+    ...         return {"batch_size": self.batch_size}
+    ...
+    ...     def build_model(self):
+    ...         model = keras.Sequential(
+    ...             [keras.Input((8,)), keras.layers.Dense(8, name="dense")]
+    ...         )
+    ...         return sos.sparsify(
+    ...             model,
+    ...             "MagnitudePruning",
+    ...             sparsity=0.75,
+    ...             begin_step=0,
+    ...             end_step=2,
+    ...             frequency=1,
+    ...         )
+    ...
+    ...     def build_optimizer(self, model):
+    ...         return keras.optimizers.SGD(0.1)
+    ...
+    ...     def train_dataset(self, context, step):
+    ...         return sos.training.array_batches(
+    ...             data, seed=0, batch_size=8, step=step, context=context
+    ...         )
+    ...
+    ...     def eval_dataset(self, context):
+    ...         return sos.training.array_eval_batches(
+    ...             data, batch_size=8, context=context
+    ...         )
+    ...
+    ...     def compute_metrics(self, model, batch, training):
+    ...         y = model(batch["x"], training=training)
+    ...         errors = tf.reduce_mean(tf.square(y - batch["y"]), axis=-1)
+    ...         weights = batch.get("weight", tf.ones_like(errors))
+    ...         total = tf.reduce_sum(weights * errors)
+    ...         return {"loss": (total, tf.reduce_sum(weights))}
+    >>> Line().has_evaluation
+    True
     """
 
     batch_size: int
@@ -33,15 +80,18 @@ class Task:
     def configuration(self) -> Mapping[str, Any]:
         """Returns all options that determine the result, by name.
 
-        A checkpoint of another configuration cannot be restored. The values
-        must be JSON: strings, numbers, booleans, None, lists and dictionaries.
+        A checkpoint of another configuration cannot be restored.
+
+        Returns:
+            JSON values: strings, numbers, booleans, None, lists and
+            dictionaries.
         """
         raise NotImplementedError(
             f"{type(self).__name__} must override `configuration`."
         )
 
     def build_model(self) -> keras.Model:
-        """Returns a new model, built; called in the strategy's scope."""
+        """Returns a new built model; called in the strategy's scope."""
         raise NotImplementedError(
             f"{type(self).__name__} must override `build_model`."
         )
@@ -50,7 +100,7 @@ class Task:
         """Returns a new optimizer; called in the strategy's scope.
 
         Args:
-            model: The model that it trains.
+            model: The model to train.
         """
         raise NotImplementedError(
             f"{type(self).__name__} must override `build_optimizer`."
@@ -59,10 +109,9 @@ class Task:
     def initialize(self, model: keras.Model) -> None:
         """Sets initial values that `build_model` does not set.
 
-        It is called in the strategy's scope, once per training, when there is
-        no checkpoint to restore: load pretrained weights here, or the masks of
-        a lottery ticket. All workers must assign the same values. By default
-        it does nothing.
+        Called in the strategy's scope if there is no checkpoint to restore:
+        load pretrained weights here, or the masks of a lottery ticket. All
+        workers must assign the same values. Does nothing by default.
 
         Args:
             model: The model.
@@ -71,17 +120,17 @@ class Task:
     def train_dataset(
         self, context: tf.distribute.InputContext, step: int
     ) -> tf.data.Dataset:
-        """Returns the training batches from a step on, without end.
+        """Returns the infinite training batches from a step on.
 
-        They must be a function of the step: the batch of step 1,000 may not
-        depend on the step that training started from. `sos.training.inputs`
+        They must be a function of the step: the batch of step 1,000 must not
+        depend on the step at which training started. `sos.training.inputs`
         makes such data sets.
 
         Args:
             context: The share of the data that this host reads. Batches have
                 `context.get_per_replica_batch_size(self.batch_size)` examples,
                 one batch for each replica of the host in turn.
-            step: Number of optimizer steps done before.
+            step: Number of completed optimizer steps.
 
         Returns:
             Batches of static shape: a tensor, or a structure of tensors with
@@ -102,10 +151,9 @@ class Task:
             context: As in `train_dataset`.
 
         Returns:
-            Batches of static shape, the same number for every replica. Their
-            number is the cardinality of the data set, which must be known.
-            Examples that only fill up the last batch must have weight 0 in
-            `compute_metrics`.
+            Batches of static shape, the same number for every replica. The
+            cardinality of the data set must be known. Examples that pad the
+            last batch must have weight 0 in `compute_metrics`.
         """
         raise NotImplementedError(
             f"{type(self).__name__} must override `eval_dataset`."
@@ -131,23 +179,23 @@ class Task:
             training: Whether to call the model with `training=True`.
 
         Returns:
-            For each metric, by name, the sum over the examples (or tokens) and
-            the sum of their weights. One of them is "loss", which must be
-            differentiable. Training and evaluation may have other metrics; in
-            each of the two the names must always be the same.
+            By name, the weighted sum of each metric over the examples (or
+            tokens) and the sum of the weights. "loss" is required and must be
+            differentiable. Training and evaluation may have different metrics,
+            but each must always return the same ones.
         """
         raise NotImplementedError(
             f"{type(self).__name__} must override `compute_metrics`."
         )
 
     def evaluators(self) -> Mapping[str, Evaluator]:
-        """Returns evaluations that run on the host, by name. Default: none.
+        """Returns evaluators, which run on the host, by name. Default: none.
 
         They run after the compiled evaluation, one after the other, in the
-        chief's process: a BLEU score after decoding, or accuracies for several
-        thresholds. Each is called with the model and returns figures by name,
-        such as `{"bleu": 27.3}`, which are reported as metrics are. An
-        evaluator must leave the model unchanged.
+        chief's process. Examples are a BLEU score after decoding, and
+        accuracies for several thresholds. Each is called with the model and
+        returns metrics by name, such as `{"bleu": 27.3}`. An evaluator must
+        leave the model unchanged.
         """
         return {}
 
@@ -219,21 +267,21 @@ def train_dataset(
     Args:
         task: The task.
         context: The share of the data that this host reads.
-        step: Number of optimizer steps done before.
+        step: Number of completed optimizer steps.
 
     Returns:
         Batches of infinite cardinality.
 
     Raises:
         TaskError: If they are not batches of static shape for one replica, or
-            their number is known to be finite.
+            are known to be finite.
     """
     dataset = task.train_dataset(context, step)
     size = context.get_per_replica_batch_size(task.batch_size)
     _check_batches(task, "train_dataset", dataset, size)
     if (batches := int(dataset.cardinality())) >= 0:
         raise_end_of_data(task, f"a data set of {batches} batches")
-    # Otherwise workers ask each other at every step whether all have data.
+    # Otherwise workers check at every step whether all of them have data.
     return dataset.apply(
         tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
     )
@@ -244,7 +292,7 @@ def raise_end_of_data(task: Any, received: str) -> NoReturn:
     _raise(
         task,
         "train_dataset",
-        "return batches without end, in another order in each epoch",
+        "return infinite batches, in another order in each epoch",
         received,
     )
 
@@ -259,7 +307,7 @@ def eval_dataset(
         context: The share of the data that this host reads.
 
     Returns:
-        The batches, repeated without end, and their number for each replica.
+        The batches, repeated infinitely, and their number for each replica.
 
     Raises:
         TaskError: If they are not batches of static shape, their number is
@@ -288,33 +336,33 @@ def eval_dataset(
             f"{replicas} replicas of a host",
             f"a data set of {batches} batches",
         )
-    # Repeated, because a strategy looks for a batch after the last one.
+    # Repeated, because a strategy requests a batch after the last one.
     return dataset.repeat(), batches // replicas
 
 
 def check_eval_batches(task: Any, batches: list[int]) -> int:
-    """Returns the number of evaluation batches, which all hosts must share.
+    """Returns the number of evaluation batches, the same on all hosts.
 
     Args:
         task: The task.
-        batches: The number of batches for each replica, one entry per host.
+        batches: Number of batches for each replica, by host.
 
     Raises:
-        TaskError: If they differ.
+        TaskError: If the numbers differ.
     """
     if len(set(batches)) > 1:
         _raise(
             task,
             "eval_dataset",
-            "return the same number of batches on every host: fill up the "
-            "shares of some hosts with examples of weight 0",
+            "return the same number of batches on every host: pad the shares "
+            "of some hosts with examples of weight 0",
             f"{batches} batches for each replica, by host",
         )
     return batches[0]
 
 
 def raise_wrong_cardinality(task: Any, received: str) -> NoReturn:
-    """Raises `TaskError` because there were fewer batches than announced."""
+    """Raises `TaskError` because there were fewer batches than asserted."""
     _raise(
         task,
         "eval_dataset",
@@ -350,7 +398,7 @@ def _check_batches(
             )
 
 
-# AutoGraph would replace the error by another one.
+# AutoGraph would replace the error by another.
 @tf.autograph.experimental.do_not_convert
 def check_metrics(
     task: Any, metrics: Any, names: tuple[str, ...] | None = None
@@ -360,20 +408,20 @@ def check_metrics(
     Args:
         task: The task.
         metrics: The returned value.
-        names: The names that another call in the same step returned, if any.
+        names: Names that another call in the same step returned, if any.
 
     Returns:
         The names of the metrics, sorted.
 
     Raises:
-        TaskError: If they are not pairs of scalars by name, "loss" is not one
-            of them, or the names are others than `names`.
+        TaskError: If the metrics are not pairs of scalars by name, lack "loss",
+            or have other names than `names`.
     """
     if not isinstance(metrics, Mapping) or "loss" not in metrics:
         _raise(
             task,
             "compute_metrics",
-            "return a dictionary of metrics by name, with 'loss' among them",
+            "return a dictionary of metrics by name, including 'loss'",
             f"{list(metrics)}"
             if isinstance(metrics, Mapping)
             else _with_type(metrics),
@@ -394,8 +442,8 @@ def check_metrics(
             _raise(
                 task,
                 "compute_metrics",
-                f"return a pair of scalars for {name!r}: the sum over the "
-                "examples, and the sum of their weights",
+                f"return a pair of scalars for {name!r}: the weighted sum over "
+                "the examples, and the sum of the weights",
                 f"{pair!r}",
             )
     received = tuple(sorted(metrics))
@@ -410,11 +458,17 @@ def check_metrics(
 
 
 def check_evaluators(task: Any, evaluators: Any) -> Mapping[str, Evaluator]:
-    """Returns the evaluators, or raises `TaskError` if they are not callables.
+    """Validates the evaluators of a task.
 
     Args:
         task: The task.
-        evaluators: The value that the method of that name returned.
+        evaluators: The value that `Task.evaluators` returned.
+
+    Returns:
+        The evaluators.
+
+    Raises:
+        TaskError: If they are not callables by name.
     """
     if not isinstance(evaluators, Mapping) or not all(
         isinstance(name, str) and callable(evaluator)
@@ -429,42 +483,43 @@ def check_evaluators(task: Any, evaluators: Any) -> Mapping[str, Evaluator]:
     return evaluators
 
 
-def check_figures(
-    task: Any, evaluator: str, figures: Any, taken: Mapping[str, float]
+def check_evaluator_metrics(
+    task: Any, evaluator: str, metrics: Any, others: Mapping[str, float]
 ) -> dict[str, float]:
-    """Validates the figures that an evaluator returned.
+    """Validates the metrics that an evaluator returned.
 
     Args:
         task: The task.
-        evaluator: The evaluator's name.
-        figures: The returned value.
-        taken: The metrics that there are already.
+        evaluator: Name of the evaluator.
+        metrics: The returned value.
+        others: The other metrics.
 
     Returns:
-        The figures, as Python floats.
+        The metrics, as Python floats.
 
     Raises:
-        TaskError: If they are not numbers by name, or a name is taken.
+        TaskError: If they are not numbers by name, or a name is also in
+            `others`.
     """
     where = f"evaluators()[{evaluator!r}]"
     must = "return a dictionary of numbers by name"
-    if not isinstance(figures, Mapping):
-        _raise(task, where, must, _with_type(figures))
+    if not isinstance(metrics, Mapping):
+        _raise(task, where, must, _with_type(metrics))
     numbers = {}
-    for name, figure in figures.items():
+    for name, value in metrics.items():
         if not isinstance(name, str):
             _raise(task, where, must, _with_type(name))
         try:
-            numbers[name] = float(figure)
+            numbers[name] = float(value)
         except (TypeError, ValueError):
-            _raise(task, where, must, f"{_with_type(figure)} for {name!r}")
-    if both := sorted(set(numbers) & set(taken)):
+            _raise(task, where, must, f"{_with_type(value)} for {name!r}")
+    if duplicates := sorted(set(numbers) & set(others)):
         _raise(
             task,
             where,
-            "return figures under names that no metric and no other evaluator "
-            f"has: {sorted(taken)} are taken",
-            f"{both}",
+            f"return metrics with other names than {sorted(others)}, which "
+            "exist already",
+            f"{duplicates}",
         )
     return numbers
 

@@ -1,31 +1,18 @@
 """TPU compatibility check of a training step, on a machine without a TPU.
 
-```
-strategy = tpu_check.deviceless_strategy(8)
-with strategy.scope():
-    model = ...
+`deviceless_strategy` returns TensorFlow's TPUStrategy with the description of a
+TPU that does not exist. Under it a step is traced into the cluster that a TPU
+would compile. `check` looks up every operation of the cluster in a table of
+those that the TPU compiler accepts. Nothing is run, so results, speed and
+memory stay unknown (`benchmarks/tpu_compile.py` in the source tree also runs
+the compiler).
 
-@tf.function
-def train(batch):
-    def step(batch): ...  # no lambda: the cluster is named after the function
-    return strategy.run(step, args=(batch,))
-
-tpu_check.check(train.get_concrete_function(batch_spec))
-```
-
-The strategy is TensorFlow's TPUStrategy with the description of a TPU that does
-not exist. Under it a step is traced into the same cluster that a TPU would
-compile, and every operation of the cluster is looked up in a table of the
-operations that the TPU compiler accepts. Nothing is run: numbers, speed and
-memory stay unknown (`benchmarks/tpu_compile.py` in the source tree continues
-with the compiler itself).
-
-The table, data/tpu_ops_tf2.20.json, lists the kernels of each operation, and
-the types that each kernel accepts. It is the registry of the newest TensorFlow
-for TPUs: the kernels of the device XLA_TPU_JIT that
+The table, data/tpu_ops_tf2.20.json, lists the kernels of each operation and the
+types that each kernel accepts. It is the registry of the newest TensorFlow for
+TPUs: the kernels of the device XLA_TPU_JIT that
 `tensorflow.python.framework.kernels.get_all_registered_kernels()` lists in
-tensorflow-tpu 2.20.0 with libtpu 0.0.21, after a first call of
-`experimental_get_compiler_ir` has loaded them, which needs no TPU either.
+tensorflow-tpu 2.20.0 with libtpu 0.0.21. A first call of
+`experimental_get_compiler_ir`, which needs no TPU either, loads them.
 """
 
 import collections
@@ -39,7 +26,7 @@ from typing import Any
 
 import tensorflow as tf
 
-# TensorFlow has no public name for it.
+# It has no public name.
 from tensorflow.python.tpu.tpu_system_metadata import TPUSystemMetadata
 
 from sos.errors import UsageError
@@ -48,11 +35,11 @@ _TABLE = "tpu_ops_tf2.20.json"
 _HOST = "/job:localhost/replica:0/task:0/device:"
 _Device = collections.namedtuple("_Device", ["name", "device_type"])
 
-# They mark a cluster and are removed when it is compiled.
+# Operations that mark a cluster. The compiler removes them.
 _MARKERS = ("TPUReplicateMetadata", "TPUCompilationResult")
 
-# The compiler evaluates them, as their inputs are static shapes. The size of
-# their outputs, axes to sum over, is not known before.
+# Operations of static shapes that the compiler evaluates. The size of their
+# outputs, axes to sum over, is unknown until then.
 _EVALUATED = ("BroadcastGradientArgs",)
 
 
@@ -104,8 +91,8 @@ def deviceless_strategy(replicas: int) -> tf.distribute.TPUStrategy:
 
     Its variables are in the host's memory, because their devices do not exist.
     They can be assigned, read and saved outside of `strategy.run`. Running a
-    function with a cluster is an error. The state of the process does not
-    change, and it may use other strategies.
+    function with a cluster raises an error. The process may also use other
+    strategies.
 
     Args:
         replicas: Number of replicas, one for each core; at least 1.
@@ -116,6 +103,12 @@ def deviceless_strategy(replicas: int) -> tf.distribute.TPUStrategy:
     Raises:
         UsageError: If `replicas` is not a positive integer, or soft device
             placement is off.
+
+    Example:
+    >>> from sos.training import tpu_check
+    >>> strategy = tpu_check.deviceless_strategy(8)
+    >>> strategy.num_replicas_in_sync
+    8
     """
     try:
         valid = operator.index(replicas) >= 1
@@ -139,11 +132,22 @@ def check(function: Any) -> None:
     """Raises an error that lists all violations in a function, if any.
 
     Args:
-        function: A concrete function, as in `violations`.
+        function: A concrete function, as for `violations`.
 
     Raises:
         UsageError: If there are violations, or no TPU cluster.
-        TypeError: If it is not a concrete function.
+        TypeError: If `function` is not a concrete function.
+
+    Example:
+    >>> import tensorflow as tf
+    >>> from sos.training import tpu_check
+    >>> strategy = tpu_check.deviceless_strategy(8)
+    >>> def double(x):  # Not a lambda: the cluster is named after it.
+    ...     return 2.0 * x
+    >>> @tf.function
+    ... def step(x):
+    ...     return strategy.run(double, args=(x,))
+    >>> tpu_check.check(step.get_concrete_function(tf.TensorSpec((4,))))
     """
     if lines := violations(function):
         listed = "".join(f"\n- {line}" for line in lines)
@@ -159,24 +163,38 @@ def check(function: Any) -> None:
 def violations(function: Any) -> list[str]:
     """Lists operations in a traced function that a TPU does not accept.
 
-    It checks all operations that `strategy.run` put into TPU clusters, also
-    clusters in host loops, and the loops, branches and functions inside of
-    clusters: the operation and its types must be in the table, and all shapes
-    must be static. An operation that TensorFlow could move to the host, at the
-    cost of a transfer in every step, is a violation.
+    Checks all operations that `strategy.run` puts into TPU clusters, including
+    clusters in host loops, and loops, branches and functions in clusters. The
+    operation and its types must be in the table, and all shapes must be static.
+    An operation that TensorFlow could move to the host, at the cost of a
+    transfer in every step, is a violation.
 
     Args:
         function: A concrete function, from `get_concrete_function` of a
             `tf.function` that calls `run` of a `deviceless_strategy`.
 
     Returns:
-        One line for each kind of violation, with its count and an example. Of
+        One line per kind of violation, with its count and an example. Of
         several dependent tensors without a static shape only the first is
         listed.
 
     Raises:
-        TypeError: If it is not a concrete function.
-        UsageError: If it contains no TPU cluster.
+        TypeError: If `function` is not a concrete function.
+        UsageError: If `function` contains no TPU cluster.
+
+    Example:
+    >>> import tensorflow as tf
+    >>> from sos.training import tpu_check
+    >>> strategy = tpu_check.deviceless_strategy(8)
+    >>> def lengths(text):
+    ...     return tf.strings.length(text)
+    >>> @tf.function
+    ... def step(text):
+    ...     return strategy.run(lengths, args=(text,))
+    >>> spec = tf.TensorSpec((4,), tf.string)
+    >>> lines = tpu_check.violations(step.get_concrete_function(spec))
+    >>> print(lines[-1].partition(" (")[0])
+    StringLength: a TPU has no such operation
     """
     graph = getattr(function, "graph", None)
     if not isinstance(graph, tf.Graph):
@@ -210,7 +228,7 @@ class _Node:
 
     Attributes:
         definition: Its NodeDef, with the shapes of its outputs.
-        place: Its name and the function that it is in.
+        place: Its name and that of its function.
         dynamic_input: Whether an input tensor has no static shape.
     """
 
@@ -263,14 +281,14 @@ def _cluster_nodes(graph: tf.Graph) -> Iterator[_Node]:
     """Yields all nodes of clusters, each function once."""
     definition = graph.as_graph_def(add_shapes=True)
     functions = {f.signature.name: f for f in definition.library.function}
-    seen = set()
-    # Nodes, whether they are in a cluster, names of arguments that have no
-    # static shape, and the name of the function.
+    visited = set()
+    # Of each function: nodes, whether they are in a cluster, names of arguments
+    # without a static shape, and its name.
     pending = [(definition.node, False, frozenset(), "")]
     while pending:
         nodes, inside, dynamic, where = pending.pop()
 
-        # A host loop has its clusters in the body, which is a function.
+        # A host loop has its clusters in its body, which is a function.
         def is_in_cluster(node: Any, inside: bool = inside) -> bool:
             return inside or "_tpu_replicate" in node.attr
 
@@ -286,8 +304,8 @@ def _cluster_nodes(graph: tf.Graph) -> Iterator[_Node]:
                 place = f"{node.name!r}" + (f" in {where}" if where else "")
                 yield _Node(node, place, bool(sources & dynamic))
             for name in _called(node):
-                if name in functions and (name, in_cluster) not in seen:
-                    seen.add((name, in_cluster))
+                if name in functions and (name, in_cluster) not in visited:
+                    visited.add((name, in_cluster))
                     called = functions[name]
                     pending.append(
                         (
@@ -311,7 +329,7 @@ def _called(node: Any) -> Iterator[str]:
 
 
 def _dynamic_arguments(function: Any) -> frozenset[str]:
-    # The violation is in the caller, where the tensors come from.
+    # The caller, where the tensors come from, is what violates.
     shapes = function.attr["_input_shapes"].list.shape
     return frozenset(
         argument.name
@@ -324,7 +342,7 @@ def _dynamic_arguments(function: Any) -> frozenset[str]:
 
 @functools.cache
 def _table() -> dict[str, list[dict[str, set[int]]]]:
-    """Returns kernels by operation: the valid types of each attribute."""
+    """Returns, by operation, the valid types of each kernel's attributes."""
     file = importlib.resources.files("sos.training") / "data" / _TABLE
     return {
         operation: [

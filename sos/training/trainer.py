@@ -1,4 +1,4 @@
-"""The controller: compiled loops, and actions of the host between them."""
+"""The trainer: compiled loops, with actions of the host between them."""
 
 import contextlib
 import dataclasses
@@ -34,8 +34,8 @@ from sos.training.task import (
     Task,
     check_configuration,
     check_eval_batches,
+    check_evaluator_metrics,
     check_evaluators,
-    check_figures,
     check_model,
     check_optimizer,
     check_serving,
@@ -53,7 +53,7 @@ from sos.wrappers.masked import (
     update_masks,
 )
 
-# From TensorFlow's error about a data set with fewer batches than asserted.
+# Part of TensorFlow's error about a data set that ends early.
 _ENDED = "expected to contain"
 
 
@@ -61,17 +61,27 @@ _ENDED = "expected to contain"
 class Action:
     """A callable that the host runs after certain steps.
 
-    It runs at most once per step: if the process ends after a checkpoint is
-    saved and before the actions of its step, they do not run after a restart.
+    It runs at most once per step: if the process ends after saving a checkpoint
+    and before the actions of that step, they do not run when training resumes.
 
     Attributes:
-        call: The callable; its argument is the trainer.
-        every: Run it after each multiple of this number of steps.
-        at: Run it after these numbers of steps.
-        at_end: Run it after the last step.
+        call: The callable. Its argument is the trainer.
+        every: Interval in steps, or None.
+        at: Further steps after which to run.
+        at_end: Whether to run after the last step.
 
     Raises:
         UsageError: If `every` is below 1.
+
+    Example:
+    >>> import sos.training
+    >>> action = sos.training.Action(
+    ...     call=lambda trainer: print(trainer.step), every=100, at_end=True
+    ... )
+    >>> action.next_after(150)
+    200
+    >>> action.due(250, last=250)
+    True
     """
 
     call: Callable[["Trainer"], Any]
@@ -86,7 +96,7 @@ class Action:
             )
 
     def next_after(self, step: int) -> int | None:
-        """Returns the next step at which the action is due, except `at_end`."""
+        """Returns the next step when the action is due, without `at_end`."""
         steps = [s for s in self.at if s > step]
         if self.every is not None:
             steps.append((step // self.every + 1) * self.every)
@@ -102,18 +112,18 @@ class Action:
 class LoopLength:
     """Chooses the lengths of compiled loops by the duration of a step.
 
-    Nothing can interrupt a loop, neither a signal nor a save, so loops are
-    bounded in steps and, once the duration of a step is known, in seconds. The
-    first loop has one step; its duration includes tracing and is ignored. The
-    second loop has one step, too, and is measured.
+    Nothing can interrupt a loop, neither a signal nor a save. Therefore loops
+    are bounded in steps and, once the duration of a step is known, in seconds.
+    The first two loops have one step each. The duration of the first includes
+    tracing and is ignored.
 
     Args:
         max_steps: Maximum number of steps in a loop.
         max_seconds: Approximate maximum duration of a loop, in seconds.
 
     Attributes:
-        traced: Whether the first loop is over, so that durations are those of
-            computation.
+        traced: Whether the first loop is complete, so that durations do not
+            include tracing.
 
     Raises:
         UsageError: If a bound is not positive.
@@ -146,10 +156,10 @@ class LoopLength:
         )
 
     def update(self, step_seconds: float) -> None:
-        """Takes the duration of one step of the last loop into account.
+        """Records the duration of one step of the last loop.
 
         Args:
-            step_seconds: The duration in seconds.
+            step_seconds: Duration in seconds.
         """
         if self.traced:
             self._step_seconds = step_seconds
@@ -160,37 +170,26 @@ class Trainer:
     """Trains and evaluates the model of a task under a strategy.
 
     The model, the optimizer and the compiled functions are created once, in
-    the strategy's scope. The devices then run up to `steps_per_loop` steps at
-    a time. Between two loops the host does what is due: mask updates,
-    summaries, checkpoints, actions. Loops end exactly where something is due,
-    so their length does not change the result.
-
-    ```
-    trainer = Trainer(MyTask(), strategy=make_strategy())
-    checkpoints = Checkpoints(
-        "checkpoints", configuration=trainer.configuration()
-    )
-    trainer.restore_or_initialize(checkpoints)
-    trainer.train(10_000, checkpoints=checkpoints, save_every=1000)
-    print(trainer.evaluate().metrics)
-    ```
+    the strategy's scope. The devices run up to `steps_per_loop` steps at a
+    time. Between two loops the host updates masks, reports summaries, saves
+    checkpoints and runs actions. Loops end exactly where one of these is due,
+    so the length of loops does not change the result.
 
     Args:
         task: The task.
         strategy: The strategy; see `make_strategy`.
-        gradient_accumulation_steps: Number of parts, computed one after the
-            other, into which each replica's batch is split to save memory.
-            Their gradients are accumulated into one step.
+        gradient_accumulation_steps: Number of parts into which each replica's
+            batch is split to save memory. They are computed one after the
+            other, and their gradients are accumulated into one step.
         steps_per_loop: Maximum number of steps, or evaluation batches, in one
             compiled loop.
-        max_seconds_per_loop: Approximate maximum duration of a loop. Nothing
-            can interrupt a loop, neither a signal nor a save.
+        max_seconds_per_loop: Approximate maximum duration of a loop in seconds.
+            Nothing can interrupt a loop, neither a signal nor a save.
         jit_compile: Whether to compile the training and evaluation steps with
-            XLA, which needs one device. By default they are compiled on a GPU
-            and not on a CPU. The default for a GPU has not been tried on a GPU
-            yet. A TPU compiles every step by itself.
-        clock: Returns the time in seconds.
-        gather: Shares numbers between the processes of a job; see
+            XLA, which needs one device. Default: only on a GPU. The default for
+            a GPU has not been tried on a GPU yet. A TPU always compiles.
+        timer: Returns the time in seconds since any origin.
+        gather: Gathers numbers from all processes; see
             `sos.training.strategies.gather`.
 
     Attributes:
@@ -200,13 +199,29 @@ class Trainer:
         optimizer: Its optimizer.
         steps: The compiled functions.
         seconds: Total training time in seconds, including time before restarts.
-        saved_step: The step of the checkpoint saved or restored last, or None.
+        saved_step: Step of the last checkpoint saved or restored, or None.
 
     Raises:
-        TaskError: If the task returns something invalid.
+        TaskError: If a method of the task returns an invalid value.
         UsageError: If a number is out of range, the batch cannot be split, the
             optimizer accumulates gradients or scales the loss, or
             `jit_compile` is true for several replicas.
+
+    Example:
+    With the task `Line` of the example of `Task`:
+    >>> import sos.training
+    >>> trainer = sos.training.Trainer(
+    ...     Line(), strategy=sos.training.make_strategy("one_device")
+    ... )
+    >>> checkpoints = sos.training.Checkpoints(
+    ...     "line-checkpoints", configuration=trainer.configuration()
+    ... )
+    >>> trainer.restore_or_initialize(checkpoints)
+    >>> trainer.train(3, checkpoints=checkpoints, save_every=2)
+    >>> checkpoints.steps()
+    [2, 3]
+    >>> trainer.evaluate().sparsity
+    0.75
     """
 
     def __init__(
@@ -218,7 +233,7 @@ class Trainer:
         steps_per_loop: int = 100,
         max_seconds_per_loop: float = 10.0,
         jit_compile: bool | None = None,
-        clock: Callable[[], float] = time.perf_counter,
+        timer: Callable[[], float] = time.perf_counter,
         gather: Callable[
             [tf.distribute.Strategy, Sequence[float]], np.ndarray
         ] = strategies.gather,
@@ -231,15 +246,15 @@ class Trainer:
             max_steps=steps_per_loop,
             max_seconds=max_seconds_per_loop,
         )
-        self._clock = clock
+        self._timer = timer
         self._gather = functools.partial(gather, strategy)
         self._make_loop_length()  # Raises if a bound is not positive.
-        self._use(task, *self._build(task))
+        self._set_task(task, *self._build(task))
 
     def _build(
         self, task: Task
     ) -> tuple[keras.Model, keras.optimizers.Optimizer]:
-        """Returns a new model and its optimizer, built."""
+        """Returns a new built model and its built optimizer."""
         with self.strategy.scope():
             model = task.build_model()
             check_model(task, model)
@@ -247,21 +262,21 @@ class Trainer:
             check_optimizer(task, optimizer)
             # Before a step is traced.
             exclude_techniques(model, optimizer)
-            # Not left to the first step, which runs on the replicas, where
-            # Keras 3.15 cannot create variables.
+            # The first step runs on the replicas, where Keras 3.15 cannot
+            # create variables.
             if not optimizer.built:
                 optimizer.build(model.trainable_variables)
         return model, optimizer
 
-    def _use(
+    def _set_task(
         self,
         task: Task,
         model: keras.Model,
         optimizer: keras.optimizers.Optimizer,
     ) -> None:
-        """Takes a new model, with new compiled functions."""
+        """Sets the task, a new model and new compiled functions."""
         with self.strategy.scope():
-            # First, as it may raise: the others would not belong to it.
+            # First, because it may raise: the attributes must match.
             self.steps = Steps(
                 task,
                 model,
@@ -282,18 +297,18 @@ class Trainer:
     def _reset_progress(self) -> None:
         self.seconds = 0.0
         self.saved_step: int | None = None
-        # The step for which masks are known to be up to date.
+        # Step for which the masks are known to be up to date.
         self._masks_step: int | None = None
         self._host_copy: keras.Model | None = None
 
     @property
     def step(self) -> int:
-        """The number of completed optimizer steps."""
+        """Number of completed optimizer steps."""
         return int(keras.ops.convert_to_numpy(self.optimizer.iterations))
 
     @property
     def is_chief(self) -> bool:
-        """Whether this process writes the files of its job."""
+        """Whether this process writes the files."""
         return strategies.is_chief(self.strategy)
 
     def configuration(self) -> dict[str, Any]:
@@ -313,11 +328,11 @@ class Trainer:
             checkpoints: The checkpoints.
 
         Returns:
-            The step of the checkpoint, or None if there was none and the task
+            The step of the checkpoint; None if there was none, and the task
             initialized the model.
 
         Raises:
-            CheckpointError: As `restore` does.
+            CheckpointError: As in `restore`.
         """
         step = self.restore(checkpoints)
         if step is None:
@@ -326,7 +341,7 @@ class Trainer:
         return step
 
     def restore(self, checkpoints: Checkpoints) -> int | None:
-        """Restores the newest checkpoint that is not damaged.
+        """Restores the newest undamaged checkpoint.
 
         Args:
             checkpoints: The checkpoints.
@@ -335,20 +350,20 @@ class Trainer:
             The step, or None if there is no checkpoint.
 
         Raises:
-            CheckpointError: If it is of another configuration, all are damaged,
-                or workers see different ones.
+            CheckpointError: If the checkpoint is of another configuration, all
+                are damaged, or workers see different ones.
         """
         metadata = checkpoints.restore(self.model, self.optimizer)
         step = None if metadata is None else metadata["step"]
         steps = self._gather([-1 if step is None else step])[:, 0]
         if len(set(steps)) > 1:
             raise CheckpointError(
-                "All workers must see the same checkpoints, in a directory "
-                "that they share. Received: steps "
-                f"{[int(s) for s in steps]} in {checkpoints.directory}"
+                "All workers must share the directory of checkpoints. "
+                f"Received: {checkpoints.directory} with the newest steps "
+                f"{[int(s) for s in steps]}, by worker"
             )
         if metadata is not None:
-            self._take_over(metadata)
+            self._set_progress(metadata)
             self._warn_of_changes(step, metadata)
         return step
 
@@ -360,22 +375,22 @@ class Trainer:
             step: One of `checkpoints.steps()`.
 
         Raises:
-            DamagedCheckpointError: If it is damaged.
+            DamagedCheckpointError: If the checkpoint is damaged.
             CheckpointError: If it is of another configuration, or cannot be
                 read at the moment.
         """
-        self._take_over(
+        self._set_progress(
             checkpoints.restore_step(step, self.model, self.optimizer)
         )
 
-    def _take_over(self, metadata: Mapping[str, Any]) -> None:
-        """Sets what a trainer holds besides the values of variables."""
-        # A checkpoint may have been saved by another loop than this one.
+    def _set_progress(self, metadata: Mapping[str, Any]) -> None:
+        """Sets the state that is not in variables."""
+        # Another program may have saved the checkpoint without the seconds.
         self.seconds = metadata.get("seconds", 0.0)
         self.saved_step = self._masks_step = metadata["step"]
 
     def _placement(self) -> dict[str, Any]:
-        """Returns options of execution that affect the result."""
+        """Returns properties of the execution that affect the result."""
         return {
             "replicas": self.strategy.num_replicas_in_sync,
             "hosts": strategies.input_pipelines(self.strategy),
@@ -392,8 +407,7 @@ class Trainer:
             if metadata.get(name, value) != value:
                 logging.warning(
                     "The checkpoint of step %d was saved with %s=%s, and "
-                    "training continues with %s=%s: %s may differ from here "
-                    "on.",
+                    "training resumes with %s=%s: %s may differ from now on.",
                     step,
                     name,
                     metadata[name],
@@ -403,13 +417,13 @@ class Trainer:
                 )
 
     def save(self, checkpoints: Checkpoints) -> None:
-        """Saves a checkpoint of this step; all workers must call it.
+        """Saves a checkpoint of the current step; all workers must call it.
 
         Args:
             checkpoints: The checkpoints.
 
         Raises:
-            CheckpointError: If it cannot be written.
+            CheckpointError: If the checkpoint cannot be written.
             NonFiniteLossError: If a weight is not finite.
         """
         self._check_weights()
@@ -428,23 +442,23 @@ class Trainer:
         self.saved_step = step
 
     def reset(self, task: Task) -> None:
-        """Takes another task, as a new trainer would, at less cost.
+        """Switches to another task, at less cost than a new trainer.
 
-        All variables, the optimizer's slots, the step and the schedules of
-        pruning techniques are set as a new trainer would have them. The
-        compiled functions are kept if they would be traced to the same again:
-        tasks may differ in seeds, initializers, schedules, and hyperparameters
-        that are variables. Otherwise they are traced anew, for another network,
-        ramp or optimizer for example.
+        All variables, optimizer slots, the step and the schedules of pruning
+        techniques are set as in a new trainer. The compiled functions are
+        reused if the compile signatures are equal: tasks may differ in seeds,
+        initializers, schedules, and hyperparameters that are variables.
+        Otherwise, for example for another network, ramp or optimizer, they are
+        traced again.
 
-        Kept functions hold the old task's `compute_metrics`, which must do the
-        same as the new task's.
+        Reused functions call the old task's `compute_metrics`, which must do
+        the same as the new task's.
 
         Args:
-            task: The task to train next.
+            task: The next task.
 
         Raises:
-            TaskError: If the task returns something invalid.
+            TaskError: If a method of the task returns an invalid value.
         """
         model, optimizer = self._build(task)
         differences = list(
@@ -457,10 +471,10 @@ class Trainer:
             differences.append("batch_size")
         if differences:
             logging.info(
-                "The step is traced anew for another task: %s.",
+                "Tracing the step again for another task: %s.",
                 "; ".join(differences[:3]),
             )
-            self._use(task, model, optimizer)
+            self._set_task(task, model, optimizer)
             return
         self.task = self.steps.task = task
         _assign(self.model.variables, model.variables)
@@ -486,22 +500,21 @@ class Trainer:
         """Trains from the current step until `steps` steps are completed.
 
         Args:
-            steps: Number of steps of the whole training. Pruning schedules
-                without an `end_step` are laid over them, from step 0, in the
-                first call.
-            checkpoints: Where to save a checkpoint: after the last step, when
-                `stop` requests a stop, and every `save_every` steps.
-            save_every: Number of steps between two checkpoints, or None.
-            actions: Further actions. After a step, the checkpoint is saved
-                before they run, in their order. They do not run at the step at
-                which a stop is requested, as there may be no time. All workers
-                must have actions at the same steps.
-            on_summary: Callables that take the summary of each loop.
+            steps: Total number of steps. The first call lays pruning schedules
+                without an `end_step` over them, from step 0.
+            checkpoints: Saves a checkpoint every `save_every` steps, after the
+                last step, and when `stop` requests a stop.
+            save_every: Steps between two checkpoints, or None.
+            actions: Further actions. They run in order, after the checkpoint of
+                the step is saved. They do not run if a stop is requested, when
+                there may be no time. All workers must have actions at the same
+                steps.
+            on_summary: Called with the summary of each loop.
             stop: Requests a stop before the end.
 
         Raises:
-            NonFiniteLossError: If the loss is NaN or infinite. No checkpoint
-                was saved since.
+            NonFiniteLossError: If the loss is NaN or infinite. Such a step is
+                never saved.
             Stopped: If `stop` requested it.
             CheckpointError: If a checkpoint cannot be written.
         """
@@ -517,10 +530,10 @@ class Trainer:
         with self._updating_masks(steps) as updater:
             iterator = iter(dataset)
             while (step := self.step) < steps:
-                begin = self._clock()
+                begin = self._timer()
                 end = self._loop_end(step, steps, actions)
                 totals = self._run(iterator, step, end, updater)
-                seconds = self._clock() - begin
+                seconds = self._timer() - begin
                 summary = self._summarize(step, end, steps, totals, seconds)
                 for call in on_summary:
                     call(summary)
@@ -532,7 +545,7 @@ class Trainer:
                     self._stop(requested, checkpoints)
                 for action in actions:
                     if action.due(end, steps):
-                        self._act(action, checkpoints)
+                        self._run_action(action, checkpoints)
 
     def _stop(
         self, signum: signal.Signals, checkpoints: Checkpoints | None
@@ -544,11 +557,13 @@ class Trainer:
         self.save(checkpoints)
         raise Stopped(signum, self.step, "saved")
 
-    def _act(self, action: Action, checkpoints: Checkpoints | None) -> None:
+    def _run_action(
+        self, action: Action, checkpoints: Checkpoints | None
+    ) -> None:
         try:
             action.call(self)
         except Stopped:
-            # By an evaluation, for example: keep the steps before it.
+            # An evaluation may raise it: keep the steps before it.
             if checkpoints is not None and self.saved_step != self.step:
                 self.save(checkpoints)
             raise
@@ -559,18 +574,18 @@ class Trainer:
         *,
         stop: StopSource | None = None,
     ) -> Summary:
-        """Evaluates the model as it is now; all workers must call it.
+        """Evaluates the current model; all workers must call it.
 
         The compiled evaluation runs first, on all replicas, then the task's
         evaluators, in the chief's process.
 
         Args:
-            total_steps: Number of steps of the whole training, for the summary.
+            total_steps: Total number of steps, for the summary.
             stop: Requests a stop before the end.
 
         Returns:
-            A summary of the kind "eval". The evaluators' figures are in the
-            chief's only.
+            A summary of the kind "eval". Only the chief's has the metrics of
+            the evaluators.
 
         Raises:
             UsageError: If the task has no evaluation data.
@@ -582,7 +597,7 @@ class Trainer:
                 "The task has no evaluation data. Override `eval_dataset`. "
                 f"Received: a task of type {type(self.task).__name__}"
             )
-        begin = self._clock()
+        begin = self._timer()
         step = self.step
         if self.strategy.num_replicas_in_sync > 1:
             self.steps.share_statistics()
@@ -593,7 +608,7 @@ class Trainer:
             total_steps=step if total_steps is None else total_steps,
             kind="eval",
             metrics=metrics,
-            seconds=self._clock() - begin,
+            seconds=self._timer() - begin,
             **self._sparsity(),
         )
 
@@ -601,29 +616,29 @@ class Trainer:
         dataset, batches = self._eval_dataset()
         iterator = iter(dataset)
         parts: list[Totals] = []
-        done = 0
-        while done < batches:
-            begin = self._clock()
-            end = min(batches, self._eval_loop_length.loop_end(done))
+        batch = 0
+        while batch < batches:
+            begin = self._timer()
+            end = min(batches, self._eval_loop_length.loop_end(batch))
             try:
                 with inputs.input_errors():
-                    parts.append(self.steps.evaluate(iterator, end - done))
+                    parts.append(self.steps.evaluate(iterator, end - batch))
             except tf.errors.FailedPreconditionError as error:
                 if _ENDED not in error.message:
                     raise
                 raise_wrong_cardinality(
-                    self.task, f"a data set that ended after {done} batches"
+                    self.task, f"a data set that ended after {batch} batches"
                 )
             step_seconds, requested = self._exchange(
-                (self._clock() - begin) / (end - done), stop
+                (self._timer() - begin) / (end - batch), stop
             )
             self._eval_loop_length.update(step_seconds)
-            done = end
-            if requested and done < batches:
+            batch = end
+            if requested and batch < batches:
                 raise Stopped(
                     requested,
                     step,
-                    f"after {done:,} of {batches:,} batches of its evaluation",
+                    f"after {batch:,} of {batches:,} batches of its evaluation",
                 )
         return Totals.concatenate(parts)
 
@@ -647,26 +662,28 @@ class Trainer:
     def _run_evaluators(
         self, metrics: dict[str, float], step: int, stop: StopSource | None
     ) -> dict[str, float]:
-        """Returns the metrics and, on the chief, the evaluators' figures."""
+        """Returns the metrics and, on the chief, those of the evaluators."""
         evaluators = check_evaluators(self.task, self.task.evaluators())
         if not evaluators:
             return metrics
-        # Also the other workers, which take part in reading the variables.
+        # On all workers, because reading variables may involve all of them.
         model = self._model_on_host()
         for count, (name, evaluator) in enumerate(evaluators.items(), start=1):
             if self.is_chief:
                 metrics = {
                     **metrics,
-                    **check_figures(self.task, name, evaluator(model), metrics),
+                    **check_evaluator_metrics(
+                        self.task, name, evaluator(model), metrics
+                    ),
                 }
-            # Other workers wait here for the chief.
+            # The other workers wait here for the chief.
             _, requested = self._exchange(0.0, stop)
             if requested and count < len(evaluators):
                 raise Stopped(requested, step, f"after the evaluator {name!r}")
         return metrics
 
     def export(self, path: str | os.PathLike) -> None:
-        """Exports the model as it is now; all workers must call it.
+        """Exports the current model; all workers must call it.
 
         The chief writes `Task.serving` of the stripped model as a SavedModel.
 
@@ -674,8 +691,8 @@ class Trainer:
             path: The directory to write.
 
         Raises:
-            TaskError: If `Task.serving` returns something invalid.
-            StorageError: If it cannot be written.
+            TaskError: If `Task.serving` returns an invalid value.
+            StorageError: If the directory cannot be written.
         """
         model = self._model_on_host()
         if not self.is_chief:
@@ -689,9 +706,9 @@ class Trainer:
     def _model_on_host(self) -> keras.Model | None:
         """Returns a model that can be called outside of `strategy.run`.
 
-        On one device that is the model itself, else a copy on this host. All
-        workers must call it, as reading some variables takes all of them. Only
-        the chief gets a model.
+        On one device this is the model itself, else a copy on this host. All
+        workers must call it, because reading some variables involves all of
+        them. Only the chief gets a model.
         """
         if not (
             self.strategy.num_replicas_in_sync > 1
@@ -722,7 +739,7 @@ class Trainer:
     def _updating_masks(
         self, train_steps: int
     ) -> Iterator[SparsityUpdater | None]:
-        """Yields the updater of the sparse layers, if there are any."""
+        """Yields the updater of the sparse layers; None if there are none."""
         if not self.steps.sparse_weights:
             yield None
             return
@@ -733,7 +750,7 @@ class Trainer:
         )
         step = self.step
         try:
-            # Not up to date after an interrupt between a step and its update.
+            # Masks are not up to date if an interrupt preceded their update.
             updater.start(up_to_date=step > 0 and step == self._masks_step)
             self._masks_step = step
             yield updater
@@ -743,7 +760,7 @@ class Trainer:
     def _loop_end(
         self, step: int, steps: int, actions: Sequence[Action]
     ) -> int:
-        """Returns the step at which the host has something to do."""
+        """Returns the next step at which the host has work."""
         ends = [
             steps,
             self._train_loop_length.loop_end(step),
@@ -758,7 +775,7 @@ class Trainer:
         end: int,
         updater: SparsityUpdater | None,
     ) -> Totals:
-        """Runs a loop, in parts between which masks are updated."""
+        """Runs a loop in parts, between which masks are updated."""
         parts: list[Totals] = []
         while step < end:
             update = None if updater is None else updater.next_update(end)
@@ -767,7 +784,7 @@ class Trainer:
             parts.append(totals)
             self._check_loss(step, totals)
             if update:
-                # Before the ranking, whose error would name no step.
+                # Before the ranking, whose error would not name the step.
                 self._check_weights()
             if updater is not None:
                 updater.step()
@@ -790,8 +807,8 @@ class Trainer:
         if index is not None:
             raise NonFiniteLossError(
                 f"The loss became NaN or infinite in step {step + index + 1:,};"
-                " checkpoints are of steps before. Try a lower learning rate "
-                "or a lower penalty weight.",
+                " all checkpoints are of earlier steps. Try a lower learning "
+                "rate or a lower penalty weight.",
                 step + index,
             )
 
@@ -799,7 +816,8 @@ class Trainer:
         if not self.steps.weights_are_finite():
             raise NonFiniteLossError(
                 f"A weight became NaN or infinite by step {self.step:,}; "
-                "checkpoints are of steps before. Try a lower learning rate.",
+                "all checkpoints are of earlier steps. Try a lower learning "
+                "rate.",
                 self.step,
             )
 
@@ -808,16 +826,16 @@ class Trainer:
     ) -> Summary:
         metrics = totals.means()
         if math.isnan(metrics["loss"]):
-            # Not an error: one such batch should not end a training.
+            # Not an error: one such batch should not end training.
             logging.warning(
-                "The weights of the loss sum to 0 in the steps %d to %d: "
-                "nothing is learned from them.",
+                "The weights of the loss sum to 0 in the steps %d to %d: these "
+                "steps learn nothing.",
                 step + 1,
                 end,
             )
         self.seconds += seconds
         step_seconds = seconds / (end - step)
-        # The first loop's duration includes tracing.
+        # The duration of the first loop includes tracing.
         traced = self._train_loop_length.traced
         learning_rate = keras.ops.convert_to_numpy(self.optimizer.learning_rate)
         return Summary(
@@ -834,7 +852,7 @@ class Trainer:
         )
 
     def _sparsity(self) -> dict[str, Any]:
-        """Returns the sparsity and penalties for a summary."""
+        """Returns the sparsity and penalties of a summary."""
         if not self.steps.sparse_weights:
             return {}
         zeros, penalties = self.steps.summary()

@@ -12,7 +12,7 @@ def test_tpu_compile_lower_only_prints_one_report_of_the_technique():
         "--lower_only",
     )
     assert report["compiler"] is None
-    assert report["refused"] == {}
+    assert report["errors"] == {}
     (figures,) = report["results"].values()
     assert figures["batch_arguments"] == 2
     assert figures["stablehlo_kib"] > 1
@@ -27,7 +27,7 @@ def test_tpu_compile_prints_memory_and_operations(tmp_path):
         "--batch_size=2",
         f"--venv={tmp_path / 'compiler'}",
     )
-    assert report["refused"] == {}
+    assert report["errors"] == {}
     (figures,) = report["results"].values()
     assert 0 < figures["total_mib"] < figures["limit_mib"]
     assert figures["gflop"] > 0

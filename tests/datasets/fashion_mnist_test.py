@@ -279,7 +279,7 @@ def test_all_ways_are_told_where_there_is_none(published, tfds):
         fashion_mnist.DIRECTORY_VARIABLE,
         "tensorflow-datasets",
         "/data/of/tfds",
-        "--config.dataset=fashion_mnist",
+        "--config.data.name=fashion_mnist",
     ):
         assert part in str(error.value)
     assert "\n" not in str(error.value)

@@ -119,7 +119,7 @@ def test_resolve_default_technique_of_the_task_can_be_replaced(monkeypatch):
         monkeypatch, "sparsity", {"rules": (), **toy_experiment.MAGNITUDE}
     )
     default = config_lib.resolve(toy_experiment.CONFIG)
-    assert config_lib.identity(default) == toy_experiment.CONFIG
+    assert config_lib.fingerprint(default) == toy_experiment.CONFIG
     replaced = resolved("l0")
     assert replaced.sparsity.penalty_weight == 0.01
     assert "sparsity" not in replaced.sparsity
@@ -136,7 +136,7 @@ def test_load_task_module_with_missing_import_shows_the_cause(
         config_lib.load_task("broken_task:Task")
 
 
-# Identity.
+# Fingerprint.
 
 
 @pytest.mark.parametrize(
@@ -163,21 +163,21 @@ def test_required_hyperparameters_are_those_that_the_config_had_to_give(
         assert f"_{name}-{given[name]}_" in config_lib.run_name(config)
 
 
-def test_identity_holds_only_what_differs_from_defaults():
-    assert config_lib.identity(resolved()) == toy_experiment.CONFIG
-    assert config_lib.identity(resolved("l0", seed=2)) == {
+def test_fingerprint_holds_only_what_differs_from_defaults():
+    assert config_lib.fingerprint(resolved()) == toy_experiment.CONFIG
+    assert config_lib.fingerprint(resolved("l0", seed=2)) == {
         **toy_experiment.CONFIG,
         "seed": 2,
         "sparsity.technique": "L0Regularization",
         "sparsity.penalty_weight": 0.01,
     }
     # A default that is written out is a default.
-    assert config_lib.identity(resolved(model={"units": 16})) == (
+    assert config_lib.fingerprint(resolved(model={"units": 16})) == (
         toy_experiment.CONFIG
     )
 
 
-def test_run_name_differs_whenever_the_identity_does():
+def test_run_name_differs_whenever_the_fingerprint_does():
     configs = [
         *(resolved(technique) for technique in toy_experiment.TECHNIQUES),
         resolved(seed=1),
@@ -305,7 +305,7 @@ def test_parse_argument_returns_name_and_values(argument, expected):
 
 @pytest.mark.parametrize("argument", ["a,b", "a,b=1,b=2", "a,=1", "a,b c=1"])
 def test_parse_argument_invalid_raises(argument):
-    with pytest.raises(UsageError, match="name=value"):
+    with pytest.raises(UsageError, match="key=value"):
         config_lib.parse_argument(argument)
 
 

@@ -14,7 +14,7 @@ from sos.experiments.config import run_name
 from sos.experiments.launchers import LocalLauncher, TrainerCache
 from sos.experiments.progress import SweepProgress
 from sos.experiments.runs import read_result, run, run_directory
-from sos.files import only_process
+from sos.files import lock_directory
 from tests.support import processes, toy_experiment
 
 
@@ -154,7 +154,7 @@ def test_local_launcher_waits_for_runs_of_other_processes(tmp_path):
     released = threading.Event()
 
     def hold():
-        with only_process(directory, "run"):
+        with lock_directory(directory, "run"):
             released.wait(20)
 
     thread = threading.Thread(target=hold)

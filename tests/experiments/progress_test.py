@@ -110,12 +110,12 @@ def test_sweep_progress_names_what_was_finished_before(toy_configs):
         shown.add(config, make_result())
     with shown:
         pass
-    assert "10 of 10 runs were finished before" in console.file.getvalue()
+    assert "10 of 10 runs are already finished" in console.file.getvalue()
 
 
 def test_sweep_progress_time_left_is_that_of_the_steps_left(toy_configs):
     now = 1000.0
-    shown = progress.SweepProgress(quiet=True, clock=lambda: now)
+    shown = progress.SweepProgress(quiet=True, timer=lambda: now)
     for config in toy_configs:
         shown.add(config)
     name = run_name(toy_configs[0])
@@ -146,10 +146,10 @@ def test_sweep_progress_label_with_brackets_is_shown(toy_configs):
     assert "N:M [/2:4], seed 0" in console.file.getvalue()
 
 
-def test_describe_hyperparameter_may_be_a_text(toy_configs, monkeypatch):
+def test_run_title_hyperparameter_may_be_a_text(toy_configs, monkeypatch):
     config = plain(toy_configs[2])
     config["sparsity"]["sparsity"] = "2:4"
-    assert progress.describe(config) == "magnitude pruning 2:4, seed 0"
+    assert progress.run_title(config) == "magnitude pruning 2:4, seed 0"
     run = FinishedRun(name="x", config=config, result=make_result())
     assert run.hyperparameters == "2:4"
 

@@ -18,7 +18,7 @@ from sos.experiments import config as config_lib
 from sos.experiments import runs
 from sos.experiments.launchers import TrainerCache
 from sos.experiments.runs import read_result, run, run_directory
-from sos.files import only_process
+from sos.files import lock_directory
 from tests.experiments.config_test import add_default
 from tests.support import processes, toy_experiment
 
@@ -186,7 +186,7 @@ def test_run_in_use_raises(tmp_path):
     directory = directory_of("dense", tmp_path)
     directory.mkdir(parents=True)
     with (
-        only_process(directory, "run"),
+        lock_directory(directory, "run"),
         pytest.raises(DirectoryInUseError, match=directory.name),
     ):
         train("dense", tmp_path)

@@ -119,12 +119,12 @@ def test_disk_use_estimate_is_near_the_truth(toy_configs, finished, tmp_path):
         ).rglob("*")
         if path.is_file()
     )
-    assert taken / 2 < use.finished < 2 * taken
+    assert taken / 2 < use.final_bytes < 2 * taken
 
 
 def test_disk_use_finished_runs_take_nothing_more(toy_configs, finished):
     use = sweeps.estimate_disk_use(toy_configs, finished, workers=2)
-    assert use == sweeps.DiskUse(finished=0, training=0)
+    assert use == sweeps.DiskUse(final_bytes=0, temporary_bytes=0)
 
 
 def test_disk_use_config_that_does_not_fit_raises(tmp_path):

@@ -313,7 +313,7 @@ def test_inputs_that_have_no_name_of_their_own_are_refused(tmp_path):
     with pytest.raises(ValueError, match="must have different names"):
         sos.export_model(two_inputs(("a-b", "a.b")), tmp_path / "model")
     spec = tf.TensorSpec((None, 3))
-    with pytest.raises(ValueError, match="cannot be nested"):
+    with pytest.raises(ValueError, match="must not be nested"):
         sos.export_model(
             dense(), tmp_path / "model", input_signature={"a": [spec, spec]}
         )
@@ -324,7 +324,7 @@ def test_nothing_but_a_saved_model_is_replaced(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_text("precious")
     for name in ("file", "folder"):
-        with pytest.raises(StorageError, match="nothing but a SavedModel"):
+        with pytest.raises(StorageError, match="only a SavedModel"):
             sos.export_model(dense(), tmp_path / name)
     assert (tmp_path / "file").read_text() == "precious"
     assert (tmp_path / "folder" / "file").read_text() == "precious"

@@ -691,7 +691,7 @@ def test_a_full_disk_leaves_what_was_there(make, folder, trained):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "of step 10 could not be written" in str(error.value)
-    assert "The newest one is of step 5." in str(error.value)
+    assert "The newest checkpoint is of step 5." in str(error.value)
     assert names(folder) == ["step-00000005"]
     assert trained.restore(make())["step"] == 5
     # With room again it goes on.
@@ -725,7 +725,7 @@ def test_a_failure_at_any_point_leaves_what_was_there(
 def test_a_first_checkpoint_that_cannot_be_written(tmp_path, trained):
     (tmp_path / "file").write_text("")
     checkpoints = Checkpoints(tmp_path / "file" / "work", configuration={})
-    with pytest.raises(CheckpointError, match="There is no other one"):
+    with pytest.raises(CheckpointError, match="There is no other checkpoint"):
         trained.save(checkpoints, 1)
 
 

@@ -88,7 +88,7 @@ class Evaluation:
             self.trainer,
             self.checkpoints,
             last_step=LAST,
-            clock=lambda: self.stop.now,
+            timer=lambda: self.stop.now,
             **arguments,
         )
         evaluation.run(
@@ -132,7 +132,8 @@ def test_evaluation_without_new_checkpoint_gives_up(poll_seconds, waits):
         evaluation.run(timeout=0.6, poll_seconds=poll_seconds)
     assert evaluation.stop.waits == pytest.approx(waits)
     assert str(error.value) == (
-        "No new checkpoint appeared in work/checkpoints for 0.6 seconds, and "
+        "No new checkpoint appeared in work/checkpoints within 0.6 seconds, "
+        "and "
         "the last step, 20, has none. Check that training is running."
     )
 

@@ -787,7 +787,7 @@ def test_record_batches_uneven_files_warn(make_shards, caplog):
         record_batches(make_shards((4, 4)), batch_size=2, where=context(2))
         assert not caplog.records
         record_batches(make_shards((4, 4, 4)), batch_size=2, where=context(2))
-    assert "leaves out 33 % of the records" in caplog.text
+    assert "omits 33 % of the records" in caplog.text
 
 
 # Errors.

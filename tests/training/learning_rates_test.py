@@ -1,5 +1,4 @@
 import fractions
-import inspect
 import json
 import math
 
@@ -14,7 +13,6 @@ from hypothesis import strategies as st
 from sos.errors import UsageError
 from sos.training import learning_rates, tpu_check
 from sos.training.learning_rates import make_learning_rate
-from sos.training.optimizers import make_optimizer
 from tests.support import techniques
 
 # Of the authors' recipe for ResNet-50.
@@ -343,24 +341,6 @@ def test_make_learning_rate_of_an_invalid_config_raises(config, words):
 def test_make_learning_rate_of_invalid_train_steps_raises(train_steps):
     with pytest.raises(UsageError, match="train_steps"):
         make_learning_rate(EXAMPLES["cosine"], train_steps=train_steps)
-
-
-@pytest.mark.parametrize(
-    "documented",
-    [
-        learning_rates,
-        make_learning_rate,
-        learning_rates.WarmupPiecewise,
-        learning_rates.InverseSquareRoot,
-    ],
-)
-def test_example_in_a_docstring_runs(documented):
-    example = inspect.cleandoc(documented.__doc__).split("```")[1]
-    names = {**vars(learning_rates), "make_optimizer": make_optimizer}
-    exec(example, names)
-    if "resnet" in names:
-        assert float(names["resnet"](75_068)) == np.float32(0.4)
-        assert float(names["resnet"](75_069)) == np.float32(0.04)
 
 
 # Compiled steps.

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 import sos
 from sos import errors
-from sos.files import only_process
+from sos.files import lock_directory
 from sos.training import main
 from sos.training.checkpoints import Checkpoints
 from sos.training.main import Options, end_process, exit_code_of, run
@@ -194,7 +194,7 @@ def test_training_leaves_checkpoints_and_logs(trained):
 def test_a_finished_training_is_left_alone(copy):
     before = (copy.workdir / "train.jsonl").read_bytes()
     assert copy("train") == 0
-    assert "Training is done: there is a checkpoint of step 20." in copy.err
+    assert "Training is complete: there is a checkpoint of step 20." in copy.err
     assert copy.out == ""
     assert (copy.workdir / "train.jsonl").read_bytes() == before
     assert copy.saved == [5, 10, 15, 20]
@@ -351,11 +351,11 @@ def test_train_returns_the_evaluation_of_the_last_step(copy):
 def test_eval_evaluates_every_checkpoint_once(copy):
     assert copy("eval") == 0
     assert copy.steps("eval", "eval") == [5, 10, 15, 20]
-    assert "evaluated already" not in copy.err
+    assert "already evaluated" not in copy.err
     before = (copy.workdir / "eval.jsonl").read_bytes()
     # Again, as after a restart.
     assert copy("eval") == 0
-    assert "The checkpoint of the last step is evaluated already." in copy.err
+    assert "The checkpoint of the last step is already evaluated." in copy.err
     assert (copy.workdir / "eval.jsonl").read_bytes() == before
     # What a restarted evaluator has not seen yet.
     lines = before.splitlines(keepends=True)
@@ -412,7 +412,7 @@ def test_eval_gives_up(program):
     assert program("eval", eval_timeout=0.1) == 1
     assert "Waiting for checkpoints" in program.err
     assert "No new checkpoint appeared in" in program.error
-    assert "for 0.1 seconds" in program.error
+    assert "within 0.1 seconds" in program.error
 
 
 def test_eval_stops_within_an_evaluation(copy):
@@ -547,13 +547,13 @@ def test_a_profile_is_taken_of_the_steps_asked_for(program, trained):
 
 
 def test_two_processes_in_one_work_directory(copy):
-    with only_process(copy.workdir):
+    with lock_directory(copy.workdir):
         assert copy("train") == 1
         assert "Another process (train) is working in" in copy.error
         # These may look on.
         assert copy("eval") == 0
         assert copy("export") == 0
-    with only_process(copy.workdir, "eval"):
+    with lock_directory(copy.workdir, "eval"):
         assert copy("eval") == 1
         assert "Another process (eval) is working in" in copy.error
         assert copy("train") == 0
@@ -728,7 +728,7 @@ def test_exit_code_of_a_bug_of_several_workers_prints_the_traceback(
 def test_exit_code_of_a_lost_worker_prints_one_line(capfd):
     assert exit_code_of(raising(LOST), several_workers=True) == 1
     assert capfd.readouterr().err == (
-        "FATAL A worker of this job ended or cannot be reached: Socket closed. "
+        "FATAL Another worker ended or cannot be reached: Socket closed. "
         "Start all workers again to continue from the last checkpoint.\n"
     )
 
@@ -739,7 +739,7 @@ def test_run_of_several_workers_tells_of_a_lost_one(
     monkeypatch.setenv("TF_CONFIG", processes.cluster(2)[0])
     monkeypatch.setattr(program, "make_trainer", raising(LOST))
     assert program("train") == 1
-    assert "A worker of this job ended" in program.error
+    assert "Another worker ended" in program.error
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -15,8 +15,8 @@ from sos.training.reporting import (
     ProgressBar,
     Summary,
     TensorBoard,
-    describe,
     format_duration,
+    format_summary,
     read_summaries,
 )
 from tests.support import techniques
@@ -47,21 +47,23 @@ EVAL = make_summary(
 
 
 def test_a_line_has_everything_with_the_loss_in_front():
-    assert describe(FULL) == (
+    assert format_summary(FULL) == (
         "step 12,000/32,000  loss 2.303  accuracy 0.5125  learning rate 0.1  "
         "sparsity 45.67%  penalty 12.5  1,234 examples/s  1:02:05 left"
     )
 
 
 def test_what_is_not_known_is_left_out():
-    assert describe(make_summary()) == "step 200/32,000  loss 2.5"
-    assert "penalty" not in describe(make_summary(penalty=0.0))
-    assert "sparsity 0.00%" in describe(make_summary(sparsity=0.0))
-    assert "loss nan" in describe(make_summary(metrics={"loss": math.nan}))
+    assert format_summary(make_summary()) == "step 200/32,000  loss 2.5"
+    assert "penalty" not in format_summary(make_summary(penalty=0.0))
+    assert "sparsity 0.00%" in format_summary(make_summary(sparsity=0.0))
+    assert "loss nan" in format_summary(
+        make_summary(metrics={"loss": math.nan})
+    )
 
 
 def test_evaluations_are_named_so():
-    assert describe(EVAL) == (
+    assert format_summary(EVAL) == (
         "eval  step 12,000/32,000  accuracy 0.5  sparsity 45.67%  took 1:15"
     )
 
@@ -77,7 +79,7 @@ def test_evaluations_are_named_so():
 )
 def test_times_are_rounded_to_seconds(seconds, text):
     assert format_duration(seconds) == text
-    assert describe(make_summary(seconds_left=seconds)).endswith(
+    assert format_summary(make_summary(seconds_left=seconds)).endswith(
         f"  {text} left"
     )
 
@@ -88,7 +90,7 @@ def test_without_a_terminal_there_is_one_plain_line_a_summary(capsys):
     for summary in (FULL, EVAL, long):
         console(summary)
         # Each is there at once, and whole however long it is.
-        assert capsys.readouterr().out == describe(summary) + "\n"
+        assert capsys.readouterr().out == format_summary(summary) + "\n"
     console.close()
     assert capsys.readouterr().out == ""
 
@@ -96,7 +98,7 @@ def test_without_a_terminal_there_is_one_plain_line_a_summary(capsys):
 def test_names_of_metrics_are_no_markup(capsys):
     summary = make_summary(metrics={"[red]top[5]": 1.0})
     Console()(summary)
-    assert capsys.readouterr().out == describe(summary) + "\n"
+    assert capsys.readouterr().out == format_summary(summary) + "\n"
 
 
 def terminal():
@@ -115,7 +117,7 @@ def test_on_a_terminal_a_bar_is_below_the_lines():
     file = console.console.file
     console(FULL)
     shown = file.getvalue()
-    line, bar = describe(FULL), "12,000 of 32,000 steps"
+    line, bar = format_summary(FULL), "12,000 of 32,000 steps"
     assert shown.count(line) == 1
     assert shown.rindex(line) < shown.rindex(bar)
     assert "38%" in shown and shown.endswith(" 1:02:05 left")
@@ -125,13 +127,13 @@ def test_on_a_terminal_a_bar_is_below_the_lines():
     console(EVAL)
     console(make_summary(24_000, seconds_left=60.0))
     shown = file.getvalue()
-    assert describe(EVAL) in shown
+    assert format_summary(EVAL) in shown
     assert "24,000 of 32,000 steps" in shown and "75%" in shown
     console.close()
     console.close()
     length = len(file.getvalue())
     console(make_summary(32_000))
-    assert describe(make_summary(32_000)) in file.getvalue()[length:]
+    assert format_summary(make_summary(32_000)) in file.getvalue()[length:]
     console.close()
 
 

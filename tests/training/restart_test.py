@@ -191,7 +191,7 @@ def test_a_full_disk_leaves_the_checkpoints(workdir):
         error = fatal(program)
     assert f"The checkpoint of step {STEPS} could not be written" in error
     # The path, the reason, and nothing of the operation that failed.
-    assert error.count("File too large. The newest one is of step 228.") == 1
+    assert error.count("large. The newest checkpoint is of step 228.") == 1
     assert "node" not in error
     assert "Free disk space" in error
     assert contents(workdir) == before

@@ -118,7 +118,7 @@ def test_configurations(configuration, text):
             lambda dataset: dataset.take(30).apply(
                 tf.data.experimental.assert_cardinality(30)
             ),
-            "without end.*set of 30 batches",
+            "infinite.*set of 30 batches",
         ),
         (
             lambda dataset: dataset.unbatch().batch(4),
@@ -228,12 +228,12 @@ def test_fewer_evaluation_batches_than_announced_raise(replicas):
 
 PAIR = (tf.constant(1.0), tf.constant(2.0))
 METRICS = [
-    (None, "a dictionary of metrics by name, with 'loss'.*None of type"),
-    ({"accuracy": PAIR}, r"with 'loss' among them. Received: \['accuracy'\]"),
+    (None, "a dictionary of metrics by name, including 'loss'.*None of type"),
+    ({"accuracy": PAIR}, r"including 'loss'. Received: \['accuracy'\]"),
     ({"loss": PAIR, 3: PAIR}, "return metrics by name. Received: 3 of type"),
     (
         {"loss": tf.constant(1.0), "accuracy": PAIR},
-        "return a pair of scalars for 'loss': the sum over",
+        "return a pair of scalars for 'loss': the weighted sum over",
     ),
     (
         {"loss": PAIR, "accuracy": (tf.ones(4), tf.constant(4.0))},
@@ -293,12 +293,12 @@ def test_evaluators(evaluators, text):
         (27.3, "a dictionary of numbers by name. Received: 27.3 of type float"),
         ({3: 1.0}, "numbers by name. Received: 3 of type int"),
         ({"bleu": "high"}, "'high' of type str for 'bleu'"),
-        ({"loss": 1.0, "bleu": 2.0}, r"names that no metric.*: \['loss'\]$"),
+        ({"loss": 1.0, "bleu": 2.0}, r"other names than.*: \['loss'\]$"),
     ],
 )
 def test_figures(figures, text):
     check_raises(
-        lambda: task_lib.check_figures(
+        lambda: task_lib.check_evaluator_metrics(
             ToyTask(), "bleu", figures, {"loss": 0.5}
         ),
         rf"ToyTask.evaluators\(\)\['bleu'\]` must return .*{text}",
@@ -306,7 +306,7 @@ def test_figures(figures, text):
 
 
 def test_figures_become_python_floats():
-    figures = task_lib.check_figures(
+    figures = task_lib.check_evaluator_metrics(
         ToyTask(), "a", {"x": np.float32(0.5), "y": tf.constant(2)}, {}
     )
     assert figures == {"x": 0.5, "y": 2.0}

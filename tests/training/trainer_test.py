@@ -314,7 +314,7 @@ class Clock:
 def timed_trainer(seconds_of_step, **arguments):
     """A trainer whose steps take a known time."""
     clock = Clock(seconds_of_step)
-    clock.trainer = make_trainer(clock=clock, **arguments)
+    clock.trainer = make_trainer(timer=clock, **arguments)
     return clock.trainer
 
 
