@@ -285,7 +285,7 @@ def _check_close(cls: type, name: str, received: Any, expected: Any) -> None:
     if not equal:
         raise UsageError(
             f"The registered use of {cls.__name__} does not match its call: "
-            f"the {name} differ. Received: shape {received.shape}, first values "
-            f"{received.ravel()[:4]}. Expected: shape {expected.shape}, "
+            f"the {name} differ. Received: shape {received.shape}, first "
+            f"values {received.ravel()[:4]}. Expected: shape {expected.shape}, "
             f"{expected.ravel()[:4]}"
         )
