@@ -199,11 +199,11 @@ def sparsity_report(
     Example:
     >>> import keras, sos
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
-    >>> report = sos.sparsity_report(model)
-    >>> [(row["size"], row["sparsity"]) for row in report.rows]
-    [(8, 0.0), (2, 0.0)]
-    >>> report.totals["multiply_adds"]
-    8
+    >>> kernel, bias = sos.sparsity_report(model).rows
+    >>> kernel["size"], kernel["sparsity"], kernel["multiply_adds"]
+    (8, 0.0, 8)
+    >>> bias["reason"]
+    'bias'
     """
     if not isinstance(model, keras.layers.Layer):
         raise TypeError(

@@ -23,13 +23,11 @@ class SparseWeight:
 
     Example:
     >>> import keras, sos
-    >>> layer = sos.MagnitudePruning(
-    ...     keras.layers.Dense(2, name="logits"), sparsity=0.5
-    ... )
+    >>> layer = sos.MagnitudePruning(keras.layers.Dense(2), sparsity=0.5)
     >>> layer.build((None, 4))
     >>> (weight,) = layer.sparse_weights
-    >>> weight.path, weight.value.shape, list(weight.state)
-    ('logits/kernel', TensorShape([4, 2]), ['mask'])
+    >>> weight.variable.name, weight.value.shape, list(weight.state)
+    ('kernel', TensorShape([4, 2]), ['mask'])
     """
 
     def __init__(
