@@ -203,7 +203,7 @@ def sparsity_report(
     >>> kernel["size"], kernel["sparsity"], kernel["multiply_adds"]
     (8, 0.0, 8)
     >>> bias["reason"]
-    'bias'
+    'rank 1'
     """
     if not isinstance(model, keras.layers.Layer):
         raise TypeError(

@@ -61,8 +61,9 @@ class SparseWrapper(keras.layers.Layer):
     ...         kept = keras.ops.abs(weight.value) > 0.1
     ...         return weight.value * keras.ops.cast(kept, "float32")
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
-    >>> model.set_weights([[[0.05, 0.5]] * 4, [0.0, 0.0]])
-    >>> sos.sparsity_report(sos.sparsify(model, "Threshold")).sparsity
+    >>> _ = model.layers[0].kernel.assign([[0.05, 0.5]] * 4)
+    >>> sparse = sos.sparsify(model, "Threshold")
+    >>> sos.sparsity_report(sparse).sparsity
     0.5
     """
 
