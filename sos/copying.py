@@ -52,7 +52,7 @@ def copy_model(
     with keras.saving.custom_object_scope(classes):
         new = _clone(source, replace, {})
         _enable_adapters(source, new)
-        if not _shares_alike(source, new):
+        if not _have_equal_sharing(source, new):
             # Layers that refer to each other: configurations lose that.
             try:
                 new = copy.deepcopy(source)
@@ -77,7 +77,7 @@ def _enable_adapters(
             keras_compat.copy_adapter(keras_compat.adapter(old), new)
 
 
-def _shares_alike(
+def _have_equal_sharing(
     source: keras.layers.Layer, target: keras.layers.Layer
 ) -> bool:
     """Returns whether both models share the same layers and weights."""
@@ -193,7 +193,7 @@ def _copy_state(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
     """Copies all state between two models of the same configuration."""
     layers = [_layers_with_state(source), _layers_with_state(target)]
     classes = [[_class_name(layer) for layer in part] for part in layers]
-    if classes[0] != classes[1] or not _shares_alike(source, target):
+    if classes[0] != classes[1] or not _have_equal_sharing(source, target):
         raise UsageError(
             f"The copy of {source.name!r} of class {_class_name(source)} has "
             "other layers than the model, or they share other weights. Its "

@@ -113,10 +113,10 @@ def with_training(signature: inspect.Signature) -> inspect.Signature:
 
 def training_of_call(layer: keras.layers.Layer) -> bool:
     """Returns the `training` argument of the current Keras call."""
-    missing = object()
+    unset = object()
     context = layer._get_call_context()
-    training = context.get_value("training", missing)
-    if training is missing:
+    training = context.get_value("training", unset)
+    if training is unset:
         # Outside of a call, Keras has opened a context for this layer.
         layer._maybe_reset_call_context()
         return False

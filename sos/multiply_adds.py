@@ -42,7 +42,7 @@ def uses_by_variable(
                 result[id(use.weight)] = None
 
     try:
-        with _observed(model, count):
+        with _observe_calls(model, count):
             _trace(model, inputs)
     except Exception:
         # The code of a model may fail on a batch of one, or on a guessed dtype.
@@ -56,7 +56,7 @@ def _trace(model: keras.layers.Layer, inputs: Any) -> None:
     if inputs is None:
         inputs = getattr(model, "input", None)
     if inputs is not None:
-        inputs = keras.tree.map_structure(_one, inputs)
+        inputs = keras.tree.map_structure(_single_example, inputs)
         # The method of `keras.Operation` runs all calls, unlike the model's.
         keras.Operation.compute_output_spec(model, inputs)
         return
@@ -67,19 +67,21 @@ def _trace(model: keras.layers.Layer, inputs: Any) -> None:
     if list(shapes) == ["input_shape"]:
         shapes = {names[0]: shapes["input_shape"]}
     arguments = {
-        name.removesuffix("_shape"): _one(keras.KerasTensor(shape))
+        name.removesuffix("_shape"): _single_example(keras.KerasTensor(shape))
         for name, shape in shapes.items()
     }
     keras.Operation.compute_output_spec(model, **arguments)
 
 
-def _one(tensor: Any) -> keras.KerasTensor:
+def _single_example(tensor: Any) -> keras.KerasTensor:
     dtype = keras.backend.standardize_dtype(tensor.dtype)
     return keras.KerasTensor((1, *tensor.shape[1:]), dtype=dtype)
 
 
 @contextmanager
-def _observed(model: keras.layers.Layer, count: Callable) -> Iterator[None]:
+def _observe_calls(
+    model: keras.layers.Layer, count: Callable
+) -> Iterator[None]:
     """Passes the uses of all calls in a model to `count`."""
     layers = list(_units(model, set()))
     before = {id(layer): vars(layer).get("call") for layer in layers}

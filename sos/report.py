@@ -106,9 +106,9 @@ class SparsityReport:
 
     def _table(self, wide: bool) -> Table:
         """Returns a table with a summary line for biases and other vectors."""
-        sparse = any(row["technique"] for row in self.rows)
+        has_techniques = any(row["technique"] for row in self.rows)
         caption = f"{self.model_sparsity:.2%} of all weights are zero"
-        if sparse:
+        if has_techniques:
             caption = (
                 f"{self.sparsity:.2%} of the weights made sparse are zero, "
                 f"{caption.removesuffix(' are zero')}"
@@ -121,10 +121,10 @@ class SparsityReport:
         )
         table.add_column("weight", overflow="fold")
         headings = ["size", "zero", "target"]
-        counted = wide and any(
+        with_costs = wide and any(
             row["multiply_adds"] is not None for row in self.rows
         )
-        if counted:
+        if with_costs:
             headings += ["multiply-adds", "sparse"]
         for heading in headings:
             table.add_column(heading, justify="right", no_wrap=True)
@@ -132,7 +132,7 @@ class SparsityReport:
         vectors = [row for row in self.rows if _is_vector(row)]
         for row in self.rows:
             if not _is_vector(row):
-                table.add_row(row["weight"], *_cells(row, counted))
+                table.add_row(row["weight"], *_cells(row, with_costs))
         if vectors:
             summary = {
                 **dict.fromkeys(FIELDS, ""),
@@ -146,16 +146,16 @@ class SparsityReport:
             }
             plural = "s" * (len(vectors) > 1)
             table.add_row(
-                f"{len(vectors)} vector{plural}", *_cells(summary, counted)
+                f"{len(vectors)} vector{plural}", *_cells(summary, with_costs)
             )
         table.add_section()
-        table.add_row("total", *_cells(self.totals, counted), style="bold")
+        table.add_row("total", *_cells(self.totals, with_costs), style="bold")
         unknown = [
             row
             for row in self.rows
             if row["multiply_adds"] is None and not _is_vector(row)
         ]
-        if counted and unknown:
+        if with_costs and unknown:
             table.caption += (
                 f"; multiply-adds of {len(unknown)} weights are not known and "
                 "not in the total"
@@ -178,7 +178,7 @@ def sparsity_report(
 ) -> SparsityReport:
     """Reports the sparsity of every weight of a model.
 
-    Zeros are counted in the evaluation weights. Variational dropout removes
+    Zeros are with_costs in the evaluation weights. Variational dropout removes
     weights whose log alpha reaches the threshold; L0 regularisation multiplies
     weights by the deterministic gate.
 
@@ -320,14 +320,14 @@ def _sparsity(rows: list[dict[str, Any]]) -> float:
     return 1 - sum(row["nonzeros"] for row in rows) / size if size else 0.0
 
 
-def _cells(row: dict[str, Any], counted: bool) -> list[str]:
+def _cells(row: dict[str, Any], with_costs: bool) -> list[str]:
     target, macs = row["target"], row["multiply_adds"]
     remarks = [text for text in (row["technique"], row["reason"]) if text]
     return [
         f"{row['size']:,}",
         f"{row['sparsity']:.2%}",
         "" if target is None else f"{target:.2%}",
-        *([_short(macs), _short(row["sparse_multiply_adds"])] * counted),
+        *([_short(macs), _short(row["sparse_multiply_adds"])] * with_costs),
         ", ".join(remarks),
     ]
 

@@ -89,8 +89,8 @@ def warn_kept(
     wrapper: SparseWrapper,
     weight: SparseWeight,
     sparsity: float,
-    kept: int,
-    otherwise: str,
+    count: int,
+    remedy: str,
 ) -> None:
     """Warns that a weight keeps elements although its sparsity leaves none.
 
@@ -98,8 +98,8 @@ def warn_kept(
         wrapper: The technique.
         weight: The weight.
         sparsity: The requested fraction of zeros.
-        kept: Number of elements that the weight keeps.
-        otherwise: Argument with which it keeps none, for the message.
+        count: Number of elements that the weight keeps.
+        remedy: Argument with which it keeps none, for the message.
     """
     size = math.prod(weight.variable.shape)
     _warn(
@@ -107,8 +107,8 @@ def warn_kept(
         weight,
         "kept",
         f"A sparsity of {sparsity:.6g} leaves none of the {size} elements of "
-        f"{weight.path}: it keeps {min(kept, size)}. Lower its sparsity, or "
-        f"{_DENSE}. To prune all of it, pass {otherwise}.",
+        f"{weight.path}: it keeps {min(count, size)}. Lower its sparsity, or "
+        f"{_DENSE}. To prune all of it, pass {remedy}.",
     )
 
 

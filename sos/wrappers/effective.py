@@ -86,7 +86,7 @@ def effective_value(weight: SparseWeight, training: bool) -> tf.Tensor:
         check_training(weight)
         value = weight.technique.training_weight(weight)
     else:
-        value = _held_value(weight)
+        value = _scope_value(weight)
         if value is None:
             value = weight.technique.evaluation_weight(weight)
     return tf.cast(value, weight.value.dtype)
@@ -102,11 +102,11 @@ def check_training(weight: SparseWeight) -> None:
         UsageError: Inside `sos.frozen` or `sos.sampled`.
         RuntimeError: If no updater is bound.
     """
-    for held in getattr(_local, "held", ()):
-        if id(weight.variable) in held.values:
+    for scope in getattr(_local, "scopes", ()):
+        if id(weight.variable) in scope.values:
             raise UsageError(
                 f"The weight {weight.path} was used with `training=True` "
-                f"inside `sos.{held.name}`, which is for inference. Close the "
+                f"inside `sos.{scope.name}`, which is for inference. Close the "
                 "scope before training."
             )
     weight.technique.check_updated()
@@ -147,7 +147,9 @@ def frozen(model: keras.layers.Layer) -> Iterator[None]:
     >>> decode(tf.ones((1, 4))).shape
     TensorShape([1, 4])
     """
-    with _held(model, lambda weight: effective_value(weight, False), "frozen"):
+    with _value_scope(
+        model, lambda weight: effective_value(weight, False), "frozen"
+    ):
         yield
 
 
@@ -218,7 +220,7 @@ def sampled(model: keras.layers.Layer, seed: int | tf.Tensor) -> Iterator[None]:
 
     with (
         keras_compat.without_compiled_functions(model),
-        _held(model, sample, "sampled"),
+        _value_scope(model, sample, "sampled"),
     ):
         yield
 
@@ -232,7 +234,7 @@ def _sparse_weights(model: keras.layers.Layer) -> list[SparseWeight]:
     ]
 
 
-class _Held:
+class _ScopeValues:
     """The values of weights inside a `frozen` or `sampled` scope."""
 
     def __init__(self, name: str, values: dict[int, tf.Tensor]) -> None:
@@ -241,30 +243,30 @@ class _Held:
 
 
 @contextlib.contextmanager
-def _held(
+def _value_scope(
     model: keras.layers.Layer,
     compute: Callable[[SparseWeight], tf.Tensor],
     name: str,
 ) -> Iterator[None]:
     weights = {id(w.variable): w for w in _sparse_weights(model)}
     values = {key: compute(weight) for key, weight in weights.items()}
-    outer = getattr(_local, "held", ())
-    _local.held = (_Held(name, values), *outer)
+    outer = getattr(_local, "scopes", ())
+    _local.scopes = (_ScopeValues(name, values), *outer)
     try:
         with EffectiveWeights(weights, training=False):
             yield
     finally:
-        _local.held = outer
+        _local.scopes = outer
 
 
-def _held_value(weight: SparseWeight) -> tf.Tensor | None:
-    for held in getattr(_local, "held", ()):
-        value = held.values.get(id(weight.variable))
+def _scope_value(weight: SparseWeight) -> tf.Tensor | None:
+    for scope in getattr(_local, "scopes", ()):
+        value = scope.values.get(id(weight.variable))
         if value is None:
             continue
         if hasattr(value, "numpy") and not tf.executing_eagerly():
             raise UsageError(
-                f"A `tf.function` was traced inside `sos.{held.name}`, and "
+                f"A `tf.function` was traced inside `sos.{scope.name}`, and "
                 "would keep the present values of the weights. Open the scope "
                 "inside the function. For methods that compile their own "
                 "function (`predict`, `generate`), use the model without the "
