@@ -120,7 +120,7 @@ def warn_of_zeros(wrapper: SparseWrapper, weight: SparseWeight) -> None:
         "zeros",
         f"All elements of {weight.path} were zero when "
         f"{type(wrapper).__name__} computed its mask from them: it stays zero "
-        "in training. Load the weights before wrapping the layer, or "
+        "in training. Load the weights before making the layer sparse, or "
         f"{_DENSE}.",
     )
 

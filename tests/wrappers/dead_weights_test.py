@@ -296,7 +296,7 @@ COMPILED = CompiledMaskUpdate()
     )
 )
 def test_host_and_compiled_updates_agree_in_masks_and_warnings(steps):
-    dead_weights._warned.clear()
+    dead_weights._warning_steps.clear()
     for wrappers in PAIRS:
         for wrapper in wrappers:
             wrapper.set_masks([np.ones((4, 2))])
@@ -450,7 +450,7 @@ def test_training_a_fixed_mask_of_zeros_warns_once(jit_compile):
     assert not warned(wrapper.build, (None, 4))
     assert not warned(wrapper, tf.ones((1, 4)))
     (message,) = warned(train_step(wrapper, jit_compile))
-    assert "head/kernel were zero when FixedMask made its mask" in message
+    assert "head/kernel were zero when FixedMask computed its mask" in message
     assert not warned(train_step(wrapper, jit_compile))
 
 
