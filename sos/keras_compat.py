@@ -87,12 +87,15 @@ def reduced(state: tuple) -> tuple:
 
 
 def accept_training(layer: keras.layers.Layer) -> dict[str, Any]:
-    """Lets Keras hand `training` to a layer whose `call` was replaced.
+    """Makes Keras pass `training` to a layer whose `call` was replaced.
 
-    Keras reads the signature of `call` when the layer is made.
+    Keras reads the signature of `call` only when a layer is created.
+
+    Args:
+        layer: The layer.
 
     Returns:
-        What it changed, for `restore_call`.
+        The previous values of changed attributes by name, for `restore_call`.
     """
     before = {name: getattr(layer, name) for name in _CALL_ATTRIBUTES}
     before["_call_has_context_arg"] = dict(layer._call_has_context_arg)
@@ -103,7 +106,7 @@ def accept_training(layer: keras.layers.Layer) -> dict[str, Any]:
     return before
 
 
-# What Keras knows of the arguments of a layer's `call`.
+# Attributes in which Keras keeps the parameters of a layer's `call`.
 _CALL_ATTRIBUTES = (
     "_call_signature",
     "call_signature_parameters",
@@ -117,14 +120,14 @@ def restore_call(layer: keras.layers.Layer, before: dict[str, Any]) -> None:
 
     Args:
         layer: The layer.
-        before: What `accept_training` returned.
+        before: Result of `accept_training`.
     """
     for name, value in before.items():
         setattr(layer, name, value)
 
 
 def with_training(signature: inspect.Signature) -> inspect.Signature:
-    """Returns a signature that has the parameter `training`."""
+    """Returns a signature with a parameter `training` added if necessary."""
     if "training" in signature.parameters:
         return signature
     parameters = list(signature.parameters.values())
@@ -168,11 +171,11 @@ def unlocked(layer: keras.layers.Layer) -> Iterator[None]:
 
 
 def remove_sublayer(layer: keras.layers.Layer, name: str) -> None:
-    """Removes an attribute that is a layer, also from what Keras tracks.
+    """Deletes an attribute that is a layer, and stops tracking it.
 
     Args:
         layer: The layer that has the attribute, built or not.
-        name: The attribute's name.
+        name: Name of the attribute.
     """
     inner = getattr(layer, name)
     delattr(layer, name)
@@ -180,7 +183,7 @@ def remove_sublayer(layer: keras.layers.Layer, name: str) -> None:
 
 
 def uncompile(model: keras.Model) -> None:
-    """Makes a model as it was before `compile`, without optimizer and metrics.
+    """Undoes `compile`: removes the optimizer, the loss and the metrics.
 
     Args:
         model: A model, compiled or not.

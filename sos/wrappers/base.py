@@ -47,8 +47,8 @@ class SparseWrapper(keras.layers.Layer):
         **kwargs: `trainable`, as for any layer.
 
     Attributes:
-        techniques: The wrapper itself in a tuple, as layers that are sparse in
-            place have their techniques.
+        techniques: A tuple of the wrapper itself, for code that reads the
+            techniques of layers.
 
     Raises:
         TypeError: If `layer` is not a Keras 3 layer.
@@ -537,8 +537,10 @@ class SparseWrapper(keras.layers.Layer):
         return technique
 
     def __getattr__(self, name: str) -> Any:
-        """Returns the layer that the technique is part of, and `techniques`."""
-        # Not properties: Keras follows all attributes that it can list.
+        """Returns `techniques`, or the `layer` that the technique is part of.
+
+        They are not properties, as Keras follows all attributes that it lists.
+        """
         if name == "techniques":
             return (self,)
         if name == "layer" and "_owner" in vars(self):
@@ -622,18 +624,17 @@ def find_wrappers(layer: keras.layers.Layer) -> list[SparseWrapper]:
 
 
 def sparse_layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
-    """Returns the layers of a model that hold techniques.
+    """Returns the layers of a model that have techniques.
 
-    These are the layers that `sos.sparsify` made sparse in place, and wrappers.
-    All of them have the attributes `techniques` and `sparse_weights`. Each
-    sparse weight belongs to one of them.
+    These are the layers that `sos.sparsify` made sparse, and wrappers. They
+    have the attributes `techniques` and `sparse_weights`. Each sparse weight
+    belongs to one layer.
 
     Args:
         model: A model or layer, built.
 
     Returns:
-        The layers, each once, in the order of their weights; none of a model
-        without techniques.
+        The layers in the order of their weights; empty for a dense model.
 
     Raises:
         TypeError: If `model` is not a Keras 3 model or layer.
@@ -667,9 +668,9 @@ def weights_by_path(model: keras.layers.Layer) -> dict[str, SparseWeight]:
         model: A model or layer, built.
 
     Returns:
-        The weights by path, in the order of the model's weights. A path has no
-        name of the model in front. Equal ones of two nested models end in `#2`
-        and so on.
+        The weights by path, in the order of the model's weights. Paths do not
+        begin with the model's name. Duplicate paths, of nested models, get the
+        suffixes `#2`, `#3` and so on.
     """
     order = {id(v): i for i, v in enumerate(model.weights)}
     weights = sorted(
@@ -678,7 +679,7 @@ def weights_by_path(model: keras.layers.Layer) -> dict[str, SparseWeight]:
     )
     paths = selection.unique(
         {
-            # Whether Keras puts it there depends on how the model was made.
+            # Keras prepends the model's name for some kinds of models only.
             i: weight.path.removeprefix(f"{model.name}/")
             for i, weight in enumerate(weights)
         }
@@ -687,14 +688,14 @@ def weights_by_path(model: keras.layers.Layer) -> dict[str, SparseWeight]:
 
 
 def check_keras_layer(layer: Any, function: str) -> None:
-    """Raises if an argument `model` is not a Keras 3 model or layer.
+    """Checks that an argument `model` is a Keras 3 model or layer.
 
     Args:
         layer: The argument.
         function: Name of the function that received it.
 
     Raises:
-        ArgumentError: If it is anything else.
+        TypeError: If it is not a Keras 3 model or layer.
     """
     if not isinstance(layer, keras.layers.Layer):
         cls = type(layer)
