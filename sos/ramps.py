@@ -14,6 +14,8 @@ from sos.arguments import check_integer
 from sos.configurable import Configurable
 from sos.errors import ArgumentError, UsageError
 
+__all__ = ["ConstantRamp", "CubicRamp", "LinearRamp", "Ramp", "make_ramp"]
+
 
 @keras.saving.register_keras_serializable(package="sos")
 class Ramp(Configurable):
