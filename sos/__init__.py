@@ -2,8 +2,9 @@
 
 from sos import startup
 
-# This module imports TensorFlow, Keras and tensorflow-model-optimization.
 with startup.quiet():
+    startup.check_backend()
+    # This module imports TensorFlow, Keras and tensorflow-model-optimization.
     from sos import schedules
 
 from sos import extend, ramps

@@ -68,6 +68,11 @@ def embeddings(layer: keras.layers.Layer) -> keras.Variable:
     return layer._embeddings
 
 
+def set_mask(outputs: tf.Tensor, mask: tf.Tensor) -> None:
+    """Hands the mask of a layer's outputs on to the layers that follow."""
+    outputs._keras_mask = mask
+
+
 def copy_remat_mode(
     source: keras.layers.Layer, target: keras.layers.Layer
 ) -> None:

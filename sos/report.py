@@ -21,7 +21,7 @@ from sos.wrappers.base import (
     find_wrappers,
     weights_by_path,
 )
-from sos.wrappers.selection import dense_reasons
+from sos.wrappers.selection import dense_reasons, path_in
 from sos.wrappers.sparse_layer import owners, plain_class
 
 #: The keys of a row, in order.
@@ -263,9 +263,7 @@ def _report(
                 else "not trainable"
             )
             reason = reasons.get(id(variable), unwrapped)
-        path = paths.get(
-            id(variable), variable.path.removeprefix(f"{model.name}/")
-        )
+        path = paths.get(id(variable), path_in(model, variable))
         size = int(np.prod(variable.shape))
         nonzeros = int(np.count_nonzero(keras.ops.convert_to_numpy(value)))
         if wrapper is not None and size and not nonzeros:

@@ -1,12 +1,16 @@
-"""Hides the lines that TensorFlow prints while it starts.
+"""What happens before TensorFlow and Keras are imported.
 
-TensorFlow 2.21 prints about a dozen lines on the standard error when it is
-imported and when its devices are first listed (CPU features, oneDNN, no GPU).
-They are written before its logging is set up, so that TF_CPP_MIN_LOG_LEVEL,
-which should hide them, has no effect. Here it has.
+`check_backend` raises if Keras would use another backend than TensorFlow.
+
+`quiet` hides the lines that TensorFlow prints while it starts. TensorFlow 2.21
+prints about a dozen lines on the standard error when it is imported and when
+its devices are first listed (CPU features, oneDNN, no GPU). They are written
+before its logging is set up, so that TF_CPP_MIN_LOG_LEVEL, which should hide
+them, has no effect. Here it has.
 """
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -14,6 +18,56 @@ import tempfile
 from collections.abc import Iterator
 
 _LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
+_BACKEND = "KERAS_BACKEND"
+
+
+def check_backend() -> None:
+    """Raises if Keras uses, or would use, another backend than TensorFlow.
+
+    Call it before Keras is imported, which fails with an error of its own if
+    the backend is not installed.
+
+    Raises:
+        BackendError: If the backend is not TensorFlow.
+    """
+    backend, source = _backend()
+    if backend == "tensorflow":
+        return
+    # This module is imported alone, too.
+    from sos.errors import BackendError
+
+    raise BackendError(
+        "`sos` needs the TensorFlow backend of Keras. Set the environment "
+        f"variable {_BACKEND}=tensorflow before Keras is imported, or "
+        f'"backend": "tensorflow" in {_keras_json()}. '
+        f"Received: backend={backend!r}, from {source}"
+    )
+
+
+def _backend() -> tuple[str, str]:
+    """Returns the backend, and what chose it, as Keras finds it."""
+    keras = sys.modules.get("keras")
+    if hasattr(keras, "config"):
+        return keras.config.backend(), "the Keras that is imported already"
+    if os.environ.get(_BACKEND):
+        return os.environ[_BACKEND], f"the environment variable {_BACKEND}"
+    path = _keras_json()
+    try:
+        with open(path) as file:
+            backend = json.load(file).get("backend", "tensorflow")
+    except (OSError, ValueError, AttributeError):
+        return "tensorflow", "the default"
+    return backend, path
+
+
+def _keras_json() -> str:
+    """Returns the path of the file that configures Keras."""
+    directory = os.environ.get("KERAS_HOME")
+    if directory is None:
+        home = os.path.expanduser("~")
+        home = home if os.access(home, os.W_OK) else "/tmp"
+        directory = os.path.join(home, ".keras")
+    return os.path.expanduser(os.path.join(directory, "keras.json"))
 
 
 @contextlib.contextmanager

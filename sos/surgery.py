@@ -63,11 +63,14 @@ def sparsify(
         technique: A registered technique or its name; None leaves all weights
             dense that no rule matches.
         rules: Exceptions, as a mapping or a sequence of pairs. The keys are
-            regular expressions that are searched for in the paths of the
-            weights, as the report prints them (without the name of the model in
-            front). The values are None to leave the weights dense, a technique
-            or its name, or a dictionary of hyperparameters, which may have the
-            key `technique`. A rule inherits the hyperparameters that it does
+            regular expressions that are searched for (`re.search`) in the paths
+            of the weights, as the report prints them (without the name of the
+            model in front); or layers of `model`, for all weights of theirs and
+            of their sublayers; or weights of `model`, such as `layer.kernel`
+            (in pairs, as a Keras variable cannot be a key of a mapping). The
+            values are None to leave the weights dense, a technique or its name,
+            or a dictionary of hyperparameters, which may have the key
+            `technique`. A rule inherits the hyperparameters that it does
             not change, unless it names another technique.
         copy: Whether the result gets copies of the layers and weights. If not,
             `model` itself becomes sparse.
@@ -83,8 +86,9 @@ def sparsify(
         TypeError: If `model` is not a Keras 3 model or cannot be copied, or if
             a hyperparameter is unknown, missing or excluded by another.
         UsageError: If `model` is not built or sparse already, a hyperparameter
-            is out of range, a rule matches no weight, two rules match one
-            weight, or nothing is left to make sparse.
+            is out of range, a rule matches no weight or is not for a part of
+            `model`, two rules match one weight, or nothing is left to make
+            sparse.
 
     Example:
     >>> import keras, sos
@@ -99,12 +103,11 @@ def sparsify(
     ...     model,
     ...     "MagnitudePruning",
     ...     sparsity=0.9,
-    ...     begin_step=100,
-    ...     end_step=1000,
-    ...     rules={"logits": {"sparsity": 0.5}},
+    ...     rules={model.get_layer("logits"): {"sparsity": 0.5}},
     ... )
     >>> [layer.techniques[0].target_sparsity() for layer in sparse.layers]
     [0.9, 0.5]
+    >>> sparse = sos.sparsify(model, "L0Regularization", num_examples=60_000)
     """
     _check_model(model, "sparsify")
     plan, reasons = make_plan(model, technique, rules, hyperparameters)

@@ -38,9 +38,9 @@ class SparseWrapper(keras.layers.Layer):
 
     Args:
         layer: The Keras 3 layer (or model) to wrap. Wrap an RNN, not its cell.
-        include: Regular expressions, one or several, that are searched for in
-            the paths of the layer's weights and choose those to be made sparse.
-            By default all trainable weights of rank 2 or more, biases not.
+        include: One or several regular expressions. A weight is made sparse if
+            `re.search` finds one in its path as the model's report prints it.
+            By default all trainable weights of rank 2 or more, except biases.
         paths: The weights as `{index in the layer's weights: path}`, instead of
             `include`. `sparsify` and saved models use it.
         name: Name of the wrapper; by default that of the wrapped layer.
@@ -78,6 +78,9 @@ class SparseWrapper(keras.layers.Layer):
     #: Then `sos.sampled` does so, too.
     has_posterior = False
 
+    #: Hyperparameters of which exactly one is required.
+    needs_one_of: tuple[str, ...] = ()
+
     def __init__(
         self,
         layer: keras.layers.Layer,
@@ -113,7 +116,7 @@ class SparseWrapper(keras.layers.Layer):
             self.layer = layer
         else:
             self._owner = owner
-        self.include = selection.check_patterns(include)
+        self.include = selection.check_include(include)
         self._paths = None
         if paths is not None:
             self._paths = {int(index): path for index, path in paths.items()}
@@ -679,8 +682,7 @@ def weights_by_path(model: keras.layers.Layer) -> dict[str, SparseWeight]:
     )
     paths = selection.unique(
         {
-            # Keras prepends the model's name for some kinds of models only.
-            i: weight.path.removeprefix(f"{model.name}/")
+            i: selection.path_in(model, weight)
             for i, weight in enumerate(weights)
         }
     )

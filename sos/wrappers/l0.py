@@ -76,25 +76,34 @@ class L0Regularization(PenalizedWrapper):
 
     Args:
         layer: The layer to wrap.
-        penalty_weight: As for `PenalizedWrapper`.
-        initial_log_alpha: Mean of the initial log alpha, whose standard
-            deviation is 0.01. The default is the authors': a gate is dropped
-            with probability 0.1 before it is stretched.
-        **kwargs: As for `PenalizedWrapper`.
+        initial_log_alpha: Mean of the initial log alpha, with a standard
+            deviation of 0.01. The authors' default is a dropout rate of 0.1:
+            log(0.9 / 0.1) = 2.197.
+        **kwargs: As for `PenalizedWrapper`: `num_examples` or `penalty_weight`,
+            `ramp`, `begin_step`, `end_step`, `seed`.
+
+    Example:
+    >>> import keras, sos
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    >>> sparse = sos.sparsify(model, "L0Regularization", num_examples=60_000)
+    >>> (weight,) = sparse.layers[0].sparse_weights
+    >>> list(weight.state)
+    ['log_alpha']
     """
 
     has_posterior = True
+    # The authors use 1 / N on ImageNet and WMT'14.
+    default_penalty = 1.0
 
     def __init__(
         self,
         layer: keras.layers.Layer,
         *,
-        penalty_weight: float,
         initial_log_alpha: float = 2.197,
         **kwargs: Any,
     ) -> None:
         initial_log_alpha = check_number("initial_log_alpha", initial_log_alpha)
-        super().__init__(layer, penalty_weight=penalty_weight, **kwargs)
+        super().__init__(layer, **kwargs)
         self.initial_log_alpha = initial_log_alpha
 
     def build_weight(self, weight: SparseWeight) -> None:

@@ -84,26 +84,35 @@ class VariationalDropout(PenalizedWrapper):
 
     Args:
         layer: The layer to wrap.
-        penalty_weight: As for `PenalizedWrapper`.
         initial_log_sigma2: Initial log sigma^2.
         threshold: Evaluation removes weights with log alpha >= threshold. It
             may be set at any time.
         clip_log_alpha: Limit of |log alpha| in training, in (0, 80]; None for
             no limit.
-        **kwargs: As for `PenalizedWrapper`.
+        **kwargs: As for `PenalizedWrapper`: `num_examples` or `penalty_weight`,
+            `ramp`, `begin_step`, `end_step`, `seed`.
 
     Raises:
         UsageError: If a number is out of range.
+
+    Example:
+    >>> import keras, sos
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    >>> sparse = sos.sparsify(model, "VariationalDropout", num_examples=60_000)
+    >>> sos.set_hyperparameters(sparse, threshold=-100.0)
+    >>> sos.sparsity_report(sparse).sparsity
+    1.0
     """
 
     has_posterior = True
+    # The authors use 1 / N on ImageNet and WMT'14.
+    default_penalty = 1.0
     threshold = Hyperparameter("float32")
 
     def __init__(
         self,
         layer: keras.layers.Layer,
         *,
-        penalty_weight: float,
         initial_log_sigma2: float = -10.0,
         threshold: float = 3.0,
         clip_log_alpha: float | None = 8.0,
@@ -119,7 +128,7 @@ class VariationalDropout(PenalizedWrapper):
         initial_log_sigma2 = check_number(
             "initial_log_sigma2", initial_log_sigma2
         )
-        super().__init__(layer, penalty_weight=penalty_weight, **kwargs)
+        super().__init__(layer, **kwargs)
         self.initial_log_sigma2 = initial_log_sigma2
         self.threshold = threshold
         self.clip_log_alpha = clip_log_alpha
