@@ -1,4 +1,4 @@
-"""The formats that a model can be exported to."""
+"""Export of a model to one of several formats."""
 
 import os
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from sos.errors import UsageError
 from sos.export import saved_model
 from sos.export.serving import ServingModule
 
-# By name, a function that writes a `tf.Module` with signatures to a path.
+# Functions that write a `tf.Module` with signatures to a path, by name.
 _FORMATS: dict[str, Callable[[tf.Module, str], None]] = {
     "tf_saved_model": saved_model.write,
 }
@@ -24,37 +24,31 @@ def export_model(
     format: str = "tf_saved_model",
     input_signature: Any = None,
 ) -> None:
-    """Exports a model to be served, complete or not at all.
+    """Exports a model for serving, atomically.
 
-    Sparse layers are stripped first, so that the zeros are in place. Every
-    variable is stored once.
+    Sparse layers are stripped: pruned weights are zeros. Every variable is
+    stored once.
 
-    The format `"tf_saved_model"` is a TensorFlow SavedModel that needs neither
-    `sos` nor Keras. `tf.saved_model.load` returns an object that is called as
-    the model and computes as in inference. Its signature `serving_default`,
-    which TensorFlow Serving uses, takes and returns tensors by name: see
-    `sos.export.ServingModule`, which also shows how to add signatures and
-    assets. A SavedModel at `path` is replaced once the new one is complete. On
+    The format `"tf_saved_model"` is a TensorFlow SavedModel, which requires
+    neither `sos` nor Keras. `tf.saved_model.load` returns an object that is
+    called like the model and runs inference. Its signature `serving_default`,
+    which TensorFlow Serving uses, takes and returns tensors by name. See
+    `sos.export.ServingModule`, which can also have further signatures and
+    assets. A SavedModel at `path` is replaced when the new one is complete. On
     an object store such as `gs://`, where directories cannot be renamed, it is
     removed before the new one is uploaded. Only one process at a time may write
     to a path.
 
-    ```
-    sos.export_model(model, "exported")
-    loaded = tf.saved_model.load("exported")
-    outputs = loaded(inputs)
-    ```
-
     Args:
-        model: A built Keras 3 model, sparse or not; or a `tf.Module` with an
+        model: A built Keras 3 model, sparse or dense; or a `tf.Module` with an
             attribute `signatures`, a mapping from names to `tf.function`s that
             have an `input_signature`, or to concrete functions.
-        path: Where to write.
-        format: The name of the format.
-        input_signature: The first argument of a Keras model, as a
-            `tf.TensorSpec` or a list, tuple or dictionary of them. Default: the
-            model's `keras.Input`s, with a batch of any size. Subclassed models
-            have none.
+        path: The directory to write.
+        format: Name of the format.
+        input_signature: Spec of the first argument of a Keras model: a
+            `tf.TensorSpec`, or a list, tuple or dictionary of them. Default:
+            the model's `keras.Input`s, with any batch size. Required for
+            subclassed models.
 
     Raises:
         UsageError: If the format is unknown, the model is not built, its inputs
@@ -63,6 +57,16 @@ def export_model(
         StorageError: If `path` holds anything other than a SavedModel, or
             cannot be written.
         TypeError: If `model` or `input_signature` has the wrong type.
+
+    Example:
+    >>> import keras, sos
+    >>> import tensorflow as tf
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    >>> sparse = sos.sparsify(model, "MagnitudePruning", sparsity=0.5)
+    >>> sos.export_model(sparse, "exported")
+    >>> loaded = tf.saved_model.load("exported")
+    >>> loaded(tf.ones((2, 8))).shape
+    TensorShape([2, 4])
     """
     if format not in _FORMATS:
         raise UsageError(
@@ -79,8 +83,8 @@ def export_model(
         )
     elif input_signature is not None:
         raise UsageError(
-            "`input_signature` is for Keras models. The signatures of a "
-            f"tf.Module are its own. Received: model={model!r} and "
+            "`input_signature` is for Keras models. A tf.Module has its own "
+            f"`signatures`. Received: model={model!r}, "
             f"input_signature={input_signature!r}"
         )
     _FORMATS[format](model, os.fspath(path))

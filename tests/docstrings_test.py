@@ -1,0 +1,81 @@
+"""Every public object has an example in its docstring, and examples run."""
+
+import doctest
+import inspect
+
+import pytest
+
+import sos
+import sos.extend
+import sos.ramps
+import sos.schedules
+from sos import registry
+
+# Packages and modules whose public objects need an example: those in `__all__`
+# or, without it, all classes and functions of the module. Examples of a package
+# share a namespace and a directory. That of the object named here runs first,
+# because the others use what it defines.
+PACKAGES = {
+    sos: None,
+    sos.extend: None,
+    sos.ramps: None,
+    sos.schedules: None,
+}
+
+
+def public_objects(package):
+    """Returns the public classes and functions of a package by name."""
+    names = getattr(package, "__all__", None) or [
+        name
+        for name, value in vars(package).items()
+        if not name.startswith("_")
+        and getattr(value, "__module__", None) == package.__name__
+    ]
+    values = {name: getattr(package, name) for name in names}
+    return {
+        name: value
+        for name, value in values.items()
+        if inspect.isclass(value) or inspect.isroutine(inspect.unwrap(value))
+        # Not the schedules of tfmot.
+        if inspect.getmodule(value).__name__.partition(".")[0] == "sos"
+    }
+
+
+def examples(package):
+    """Returns the doctest of each public object by name; None without one."""
+    finder = doctest.DocTestFinder(recurse=False, exclude_empty=False)
+    tests = {
+        name: finder.find(value, f"{package.__name__}.{name}", globs={})[0]
+        for name, value in public_objects(package).items()
+    }
+    return {
+        name: test if test.examples else None for name, test in tests.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "package", PACKAGES, ids=lambda package: package.__name__
+)
+def test_public_objects_have_examples(package):
+    tests = examples(package)
+    assert tests
+    assert [name for name, test in tests.items() if test is None] == []
+
+
+@pytest.mark.parametrize(
+    "package", PACKAGES, ids=lambda package: package.__name__
+)
+def test_examples_of_public_objects_run(package, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # Examples register techniques.
+    monkeypatch.setattr(registry, "_techniques", registry.techniques())
+    # AutoGraph looks for the module of the functions in examples.
+    namespace = {"__name__": package.__name__}
+    runner = doctest.DocTestRunner(optionflags=doctest.FAIL_FAST)
+    tests = examples(package)
+    for name in sorted(tests, key=lambda name: name != PACKAGES[package]):
+        if tests[name] is not None:
+            tests[name].globs = namespace
+            runner.run(tests[name], clear_globs=False)
+    # The report is in the captured output.
+    assert runner.summarize(verbose=False).failed == 0
