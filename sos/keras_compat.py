@@ -69,7 +69,7 @@ def embeddings(layer: keras.layers.Layer) -> keras.Variable:
 
 
 def set_mask(outputs: tf.Tensor, mask: tf.Tensor) -> None:
-    """Hands the mask of a layer's outputs on to the layers that follow."""
+    """Sets the mask of a layer's outputs, for the layers that use them."""
     outputs._keras_mask = mask
 
 

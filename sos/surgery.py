@@ -62,16 +62,15 @@ def sparsify(
         model: A Keras 3 model that is built.
         technique: A registered technique or its name; None leaves all weights
             dense that no rule matches.
-        rules: Exceptions, as a mapping or a sequence of pairs. The keys are
-            regular expressions that are searched for (`re.search`) in the paths
-            of the weights, as the report prints them (without the name of the
-            model in front); or layers of `model`, for all weights of theirs and
-            of their sublayers; or weights of `model`, such as `layer.kernel`
-            (in pairs, as a Keras variable cannot be a key of a mapping). The
-            values are None to leave the weights dense, a technique or its name,
-            or a dictionary of hyperparameters, which may have the key
-            `technique`. A rule inherits the hyperparameters that it does
-            not change, unless it names another technique.
+        rules: Exceptions, as a mapping or a sequence of pairs. A key is a
+            regular expression, for weights in whose path `re.search` finds it
+            (paths as in the report, without the model's name); a layer of
+            `model`, for its weights and its sublayers'; or a weight of `model`,
+            such as `layer.kernel` (in pairs, as a Keras variable cannot be a
+            key of a mapping). A value is None to leave the weights dense, a
+            technique or its name, or a dictionary of hyperparameters, which may
+            have the key `technique`. A rule inherits hyperparameters that it
+            does not change, unless it has another technique.
         copy: Whether the result gets copies of the layers and weights. If not,
             `model` itself becomes sparse.
         **hyperparameters: Hyperparameters of the technique
@@ -85,10 +84,9 @@ def sparsify(
     Raises:
         TypeError: If `model` is not a Keras 3 model or cannot be copied, or if
             a hyperparameter is unknown, missing or excluded by another.
-        UsageError: If `model` is not built or sparse already, a hyperparameter
-            is out of range, a rule matches no weight or is not for a part of
-            `model`, two rules match one weight, or nothing is left to make
-            sparse.
+        UsageError: If `model` is not built or already sparse, a hyperparameter
+            is out of range, a rule matches no weight or its key is not part of
+            `model`, two rules match one weight, or all weights stay dense.
 
     Example:
     >>> import keras, sos
