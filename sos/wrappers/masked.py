@@ -126,13 +126,13 @@ def check_mask(weight: SparseWeight, mask: Any) -> np.ndarray:
 
     Args:
         weight: The weight.
-        mask: What is to be its mask.
+        mask: Array or tensor of zeros and ones, of the weight's shape.
 
     Returns:
         The mask as a uint8 array.
 
     Raises:
-        UsageError: If it does not hold zeros and ones, or has another shape.
+        UsageError: If the mask has other values or another shape.
     """
     try:
         array = keras.ops.convert_to_numpy(mask)
