@@ -447,9 +447,9 @@ class SparsityUpdater:
             if len([step for step in due if step != schedule.end_step]) > 1:
                 raise RuntimeError(
                     f"The optimizer moved from step {after} to {until} between "
-                    "two calls of `updater.step()` and skipped mask updates at "
-                    f"steps {due}. Call `updater.step()` after every training "
-                    "step, or choose a larger `frequency`."
+                    "two calls of `updater.step()` and skipped mask updates "
+                    f"that were due at {due}. Call `updater.step()` after "
+                    "every training step, or choose a larger `frequency`."
                 )
             if due and self._held and self._held.holds(wrapper, due[-1]):
                 continue
