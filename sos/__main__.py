@@ -22,7 +22,7 @@ class _Parser(argparse.ArgumentParser):
     """Reports errors in one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Prints what is wrong with the command line and exits with 2."""
+        """Prints a message in one line and exits with code 2."""
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} -h)\n")
 
 
@@ -30,13 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a subcommand.
 
     Args:
-        arguments: The command line; by default that of the process.
+        arguments: Command-line arguments; by default those of the process.
 
     Raises:
-        SystemExit: With code 2 if the command line is wrong or the command
-            failed, with 130 if Ctrl-C interrupted it.
+        SystemExit: With code 2 if an argument is invalid or the command fails,
+            with code 130 if Ctrl-C interrupts it.
     """
-    # Started with `-m`, Python puts the path of this file there.
+    # With `python -m`, `sys.argv[0]` is the path of this file.
     as_module = Path(sys.argv[0]).name == "__main__.py"
     parser = _Parser(
         prog="python -m sos" if as_module else "sos",

@@ -1,21 +1,35 @@
-"""Warnings about training that does not do what was asked for."""
+"""Warnings shown at the line of the user's program."""
 
 import sys
 import warnings
 
-# Frames of these packages are not the user's.
+# Frames of these packages are skipped.
 _PACKAGES = ("sos", "keras", "tensorflow", "contextlib")
 
 
 class SparsityWarning(UserWarning):
-    """Training goes on, but its sparsity is not what was asked for."""
+    """Warns that training continues with another sparsity than requested.
+
+    Example:
+    >>> import warnings
+    >>> import keras, sos
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    >>> sparse = sos.sparsify(model, "MagnitudePruning", sparsity=0.5)
+    >>> sparse.compile("sgd", "mse")
+    >>> x, y = keras.ops.ones((8, 4)), keras.ops.ones((8, 2))
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("error", sos.SparsityWarning)
+    ...     history = sparse.fit(
+    ...         x, y, verbose=0, callbacks=[sos.SparsityCallback()]
+    ...     )
+    """
 
 
 def warn(message: str) -> None:
-    """Warns with a `SparsityWarning`, at the line of the user's program.
+    """Issues a `SparsityWarning` at the line of the user's program.
 
     Args:
-        message: What happens, why, and what to do.
+        message: Text that says what happens, why, and what to do.
     """
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and _is_library(frame.f_globals):

@@ -13,7 +13,7 @@ from sos.errors import UsageError
 
 
 class _Required(enum.Enum):
-    # An enum's member stays one object when it is copied or pickled.
+    # Copying or pickling an enum's member returns the same object.
     REQUIRED = "sos.extend.REQUIRED"
 
     def __repr__(self) -> str:
@@ -29,11 +29,11 @@ def defaults(technique: type, base: type) -> dict[str, Any]:
 
     Args:
         technique: A class derived from `base`.
-        base: The class whose own arguments are left out.
+        base: The class whose arguments are excluded.
 
     Returns:
-        The defaults by name, those of the farthest class first. `REQUIRED`
-        marks an argument without a default.
+        The defaults by name, those of the most distant base class first.
+        `REQUIRED` marks an argument without a default.
     """
     by_class = []
     mro = technique.__mro__
@@ -50,7 +50,7 @@ def defaults(technique: type, base: type) -> dict[str, Any]:
             }
         )
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break  # Arguments of the classes above cannot be passed through.
+            break  # It cannot pass arguments on to its base classes.
     merged: dict[str, Any] = {}
     for values in reversed(by_class):
         merged.update(values)
@@ -58,7 +58,7 @@ def defaults(technique: type, base: type) -> dict[str, Any]:
 
 
 def is_json(value: Any) -> bool:
-    """Returns whether JSON, and so a config, can hold a value."""
+    """Returns whether a value can be written as JSON, and so in a config."""
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError):
@@ -72,43 +72,43 @@ def changed(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
         name: value
         for name, value in values.items()
         if name not in defaults
-        # Types first, as arrays have no single truth.
+        # Types first: comparing arrays gives no single truth value.
         or type(value) is not type(defaults[name])
         or value != defaults[name]
     }
 
 
 def received(values: dict[str, Any]) -> str:
-    """Returns arguments for a message: a=1, b='c'."""
+    """Formats arguments for a message: a=1, b='c'."""
     return ", ".join(f"{name}={value!r}" for name, value in values.items())
 
 
 def quoted(names: Iterable[str]) -> str:
-    """Returns names for a message: `a`, `b`, `c`."""
+    """Formats names for a message: `a`, `b`, `c`."""
     return ", ".join(f"`{name}`" for name in names)
 
 
 def listed(values: Iterable[Any]) -> str:
-    """Returns values for a message: 'a', 'b', 1."""
+    """Formats values for a message: 'a', 'b', 1."""
     return ", ".join(map(repr, values))
 
 
 def check_number(
     name: str, value: Any, interval: str = "(-inf, inf)", meaning: str = ""
 ) -> float:
-    """Checks an argument that is a number.
+    """Checks that an argument is a number in an interval.
 
     Args:
         name: The argument's name.
         value: Its value.
         interval: The valid values, such as "[0, 1)".
-        meaning: Explanation for the message.
+        meaning: Text that the error message adds after the interval.
 
     Returns:
         The value as a float.
 
     Raises:
-        UsageError: If it is not a finite number in the interval.
+        UsageError: If `value` is not a finite number in the interval.
     """
     least, most = map(float, interval[1:-1].split(","))
     valid = (
@@ -129,7 +129,7 @@ def check_number(
 
 
 def check_integer(name: str, value: Any, *, minimum: int = 0) -> int:
-    """Checks an argument that is an integer, such as a training step.
+    """Checks that an argument is an integer, such as a training step.
 
     Args:
         name: The argument's name.
@@ -140,7 +140,7 @@ def check_integer(name: str, value: Any, *, minimum: int = 0) -> int:
         The value as an int.
 
     Raises:
-        UsageError: If it is not an integer, or less than `minimum`.
+        UsageError: If `value` is not an integer or less than `minimum`.
     """
     try:
         number = None if isinstance(value, bool) else operator.index(value)

@@ -16,41 +16,50 @@ from sos.wrappers.masked import lay_out_schedules
 
 
 class SparsityCallback(keras.callbacks.Callback):
-    """Updates masks and adds penalties while `fit` trains a model.
+    """Updates masks and enables penalties while `fit` trains a model.
 
-    Pruning schedules without an `end_step` are laid over the epochs of the
-    first `fit` (`sos.MagnitudePruning`); a second `fit` finds them laid out and
-    leaves them. In a loop of calls of `fit` with one epoch each, give
-    `end_step`.
+    Masks are updated at the steps of their schedules. With
+    `steps_per_execution=n` an update takes place at the end of the n steps that
+    contain its step. Pruning schedules without an `end_step` end after 75 % of
+    the first `fit` (`sos.MagnitudePruning`), and do not change in a second one.
+    In a loop that calls `fit` for one epoch at a time, pass `end_step`.
 
-    It updates masks as their schedules say and adds `sparsity`, that of all
-    sparse weights together, to the logs of every epoch, where `History`, the
-    progress bar and `keras.callbacks.TensorBoard` find it if they come later in
-    the list of callbacks. With `steps_per_execution=n` a mask update
-    lands at the end of the block of n steps that contains its step.
+    The logs of every epoch contain `sparsity`, the fraction of zeros in all
+    sparse weights, for `History`, the progress bar and later callbacks such as
+    `keras.callbacks.TensorBoard`.
 
-    Training that would not count is an error or a `SparsityWarning`, at the
-    latest after the first epoch:
+    Some mistakes raise an error or warn with a `SparsityWarning`:
 
-    - If the optimizer stands still through an epoch, `fit` raises.
-    - If masks have more zeros than their schedule has at the optimizer's step,
-      as after `compile` with a new optimizer, they are kept until the schedule
+    - If the optimizer makes no step in an epoch, `fit` raises an error.
+    - If masks have more zeros than the schedule at the optimizer's step, as
+      after `compile` with a new optimizer, they are kept until the schedule
       reaches their sparsity, with a warning.
-    - If the loss does not contain the penalties, a warning says so.
-    - If `EarlyStopping` restores, or `ModelCheckpoint` saved as the best,
-      weights of a less sparse epoch, a warning says so at the end.
+    - If the loss does not contain the penalties, it warns after an epoch.
+    - If `EarlyStopping` restores weights of a less sparse epoch, or
+      `ModelCheckpoint` saved such weights as the best, it warns at the end.
 
     Args:
-        log_dir: A directory for TensorBoard, which then gets the sparsity of
-            each weight after every epoch; None for none.
-        optimizer: The optimizer whose steps count, for models with optimizers
-            of their own; by default `model.optimizer`.
+        log_dir: Directory to write the sparsity of each weight to after every
+            epoch, for TensorBoard; None to write nothing.
+        optimizer: The optimizer that counts the steps, for models with several
+            optimizers; by default `model.optimizer`.
 
     Example:
-    >>> import sos
-    >>> callback = sos.SparsityCallback()
-    >>> # A model whose `train_step` uses `self.generator_optimizer`:
-    >>> # sos.SparsityCallback(optimizer=gan.generator_optimizer)
+    >>> import keras, sos
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    >>> sparse = sos.sparsify(
+    ...     model, "MagnitudePruning", sparsity=0.75, frequency=1
+    ... )
+    >>> sparse.compile("sgd", "mse")
+    >>> history = sparse.fit(
+    ...     keras.ops.ones((8, 4)),
+    ...     keras.ops.ones((8, 2)),
+    ...     batch_size=1,
+    ...     verbose=0,
+    ...     callbacks=[sos.SparsityCallback()],
+    ... )
+    >>> history.history["sparsity"]
+    [0.75]
     """
 
     def __init__(
@@ -71,10 +80,10 @@ class SparsityCallback(keras.callbacks.Callback):
         self._checked = False
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Finds the optimizer that counts, and the other callbacks.
+        """Creates the updater and appends a callback that runs last.
 
         Raises:
-            UsageError: If the list of callbacks has another one of this class.
+            UsageError: If there are several callbacks of this class.
             TypeError: If there is no optimizer.
         """
         callbacks = _running_callbacks()
@@ -102,7 +111,7 @@ class SparsityCallback(keras.callbacks.Callback):
             and optimizer is model.optimizer
             and not optimizer.built
         ):
-            # Only now it knows the optimizers inside.
+            # Its inner optimizers are known only when it is built.
             with model.distribute_strategy.scope():
                 optimizer.build(model.trainable_variables)
         self._updater = SparsityUpdater(
@@ -113,7 +122,7 @@ class SparsityCallback(keras.callbacks.Callback):
         self._last_callback = _LastCallback(self._updater, callbacks)
         self._last_callback.set_model(model)
         if callbacks is not None:
-            # A list of the user's may still have that of another `fit`.
+            # The user's list may still have the last callback of another `fit`.
             others = [
                 callback
                 for callback in callbacks.callbacks
@@ -126,10 +135,10 @@ class SparsityCallback(keras.callbacks.Callback):
     def on_epoch_begin(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        """Makes the mask update of this step, if due, and guards training.
+        """Starts the updater, and guards the training function.
 
-        It does so in the first epoch, whose number is known only now, and by
-        when other callbacks have restored what they saved.
+        It does so in the first epoch: only now its number is known, and other
+        callbacks have restored their state.
 
         Raises:
             UsageError: If a schedule needs the number of training steps, which
@@ -160,7 +169,7 @@ class SparsityCallback(keras.callbacks.Callback):
     def on_train_batch_begin(
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        """Lets the compiled step run."""
+        """Allows the guarded training function to run."""
         self._batch_begun = True
 
     def on_train_batch_end(
@@ -176,7 +185,7 @@ class SparsityCallback(keras.callbacks.Callback):
         """Logs the sparsity.
 
         Raises:
-            RuntimeError: If the optimizer stood still.
+            RuntimeError: If the optimizer made no step.
         """
         self._updater.check_progress()
         if self._trained and not self._checked:
@@ -196,7 +205,7 @@ class SparsityCallback(keras.callbacks.Callback):
             self._last_callback.on_epoch_end(epoch, logs)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Stops updating masks and adding penalties."""
+        """Stops the updater."""
         self._updater.stop()
         self._updater = None
         if self._events is not None:
@@ -206,20 +215,20 @@ class SparsityCallback(keras.callbacks.Callback):
             self._last_callback.on_train_end(logs)
 
     def _guard_train_function(self) -> None:
-        """Binds the step counters while the compiled step runs.
+        """Binds the step counters only while the training function runs.
 
-        So nothing but a batch of this `fit` can train: neither an evaluation,
-        whose loss is to hold no penalties, nor a later `fit` without this
-        callback, which would use the compiled step again. (`on_train_end` is
-        not called when an error or Ctrl-C ends `fit`.)
+        So evaluation has no penalties in its loss, and a later `fit` without
+        this callback raises an error, although it would reuse the compiled
+        function. (`on_train_end` does not run if an error or Ctrl-C ends
+        `fit`.)
         """
         model = self.model
-        # A guard that an interrupted `fit` left behind is taken off.
+        # Without the guard of an interrupted `fit`.
         train_function = getattr(
             model.train_function, "unguarded", model.train_function
         )
         if train_function is model.train_function:
-            # It will be traced anew, and shows whether its loss has penalties.
+            # A new trace shows whether the loss contains the penalties.
             self._updater.forget_penalties()
         updater = self._updater
         updater.pause()
@@ -232,8 +241,8 @@ class SparsityCallback(keras.callbacks.Callback):
                     return train_function(iterator)
                 raise RuntimeError(
                     f"The model {model.name!r} was trained with "
-                    "`sos.SparsityCallback` and is now trained without it, so "
-                    "that its masks are not updated. Pass "
+                    "`sos.SparsityCallback` and is now trained without it: its "
+                    "masks would not be updated. Pass "
                     "`callbacks=[sos.SparsityCallback()]` to every `fit`."
                 )
             self._batch_begun = False
@@ -248,14 +257,14 @@ class SparsityCallback(keras.callbacks.Callback):
 
 
 class _LastCallback(keras.callbacks.Callback):
-    """Warns if training ends with a model that is less sparse than it was.
+    """Warns if the model is less sparse at the end than before.
 
-    It comes last in the list of callbacks, as others restore weights at the
-    very end.
+    It is the last in the list of callbacks, as others restore weights at the
+    end of training.
 
     Args:
         updater: The updater of the model's sparse layers.
-        callbacks: The running list of callbacks, None if it was not found.
+        callbacks: The list of callbacks that is running, None if unknown.
     """
 
     def __init__(
@@ -264,10 +273,10 @@ class _LastCallback(keras.callbacks.Callback):
         callbacks: keras.callbacks.CallbackList | None,
     ) -> None:
         super().__init__()
-        #: Whether Keras calls it.
+        #: Whether it is in a list, so that Keras calls it.
         self.listed = callbacks is not None
         self._updater = updater
-        self._reached = 0
+        self._last_zeros = 0
         self._checkpoints = [
             callback
             for callback in (callbacks.callbacks if callbacks else ())
@@ -275,38 +284,38 @@ class _LastCallback(keras.callbacks.Callback):
             and callback.save_best_only
         ]
         self._best = [callback.best for callback in self._checkpoints]
-        # Where a checkpoint was saved: the epoch and the number of zeros.
-        self._saved: dict[int, tuple[int, int]] = {}
+        # Epoch and number of zeros of saved weights, by position of callback.
+        self._saves: dict[int, tuple[int, int]] = {}
 
     def on_epoch_end(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        """Records the zeros that were reached, and those of saved weights."""
-        self._reached, _ = self._zeros()
+        """Records the zeros of the masks, and of saved weights."""
+        self._last_zeros, _ = self._zeros()
         for index, callback in enumerate(self._checkpoints):
             if callback.best != self._best[index]:
                 self._best[index] = callback.best
-                self._saved[index] = (epoch, self._reached)
+                self._saves[index] = (epoch, self._last_zeros)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Compares the zeros with those that were reached."""
+        """Compares the zeros with those after the last epoch."""
         zeros, size = self._zeros()
         if not size:
             return
         target = self._target()
-        reached = f"{self._reached / size:.2%} zeros"
+        reached = f"{self._last_zeros / size:.2%} zeros"
         if target is not None:
             reached += f" (target {target / size:.2%})"
         advice = (
-            "Let the schedule end first, and use "
+            "Let the schedule end first. Use "
             "`EarlyStopping(restore_best_weights=True)` and "
-            "`ModelCheckpoint(save_best_only=True)` in a second `fit`, or from "
-            "an epoch after its end on (`EarlyStopping(start_from_epoch=...)`)."
+            "`ModelCheckpoint(save_best_only=True)` in a second `fit`, or only "
+            "after its end (`EarlyStopping(start_from_epoch=...)`)."
         )
-        if zeros < self._reached:
+        if zeros < self._last_zeros:
             warn(
-                "Weights of an earlier moment were restored at the end of "
-                f"training: the masks have {zeros / size:.2%} zeros, and had "
+                "Weights of an earlier epoch were restored at the end of "
+                f"training: the masks have {zeros / size:.2%} zeros, but had "
                 f"reached {reached}. {advice}"
             )
         elif self._stopped_early(zeros, target):
@@ -314,19 +323,20 @@ class _LastCallback(keras.callbacks.Callback):
                 "Training was stopped before the schedule ended: the masks "
                 f"have {reached}. {advice}"
             )
-        for epoch, saved in self._saved.values():
-            if saved < zeros:
+        for epoch, zeros_saved in self._saves.values():
+            if zeros_saved < zeros:
                 warn(
                     "The best weights that `ModelCheckpoint` saved are those "
-                    f"of epoch {epoch + 1}, with {saved / size:.2%} zeros in "
-                    f"their masks, and training reached {reached}. {advice}"
+                    f"of epoch {epoch + 1}, with {zeros_saved / size:.2%} "
+                    f"zeros in their masks; training reached {reached}. "
+                    f"{advice}"
                 )
 
     def _zeros(self) -> tuple[int, int]:
         return mask_zeros(self._updater.pruning_wrappers())
 
     def _target(self) -> float | None:
-        """Returns the zeros that the schedules end with, None if unknown."""
+        """Returns the zeros at the end of the schedules, None if unknown."""
         target = 0.0
         for wrapper in self._updater.pruning_wrappers():
             sparsity = wrapper.target_sparsity()
@@ -352,7 +362,7 @@ class _LastCallback(keras.callbacks.Callback):
 def _running_callbacks() -> keras.callbacks.CallbackList | None:
     """Returns the list of callbacks whose method is running.
 
-    A callback does not know the others.
+    It is found in the call stack, as a callback has no reference to it.
     """
     frame = sys._getframe(1)
     while frame is not None:

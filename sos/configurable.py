@@ -1,4 +1,4 @@
-"""Small objects that are known by their class and their configuration."""
+"""A base of objects that are defined by their class and configuration."""
 
 from typing import Any, Self
 
@@ -6,8 +6,9 @@ from typing import Any, Self
 class Configurable:
     """Serialises with Keras, compares and prints by configuration.
 
-    A subclass whose constructor takes arguments overrides `get_config`, and is
-    registered with `@keras.saving.register_keras_serializable()` to be saved.
+    A subclass whose constructor takes arguments must override `get_config`. To
+    be saved, it must be registered with
+    `@keras.saving.register_keras_serializable()`.
     """
 
     def get_config(self) -> dict[str, Any]:
@@ -16,7 +17,7 @@ class Configurable:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
-        """Returns an object from what `get_config` gave."""
+        """Creates an object from the result of `get_config`."""
         return cls(**config)
 
     def __eq__(self, other: object) -> bool:

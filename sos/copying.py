@@ -23,25 +23,25 @@ _Copies = dict[int, keras.layers.Layer]
 def copy_model(
     model: keras.layers.Layer, *, replace: _Replace = lambda layer: layer
 ) -> keras.layers.Layer:
-    """Copies a model or layer.
+    """Copies a model or layer with all its state.
 
-    The copy has the model's class, and equal values in all variables, also in
-    those that no list of Keras holds (states of recurrent layers); equal
-    trainable flags of layers and of single variables; and equal assets, such as
-    vocabularies. It is not compiled unless the model is.
+    The copy has the class of the model, the values of all variables (including
+    states of recurrent layers, which are in no list of Keras), the trainable
+    flags of all layers and variables, and the assets, such as vocabularies. It
+    is compiled only if the model is.
 
     Args:
         model: The model or layer, built.
-        replace: Returns the layer to copy in the place of a layer of a
-            Sequential or functional model.
+        replace: Maps each layer of a Sequential or functional model to the
+            layer to copy instead.
 
     Returns:
         The copy.
 
     Raises:
-        TypeError: If a configuration does not make a layer again.
-        UsageError: If the copy has other variables, or layers that share
-            weights would not do so in the copy.
+        TypeError: If a layer cannot be recreated from its configuration.
+        UsageError: If the copy has other variables than the model, or its
+            layers share other weights.
     """
     source = replace(model)
     classes = {
@@ -52,17 +52,16 @@ def copy_model(
     with keras.saving.custom_object_scope(classes):
         new = _clone(source, replace, {})
         _enable_adapters(source, new)
-        if not _shares_alike(source, new):
-            # Layers refer to each other. In a file, Keras keeps that.
+        if not _have_equal_sharing(source, new):
+            # Layers that refer to each other: configurations lose that.
             try:
                 new = copy.deepcopy(source)
             except (TypeError, ValueError) as error:
                 raise UsageError(
                     f"The copy of {source.name!r} of class "
-                    f"{_class_name(source)} would not share layers as the "
-                    "model does, and Keras cannot copy it either. Use "
-                    "`copy=False`, which makes the model itself sparse. "
-                    f"({error})"
+                    f"{_class_name(source)} would share other layers than the "
+                    "model, and `copy.deepcopy` fails. Use `copy=False`, which "
+                    f"makes the model itself sparse. ({error})"
                 ) from error
     _copy_state(source, new)
     return new
@@ -71,17 +70,17 @@ def copy_model(
 def _enable_adapters(
     source: keras.layers.Layer, target: keras.layers.Layer
 ) -> None:
-    """Enables LoRA where the configuration of a layer around does not tell."""
+    """Enables LoRA in sublayers, which an outer configuration may omit."""
     layers = [plain_layers(source), plain_layers(target)]
     if len(layers[0]) == len(layers[1]):
         for old, new in zip(*layers, strict=True):
             keras_compat.copy_adapter(keras_compat.adapter(old), new)
 
 
-def _shares_alike(
+def _have_equal_sharing(
     source: keras.layers.Layer, target: keras.layers.Layer
 ) -> bool:
-    """Returns whether layers and weights are shared in both models alike."""
+    """Returns whether both models share the same layers and weights."""
     layers = [_layers_with_state(source), _layers_with_state(target)]
     if len(layers[0]) != len(layers[1]):
         return False
@@ -96,13 +95,16 @@ def _shares_alike(
 def _clone(
     layer: keras.layers.Layer, replace: _Replace, copies: _Copies
 ) -> keras.layers.Layer:
-    """Makes a layer of the same class and configuration, built.
+    """Creates a built layer of the same class and configuration.
 
     Args:
         layer: The layer.
         replace: As for `copy_model`.
-        copies: The copies that there are, by the `id` of the layer: one layer
-            may be called twice, or be part of two submodels.
+        copies: Existing copies by the `id` of the original layer; extended
+            here. One layer may be called twice, or be part of two submodels.
+
+    Returns:
+        The copy, with weights of other values.
     """
     if id(layer) in copies:
         return copies[id(layer)]
@@ -114,8 +116,8 @@ def _clone(
     try:
         config = layer.get_config()
         if isinstance(layer, keras.layers.Lambda):
-            # Nothing is read from a file, and what `get_config` made of the
-            # function has lost its global variables.
+            # Safe, as nothing is read from a file. The function is replaced
+            # because a serialised one loses its global variables.
             new = type(layer).from_config(config, safe_mode=False)
             new.function = layer.function
         else:
@@ -123,22 +125,22 @@ def _clone(
     except (NotImplementedError, TypeError, ValueError) as error:
         raise ArgumentError(
             f"The layer {layer.name!r} of class {type(layer).__name__} cannot "
-            "be copied. Give the class a `get_config` that holds the arguments "
-            "of its `__init__`, or use `copy=False`, which makes the model "
-            f"itself sparse. ({error})"
+            "be copied. Give the class a `get_config` that returns the "
+            "arguments of its `__init__`, or use `copy=False`, which makes the "
+            f"model itself sparse. ({error})"
         ) from error
-    # Not part of a configuration, so that Keras's own copies lose it.
+    # Not part of a configuration: Keras's own copies lose it.
     keras_compat.copy_remat_mode(layer, new)
     _copy_policies(layer, new)
     if not new.built and (build := layer.get_build_config()):
         new.build_from_config(build)
-        new.built = True  # As Keras says when it loads a layer.
+        new.built = True  # As Keras does when it loads a layer.
         _copy_policies(layer, new)
-    # The graph may call a layer inside by itself.
-    inside = [plain_layers(x) for x in (layer, new)]
-    if len(inside[0]) == len(inside[1]):
-        for old, copied in zip(*inside, strict=True):
-            copies.setdefault(id(old), copied)
+    # The graph of a model may also call sublayers directly.
+    sublayers = [plain_layers(x) for x in (layer, new)]
+    if len(sublayers[0]) == len(sublayers[1]):
+        for old, sublayer in zip(*sublayers, strict=True):
+            copies.setdefault(id(old), sublayer)
     copies[id(layer)] = new
     return new
 
@@ -146,10 +148,10 @@ def _clone(
 def _copy_policies(
     source: keras.layers.Layer, target: keras.layers.Layer
 ) -> None:
-    """Copies the dtype policies of a layer and of those inside.
+    """Copies the dtype policies of a layer and its sublayers.
 
-    Layers that a layer makes itself, and models, have the policy that is the
-    default where they are made. It must be right before variables are made.
+    Models, and sublayers that a layer creates, get the default policy of the
+    moment. It must be set before variables are created.
     """
     layers = [plain_layers(source), plain_layers(target)]
     if [_class_name(x) for x in layers[0]] != [
@@ -164,7 +166,7 @@ def _copy_policies(
 def _clone_graph(
     model: keras.Model, replace: _Replace, copies: _Copies
 ) -> keras.Model:
-    """Makes a Sequential or functional model of copied layers."""
+    """Creates a Sequential or functional model of copied layers."""
 
     def clone(operation: keras.Operation) -> keras.Operation:
         if not isinstance(operation, keras.layers.Layer):
@@ -173,7 +175,7 @@ def _clone_graph(
 
     inputs = None
     if not isinstance(model, keras.Sequential):
-        # Keras itself would give unnamed inputs new names.
+        # Keras would give unnamed inputs new names.
         layers = {
             id(layer.output): layer
             for layer in model.layers
@@ -188,13 +190,13 @@ def _clone_graph(
 
 
 def _copy_state(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
-    """Copies all state between two models of one configuration."""
+    """Copies all state between two models of the same configuration."""
     layers = [_layers_with_state(source), _layers_with_state(target)]
     classes = [[_class_name(layer) for layer in part] for part in layers]
-    if classes[0] != classes[1] or not _shares_alike(source, target):
+    if classes[0] != classes[1] or not _have_equal_sharing(source, target):
         raise UsageError(
-            f"The copy of {source.name!r} of class {_class_name(source)} holds "
-            "other layers, or shares other weights between them. Its "
+            f"The copy of {source.name!r} of class {_class_name(source)} has "
+            "other layers than the model, or they share other weights. Its "
             "`get_config` may lack an argument of its `__init__`. Use "
             "`copy=False`, which makes the model itself sparse. "
             f"Expected: {classes[0]}. Received: {classes[1]}"
@@ -206,10 +208,11 @@ def _copy_state(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
     for old, new in zip(*layers, strict=True):
         for before, after in zip(_variables(old), _variables(new), strict=True):
             after.assign(before)
-    # From the outside in, as setting it on a layer sets it on all inside.
+    # From the outside in: setting it on a layer sets it on its sublayers.
     all_layers = [plain_layers(source), plain_layers(target)]
-    alike = len(all_layers[0]) == len(all_layers[1])
-    for old, new in zip(*(all_layers if alike else layers), strict=True):
+    if len(all_layers[0]) != len(all_layers[1]):
+        all_layers = layers
+    for old, new in zip(*all_layers, strict=True):
         if new.trainable != old.trainable:
             new.trainable = old.trainable
     for old, new in zip(*layers, strict=True):
@@ -221,9 +224,10 @@ def _copy_state(source: keras.layers.Layer, target: keras.layers.Layer) -> None:
 def _layers_with_state(
     layer: keras.layers.Layer,
 ) -> list[keras.layers.Layer]:
-    """Returns the layers of which a copy copies more than a configuration.
+    """Returns the layers that hold variables or assets.
 
-    Preprocessing layers may make others when they are first called.
+    Others need not correspond in a copy: preprocessing layers may create
+    sublayers when they are first called.
     """
     return [
         inner
@@ -239,7 +243,7 @@ def _class_name(layer: keras.layers.Layer) -> str:
 def _copy_through_files(
     source: keras.layers.Layer, target: keras.layers.Layer
 ) -> None:
-    """Copies what a layer saves and loads in a way of its own.
+    """Copies state that a layer's class saves and loads by its own methods.
 
     Normalization derives tensors from its variables, and look-up layers keep
     vocabularies in files.
@@ -267,14 +271,15 @@ def _check_variables(
             f"The copy of the layer {source.name!r} of class "
             f"{_class_name(source)} has other variables than the layer. Its "
             "`get_config` may lack an argument of its `__init__`, or the class "
-            "a `build`. Use `copy=False`, which makes the model itself sparse. "
+            "may lack a `build` method. Use `copy=False`, which makes the "
+            "model itself sparse. "
             f"Expected: {[_kind(v) for v in before]}. "
             f"Received: {[_kind(v) for v in after]}"
         )
 
 
 def _variables(layer: keras.layers.Layer) -> list[keras.Variable]:
-    """Returns a layer's own variables, also those that are in no list."""
+    """Returns a layer's variables, including those that no list holds."""
     variables = keras_compat.own_variables(layer)
     for value in vars(layer).values():
         if isinstance(value, keras.random.SeedGenerator):

@@ -1,9 +1,9 @@
 """For authors of techniques, rankings, ramps, schedules and layers.
 
-A technique is a class derived from `PruningWrapper` (masks on a schedule),
-`PenalizedWrapper` (learned, with a penalty in the loss), `MaskedWrapper` or
-`SparseWrapper`, and `register` makes it known. `register_use` tells techniques
-what a layer's call does with its weights.
+A technique is a class derived from `PruningWrapper` (masks updated on a
+schedule), `PenalizedWrapper` (learned, with a penalty in the loss),
+`MaskedWrapper` or `SparseWrapper`, and decorated with `register`. Techniques
+learn from `register_use` how the call of a layer uses its weights.
 """
 
 from sos.arguments import REQUIRED

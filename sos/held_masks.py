@@ -1,7 +1,7 @@
-"""Masks that do not fit their schedules at the optimizer's step.
+"""Compares masks with their schedules when training begins.
 
-A new optimizer counts from 0 again, and the schedule would make a pruned model
-dense. Weights of an earlier moment bring back masks with fewer zeros.
+A new optimizer counts its steps from 0, where the schedule would make a pruned
+model dense. Weights of an earlier step bring back masks with fewer zeros.
 """
 
 import dataclasses
@@ -17,22 +17,26 @@ from sos.rankings import PerTensorRanking, Ranking
 from sos.schedules import Schedule
 from sos.wrappers.masked import PruningWrapper
 
-# A ranking other than the exact one may miss the sparsity by this fraction.
+# Rankings other than `PerTensorRanking` may miss the sparsity by this fraction.
 _TOLERANCE = 0.01
 
 
 class HeldMasks:
-    """Keeps masks that an update would make dense.
+    """Holds masks that an update would make dense.
 
-    Masks are held if they have more zeros than their schedule gives for the
-    optimizer's step, and not more than it ends with: the optimizer's counter
-    began anew. They are held until the schedule reaches their sparsity. Masks
-    with more zeros than the schedule ends with follow it, as somebody asked for
-    a lower sparsity. In both cases a warning says so, and also if masks have
-    fewer zeros than the schedule gives and no update is to come.
+    Masks at the start of training may differ from their schedules:
+
+    - They have more zeros than the schedule at the optimizer's step, but not
+      more than at its end. The optimizer is new and counts from 0. They are
+      held until the schedule reaches their sparsity.
+    - They have more zeros than the schedule at its end. A lower sparsity was
+      requested, and they follow the schedule.
+    - They have fewer zeros than the schedule, and no update follows.
+
+    Each case warns with a `SparsityWarning`.
 
     Args:
-        wrappers: The layers.
+        wrappers: The techniques.
         step: The optimizer's step at the start of training.
     """
 
@@ -43,66 +47,67 @@ class HeldMasks:
             zeros = group.zeros()
             if not zeros:
                 continue
-            # A checkpoint may be of the moment before the update of its step.
-            due = [
+            # A checkpoint may be written before the update of its step.
+            scheduled = [
                 group.expected(lambda s, t=t: _last_sparsity(s, t))
                 for t in (step - 1, step)
             ]
             margin = group.margin()
-            if zeros > max(due) + margin and not group.cumulative:
+            if zeros > max(scheduled) + margin and not group.cumulative:
                 end = group.expected(lambda s: s.target_sparsity)
                 if end is None or zeros <= end + margin:
                     group.hold(zeros)
                     self._groups.append(group)
-                    denser.append((group, zeros, max(due)))
+                    denser.append((group, zeros, max(scheduled)))
                 elif group.has_updates(step):
                     lower.append((group, zeros, end))
             # A tensor may keep its last weight.
-            elif zeros < min(due) - margin - group.tensors():
+            elif zeros < min(scheduled) - margin - group.tensors():
                 if not group.has_updates(step):
-                    fewer.append((group, zeros, due[1]))
+                    fewer.append((group, zeros, scheduled[1]))
         if denser:
             warn(
-                f"{_describe(denser)} more than the schedule has at step "
-                f"{step} of the optimizer ({_percent(denser, 2)}). Its counter "
-                "began anew, as that of every new optimizer does. The masks "
-                "are kept as they are until the schedule reaches their "
-                "sparsity. To continue the schedule, set "
-                "`model.optimizer.iterations.assign(step)` before training, or "
-                "load the optimizer's state with the model. To fine-tune with "
-                "masks that never change, train "
+                f"{_describe(denser)} more than the schedule at step {step} of "
+                f"the optimizer ({_percent(denser, 2)}). A new optimizer "
+                "counts its steps anew, from 0. The masks stay as they are "
+                "until the schedule reaches their sparsity. To continue the "
+                "schedule, set `model.optimizer.iterations.assign(step)` "
+                "before training, or load the optimizer's state with the "
+                "model. To fine-tune with masks that never change, train "
                 '`sos.sparsify(sos.strip(model), "FixedMask")`.'
             )
         if lower:
             warn(
                 f"{_describe(lower)} more than the schedule ends with "
                 f"({_percent(lower, 2)}), and will follow the schedule: "
-                "pruned weights come back. To keep the masks, give the layers "
-                "a schedule with their sparsity."
+                "pruned weights come back. To keep the masks, set a schedule "
+                "with their sparsity."
             )
         if fewer:
             warn(
-                f"{_describe(fewer)} less than the schedule had at its last "
-                f"update ({_percent(fewer, 2)}), and no update is to come: the "
-                "model stays less sparse than its target. Were weights of an "
-                "earlier moment loaded? Set a `schedule` that goes on "
-                "(`sos.set_hyperparameters(model, schedule=...)`), or set "
-                "`model.optimizer.iterations.assign(step)` to the step of the "
-                "weights."
+                f"{_describe(fewer)} less than the schedule at its last update "
+                f"({_percent(fewer, 2)}), and no update follows: the model "
+                "stays less sparse than its target. If the weights are of an "
+                "earlier step, set `model.optimizer.iterations.assign(step)` "
+                "to that step. Otherwise set a `schedule` that ends later "
+                "(`sos.set_hyperparameters(model, schedule=...)`)."
             )
 
     def holds(self, wrapper: PruningWrapper, step: int) -> bool:
-        """Returns whether the masks of a layer are not to be updated.
+        """Returns whether an update must leave the masks of a technique alone.
 
         Args:
-            wrapper: The layer.
+            wrapper: The technique.
             step: The step of the update.
         """
         for group in self._groups:
             if wrapper not in group.wrappers:
                 continue
-            now = group.expected(lambda s: s.sparsity(step))
-            if group.changed() or now >= group.held - group.margin():
+            zeros = group.expected(lambda s: s.sparsity(step))
+            if (
+                group.has_new_schedule()
+                or zeros >= group.zeros_held - group.margin()
+            ):
                 self._groups.remove(group)
                 return False
             return True
@@ -110,7 +115,11 @@ class HeldMasks:
 
 
 def mask_zeros(wrappers: Sequence[PruningWrapper]) -> tuple[int, int]:
-    """Returns the number of zeros in the masks of layers, and their size."""
+    """Returns the number of zeros in the masks of techniques, and their size.
+
+    Args:
+        wrappers: The techniques.
+    """
     zeros = size = 0
     for wrapper in wrappers:
         for weight in wrapper.sparse_weights:
@@ -122,28 +131,28 @@ def mask_zeros(wrappers: Sequence[PruningWrapper]) -> tuple[int, int]:
 
 @dataclasses.dataclass(eq=False)
 class _Group:
-    """Layers whose weights share one sparsity, as they are ranked together."""
+    """Techniques whose weights are ranked together, to one sparsity."""
 
     ranking: Ranking
     wrappers: list[PruningWrapper]
-    held: int = 0
+    zeros_held: int = 0
     schedules: list[Schedule] = dataclasses.field(default_factory=list)
 
     @property
     def cumulative(self) -> bool:
-        """Whether no weight comes back, whatever the schedule says."""
+        """Whether pruned weights stay pruned, whatever the schedule."""
         return all(w.cumulative for w in self.wrappers)
 
     def hold(self, zeros: int) -> None:
-        """Records how many zeros are held, under which schedules."""
-        self.held = zeros
+        """Records the number of zeros and the schedules."""
+        self.zeros_held = zeros
         self.schedules = [w.schedule for w in self.wrappers]
 
     def zeros(self) -> int:
         return mask_zeros(self.wrappers)[0]
 
     def margin(self) -> float:
-        """How many zeros the ranking may miss."""
+        """Returns the number of zeros that the ranking may miss."""
         if isinstance(self.ranking, PerTensorRanking):
             return 0
         return self.tensors() + _TOLERANCE * self.size()
@@ -159,7 +168,11 @@ class _Group:
     def expected(
         self, sparsity: Callable[[Schedule], float | None]
     ) -> int | None:
-        """Returns the zeros that schedules ask for; None if one is unknown."""
+        """Returns the zeros of the given sparsities, None if one is unknown.
+
+        Args:
+            sparsity: Maps a technique's schedule to a sparsity in [0, 1].
+        """
         sparsities = [sparsity(w.schedule) for w in self.wrappers]
         if None in sparsities:
             return None
@@ -176,8 +189,8 @@ class _Group:
             for w in self.wrappers
         )
 
-    def changed(self) -> bool:
-        """Returns whether somebody replaced a schedule since."""
+    def has_new_schedule(self) -> bool:
+        """Returns whether a schedule was replaced since `hold`."""
         return any(
             w.schedule is not schedule
             for w, schedule in zip(self.wrappers, self.schedules, strict=True)
@@ -206,7 +219,8 @@ def _groups(wrappers: Sequence[PruningWrapper]) -> list[_Group]:
 
 def _last_sparsity(schedule: Schedule, step: int) -> float:
     """Returns the sparsity of the last update up to a step, 0 without one."""
-    # Backwards in growing windows: a user's schedule is asked step by step.
+    # Search backwards in growing windows: a user's schedule is called once per
+    # step.
     last, window = step, 1
     while last >= 0:
         due = schedule.due_steps(max(last - window, -1), last)
@@ -216,14 +230,14 @@ def _last_sparsity(schedule: Schedule, step: int) -> float:
     return 0.0
 
 
-def _describe(found: list[tuple[_Group, int, int]]) -> str:
-    names = [w.name for group, _, _ in found for w in group.wrappers]
-    shown = listed(names[:3])
+def _describe(entries: list[tuple[_Group, int, int]]) -> str:
+    names = [w.name for group, _, _ in entries for w in group.wrappers]
+    text = listed(names[:3])
     if len(names) > 3:
-        shown += f" and {len(names) - 3} more"
-    return f"The masks of {shown} have {_percent(found, 1)} zeros,"
+        text += f" and {len(names) - 3} more"
+    return f"The masks of {text} have {_percent(entries, 1)} zeros,"
 
 
-def _percent(found: list[tuple[_Group, int, int]], index: int) -> str:
-    size = sum(group.size() for group, _, _ in found)
-    return f"{sum(entry[index] for entry in found) / size:.2%}"
+def _percent(entries: list[tuple[_Group, int, int]], index: int) -> str:
+    size = sum(group.size() for group, _, _ in entries)
+    return f"{sum(entry[index] for entry in entries) / size:.2%}"

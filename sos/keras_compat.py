@@ -1,4 +1,4 @@
-"""Everything private of Keras that `sos` uses; each name has a test."""
+"""The only module that uses private names of Keras; each has a test."""
 
 import inspect
 import threading
@@ -13,22 +13,22 @@ _local = threading.local()
 
 
 def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
-    """Returns a layer and all layers that it holds, each once."""
+    """Returns a layer and all its sublayers, nested ones too, each once."""
     return layer._flatten_layers()
 
 
 def sublayers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
-    """Returns the layers that a layer holds itself."""
+    """Returns a layer's direct sublayers."""
     return list(layer._layers)
 
 
 def own_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
-    """Returns the weights that a layer holds itself, not in its sublayers."""
+    """Returns a layer's variables without those of its sublayers."""
     return [*layer._trainable_variables, *layer._non_trainable_variables]
 
 
 def lora_base(layer: keras.layers.Layer) -> keras.Variable | None:
-    """Returns the weight that an enabled LoRA adapter froze, if any."""
+    """Returns the weight that a LoRA adapter froze, None without one."""
     if not getattr(layer, "lora_enabled", False):
         return None
     name = "_kernel" if hasattr(layer, "_kernel") else "_embeddings"
@@ -36,18 +36,18 @@ def lora_base(layer: keras.layers.Layer) -> keras.Variable | None:
 
 
 def adapter(layer: keras.layers.Layer) -> list | None:
-    """Returns rank and alpha of a layer's LoRA adapter, if there is one."""
+    """Returns the rank and alpha of a LoRA adapter, None without one."""
     if not getattr(layer, "lora_enabled", False):
         return None
     return [layer.lora_rank, layer.lora_alpha]
 
 
 def copy_adapter(adapter: list | None, layer: keras.layers.Layer) -> None:
-    """Enables LoRA in a built layer like one that has it.
+    """Enables LoRA in a built layer that has no adapter yet.
 
     Args:
-        adapter: From `adapter` of the other layer.
-        layer: The layer. One that has an adapter already is left alone.
+        adapter: Rank and alpha, from `keras_compat.adapter` of another layer.
+        layer: The layer.
     """
     if adapter is not None and layer.built and not layer.lora_enabled:
         rank, alpha = adapter
@@ -57,45 +57,50 @@ def copy_adapter(adapter: list | None, layer: keras.layers.Layer) -> None:
 def kernel(layer: keras.layers.Layer) -> keras.Variable:
     """Returns the kernel variable of a dense or convolutional layer.
 
-    Where adapters are possible, `layer.kernel` is their sum, not a variable.
+    In layers that may have adapters, `layer.kernel` is not a variable, but the
+    sum with the adapter.
     """
     return layer._kernel if hasattr(layer, "_kernel") else layer.kernel
 
 
 def embeddings(layer: keras.layers.Layer) -> keras.Variable:
-    """Returns the table of an embedding, without an adapter."""
+    """Returns the table variable of an embedding, without an adapter."""
     return layer._embeddings
 
 
 def set_mask(outputs: tf.Tensor, mask: tf.Tensor) -> None:
-    """Hands the mask of a layer's outputs on to the layers that follow."""
+    """Sets the mask of a layer's outputs, for the layers that use them."""
     outputs._keras_mask = mask
 
 
 def copy_remat_mode(
     source: keras.layers.Layer, target: keras.layers.Layer
 ) -> None:
-    """Copies how a layer is rematerialised, which no configuration holds."""
+    """Copies the rematerialisation mode, which no configuration has."""
     target._remat_mode = source._remat_mode
 
 
 def reduced(state: tuple) -> tuple:
-    """Returns what `pickle` needs of a layer, without the layer's class.
+    """Returns the state of a layer for `pickle`, without the layer's class.
+
+    A generated class cannot be found by its name.
 
     Args:
-        state: What Keras returns, which names the class of the layer. A
-            generated class cannot be found by its name.
+        state: Result of Keras's `__reduce__`, which has the class.
     """
     return (keras.layers.Layer._unpickle_model, *state[1:])
 
 
 def accept_training(layer: keras.layers.Layer) -> dict[str, Any]:
-    """Lets Keras hand `training` to a layer whose `call` was replaced.
+    """Makes Keras pass `training` to a layer whose `call` was replaced.
 
-    Keras reads the signature of `call` when the layer is made.
+    Keras reads the signature of `call` only when a layer is created.
+
+    Args:
+        layer: The layer.
 
     Returns:
-        What it changed, for `restore_call`.
+        The previous values of changed attributes by name, for `restore_call`.
     """
     before = {name: getattr(layer, name) for name in _CALL_ATTRIBUTES}
     before["_call_has_context_arg"] = dict(layer._call_has_context_arg)
@@ -106,7 +111,7 @@ def accept_training(layer: keras.layers.Layer) -> dict[str, Any]:
     return before
 
 
-# What Keras knows of the arguments of a layer's `call`.
+# Attributes in which Keras keeps the parameters of a layer's `call`.
 _CALL_ATTRIBUTES = (
     "_call_signature",
     "call_signature_parameters",
@@ -120,14 +125,14 @@ def restore_call(layer: keras.layers.Layer, before: dict[str, Any]) -> None:
 
     Args:
         layer: The layer.
-        before: What `accept_training` returned.
+        before: Result of `accept_training`.
     """
     for name, value in before.items():
         setattr(layer, name, value)
 
 
 def with_training(signature: inspect.Signature) -> inspect.Signature:
-    """Returns a signature that has the parameter `training`."""
+    """Returns a signature with a parameter `training` added if necessary."""
     if "training" in signature.parameters:
         return signature
     parameters = list(signature.parameters.values())
@@ -141,26 +146,26 @@ def with_training(signature: inspect.Signature) -> inspect.Signature:
 
 
 def training_of_call(layer: keras.layers.Layer) -> bool:
-    """Returns the `training` of the Keras call that is running."""
-    missing = object()
+    """Returns the `training` argument of the current Keras call."""
+    unset = object()
     context = layer._get_call_context()
-    training = context.get_value("training", missing)
-    if training is missing:
-        # No call was running, and Keras has opened one for this layer.
+    training = context.get_value("training", unset)
+    if training is unset:
+        # Outside of a call, Keras has opened a context for this layer.
         layer._maybe_reset_call_context()
         return False
     return bool(training)
 
 
 def is_after_shapes() -> bool:
-    """Returns whether Keras runs a call for the shapes of its outputs alone."""
+    """Returns whether Keras only infers the shapes of a call's outputs."""
     with keras.SymbolicScope() as scope:
         return scope.original_scope is not None
 
 
 @contextmanager
 def unlocked(layer: keras.layers.Layer) -> Iterator[None]:
-    """Lets a built layer get further variables and sublayers."""
+    """Allows adding variables and sublayers to a built layer."""
     locked = layer._tracker.locked
     layer._tracker.unlock()
     try:
@@ -171,11 +176,11 @@ def unlocked(layer: keras.layers.Layer) -> Iterator[None]:
 
 
 def remove_sublayer(layer: keras.layers.Layer, name: str) -> None:
-    """Removes an attribute that is a layer, also from what Keras tracks.
+    """Deletes an attribute that is a layer, and stops tracking it.
 
     Args:
         layer: The layer that has the attribute, built or not.
-        name: The attribute's name.
+        name: Name of the attribute.
     """
     inner = getattr(layer, name)
     delattr(layer, name)
@@ -183,7 +188,7 @@ def remove_sublayer(layer: keras.layers.Layer, name: str) -> None:
 
 
 def uncompile(model: keras.Model) -> None:
-    """Makes a model as it was before `compile`, without optimizer and metrics.
+    """Undoes `compile`: removes the optimizer, the loss and the metrics.
 
     Args:
         model: A model, compiled or not.
@@ -208,9 +213,9 @@ _FUNCTIONS = ("train_function", "test_function", "predict_function")
 
 @contextmanager
 def without_compiled_functions(model: keras.layers.Layer) -> Iterator[None]:
-    """Lets `predict` and the like compile again what they call.
+    """Makes `predict` and similar methods compile new functions inside.
 
-    A function that was compiled before the scope knows nothing of it.
+    Functions that were compiled before would ignore scopes opened since.
 
     Args:
         model: A model.
@@ -232,7 +237,7 @@ def without_compiled_functions(model: keras.layers.Layer) -> Iterator[None]:
 
 
 def is_distributed(variable: keras.Variable) -> bool:
-    """Returns whether a variable has a copy on each of several replicas."""
+    """Returns whether a variable has copies on several replicas."""
     value = variable._value
     return (
         isinstance(value, tf.distribute.DistributedValues)
@@ -242,7 +247,7 @@ def is_distributed(variable: keras.Variable) -> bool:
 
 @contextmanager
 def reading_stored() -> Iterator[None]:
-    """Lets variables read as if no `SubstitutionScope` were open."""
+    """Gives variables their stored values, despite a `SubstitutionScope`."""
     before = getattr(_local, "reads_stored", False)
     _local.reads_stored = True
     try:
@@ -252,9 +257,9 @@ def reading_stored() -> Iterator[None]:
 
 
 class SubstitutionScope(keras.StatelessScope):
-    """Gives some variables other values, and changes nothing else.
+    """Scope in which some variables have other values.
 
-    Unlike in Keras's own scope, what is assigned inside reaches its variable at
+    Unlike in Keras's own scope, assignments inside reach their variables at
     once: batch statistics, states of recurrent layers, metrics. Scopes nest.
 
     A subclass overrides `substitute` and `assigned_value`.
@@ -266,10 +271,12 @@ class SubstitutionScope(keras.StatelessScope):
         self._outer_substitution = None
 
     def hand_on_losses(self, layer: keras.layers.Layer) -> None:
-        """Gives the collected losses to the layers that added them.
+        """Returns collected losses to the layers that added them.
+
+        Call it after the scope is closed.
 
         Args:
-            layer: The layer that was called in the scope, which is closed.
+            layer: The layer that was called inside.
         """
         if self._outer is not None:
             if self._outer.collect_losses:
@@ -281,15 +288,15 @@ class SubstitutionScope(keras.StatelessScope):
                 ]
 
     def substitute(self, variable: keras.Variable) -> tf.Tensor | None:
-        """Returns the value that a variable is to have, None for its own."""
+        """Returns the value of a variable inside, None for its stored one."""
         raise NotImplementedError
 
     def assigned_value(self, variable: keras.Variable, value: Any) -> Any:
-        """Returns what is assigned to a variable where `value` was to be."""
+        """Returns the value to store when `value` is assigned inside."""
         raise NotImplementedError
 
     def get_current_value(self, variable: keras.Variable) -> tf.Tensor | None:
-        """Returns the value for Keras, None for the variable's own."""
+        """Returns the value for Keras, None for the variable's stored one."""
         if not getattr(_local, "reads_stored", False):
             with reading_stored():
                 value = self.substitute(variable)
@@ -300,7 +307,7 @@ class SubstitutionScope(keras.StatelessScope):
         return self._outer.get_current_value(variable)
 
     def add_update(self, update: tuple) -> None:
-        """Assigns to a variable as if this scope were not there."""
+        """Assigns to a variable at once, outside of this scope."""
         variable, value = update
         value = self.assigned_value(variable, value)
         self.__exit__(None, None, None)
@@ -332,10 +339,10 @@ def substitution_scope() -> SubstitutionScope | None:
 
 
 def stored_value(variable: keras.Variable) -> tf.Tensor:
-    """Returns the value of a variable in the dtype in which it is stored.
+    """Returns the stored value of a variable, in its stored dtype.
 
-    Neither a `SubstitutionScope` nor the dtype policy of a layer that is being
-    called changes it; the mapping of a plain `keras.StatelessScope` does.
+    A `SubstitutionScope` and the dtype policy of the called layer have no
+    effect. A plain `keras.StatelessScope` has.
     """
     scope = getattr(_local, "scope", None)
     if scope is None:
@@ -344,7 +351,7 @@ def stored_value(variable: keras.Variable) -> tf.Tensor:
         value = scope.get_current_value(variable)
     if value is None:
         value = variable._value
-    if value is None:  # Not initialised: Keras is only after shapes.
+    if value is None:  # Not initialised, as Keras only infers shapes.
         value = variable.value
     return tf.convert_to_tensor(value)
 
@@ -352,11 +359,11 @@ def stored_value(variable: keras.Variable) -> tf.Tensor:
 def inner_optimizers(
     optimizer: keras.optimizers.Optimizer,
 ) -> list[keras.optimizers.Optimizer]:
-    """Returns the optimizers that update variables: itself, or those inside.
+    """Returns the optimizers that update variables: itself, or inner ones.
 
     Args:
-        optimizer: Any optimizer, also one that scales the loss or gives
-            variables to other optimizers. The latter knows them once built.
+        optimizer: Any optimizer, possibly one that scales the loss or delegates
+            variables to other optimizers. The latter must be built.
     """
     inner = getattr(optimizer, "inner_optimizer", None)
     if inner is not None:
@@ -370,7 +377,7 @@ def exclude_from_weight_decay(
 ) -> None:
     """Adds variables to those that an optimizer does not decay.
 
-    Keras's method of that name forgets what was excluded before.
+    Keras's method of that name replaces previous exclusions.
 
     Args:
         optimizer: An optimizer that updates variables itself.
@@ -385,7 +392,7 @@ def exclude_from_weight_decay(
 def decays(
     optimizer: keras.optimizers.Optimizer, variable: keras.Variable
 ) -> bool:
-    """Returns whether weight decay, if there is any, acts on a variable.
+    """Returns whether an optimizer's weight decay applies to a variable.
 
     Args:
         optimizer: An optimizer that updates variables itself.

@@ -1,4 +1,4 @@
-"""Describes what calls of Keras's own layers do with their weights."""
+"""Registers how the calls of Keras's layers use their weights."""
 
 import inspect
 import math
@@ -15,7 +15,7 @@ _layers = keras.layers
 
 
 def _product(sizes: Any) -> int | None:
-    """Returns the product of sizes, None where one is not known."""
+    """Returns the product of sizes, None if one is unknown."""
     sizes = list(sizes)
     return None if None in sizes else math.prod(sizes)
 
@@ -172,7 +172,7 @@ def _depthwise_convolution(layer: Any, inputs: Any, **kwargs: Any) -> Use:
 
 @register_use(_layers.SeparableConv1D, _layers.SeparableConv2D)
 def _separable_convolution(layer: Any, inputs: Any, **kwargs: Any) -> list[Use]:
-    # A product of two weights, so that its outputs are not normal.
+    # Multiplies two weights: the outputs would not be normally distributed.
     positions = _output_positions(layer, inputs)
     return [
         Use(layer.depthwise_kernel, positions),
@@ -210,7 +210,7 @@ def _reversible_embedding(
 
         def finish_rows(rows: Any) -> Any:
             outputs = look_up.finish(rows)
-            # This layer leaves masking to its `call`.
+            # This layer computes its mask in `call`.
             mask = _layers.Embedding.compute_mask(layer, inputs)
             if mask is not None:
                 keras_compat.set_mask(outputs, mask)
@@ -256,9 +256,9 @@ def _reversible_embedding(
 def _time_distributed(
     layer: Any, inputs: Any, mask: Any = None, **kwargs: Any
 ) -> Use | list[Use] | None:
-    """Describes the layer inside for all timesteps at once.
+    """Describes the inner layer for all timesteps at once.
 
-    Noise that is drawn inside would be the same at all timesteps.
+    The inner layer itself would draw the same noise at all timesteps.
     """
     inner = layer.layer
     cls = getattr(inner, "plain_class", type(inner))
@@ -268,13 +268,13 @@ def _time_distributed(
     )
     if masked or steps is None and None in inputs.shape[2:]:
         return None
-    one = uses.describe(cls, inner, inputs[:, 0])
+    per_step = uses.describe(cls, inner, inputs[:, 0])
 
     def positions(use: Use) -> Callable[[], int | None]:
         return lambda: _product([steps, use.positions()])
 
-    if len(one) != 1 or not isinstance(one[0], LinearMap | LookUp):
-        return [Use(use.weight, positions(use)) for use in one]
+    if len(per_step) != 1 or not isinstance(per_step[0], LinearMap | LookUp):
+        return [Use(use.weight, positions(use)) for use in per_step]
     times = keras.ops.shape(inputs)[:2]
 
     def flat(x: Any) -> Any:
@@ -295,13 +295,13 @@ def _time_distributed(
         inputs=unflat(use.inputs),
         function=lambda weight, x: unflat(use.function(weight, flat(x))),
         finish=lambda outputs: unflat(use.finish(flat(outputs))),
-        positions=positions(one[0]),
+        positions=positions(per_step[0]),
     )
 
 
 @register_use(_layers.SimpleRNN, _layers.LSTM, _layers.GRU)
 def _recurrent(layer: Any, sequences: Any, **kwargs: Any) -> list[Use]:
-    # One weight for all timesteps: only whole weights can be sampled.
+    # All timesteps share one weight: only the weight itself can be sampled.
     return [
         Use(variable, lambda: sequences.shape[1])
         for variable in (layer.cell.kernel, layer.cell.recurrent_kernel)

@@ -1,14 +1,13 @@
-"""Scores and a sparsity in, masks out: pure functions without any layer.
+"""Computes masks from scores: pure functions of arrays and tensors.
 
-A *score* says how much a weight matters (its magnitude, a random number, ...),
-a *mask* holds 1 where a weight is kept and 0 where it is pruned, and
-*sparsity* is the fraction of zeros. Every function here keeps exactly the
-number of weights that it is asked for: the highest scores, and among equal
-scores those that come first in the flattened tensor. Where all scores are equal
-that order means nothing: `all_equal` finds such tensors, and
-`sos.rankings.undecided` the masks that must not be made of them.
+A *score* ranks a weight by importance (its magnitude, a random number, ...), a
+*mask* holds 1 where a weight is kept and 0 where it is pruned, and *sparsity*
+is the fraction of zeros. Every function keeps an exact number of weights: the
+highest scores, and among equal scores those that come first in the flattened
+tensor. If all scores are equal, that order is arbitrary: `all_equal` finds such
+tensors, and `sos.rankings.undecided` the masks that depend on position alone.
 
-There are two ways to the same bits: one for the host, built on
+Two implementations give the same bits: one for the host, built on
 `numpy.partition`, and one for accelerators, which needs no sort.
 """
 
@@ -32,17 +31,17 @@ Mask = np.ndarray | tf.Tensor
 
 
 def keep_count(size: int, sparsity: float) -> int:
-    """Returns how many of `size` weights stay at the given sparsity.
+    """Returns the number of weights that are kept at a sparsity.
 
     This is k = size * (1 - sparsity), computed in float64 and rounded half to
-    even. Rounding in float32, as tfmot does, differs by one for some sizes.
+    even. Rounding in float32, as in tfmot, differs by one for some sizes.
 
     Args:
         size: Number of weights, at least 0.
         sparsity: Fraction of zeros, in [0, 1].
 
     Returns:
-        An integer in [0, size].
+        The number k, in [0, size].
 
     Raises:
         ValueError: If `size` is negative, or `sparsity` is outside [0, 1] or
@@ -75,18 +74,22 @@ def _integer_type(dtype: tf.DType) -> tf.DType:
 
 
 def _infinity_bits(dtype: tf.DType) -> int:
-    """Returns the integer view of +inf; NaNs are the magnitudes above it."""
+    """Returns the bits of +inf as an integer; those of NaNs are greater."""
     infinity = np.array(np.inf, dtype.as_numpy_dtype)
     return int(infinity.view(_integer_type(dtype).as_numpy_dtype))
 
 
 def _numpy_dtype(scores: np.ndarray) -> tf.DType:
-    """Returns the TensorFlow dtype of an array, refusing foreign ones."""
+    """Returns the TensorFlow dtype of an array.
+
+    Raises:
+        TypeError: If there is none.
+    """
     try:
         dtype = tf.as_dtype(scores.dtype)
     except TypeError:
         dtype = None
-    # `tf.as_dtype` overlooks the byte order, which a view must not.
+    # `tf.as_dtype` ignores the byte order, which matters for a view.
     if dtype is None or dtype.as_numpy_dtype != scores.dtype:
         raise TypeError(
             "Scores must be floats in the byte order of this machine. "
@@ -96,11 +99,11 @@ def _numpy_dtype(scores: np.ndarray) -> tf.DType:
 
 
 def ordered_integers_host(scores: np.ndarray) -> np.ndarray:
-    """Returns integers that are ordered as the scores are.
+    """Returns integers with the order of the scores.
 
-    The bits of a non-negative float, read as an integer, already have its
-    order; those of a negative float are its magnitude's, and are negated. So
-    -0.0 equals +0.0, and denormals keep their order.
+    The bits of a non-negative float, read as an integer, have its order. For a
+    negative float, the bits of its magnitude are negated. So -0.0 equals +0.0,
+    and denormals keep their order.
 
     Args:
         scores: Array of any shape; float16, bfloat16, float32 or float64.
@@ -121,14 +124,14 @@ def ordered_integers_host(scores: np.ndarray) -> np.ndarray:
 
 
 def ordered_integers_device(scores: tf.Tensor) -> tf.Tensor:
-    """Returns integers that are ordered as the scores are.
+    """Returns integers with the order of the scores.
 
-    The same numbers as `ordered_integers_host`, except that 16-bit ones come
-    as int32, as accelerators compute with these.
+    They equal those of `ordered_integers_host`, except that 16-bit integers are
+    widened to int32, with which accelerators compute.
 
     Args:
-        scores: Tensor of any shape; float16, bfloat16, float32 or float64. A
-            TPU has no bits of a float64, which therefore fails there.
+        scores: Tensor of any shape; float16, bfloat16, float32 or float64. On
+            a TPU float64 fails, as its bits cannot be read there.
 
     Returns:
         int32 or int64 tensor of the same shape.
@@ -147,11 +150,11 @@ def ordered_integers_device(scores: tf.Tensor) -> tf.Tensor:
 
 
 def nan_count(scores: tf.Tensor) -> tf.Tensor:
-    """Returns how many scores are NaN, as a scalar int32 tensor.
+    """Returns the number of NaN scores, as a scalar int32 tensor.
 
-    Compiled code cannot raise, so whoever calls `top_k_mask_device` reads this
-    number on the host and refuses scores where it is not zero. The test looks
-    at the bits, so that no compiler's fast mathematics can remove it.
+    Compiled code cannot raise: callers of `top_k_mask_device` read this number
+    on the host and raise if it is not zero. It is computed from the bits, so
+    that fast-math optimisations of a compiler cannot remove it.
 
     Args:
         scores: Tensor of any shape; float16, bfloat16, float32 or float64.
@@ -165,27 +168,27 @@ def _count(condition: tf.Tensor) -> tf.Tensor:
     return tf.reduce_sum(tf.cast(condition, tf.int32))
 
 
-# So many scores are compared before all of them are: those of a layer that
-# trains differ among the first few.
+# Number of scores to compare before comparing all: in a layer that trains, the
+# first few scores differ already.
 _HEAD = 64
 
 
 def all_equal(scores: Scores) -> bool:
-    """Returns whether all scores are equal, so that they have no order.
+    """Returns whether all scores are equal; False if there are none.
 
-    Numbers are compared as the ranking does: -0.0 equals +0.0, and denormals
-    keep their value. NaN equals nothing.
+    Scores are compared as for ranking: -0.0 equals +0.0, and denormals keep
+    their value. NaN equals nothing.
 
     Args:
-        scores: Array or eager tensor of any shape; of an empty one the result
-            is False. A tensor on an accelerator is compared there.
+        scores: Array or eager tensor of any shape. A tensor on an accelerator
+            is compared there.
     """
     if isinstance(scores, np.ndarray):
         flat = scores.reshape(-1)
         return _all_equal_host(flat[:_HEAD]) and _all_equal_host(flat)
     scores = tf.convert_to_tensor(scores)
     if "CPU" in scores.device and scores.dtype != tf.bfloat16:
-        # The tensor's own memory, which holds no bfloat16 for others.
+        # Without a copy. The buffer protocol has no bfloat16.
         return all_equal(np.asarray(memoryview(scores)))
     if not _all_equal_host(tf.reshape(scores, [-1])[:_HEAD].numpy()):
         return False
@@ -200,7 +203,7 @@ def _all_equal_host(scores: np.ndarray) -> bool:
     if not any(
         dtype.as_numpy_dtype == scores.dtype for dtype in _INTEGER_TYPES
     ):
-        # Of a type that only the ranking of a user takes.
+        # A dtype for which only a user's ranking can work.
         return bool((scores == scores[0]).all())
     keys = ordered_integers_host(scores)
     infinity = _infinity_bits(_numpy_dtype(scores))
@@ -208,9 +211,7 @@ def _all_equal_host(scores: np.ndarray) -> bool:
 
 
 def all_equal_device(scores: tf.Tensor) -> tf.Tensor:
-    """Returns whether all scores are equal, as a scalar boolean tensor.
-
-    The same as `all_equal`, with static shapes.
+    """Computes `all_equal` in compiled code, as a scalar boolean tensor.
 
     Args:
         scores: Tensor of any shape; float16, bfloat16, float32 or float64.
@@ -219,14 +220,23 @@ def all_equal_device(scores: tf.Tensor) -> tf.Tensor:
         TypeError: If the scores have another dtype.
     """
     keys = ordered_integers_device(scores)
-    # Those of no numbers are the ends of the integers, in the wrong order.
+    # An empty tensor gives the largest integer as minimum, and the smallest as
+    # maximum.
     lowest, highest = tf.reduce_min(keys), tf.reduce_max(keys)
     is_number = tf.abs(lowest) <= _infinity_bits(scores.dtype)
     return (lowest == highest) & is_number
 
 
 def refuse_nan(count: int, where: str = "") -> None:
-    """Raises if there are NaN scores: they have no rank."""
+    """Raises an error if there are NaN scores, which have no rank.
+
+    Args:
+        count: Number of NaN scores.
+        where: Text that the message adds after the number.
+
+    Raises:
+        ValueError: If `count` is not zero.
+    """
     if count:
         raise ValueError(
             "Scores must not be NaN, as NaN has no rank. Find the step at "
@@ -239,8 +249,8 @@ def top_k_mask_host(scores: np.ndarray, k: int) -> np.ndarray:
     """Returns a mask that keeps exactly the `k` highest scores.
 
     Args:
-        scores: Array of any shape, also empty; float16, bfloat16, float32 or
-            float64. Of equal scores, those first in C order are kept.
+        scores: Array of any shape, possibly empty; float16, bfloat16, float32
+            or float64. Among equal scores, the first in C order are kept.
         k: Number of scores to keep, in [0, scores.size].
 
     Returns:
@@ -279,14 +289,14 @@ def top_k_mask_host(scores: np.ndarray, k: int) -> np.ndarray:
 def top_k_mask_device(scores: tf.Tensor, k: tf.Tensor | int) -> tf.Tensor:
     """Returns a mask that keeps exactly the `k` highest scores, without a sort.
 
-    The threshold, which is the k-th highest score, is found by bisection over
-    the integers of `ordered_integers_device`, one counting pass per bit: 16
-    for float16 and bfloat16, 32 for float32 and 64 for float64 (one for the
-    sign, the rest for the magnitude). Equal scores are then told apart by a
-    cumulative sum. The result has the same bits as `top_k_mask_host`.
+    The threshold is the k-th highest score. Bisection over the integers of
+    `ordered_integers_device` finds it, with one counting pass per bit: 16 for
+    float16 and bfloat16, 32 for float32 and 64 for float64 (one for the sign,
+    the rest for the magnitude). A cumulative sum then ranks scores equal to the
+    threshold. The result has the same bits as `top_k_mask_host`.
 
     The number of operations does not depend on values, so it compiles with
-    static shapes. NaN cannot be refused here: see `nan_count`.
+    static shapes. NaN does not raise: see `nan_count`.
 
     Args:
         scores: Tensor of any shape with fewer than 2**31 elements; float16,
@@ -305,8 +315,8 @@ def top_k_mask_device(scores: tf.Tensor, k: tf.Tensor | int) -> tf.Tensor:
     k = tf.cast(k, tf.int32)
     bits = 8 * scores.dtype.size
 
-    # `threshold` is always the lower end of an interval that holds the answer,
-    # the largest integer which at least k keys reach; `width` is half of it.
+    # The answer is the largest integer that at least k keys reach. `threshold`
+    # is the lower end of an interval that holds it, `width` half its length.
     def narrow(threshold, width):
         middle = threshold + width
         enough = _count(keys >= middle) >= k
@@ -328,14 +338,14 @@ def top_k_mask_device(scores: tf.Tensor, k: tf.Tensor | int) -> tf.Tensor:
 
     above = keys > threshold
     tied = keys == threshold
-    free = k - _count(above)
-    place = tf.cumsum(tf.cast(tied, tf.int32))
-    mask = above | (tied & (place <= free))
+    remaining = k - _count(above)
+    position = tf.cumsum(tf.cast(tied, tf.int32))
+    mask = above | (tied & (position <= remaining))
     return tf.reshape(tf.cast(mask, tf.uint8), tf.shape(scores))
 
 
-# Compiled as a whole: one launch per update, and one trace per list of shapes.
-# `reduce_retracing` would give up the static shapes that TPUs need.
+# Compiled as one function: one launch per update, one trace per list of shapes.
+# `reduce_retracing` would lose the static shapes that TPUs need.
 @tf.function(jit_compile=True)
 def top_k_masks_device(
     scores: Sequence[tf.Tensor], counts: tf.Tensor
@@ -347,8 +357,8 @@ def top_k_masks_device(
         counts: int32 tensor of shape [len(scores)], each tensor's k.
 
     Returns:
-        The uint8 masks, and an int32 tensor of shape [len(scores)] with the
-        number of NaN scores in each tensor, which the caller has to look at.
+        The uint8 masks (1 = kept), and an int32 tensor of shape [len(scores)]
+        with the number of NaN scores in each tensor, for the caller to check.
     """
     counts = tf.unstack(counts, num=len(scores))
     masks = [

@@ -15,19 +15,19 @@ from sos.wrappers.sparse_weight import SparseWeight
 
 
 def get_masks(model: keras.layers.Layer) -> dict[str, np.ndarray]:
-    """Returns which elements of its sparse weights a model keeps.
+    """Returns the masks of a model's sparse weights.
 
-    `numpy.savez(path, **masks)` writes the masks to a file.
+    A technique without masks, such as `sos.VariationalDropout`, keeps the
+    elements that are not zero in evaluation. `numpy.savez(path, **masks)`
+    writes the masks to a file.
 
     Args:
         model: A Keras 3 model or layer, built.
 
     Returns:
-        One uint8 array for each weight that a technique makes sparse, with the
-        weight's shape, 1 = kept. The keys are the paths that
-        `sos.sparsity_report` prints, in the order of the model's weights.
-        Techniques without masks, such as `sos.VariationalDropout`, keep what is
-        not zero in evaluation. Without sparse weights the result is empty.
+        uint8 arrays of the weights' shapes, 1 = kept, by the paths that
+        `sos.sparsity_report` prints, in the order of the model's weights. Empty
+        if the model has no sparse weights.
 
     Raises:
         TypeError: If `model` is not a Keras 3 model or layer.
@@ -58,29 +58,28 @@ def _mask(weight: SparseWeight) -> np.ndarray:
 def set_masks(
     model: keras.layers.Layer, masks: Mapping[str, np.ndarray]
 ) -> None:
-    """Sets masks of a model, for example those of another one.
+    """Sets the masks of a model's sparse weights.
 
-    Compiled functions use the new masks at once. `sos.FixedMask` keeps them for
-    all of training; `sos.MagnitudePruning` and other techniques with a schedule
-    replace them at the next update of their schedule.
+    Compiled functions use the new masks at once. `sos.FixedMask` keeps them
+    throughout training. Techniques with a schedule, such as
+    `sos.MagnitudePruning`, replace them at their next update.
 
     Args:
         model: A Keras 3 model or layer with sparse weights, built.
-        masks: Arrays of zeros and ones, 1 = kept, of the shapes of the weights,
-            by path as `sos.get_masks` returns them. Weights that are not named
-            keep their masks.
+        masks: Arrays of zeros and ones, 1 = kept, of the weights' shapes, by
+            path as `sos.get_masks` returns them. Other weights keep their
+            masks.
 
     Raises:
         TypeError: If `model` is not a Keras 3 model or layer, or `masks` not a
             mapping.
-        UsageError: If a path names no sparse weight of the model, its technique
-            has no masks, or an array has another shape or other values. No mask
-            is changed then.
+        UsageError: If the model has no sparse weight of a path, its technique
+            has no masks, or an array has another shape or other values. Then no
+            mask changes.
 
-    Example:
-    A lottery ticket (Frankle and Carbin 2019) has the masks of a trained model
-    and the weights from before training:
-    >>> import keras, numpy as np, sos
+    Example: a lottery ticket (Frankle and Carbin 2019), with the masks of a
+    trained model and the weights from before training.
+    >>> import keras, sos
     >>> model = keras.Sequential(
     ...     [keras.Input((4,)), keras.layers.Dense(2, name="hidden")]
     ... )
@@ -98,15 +97,13 @@ def set_masks(
             f"Received: masks={masks!r} of type {type(masks).__name__}"
         )
     weights = weights_by_path(model)
-    checked = {
-        path: _checked(weights, path, mask) for path, mask in masks.items()
-    }
-    for path, mask in checked.items():
-        weights[path].state["mask"].assign(mask)
+    arrays = {path: _check(weights, path, mask) for path, mask in masks.items()}
+    for path, array in arrays.items():
+        weights[path].state["mask"].assign(array)
 
 
-def _checked(weights: dict[str, SparseWeight], path: Any, mask: Any) -> Any:
-    """Returns the mask that is to be set at a path."""
+def _check(weights: dict[str, SparseWeight], path: Any, mask: Any) -> Any:
+    """Returns a mask as an array; raises `UsageError` if it is invalid."""
     if path not in weights:
         raise UsageError(
             f"The model has no sparse weight {path!r}. Its sparse weights: "
@@ -117,7 +114,7 @@ def _checked(weights: dict[str, SparseWeight], path: Any, mask: Any) -> Any:
     if not isinstance(technique, MaskedWrapper):
         raise UsageError(
             f"The technique of {path!r}, {type(technique).__name__}, has no "
-            "masks that could be set. Use one that has, such as "
+            "masks to set. Use a technique with masks, such as "
             '`sos.sparsify(model, "FixedMask")`.'
         )
     return check_mask(weights[path], mask)

@@ -1,4 +1,4 @@
-"""Counts how often each weight of a model is used for one example."""
+"""Counts the multiply-adds of each weight of a model."""
 
 import functools
 import inspect
@@ -15,38 +15,38 @@ from sos.wrappers.sparse_layer import is_unit, plain_class, plain_weights
 def uses_by_variable(
     model: keras.layers.Layer, inputs: Any = None
 ) -> dict[int, int]:
-    """Counts the multiply-adds that each element of a weight takes part in.
+    """Counts the multiply-adds per element of each weight, for one example.
 
-    They come from the registered descriptions of calls
-    (`sos.extend.register_use`). A layer that is called several times counts
-    several times, and so do layers inside others. Borders are counted as if
-    they were not padded away, as is usual.
+    The counts come from the functions registered by `sos.extend.register_use`.
+    Each call of a layer counts, also inside other layers. Products with padding
+    count too, as is usual.
 
     Args:
         model: A model that knows its inputs, or was built from shapes.
-        inputs: Inputs to count for, of any batch size; by default of the sizes
-            that the model knows.
+        inputs: Inputs to count for, of any batch size; by default of the shapes
+            of the model's own inputs.
 
     Returns:
-        The numbers for one example by `id` of the weight, without those that
-        are not known: of layers that are not described, or for inputs of
-        unknown size.
+        The counts by `id` of the weight. Unknown ones are left out: those of
+        layers without a registered use, or for inputs of unknown size.
     """
     result: dict[int, int | None] = {}
 
-    def count(described: list[uses.Use]) -> None:
-        for use in described:
+    def count(call_uses: list[uses.Use]) -> None:
+        for use in call_uses:
             before = result.get(id(use.weight), 0)
             times = use.positions()
-            known = times is not None and before is not None
-            result[id(use.weight)] = before + times if known else None
+            if times is not None and before is not None:
+                result[id(use.weight)] = before + times
+            else:
+                result[id(use.weight)] = None
 
     try:
-        with _observed(model, count):
+        with _observe_calls(model, count):
             _trace(model, inputs)
     except Exception:
-        # The code of a model may need more than a batch of one example of a
-        # guessed dtype. A count is not worth an error.
+        # The code of a model may fail on a batch of one, or on a guessed dtype.
+        # A count is not worth an error.
         return {}
     return {key: times for key, times in result.items() if times is not None}
 
@@ -56,8 +56,8 @@ def _trace(model: keras.layers.Layer, inputs: Any) -> None:
     if inputs is None:
         inputs = getattr(model, "input", None)
     if inputs is not None:
-        inputs = keras.tree.map_structure(_one, inputs)
-        # That of `keras.Operation` goes through all calls.
+        inputs = keras.tree.map_structure(_single_example, inputs)
+        # The method of `keras.Operation` runs all calls, unlike the model's.
         keras.Operation.compute_output_spec(model, inputs)
         return
     shapes = model.get_build_config()
@@ -67,20 +67,22 @@ def _trace(model: keras.layers.Layer, inputs: Any) -> None:
     if list(shapes) == ["input_shape"]:
         shapes = {names[0]: shapes["input_shape"]}
     arguments = {
-        name.removesuffix("_shape"): _one(keras.KerasTensor(shape))
+        name.removesuffix("_shape"): _single_example(keras.KerasTensor(shape))
         for name, shape in shapes.items()
     }
     keras.Operation.compute_output_spec(model, **arguments)
 
 
-def _one(tensor: Any) -> keras.KerasTensor:
+def _single_example(tensor: Any) -> keras.KerasTensor:
     dtype = keras.backend.standardize_dtype(tensor.dtype)
     return keras.KerasTensor((1, *tensor.shape[1:]), dtype=dtype)
 
 
 @contextmanager
-def _observed(model: keras.layers.Layer, count: Callable) -> Iterator[None]:
-    """Hands the descriptions of all calls in a model to `count`."""
+def _observe_calls(
+    model: keras.layers.Layer, count: Callable
+) -> Iterator[None]:
+    """Passes the uses of all calls in a model to `count`."""
     layers = list(_units(model, set()))
     before = {id(layer): vars(layer).get("call") for layer in layers}
 

@@ -1,11 +1,10 @@
 """Stateless noise: every random number is a function of a key.
 
 A key is derived from the run's seed, the weight, the optimizer step and the
-replica. Within one step the same key gives the same numbers, however often the
-layer is called, so that a forward pass that is computed again in the backward
-pass (rematerialisation) sees the noise that it saw the first time. A stateful
-generator would draw new numbers there and give wrong gradients in silence, and
-would give every replica the same stream.
+replica. Within a step the same key gives the same numbers, so that a forward
+pass that is repeated in the backward pass (rematerialisation) gets the same
+noise. A stateful generator would draw new numbers there, which silently gives
+wrong gradients, and would give all replicas the same numbers.
 """
 
 import contextlib
@@ -16,8 +15,8 @@ from collections.abc import Iterator
 
 import tensorflow as tf
 
-#: The generator of all random bits. It is named because the default differs
-#: between devices, and between compiled and other code on one device.
+#: Algorithm of all random bits. The default differs between devices, and
+#: between compiled and other code on one device.
 ALGORITHM = "philox"
 
 _scope = threading.local()
@@ -25,23 +24,39 @@ _scope = threading.local()
 
 @contextlib.contextmanager
 def noise_scope(label: str) -> Iterator[None]:
-    """Gives the calls made inside the scope activation noise of their own.
+    """Makes the activation noise of calls inside the scope independent.
 
-    Without a label, several calls of one shared layer in one step draw the same
-    noise for equal shapes: one draw per step, as if a weight had been sampled.
-    Labels make them independent, as the uses of a shared embedding are in Gale
-    et al. 2019.
+    Calls of a shared layer in one step draw the same noise for equal shapes, as
+    if one weight were sampled per step. In scopes with different labels they
+    draw independent noise, as the uses of a shared embedding do in Gale et al.
+    2019.
 
-    Open the scope in the code that is traced and runs on the replicas, such as
-    the `call` of a model: around a compiled function it has no effect. A label
-    must be the same when a call is computed again in the backward pass: where a
-    function is rematerialised, open the scope inside that function.
+    Open the scope in code that is traced and runs on the replicas, such as the
+    `call` of a model: it has no effect around a compiled function. In a
+    function that is rematerialised, open it inside that function, so that the
+    repeated call has the same label.
 
     Args:
         label: Any text that names the call within the step.
 
     Yields:
         Nothing.
+
+    Example:
+    >>> import keras, sos
+    >>> class Tied(keras.Model):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.table = keras.layers.ReversibleEmbedding(10, 4)
+    ...
+    ...     def call(self, tokens):
+    ...         with sos.noise_scope("encoder"):
+    ...             rows = self.table(tokens)
+    ...         with sos.noise_scope("logits"):
+    ...             return self.table(rows, reverse=True)
+    >>> model = Tied()
+    >>> model(keras.ops.zeros((1, 3), "int32")).shape
+    TensorShape([1, 3, 10])
     """
     outer = current_noise_scope()
     _scope.label = f"{outer}/{label}"
@@ -52,16 +67,16 @@ def noise_scope(label: str) -> Iterator[None]:
 
 
 def current_noise_scope() -> str:
-    """The labels of the open `noise_scope` scopes, joined."""
+    """Returns the labels of the open `noise_scope` scopes, joined by "/"."""
     return getattr(_scope, "label", "")
 
 
 @contextlib.contextmanager
 def posterior_sample(seed: int | tf.Tensor) -> Iterator[None]:
-    """Draws noise by the number of a sample, in the place of a step.
+    """Makes noise inside the scope depend on a seed instead of the step.
 
     Args:
-        seed: The number, an integer or int32 scalar.
+        seed: Seed of the sample, an integer or int32 scalar.
 
     Yields:
         Nothing.
@@ -75,12 +90,12 @@ def posterior_sample(seed: int | tf.Tensor) -> Iterator[None]:
 
 
 def current_sample() -> tf.Tensor | None:
-    """Returns the number of the open `posterior_sample`, if any."""
+    """Returns the seed of the open `posterior_sample`, if any."""
     return getattr(_scope, "sample", None)
 
 
 def text_id(text: str) -> int:
-    """A 31-bit number that is the same for a text in every process."""
+    """Returns a 31-bit hash of a text that is equal in every process."""
     digest = hashlib.blake2s(text.encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") & 0x7FFFFFFF
 
@@ -90,7 +105,7 @@ def key(seed: tf.Tensor, name: str, step: tf.Tensor) -> tf.Tensor:
 
     Args:
         seed: The run's seed, an int32 scalar.
-        name: What the noise is for; streams of other names are independent.
+        name: Purpose of the noise. Streams of other names are independent.
         step: The optimizer step, an int32 scalar.
 
     Returns:
@@ -105,17 +120,17 @@ def key(seed: tf.Tensor, name: str, step: tf.Tensor) -> tf.Tensor:
 
 
 def uniform(shape: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
-    """Draws uniform noise, the same numbers with and without XLA.
+    """Draws uniform noise, with equal numbers in XLA and other code.
 
-    XLA generates the bits that TensorFlow does, but makes other floats of them
-    in `tf.random.stateless_uniform`.
+    In `tf.random.stateless_uniform` both generate equal bits, but convert them
+    to different floats.
 
     Args:
         shape: Shape of the result, int32 of rank 1.
-        key: From `key`.
+        key: Key from `noise.key`, int32 of shape [2].
 
     Returns:
-        float32 of that shape, multiples of 2^-23 in [0, 1).
+        float32 tensor of that shape, multiples of 2^-23 in [0, 1).
     """
     bits = tf.random.stateless_uniform(
         shape, key, minval=None, maxval=None, dtype=tf.int32, alg=ALGORITHM
@@ -127,18 +142,18 @@ def uniform(shape: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
 
 
 def normal(shape: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
-    """Draws standard normal noise by Box and Muller's transformation.
+    """Draws standard normal noise by the Box-Muller transform.
 
     On a CPU it takes half the time of `tf.random.stateless_normal`, whose
-    kernel is not vectorised; under variational dropout, which draws a number
-    for every activation, that is most of the cost beyond the second product.
+    kernel is not vectorised. Variational dropout draws a number for every
+    activation: after the second product, that is most of its cost.
 
     Args:
         shape: Shape of the result, int32 of rank 1.
-        key: From `key`.
+        key: Key from `noise.key`, int32 of shape [2].
 
     Returns:
-        float32 of that shape.
+        float32 tensor of that shape.
     """
     size = tf.reduce_prod(shape)
     half = [(size + 1) // 2]
@@ -153,9 +168,9 @@ def normal(shape: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
 
 def _replica_id() -> tf.Tensor:
     if current_sample() is not None:
-        # A sample of the posterior is one model, equal on all replicas.
+        # A sample of the posterior is one model, the same on all replicas.
         return tf.constant(0)
     context = tf.distribute.get_replica_context()
-    # Outside `strategy.run` there is one program and so one stream.
+    # None outside `strategy.run`, where there is one stream.
     replica = 0 if context is None else context.replica_id_in_sync_group
     return tf.convert_to_tensor(replica, tf.int32)

@@ -1,4 +1,4 @@
-"""Plans which weights of a model get which technique."""
+"""Chooses the technique of each weight of a model."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from sos.wrappers.selection import dense_reasons
 from sos.wrappers.sparse_layer import owners, plain_weights
 
 Rule = None | type | str | Mapping[str, Any]
-# A regular expression, or what has the weights.
+# A regular expression on paths, a layer or a weight.
 Key = str | keras.layers.Layer | keras.Variable
 Rules = Mapping[Key, Rule] | Sequence[tuple[Key, Rule]]
 
@@ -24,9 +24,9 @@ Choice = tuple[type, dict[str, Any]]
 
 
 class Reasons:
-    """Why weights of a sparse model stay dense, by variable.
+    """Reasons why weights of a sparse model stay dense, by variable.
 
-    A plain object, so that Keras neither tracks nor saves it.
+    It is not a dictionary, which Keras would track and save.
     """
 
     def __init__(self) -> None:
@@ -43,13 +43,13 @@ class Reasons:
 
 @dataclasses.dataclass
 class Assignment:
-    """One technique for weights of one layer.
+    """A technique for one or several weights of a layer.
 
     Attributes:
         technique: The class of the technique.
-        arguments: The arguments of its constructor.
-        paths: The paths of the weights by their position in
-            `sparse_layer.owners` of the model.
+        arguments: Arguments of its constructor.
+        paths: Paths of the weights by their position in `sparse_layer.owners`
+            of the model.
     """
 
     technique: type
@@ -90,7 +90,7 @@ def make_plan(
         The assignments, and the reasons of the weights that stay dense.
 
     Raises:
-        UsageError: If a value is invalid, or rules and model do not fit.
+        UsageError: If a value is invalid, or rules do not fit the model.
         TypeError: If an argument is unknown, missing or of a wrong type.
     """
     pairs = _as_pairs(model, rules)
@@ -108,7 +108,7 @@ def make_plan(
     ]
     weights, reasons = _eligible_weights(model)
     matches = _match(model, [key for key, _ in pairs], weights, reasons)
-    chosen = {}
+    choice_of = {}
     for position, weight in weights.items():
         index = matches.get(position)
         choice = default if index is None else choices[index]
@@ -118,8 +118,8 @@ def make_plan(
                 rule = f"rule {_shown(model, pairs[index][0])}"
             reasons.add(weight.variable, f"left dense by {rule}")
         else:
-            chosen[position] = choice
-    if not chosen:
+            choice_of[position] = choice
+    if not choice_of:
         shown = {_shown(model, key): rule for key, rule in pairs}
         raise UsageError(
             f"Nothing in the model {model.name!r} is left to make sparse. "
@@ -127,15 +127,15 @@ def make_plan(
             f"{[weight.path for weight in weights.values()]}. "
             f"Received: technique={technique!r}, rules={shown}"
         )
-    return _assign(weights, chosen), reasons
+    return _assign(weights, choice_of), reasons
 
 
 def _eligible_weights(
     model: keras.Model,
 ) -> tuple[dict[int, _Weight], Reasons]:
-    """Returns the weights that can be sparse, and why the others cannot.
+    """Returns the weights that can be sparse, and reasons for the others.
 
-    The keys are their positions in `sparse_layer.owners` of the model.
+    The keys are positions in `sparse_layer.owners` of the model.
     """
     weights = {}
     dense = Reasons()
@@ -159,17 +159,17 @@ def _match(
     weights: dict[int, _Weight],
     reasons: Reasons,
 ) -> dict[int, int]:
-    """Returns which key each weight matches, by positions of both.
+    """Returns the index of the key that matches each weight, by position.
 
     Raises:
-        UsageError: If a key matches no weight, or a weight several keys.
+        UsageError: If a key matches no weight, or two keys match one weight.
     """
     matches: dict[int, int] = {}
     for index, key in enumerate(keys):
-        found = _matched_by(model, key, weights)
-        if not found:
+        positions = _positions(model, key, weights)
+        if not positions:
             _raise_unmatched(model, key, weights, reasons)
-        for position in found:
+        for position in positions:
             if position in matches:
                 twice = [
                     _shown(model, keys[matches[position]]),
@@ -184,10 +184,10 @@ def _match(
     return matches
 
 
-def _matched_by(
+def _positions(
     model: keras.Model, key: Key, weights: dict[int, _Weight]
 ) -> list[int]:
-    """Returns the positions of the weights that a key stands for."""
+    """Returns the positions of the weights that a key matches."""
     if isinstance(key, str):
         return [
             position
@@ -232,7 +232,7 @@ def _raise_unmatched(
             f"is passed to `sparsify`, such as {example}. Received: {shown}"
         )
     if is_layer:
-        raise UsageError(f"The rule {shown} holds none of {valid}")
+        raise UsageError(f"The rule {shown} contains none of {valid}")
     raise UsageError(
         f"The rule {shown} is for a weight that stays dense "
         f"({reasons.get(key)}). Choose from {valid}"
@@ -240,13 +240,13 @@ def _raise_unmatched(
 
 
 def _assign(
-    weights: dict[int, _Weight], chosen: dict[int, Choice]
+    weights: dict[int, _Weight], choices: dict[int, Choice]
 ) -> list[Assignment]:
-    """Returns the assignments of the weights that are made sparse."""
-    # Two nested models may hold layers of equal names.
+    """Groups the choices of weights, by position, into assignments."""
+    # Nested models may have layers of equal names.
     paths = selection.unique({i: w.path for i, w in weights.items()})
     assignments: dict[tuple[int, int], Assignment] = {}
-    for position, choice in chosen.items():
+    for position, choice in choices.items():
         # Weights of one layer with the same rule share a technique.
         key = (id(weights[position].owner), id(choice))
         assignment = assignments.setdefault(key, Assignment(*choice))
@@ -257,7 +257,7 @@ def _assign(
 def _as_pairs(
     model: keras.Model, rules: Rules | None
 ) -> list[tuple[Key, Rule]]:
-    """Returns rules, of a mapping or of pairs, as pairs."""
+    """Returns the rules of a mapping or sequence as pairs."""
     if rules is None:
         return []
     pairs = list(rules.items()) if _is_mapping(rules) else rules
@@ -284,7 +284,7 @@ def _as_pairs(
             for other in seen
         ):
             raise UsageError(
-                "Each rule must have a key of its own. "
+                "Two rules must not have the same key. "
                 f"Received twice: {_shown(model, key)}"
             )
         seen.append(key)
@@ -292,7 +292,7 @@ def _as_pairs(
 
 
 def _shown(model: keras.Model, key: Key) -> str:
-    """Returns a key of `rules` for a message."""
+    """Formats a key of `rules` for a message."""
     if isinstance(key, keras.layers.Layer):
         return f"layer {key.name!r}"
     if isinstance(key, keras.Variable):
@@ -352,20 +352,20 @@ def _resolve(
     reserved = {"include", "paths", "name"} & set(values)
     if reserved:
         raise ArgumentError(
-            "In a whole model, `rules` choose the weights, and layers keep "
-            f"their names. Received: {sorted(reserved)}"
+            "These arguments are for wrappers. In a model, use `rules` to "
+            f"choose weights. Received: {sorted(reserved)}"
         )
     _check_names(technique, values)
     full = technique.resolve_hyperparameters(values, inherited)
     _check_complete(technique, full, {**inherited, **values})
-    # The constructor checks the values before a layer is changed. This layer
-    # has a name, so as not to use up one of Keras's automatic names.
+    # The constructor checks the values before any layer changes. The name keeps
+    # Keras's counter of automatic names unchanged.
     technique(keras.layers.Dense(1, name="check"), **full)
     return technique, full
 
 
 def _check_names(technique: type, values: dict[str, Any]) -> None:
-    """Raises if arguments are unknown."""
+    """Raises an error if arguments are unknown."""
     known = technique.hyperparameters()
     objects = [
         name
@@ -390,7 +390,7 @@ def _check_names(technique: type, values: dict[str, Any]) -> None:
 def _check_complete(
     technique: type, full: dict[str, Any], received: dict[str, Any]
 ) -> None:
-    """Raises if arguments without a default are missing."""
+    """Raises an error if arguments without a default are missing."""
     missing = [
         name
         for name, default in arguments.defaults(

@@ -1,6 +1,6 @@
-"""How fast the penalty of a regulariser grows with the training step.
+"""Ramps: how the factor of a penalty grows with the training step.
 
-Ramps are part of the training step, so they are built of TensorFlow operations.
+Ramps run in the training step, so they are built of TensorFlow operations.
 """
 
 import functools
@@ -14,22 +14,34 @@ from sos.arguments import check_integer
 from sos.configurable import Configurable
 from sos.errors import ArgumentError, UsageError
 
+__all__ = ["ConstantRamp", "CubicRamp", "LinearRamp", "Ramp", "make_ramp"]
+
 
 @keras.saving.register_keras_serializable(package="sos")
 class Ramp(Configurable):
-    """How the weight of a regulariser grows with the step, from 0 to 1.
+    """Function of the step from 0 to 1, by which a penalty is multiplied.
 
-    To write one, override `__call__`, and `get_config` if the constructor
+    To write a ramp, override `__call__`, and `get_config` if the constructor
     takes arguments, and register the class with
-    `@keras.saving.register_keras_serializable()`. Ramps have no state: they
-    are functions of the step, so that a resumed run goes on exactly.
+    `@keras.saving.register_keras_serializable()`. A ramp has no state, so that
+    a resumed run continues exactly.
+
+    Example:
+    >>> import keras, sos
+    >>> @keras.saving.register_keras_serializable()
+    ... class StepRamp(sos.ramps.Ramp):
+    ...     def __call__(self, step):
+    ...         return keras.ops.cast(step >= 1000, "float32")
+    >>> layer = sos.L0Regularization(
+    ...     keras.layers.Dense(8), penalty_weight=1e-5, ramp=StepRamp()
+    ... )
     """
 
     def __call__(self, step: tf.Tensor | int) -> tf.Tensor:
         """Returns the factor of the penalty at a step.
 
         Args:
-            step: Integer scalar, the number of training steps done so far.
+            step: Number of completed training steps, an integer scalar.
 
         Returns:
             float32 scalar tensor in [0, 1].
@@ -41,23 +53,35 @@ class Ramp(Configurable):
 
 @keras.saving.register_keras_serializable(package="sos")
 class ConstantRamp(Ramp):
-    """The full penalty from the first step on."""
+    """Constant ramp: the full penalty from the first step.
+
+    Example:
+    >>> import sos
+    >>> float(sos.ramps.ConstantRamp()(0))
+    1.0
+    """
 
     def __call__(self, step: tf.Tensor | int) -> tf.Tensor:
-        """Returns 1, whatever the step is."""
+        """Returns 1 at every step."""
         return tf.constant(1.0, tf.float32)
 
 
 @keras.saving.register_keras_serializable(package="sos")
 class LinearRamp(Ramp):
-    """min(max(0, t - begin) / (end - begin), 1).
+    """Linear ramp: min(max(t - begin, 0) / (end - begin), 1) at step t.
 
     Args:
-        begin_step: The last step at which the factor is 0; at least 0.
-        end_step: The first step at which it is 1; after `begin_step`.
+        begin_step: The last step at which the factor is 0, at least 0.
+        end_step: The first step at which it is 1, after `begin_step`.
 
     Raises:
         UsageError: If the steps are out of range.
+
+    Example:
+    >>> import sos
+    >>> ramp = sos.ramps.LinearRamp(begin_step=100, end_step=300)
+    >>> [float(ramp(step)) for step in (100, 150, 300)]
+    [0.0, 0.25, 1.0]
     """
 
     def __init__(self, begin_step: int, end_step: int):
@@ -76,45 +100,53 @@ class LinearRamp(Ramp):
             )
 
     def __call__(self, step: tf.Tensor | int) -> tf.Tensor:
-        """Returns the factor at a step, as `Ramp.__call__` describes it."""
+        """Returns the factor at a step, a float32 scalar."""
         return self._fraction(_integer_step(step))
 
     def _fraction(self, steps: tf.Tensor) -> tf.Tensor:
         """Returns the linear ramp at integer steps of any shape."""
         length = self.end_step - self.begin_step
-        # Clipped as integers, so that large steps cost no precision.
-        done = tf.clip_by_value(steps - self.begin_step, 0, length)
-        return tf.cast(done, tf.float32) / float(length)
+        # Clipped as integers, so that large steps lose no precision.
+        elapsed = tf.clip_by_value(steps - self.begin_step, 0, length)
+        return tf.cast(elapsed, tf.float32) / float(length)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments."""
         return {"begin_step": self.begin_step, "end_step": self.end_step}
 
 
-# The authors' decay of the moving average, and how many steps of the past it
-# is taken over here. As the ramp stays within [0, 1], the steps left out add
-# up to at most _DECAY**_WINDOW = 1.7e-9. Rounding to float32 adds about 2e-7.
+# The authors' decay of the moving average, and the number of steps over which
+# it is computed here. As the ramp is at most 1, earlier steps would contribute
+# at most _DECAY**_WINDOW = 1.7e-9. Rounding to float32 adds about 2e-7.
 _DECAY = 0.9
 _WINDOW = 192
 
 
 @keras.saving.register_keras_serializable(package="sos")
 class CubicRamp(LinearRamp):
-    """min(1 - (1 - q)^3, 1), q = max(t - begin, 0) / (end - begin).
+    """Cubic ramp: w(t) = 1 - (1 - q)^3 at step t.
 
-    The authors smooth it on the Transformer by a moving average that is kept
-    in a variable, starts at 0 and is updated once per training step:
-    a(t) = 0.1 * w(t) + 0.9 * a(t - 1). Theirs also moves whenever the model is
-    evaluated; here it is a function of the step alone, for steps 0 to t.
+    Here q = min(max(t - begin, 0) / (end - begin), 1).
+
+    For the Transformer, Gale et al. 2019 smooth it by a moving average
+    a(t) = 0.1 * w(t) + 0.9 * a(t - 1) that starts at 0. Their code keeps it in
+    a variable, which is also updated in each evaluation. Here it is a function
+    of the step.
 
     Args:
-        begin_step: The last step at which the factor is 0; at least 0.
-        end_step: The first step at which it is 1 (without the average); after
+        begin_step: The last step at which the factor is 0, at least 0.
+        end_step: The first step at which it is 1 (without the average), after
             `begin_step`.
-        moving_average: Whether to smooth as the authors do.
+        moving_average: Whether to return a(t) instead of w(t).
 
     Raises:
         UsageError: If the steps are out of range.
+
+    Example:
+    >>> import sos
+    >>> ramp = sos.ramps.CubicRamp(begin_step=0, end_step=200)
+    >>> [float(ramp(step)) for step in (0, 100, 200)]
+    [0.0, 0.875, 1.0]
     """
 
     def __init__(
@@ -124,12 +156,12 @@ class CubicRamp(LinearRamp):
         self.moving_average = bool(moving_average)
 
     def __call__(self, step: tf.Tensor | int) -> tf.Tensor:
-        """Returns the factor at a step, as `Ramp.__call__` describes it."""
+        """Returns the factor at a step, a float32 scalar."""
         step = _integer_step(step)
         if not self.moving_average:
             return self._cubic(step)
         # a(t) = sum over i of 0.1 * 0.9^i * w(t - i); w is 0 before step 0.
-        # Oldest, and so smallest, terms first: that rounds least.
+        # The oldest terms, which are the smallest, come first: less rounding.
         ages = np.arange(_WINDOW)[::-1]
         weights = (1.0 - _DECAY) * _DECAY**ages
         factors = self._cubic(step - tf.constant(ages, step.dtype))
@@ -137,10 +169,9 @@ class CubicRamp(LinearRamp):
         return tf.minimum(average, 1.0)
 
     def _cubic(self, steps: tf.Tensor) -> tf.Tensor:
-        """Returns the ramp at integer steps of any shape, not averaged."""
-        # With q clipped to 1 the formula has the same values, as it exceeds 1
-        # for q > 1 only, and cannot overflow. Written as q * (3 - 3q + q^2),
-        # it loses no digits for small q, and is exactly 1 for q = 1.
+        """Returns w(t) at integer steps of any shape."""
+        # 1 - (1 - q)^3 = q * (3 - 3q + q^2), which loses no digits for small q
+        # and is exactly 1 for q = 1.
         q = self._fraction(steps)
         return q * (3.0 - q * (3.0 - q))
 
@@ -153,7 +184,11 @@ class CubicRamp(LinearRamp):
 
 
 def _integer_step(step: tf.Tensor | int) -> tf.Tensor:
-    """Returns the step as an int64 tensor; raises if it is a fraction."""
+    """Returns the step as an int64 tensor.
+
+    Raises:
+        TypeError: If its dtype is not an integer.
+    """
     step = tf.convert_to_tensor(step)
     if not step.dtype.is_integer:
         raise ArgumentError(
@@ -163,7 +198,7 @@ def _integer_step(step: tf.Tensor | int) -> tf.Tensor:
     return tf.cast(step, tf.int64)
 
 
-# The ramps that have a name, as configs give it, and what makes each.
+# Constructors of ramps by their names in configs.
 _RAMPS = {
     "constant": ConstantRamp,
     "linear": LinearRamp,
@@ -173,14 +208,14 @@ _RAMPS = {
 
 
 def takes_steps(ramp: Ramp | str) -> bool:
-    """Returns whether a ramp is a name that goes with steps."""
+    """Returns whether a ramp is a name that needs `begin_step`, `end_step`."""
     return isinstance(ramp, str) and ramp != "constant"
 
 
 def make_ramp(
     ramp: Ramp | str, *, begin_step: int = 0, end_step: int | None = None
 ) -> Ramp:
-    """Returns the ramp that a name and numbers describe.
+    """Creates a ramp from its name and steps.
 
     Args:
         ramp: "constant", "linear", "cubic", "smoothed_cubic" (a `CubicRamp`
@@ -190,23 +225,24 @@ def make_ramp(
             "constant" need one.
 
     Returns:
-        A `Ramp`.
+        The ramp.
 
     Raises:
         UsageError: If the name is unknown, or the steps do not fit the ramp.
         TypeError: If `ramp` is neither a name nor a `Ramp`.
 
     Example:
-    >>> make_ramp("linear", begin_step=100, end_step=300)
+    >>> import sos
+    >>> sos.ramps.make_ramp("linear", begin_step=100, end_step=300)
     LinearRamp(begin_step=100, end_step=300)
-    >>> make_ramp("constant")
+    >>> sos.ramps.make_ramp("constant")
     ConstantRamp()
     """
     if not isinstance(ramp, Ramp | str):
         raise ArgumentError(
             f"`ramp` must be one of {sorted(_RAMPS)} or a `Ramp`, such as "
-            "`sos.ramps.LinearRamp(begin_step=1000, end_step=5000)`; a "
-            "function of your own becomes one by deriving from `Ramp`. "
+            "`sos.ramps.LinearRamp(begin_step=1000, end_step=5000)`. For "
+            "another function, derive a class from `Ramp`. "
             f"Received: ramp={ramp!r} of type {type(ramp).__name__}"
         )
     if isinstance(ramp, str) and ramp not in _RAMPS:
@@ -221,18 +257,18 @@ def make_ramp(
     if takes_steps(ramp):
         if end_step is None:
             raise UsageError(
-                f"The ramp {ramp!r} needs an `end_step`, the training step at "
-                f"which the penalty is complete. {received}"
+                f"The ramp {ramp!r} needs an `end_step`, the first training "
+                f"step with the full penalty. {received}"
             )
         return _RAMPS[ramp](begin_step, end_step)
     if (begin_step, end_step) != (0, None):
         raise UsageError(
             f"`begin_step` and `end_step` do not fit ramp={ramp!r}: "
             + (
-                "a `Ramp` has its own steps. Leave them out, or name a ramp "
+                "a `Ramp` has its own steps. Leave them out, or pass a name "
                 if isinstance(ramp, Ramp)
-                else "its penalty is complete from the first step on. Leave "
-                "them out, or choose another ramp "
+                else "the full penalty begins at the first step. Leave them "
+                "out, or choose another ramp "
             )
             + f"({', '.join(filter(takes_steps, _RAMPS))}). {received}"
         )

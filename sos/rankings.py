@@ -1,4 +1,4 @@
-"""The step from scores to masks, over one tensor or many."""
+"""Rankings: how the scores of one or several tensors become masks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,22 +25,36 @@ from sos.masks import (
 
 @keras.saving.register_keras_serializable(package="sos")
 class Ranking(Configurable):
-    """The step from scores to masks.
+    """Turns scores into masks.
 
-    A ranking sees the scores of all weights that share it in one call: weights
-    with equal rankings (same class, same config) are ranked together. So one
-    interface serves a ranking of each tensor by itself, one across tensors,
-    and patterns such as N:M or blocks within a tensor.
+    Weights with equal rankings (same class, same config) are ranked together,
+    in one call. A ranking may treat each tensor separately, compare tensors, or
+    prune in patterns such as N:M or blocks.
 
-    To write one, override `masks`, and `get_config` if the constructor takes
-    arguments, and register the class with
-    `@keras.saving.register_keras_serializable()`. Rankings have no state.
+    To write a ranking, override `masks`, and `get_config` if the constructor
+    takes arguments, and register the class with
+    `@keras.saving.register_keras_serializable()`. A ranking has no state.
+
+    Example: a ranking that keeps the two highest of every four scores.
+    >>> import keras, sos
+    >>> @keras.saving.register_keras_serializable()
+    ... class TwoOfFour(sos.extend.Ranking):
+    ...     def masks(self, scores, sparsities):
+    ...         masks = []
+    ...         for score in scores:
+    ...             groups = keras.ops.reshape(score, (-1, 4))
+    ...             order = keras.ops.argsort(keras.ops.argsort(groups))
+    ...             mask = keras.ops.cast(order >= 2, "uint8")
+    ...             masks.append(keras.ops.reshape(mask, score.shape))
+    ...         return masks
+    >>> scores = keras.ops.convert_to_tensor([0.1, 0.4, 0.3, 0.2])
+    >>> TwoOfFour().masks([scores], [0.5])[0].numpy()
+    array([0, 1, 1, 0], dtype=uint8)
     """
 
-    #: Whether the masks depend on the scores. If the scores that a mask is made
-    #: of are all equal, only positions could decide: the weight keeps the mask
-    #: that it has, and a warning says so. A ranking with a fixed pattern sets
-    #: this to False, and its masks always hold.
+    #: Whether the masks depend on the scores. Then a weight whose scores are
+    #: all equal keeps its mask, with a warning, as only positions could decide.
+    #: A ranking with a fixed pattern sets this to False.
     uses_scores = True
 
     def masks(
@@ -50,9 +64,9 @@ class Ranking(Configurable):
 
         Args:
             scores: One array or tensor per weight, of the weight's shape.
-            sparsities: One target per weight, in [0, 1], as the weight's
-                schedule gives it for this step. A ranking with a fixed pattern
-                may ignore it.
+            sparsities: One sparsity per weight, in [0, 1], from the weight's
+                schedule at this step. A ranking with a fixed pattern may
+                ignore it.
 
         Returns:
             uint8 masks in the order and with the shapes of `scores`, 1 = kept.
@@ -64,31 +78,32 @@ class Ranking(Configurable):
 
 @keras.saving.register_keras_serializable(package="sos")
 class PerTensorRanking(Ranking):
-    """Keeps the highest scores of each tensor by itself, and exactly k.
+    """Keeps exactly the k highest scores of each tensor.
 
     k is `sos.masks.keep_count(size, sparsity)`, but at least `min_kept`: a
-    layer without any weight has constant outputs, and no gradient that could
-    bring it back. A sparsity of exactly 1 keeps nothing.
+    layer whose weights are all zero has constant outputs and zero gradients, so
+    that no weight would come back. A sparsity of exactly 1 keeps nothing.
 
-    Arrays, and tensors that lie in the host's memory, are ranked by
-    `top_k_mask_host`; tensors on an accelerator are ranked there, so that only
-    a count of NaNs travels to the host.
+    Arrays, and tensors in the host's memory, are ranked by `top_k_mask_host`.
+    Tensors on an accelerator are ranked there, so that only the number of NaNs
+    is copied to the host.
 
     Args:
-        min_kept: Number of weights that each tensor keeps at least, unless it
-            has fewer. 0 lets a tensor lose all its weights.
+        min_kept: Least number of weights that each tensor keeps, unless it has
+            fewer. With 0 a tensor may lose all its weights.
 
     Raises:
         UsageError: If `min_kept` is not an integer, or below 0.
 
     Example:
-    >>> PerTensorRanking().keep_count(36, 0.99)
+    >>> import sos
+    >>> sos.extend.PerTensorRanking().keep_count(36, 0.99)
     1
-    >>> PerTensorRanking(min_kept=0).keep_count(36, 0.99)
+    >>> sos.extend.PerTensorRanking(min_kept=0).keep_count(36, 0.99)
     0
     """
 
-    # A subclass need not call `__init__`.
+    # For subclasses that do not call `__init__`.
     min_kept = 1
 
     def __init__(self, min_kept: int = 1) -> None:
@@ -99,7 +114,7 @@ class PerTensorRanking(Ranking):
         return {"min_kept": self.min_kept}
 
     def keep_count(self, size: int, sparsity: float) -> int:
-        """Returns how many of `size` weights are kept at the given sparsity.
+        """Returns the number of weights that are kept at a sparsity.
 
         Args:
             size: Number of weights, at least 0.
@@ -121,14 +136,14 @@ class PerTensorRanking(Ranking):
 
         Args:
             scores: Arrays or tensors of any shape; float16, bfloat16, float32
-                or float64. Within a traced function NaNs go unnoticed: use
-                `nan_count` there.
-            sparsities: One target per tensor, in [0, 1].
+                or float64. In a traced function NaN does not raise: use
+                `sos.masks.nan_count` there.
+            sparsities: One sparsity per tensor, in [0, 1].
 
         Returns:
-            uint8 masks of the same shapes, 1 = kept: arrays for what was
-            ranked on the host, tensors for the rest. Equal scores are kept by
-            position; `undecided` tells where all are.
+            uint8 masks of the same shapes, 1 = kept: arrays if ranked on the
+            host, tensors otherwise. Equal scores are ranked by position;
+            `undecided` finds tensors whose scores are all equal.
 
         Raises:
             ValueError: If the two sequences differ in length, a sparsity is
@@ -140,7 +155,7 @@ class PerTensorRanking(Ranking):
                 f"{len(scores)} tensors and {len(sparsities)} sparsities"
             )
         masks: list[Mask | None] = [None] * len(scores)
-        elsewhere: dict[str, list[int]] = {}  # device -> positions in `scores`
+        by_device: dict[str, list[int]] = {}  # device -> positions in `scores`
         for i, (score, sparsity) in enumerate(
             zip(scores, sparsities, strict=True)
         ):
@@ -151,20 +166,20 @@ class PerTensorRanking(Ranking):
                     masks[i] = top_k_mask_device(score, k)
                     continue
                 if "CPU" not in score.device:
-                    elsewhere.setdefault(score.device, []).append(i)
+                    by_device.setdefault(score.device, []).append(i)
                     continue
                 score = score.numpy()
             k = self.keep_count(score.size, sparsity)
             masks[i] = top_k_mask_host(score, k)
-        for device, places in elsewhere.items():
+        for device, positions in by_device.items():
             with tf.device(device):
-                tensors = [tf.convert_to_tensor(scores[i]) for i in places]
+                tensors = [tf.convert_to_tensor(scores[i]) for i in positions]
                 counts = [
                     self.keep_count(score.shape.num_elements(), sparsities[i])
-                    for i, score in zip(places, tensors, strict=True)
+                    for i, score in zip(positions, tensors, strict=True)
                 ]
-                found = _device_masks(tensors, counts)
-            for i, mask in zip(places, found, strict=True):
+                device_masks = _device_masks(tensors, counts)
+            for i, mask in zip(positions, device_masks, strict=True):
                 masks[i] = mask
         return masks
 
@@ -172,7 +187,7 @@ class PerTensorRanking(Ranking):
 def _device_masks(
     scores: list[tf.Tensor], counts: list[int]
 ) -> list[tf.Tensor]:
-    """Ranks eager tensors where they are, and refuses NaNs."""
+    """Ranks eager tensors on their device; raises `ValueError` for NaNs."""
     masks, nans = top_k_masks_device(scores, tf.constant(counts, tf.int32))
     for score, nan in zip(scores, nans.numpy(), strict=True):
         refuse_nan(int(nan), f" in a tensor of shape {score.shape}")
@@ -182,19 +197,19 @@ def _device_masks(
 def undecided(
     ranking: Ranking, scores: Sequence[Scores], masks: Sequence[Mask]
 ) -> list[bool]:
-    """Returns which masks were decided by the positions of weights alone.
+    """Returns which masks depend on the positions of weights alone.
 
-    These are the masks that keep a part of a tensor whose scores are all equal.
-    Where a ranking compares tensors, all its masks are undecided if the scores
-    of all tensors are equal to each other, and a part of them is kept.
+    These are masks that keep a part of a tensor whose scores are all equal. If
+    a ranking compares tensors, all its masks are undecided where the scores of
+    all tensors are equal and a part of them is kept.
 
     Args:
-        ranking: The ranking that made the masks.
-        scores: The arrays or eager tensors that it was given.
-        masks: The masks that it returned.
+        ranking: The ranking that computed the masks.
+        scores: Its scores, arrays or eager tensors.
+        masks: Its masks.
 
     Returns:
-        One truth value per mask.
+        One boolean per mask.
     """
     if not ranking.uses_scores:
         return [False] * len(masks)
@@ -206,7 +221,7 @@ def undecided(
     ):
         return [True] * len(masks)
     return [
-        # Masks, which may lie on an accelerator, are rarely looked at.
+        # Reads a mask, which may be on an accelerator, only if it must.
         same and _keep_a_part([mask])
         for mask, same in zip(masks, equal, strict=True)
     ]
@@ -224,20 +239,19 @@ def _have_one_value(scores: Sequence[Scores], equal: Sequence[bool]) -> bool:
 
 def _keep_a_part(masks: Sequence[Mask]) -> bool:
     arrays = [keras.ops.convert_to_numpy(mask) != 0 for mask in masks]
-    some = any(array.any() for array in arrays)
-    return some and not all(array.all() for array in arrays)
+    any_kept = any(array.any() for array in arrays)
+    return any_kept and not all(array.all() for array in arrays)
 
 
 def undecided_device(
     ranking: Ranking, scores: Sequence[tf.Tensor], masks: Sequence[tf.Tensor]
 ) -> list[tf.Tensor]:
-    """Does the same as `undecided` in compiled code.
+    """Computes `undecided` in compiled code.
 
     Args:
-        ranking: The ranking that made the masks.
-        scores: The tensors that it was given; float16, bfloat16, float32 or
-            float64.
-        masks: The masks that it returned.
+        ranking: The ranking that computed the masks.
+        scores: Its scores, tensors; float16, bfloat16, float32 or float64.
+        masks: Its masks.
 
     Returns:
         One scalar boolean tensor per mask.
@@ -245,25 +259,27 @@ def undecided_device(
     if not ranking.uses_scores:
         return [tf.constant(False)] * len(masks)
     equal = [all_equal_device(score) for score in scores]
-    some = [tf.reduce_any(mask > 0) for mask in masks]
-    every = [tf.reduce_all(mask > 0) for mask in masks]
-    found = [
-        same & one & ~each
-        for same, one, each in zip(equal, some, every, strict=True)
+    any_kept = [tf.reduce_any(mask > 0) for mask in masks]
+    all_kept = [tf.reduce_all(mask > 0) for mask in masks]
+    by_tensor = [
+        same & some & ~every
+        for same, some, every in zip(equal, any_kept, all_kept, strict=True)
     ]
-    sized = [i for i, score in enumerate(scores) if score.shape.num_elements()]
+    nonempty = [
+        i for i, score in enumerate(scores) if score.shape.num_elements()
+    ]
     if (
         isinstance(ranking, PerTensorRanking)
-        or len({scores[i].dtype for i in sized}) != 1
+        or len({scores[i].dtype for i in nonempty}) != 1
     ):
-        return found
+        return by_tensor
     values = tf.stack(
-        [tf.reduce_min(ordered_integers_device(scores[i])) for i in sized]
+        [tf.reduce_min(ordered_integers_device(scores[i])) for i in nonempty]
     )
-    together = (
-        tf.reduce_all(tf.stack([equal[i] for i in sized]))
+    across_tensors = (
+        tf.reduce_all(tf.stack([equal[i] for i in nonempty]))
         & tf.reduce_all(values == values[0])
-        & tf.reduce_any(tf.stack(some))
-        & ~tf.reduce_all(tf.stack(every))
+        & tf.reduce_any(tf.stack(any_kept))
+        & ~tf.reduce_all(tf.stack(all_kept))
     )
-    return [one | together for one in found]
+    return [result | across_tensors for result in by_tensor]

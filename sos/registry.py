@@ -1,4 +1,4 @@
-"""The techniques that `sos` knows, its own and those registered with it."""
+"""Registry of techniques by name."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -13,11 +13,11 @@ T = TypeVar("T", bound=type)
 
 
 def register(technique: T) -> T:
-    """Makes a technique known to `sparsify`, the report and saved models.
+    """Registers a technique, so that `sos.sparsify` finds it by its name.
 
-    Use it as a decorator on a subclass of `sos.extend.SparseWrapper` or
-    `sos.extend.MaskedWrapper`. It also registers the class with Keras, so that
-    models that contain it load without `custom_objects`.
+    Use it as a decorator on a subclass of `sos.extend.SparseWrapper`. It also
+    registers the class with Keras, so that saved models load without
+    `custom_objects`.
 
     Args:
         technique: The class. Its name is the name of the technique.
@@ -26,11 +26,21 @@ def register(technique: T) -> T:
         The class, unchanged.
 
     Raises:
-        UsageError: If another class is registered under the same name.
+        UsageError: If a class of another module is registered under that name.
+
+    Example: pruning by the distance from the mean of the tensor.
+    >>> import keras, sos
+    >>> @sos.extend.register
+    ... class DeviationPruning(sos.extend.PruningWrapper):
+    ...     def scores(self, weight):
+    ...         mean = keras.ops.mean(weight.value)
+    ...         return keras.ops.abs(weight.value - mean)
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    >>> sparse = sos.sparsify(model, "DeviationPruning", sparsity=0.5)
     """
     name = technique.__name__
     known = _techniques.get(name)
-    # A class that is defined again, as in a notebook cell, replaces itself.
+    # A class may be defined again, as in a notebook cell.
     if known is not None and (known.__module__ != technique.__module__):
         raise UsageError(
             f"A technique named {name!r} is registered already, by "
@@ -42,12 +52,18 @@ def register(technique: T) -> T:
 
 
 def techniques() -> dict[str, type]:
-    """Returns the registered techniques by name, in order of registration."""
+    """Returns the registered techniques by name, in order of registration.
+
+    Example:
+    >>> import sos
+    >>> sos.extend.techniques()["MagnitudePruning"] is sos.MagnitudePruning
+    True
+    """
     return dict(_techniques)
 
 
 def get_technique(technique: str | type) -> type:
-    """Finds a registered technique.
+    """Returns a registered technique.
 
     Args:
         technique: The class or its name.
@@ -64,16 +80,16 @@ def get_technique(technique: str | type) -> type:
         return technique
     raise UsageError(
         "The technique must be a registered class or its name: one of "
-        f"{sorted(_techniques)}, or a class of your own decorated with "
+        f"{sorted(_techniques)}, or a class decorated with "
         f"`@sos.extend.register`. Received: technique={technique!r}"
     )
 
 
 def hyperparameters(technique: str | type | None) -> dict[str, Any]:
-    """Returns all hyperparameters of a technique with their defaults.
+    """Returns the hyperparameters of a technique with their defaults.
 
-    They are the arguments of `sos.sparsify` and of the technique's constructor
-    that JSON can hold, so that a config can give them.
+    They are the arguments of the technique's constructor that can be written as
+    JSON, and so in a config. `sos.sparsify` takes them.
 
     Args:
         technique: The registered class or its name; None for a dense model,
@@ -81,7 +97,7 @@ def hyperparameters(technique: str | type | None) -> dict[str, Any]:
 
     Returns:
         The defaults by name. `sos.extend.REQUIRED` marks a hyperparameter
-        without one.
+        without a default.
 
     Raises:
         UsageError: If the technique is not registered.
@@ -103,15 +119,14 @@ def select_hyperparameters(
 ) -> dict[str, Any]:
     """Returns the entries of `values` that are hyperparameters of a technique.
 
-    It serves code that makes a model sparse with every technique, such as tests
-    and benchmarks.
+    Code that applies every technique, such as tests and benchmarks, uses it.
 
     Args:
         technique: The registered class or its name; None for a dense model.
         values: Hyperparameters of any techniques by name.
 
     Returns:
-        Those that the technique has.
+        The hyperparameters of this technique by name.
 
     Raises:
         UsageError: If the technique is not registered.

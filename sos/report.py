@@ -1,4 +1,4 @@
-"""The report of what is sparse in a model, and what is not and why."""
+"""Reports the sparsity of a model's weights, and why some are dense."""
 
 import csv
 import os
@@ -41,16 +41,17 @@ FIELDS = (
 
 
 class SparsityReport:
-    """One row for every weight of a model, and totals.
+    """Rows for all weights of a model, and totals.
 
-    Printing it gives a table. In Jupyter and with `rich.print` it is coloured.
+    It prints as a table, coloured in Jupyter and by `rich.print`.
 
     Attributes:
-        rows: A list of dictionaries with the keys `FIELDS`. `technique` is
-            empty for dense weights, whose `reason` says why they are; `target`
-            is None where there is none; `multiply_adds` counts those of one
-            example, with the dense weight and with its nonzeros only, and is
-            None where it is not known.
+        rows: Dictionaries with the keys `FIELDS`, one per weight. `technique`
+            is empty for a dense weight, and `reason` says why it is dense.
+            `target` is the sparsity that the technique aims at, None if it has
+            none. `multiply_adds` and `sparse_multiply_adds` are those of one
+            example, with all elements and with the nonzeros only; None if
+            unknown.
         name: Name of the model.
     """
 
@@ -60,7 +61,7 @@ class SparsityReport:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of zeros in all weights that a technique makes sparse."""
+        """Fraction of zeros in the weights with a technique."""
         return _sparsity([row for row in self.rows if row["technique"]])
 
     @property
@@ -92,7 +93,7 @@ class SparsityReport:
         """Writes the rows, without the totals, to a CSV file.
 
         Args:
-            path: The file. It is complete or, on an error, as it was before.
+            path: Path of the file. On an error it stays as it was.
         """
         with (
             atomic_write(path) as temporary,
@@ -105,14 +106,14 @@ class SparsityReport:
     def __rich_console__(
         self, console: Console, options: ConsoleOptions
     ) -> RenderResult:
-        """The table, with the multiply-adds where there is room for them."""
+        """Yields the table, with multiply-adds if it is wide enough."""
         yield self._table(wide=options.max_width >= 100)
 
     def _table(self, wide: bool) -> Table:
-        """The table: weights of rank 2 or more, the others in one line."""
-        sparse = any(row["technique"] for row in self.rows)
+        """Returns a table with a summary line for biases and other vectors."""
+        has_techniques = any(row["technique"] for row in self.rows)
         caption = f"{self.model_sparsity:.2%} of all weights are zero"
-        if sparse:
+        if has_techniques:
             caption = (
                 f"{self.sparsity:.2%} of the weights made sparse are zero, "
                 f"{caption.removesuffix(' are zero')}"
@@ -125,10 +126,10 @@ class SparsityReport:
         )
         table.add_column("weight", overflow="fold")
         headings = ["size", "zero", "target"]
-        counted = wide and any(
+        with_costs = wide and any(
             row["multiply_adds"] is not None for row in self.rows
         )
-        if counted:
+        if with_costs:
             headings += ["multiply-adds", "sparse"]
         for heading in headings:
             table.add_column(heading, justify="right", no_wrap=True)
@@ -136,7 +137,7 @@ class SparsityReport:
         vectors = [row for row in self.rows if _is_vector(row)]
         for row in self.rows:
             if not _is_vector(row):
-                table.add_row(row["weight"], *_cells(row, counted))
+                table.add_row(row["weight"], *_cells(row, with_costs))
         if vectors:
             summary = {
                 **dict.fromkeys(FIELDS, ""),
@@ -150,16 +151,16 @@ class SparsityReport:
             }
             plural = "s" * (len(vectors) > 1)
             table.add_row(
-                f"{len(vectors)} vector{plural}", *_cells(summary, counted)
+                f"{len(vectors)} vector{plural}", *_cells(summary, with_costs)
             )
         table.add_section()
-        table.add_row("total", *_cells(self.totals, counted), style="bold")
+        table.add_row("total", *_cells(self.totals, with_costs), style="bold")
         unknown = [
             row
             for row in self.rows
             if row["multiply_adds"] is None and not _is_vector(row)
         ]
-        if counted and unknown:
+        if with_costs and unknown:
             table.caption += (
                 f"; multiply-adds of {len(unknown)} weights are not known and "
                 "not in the total"
@@ -167,7 +168,7 @@ class SparsityReport:
         return table
 
     def __str__(self) -> str:
-        """The table as plain text, no wider than a terminal if there is one."""
+        """Returns the table as plain text, as wide as a terminal if any."""
         width = 1000
         if sys.stdout.isatty():
             width = shutil.get_terminal_size().columns
@@ -182,35 +183,46 @@ def sparsity_report(
 ) -> SparsityReport:
     """Reports the sparsity of every weight of a model.
 
-    Nonzeros are those of the evaluation weights: of log alpha and threshold
-    under variational dropout, of the deterministic gate under L0.
+    Zeros are with_costs in the evaluation weights. Variational dropout removes
+    weights whose log alpha reaches the threshold; L0 regularisation multiplies
+    weights by the deterministic gate.
 
     Args:
         model: A Keras 3 model or layer, sparse or plain, built.
-        inputs: Arrays or symbolic tensors for which multiply-adds are counted,
-            as the model takes them. By default those of one example of the
-            sizes that the model knows; a language model knows no length.
+        inputs: Arrays or symbolic tensors to count multiply-adds for, in the
+            structure that the model takes. By default one example of the
+            model's input shapes; a language model, whose length is unknown,
+            needs them.
 
     Returns:
         The report.
 
     Raises:
-        TypeError: If `model` is not one of Keras 3.
-        ValueError: If it is not built.
+        TypeError: If `model` is not a Keras 3 model or layer.
+        UsageError: If it is not built.
+
+    Example:
+    >>> import keras, sos
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    >>> kernel, bias = sos.sparsity_report(model).rows
+    >>> kernel["size"], kernel["sparsity"], kernel["multiply_adds"]
+    (8, 0.0, 8)
+    >>> bias["reason"]
+    'rank 1'
     """
     check_keras_layer(model, "sparsity_report")
     if not model.built:
         raise UsageError(
-            f"The model {model.name!r} is not built, so that it has no weights "
-            "to report. Give it an `Input` or call it on a batch first."
+            f"The model {model.name!r} has no weights to report, as it is not "
+            "built. Give it an `Input` or call it on a batch first."
         )
     return _report(model, uses_by_variable(model, inputs))
 
 
 def report_without_costs(model: keras.layers.Layer) -> SparsityReport:
-    """Reports as `sparsity_report` does, but no multiply-adds.
+    """Reports sparsity without multiply-adds.
 
-    Counting them traces the model, which takes seconds for a large one.
+    Counting these traces the model, which takes seconds for a large one.
 
     Args:
         model: A Keras 3 model or layer, built.
@@ -278,7 +290,7 @@ def _report(
 
 
 def _sampled_as_a_whole(model: keras.layers.Layer) -> set[int]:
-    """Returns the weights whose use by their layer is not described."""
+    """Returns weights, by `id`, whose layers have no registered use."""
     return {
         id(variable)
         for owner, variable in owners(model)
@@ -288,14 +300,14 @@ def _sampled_as_a_whole(model: keras.layers.Layer) -> set[int]:
 
 def _samples_outputs(layer: keras.layers.Layer) -> bool:
     if isinstance(layer, keras.layers.TimeDistributed):
-        # Of the layer inside, at all timesteps.
         return _samples_outputs(layer.layer)
-    whole = (
+    # Their registered uses are for multiply-adds only.
+    exceptions = (
         keras.layers.RNN
         | keras.layers.SeparableConv1D
         | keras.layers.SeparableConv2D
     )
-    return not isinstance(layer, whole) and (
+    return not isinstance(layer, exceptions) and (
         uses.describer(plain_class(layer)) is not None
     )
 
@@ -309,20 +321,20 @@ def _sparsity(rows: list[dict[str, Any]]) -> float:
     return 1 - sum(row["nonzeros"] for row in rows) / size if size else 0.0
 
 
-def _cells(row: dict[str, Any], counted: bool) -> list[str]:
+def _cells(row: dict[str, Any], with_costs: bool) -> list[str]:
     target, macs = row["target"], row["multiply_adds"]
-    both = [text for text in (row["technique"], row["reason"]) if text]
+    remarks = [text for text in (row["technique"], row["reason"]) if text]
     return [
         f"{row['size']:,}",
         f"{row['sparsity']:.2%}",
         "" if target is None else f"{target:.2%}",
-        *([_short(macs), _short(row["sparse_multiply_adds"])] * counted),
-        ", ".join(both),
+        *([_short(macs), _short(row["sparse_multiply_adds"])] * with_costs),
+        ", ".join(remarks),
     ]
 
 
 def _short(number: int | None) -> str:
-    """Three digits and a unit, such as 3.86 G."""
+    """Formats a number by three digits and a unit, such as 3.86 G."""
     if number is None:
         return ""
     for unit in ("", " k", " M", " G", " T"):

@@ -1,11 +1,11 @@
-"""When to prune, and how much.
+"""Pruning schedules: the sparsity of masks by training step.
 
-Pruning schedules are tfmot's, and so are any that a user derived from its
-`PruningSchedule`. `Schedule` adapts them to what training needs: exact values
-on the host, serialisation, and no lost last update. `RelativeSchedule` becomes
-one when training begins and its length is known.
+`Schedule` wraps schedules of tensorflow-model-optimization (tfmot) and user
+classes derived from its `PruningSchedule`. It adds exact values on the host,
+serialisation and an update at the last step. A `RelativeSchedule` turns into a
+`Schedule` when training begins and its length is known.
 
-This is the only module that imports tensorflow-model-optimization (tfmot).
+This is the only module that imports tfmot.
 """
 
 import functools
@@ -29,14 +29,14 @@ from sos.errors import ArgumentError, UsageError
 
 
 def _import_tfmot_schedules() -> ModuleType:
-    """Returns `tfmot.sparsity.keras`, with no trace left in the process.
+    """Imports `tfmot.sparsity.keras` and restores the environment.
 
-    Importing tfmot sets TF_USE_LEGACY_KERAS=1 for this process and its
-    children, which turns `tf.keras` into Keras 2 wherever it was not used yet.
+    The import sets TF_USE_LEGACY_KERAS=1 for this process and its children,
+    which turns `tf.keras` into Keras 2 if it was not used before.
     """
     name = "TF_USE_LEGACY_KERAS"
     before = os.environ.get(name)
-    # `tf.keras` is loaded at its first use, by what the environment says then.
+    # The first use of `tf.keras` reads the variable.
     _ = tf.keras.__version__
     try:
         import tensorflow_model_optimization as tfmot
@@ -53,22 +53,22 @@ PruningSchedule = _tfmot.PruningSchedule
 PolynomialDecay = _tfmot.PolynomialDecay
 ConstantSparsity = _tfmot.ConstantSparsity
 
-# The classes whose formulas are known here, and which of their arguments is
-# the sparsity that they end with. A subclass may compute anything.
+# The classes whose formulas this module implements (not their subclasses), with
+# the names of their final sparsity.
 _TARGETS = {
     PolynomialDecay: "final_sparsity",
     ConstantSparsity: "target_sparsity",
 }
 _NAMES = {cls.__name__: cls for cls in _TARGETS}
 
-#: The schedules that have a name, as configs give it.
+#: Names of schedules in configs.
 NAMES = ("polynomial", "constant")
 
-# Where a polynomial schedule ends by default, as a fraction of the training.
+# Default end of a polynomial schedule, as a fraction of the training steps.
 _END = 0.75
-# About how many updates there are by default.
+# Approximate default number of updates of a polynomial schedule.
 _UPDATES = 100
-# Steps between two updates of a constant schedule by default, as tfmot's.
+# Default steps between two updates of a constant schedule, as in tfmot.
 _CONSTANT_FREQUENCY = 100
 _TRAIN_STEPS = (
     "Train with `fit` and `callbacks=[sos.SparsityCallback()]` on data of "
@@ -80,29 +80,39 @@ _TRAIN_STEPS = (
 
 @keras.saving.register_keras_serializable(package="sos")
 class Schedule:
-    """A tfmot pruning schedule, as training uses it.
+    """A tfmot pruning schedule for training.
 
     It differs from the tfmot object in three points:
 
-    - The update at `end_step` always takes place. tfmot, as the authors'
+    - The update at `end_step` always takes place. tfmot, like the authors'
       library, updates only every `frequency` steps, and so misses the final
-      sparsity when `frequency` does not divide the schedule's length.
-    - Sparsities are computed in float64, for tfmot's two classes from
-      s(t) = s_final + (s_init - s_final) * (1 - p)^power, where
-      p = clip((t - begin) / (end - begin), 0, 1) (Zhu and Gupta 2017,
-      arXiv 1710.01878). tfmot computes in float32.
-    - It survives `from_config(get_config())` and Keras serialisation, which
+      sparsity if `frequency` does not divide the schedule's length.
+    - Sparsities are computed in float64; in tfmot in float32. For
+      `PolynomialDecay` s(t) = s_final + (s_init - s_final) * (1 - p)^power,
+      where p = clip((t - begin) / (end - begin), 0, 1) (Zhu and Gupta 2017,
+      arXiv 1710.01878).
+    - It supports `from_config(get_config())` and Keras serialisation, which
       tfmot's objects do not.
 
-    Two schedules are equal if their classes and configs are.
+    Schedules are equal if their classes and configs are.
 
     Args:
-        inner: A tfmot schedule, or an object of your own class derived from
+        inner: A tfmot schedule, or an object of a user class derived from
             `PruningSchedule`. To be saved, such a class must be registered
             with `@keras.saving.register_keras_serializable()`.
 
     Raises:
         TypeError: If `inner` is not a `PruningSchedule`.
+
+    Example:
+    >>> import sos
+    >>> schedule = sos.schedules.Schedule(
+    ...     sos.schedules.PolynomialDecay(
+    ...         0.0, 0.9, begin_step=100, end_step=300
+    ...     )
+    ... )
+    >>> [schedule.sparsity(step) for step in (100, 200, 300)]
+    [0.0, 0.7875, 0.9]
     """
 
     def __init__(self, inner: PruningSchedule):
@@ -118,7 +128,7 @@ class Schedule:
 
     @property
     def resolved(self) -> bool:
-        """Whether all steps are known, whatever training it is used in."""
+        """Whether the steps do not depend on the length of training."""
         return True
 
     def over(
@@ -128,14 +138,14 @@ class Schedule:
         start: int = 0,
         steps_per_execution: int = 1,
     ) -> "Schedule":
-        """Returns the schedule for one training: itself, if it is resolved.
+        """Returns the schedule for one training; itself if it is resolved.
 
         Args:
-            train_steps: Number of optimizer steps of the training; None if it
-                is not known.
-            start: The optimizer's step at which the training begins.
-            steps_per_execution: Optimizer steps between two chances to update
-                masks, at most.
+            train_steps: Number of optimizer steps of the training, None if
+                unknown.
+            start: Optimizer step at which the training begins.
+            steps_per_execution: Largest number of optimizer steps between two
+                opportunities to update masks.
 
         Raises:
             UsageError: If the schedule needs `train_steps`, or does not fit
@@ -146,33 +156,30 @@ class Schedule:
 
     @property
     def begin_step(self) -> int:
-        """The first step at which an update may take place."""
+        """First step at which an update may take place."""
         return int(getattr(self.inner, "begin_step", 0))
 
     @property
     def end_step(self) -> int | None:
-        """The step of the last update; None if endless or not known."""
+        """Step of the last update; None without an end, or if unknown."""
         end = getattr(self.inner, "end_step", None)
         return None if end is None or end < 0 else int(end)
 
     @property
     def frequency(self) -> int | None:
-        """Steps from one regular update to the next; None if not known."""
+        """Steps between two regular updates, None if unknown."""
         frequency = getattr(self.inner, "frequency", None)
         return None if frequency is None else int(frequency)
 
     def steps(self) -> tuple[int, int, int] | None:
-        """Returns begin, end and frequency of tfmot's `PolynomialDecay`.
-
-        They are None for all other schedules.
-        """
+        """Returns begin, end and frequency; None without tfmot's polynomial."""
         if type(self.inner) is not PolynomialDecay:
             return None
         return self.begin_step, self.end_step, self.frequency
 
     @property
     def target_sparsity(self) -> float | None:
-        """The sparsity to end with; None for a user's endless schedule."""
+        """Final sparsity; None for a user's schedule without an end."""
         target = _TARGETS.get(type(self.inner))
         if target is not None:
             return float(getattr(self.inner, target))
@@ -181,8 +188,8 @@ class Schedule:
     def due(self, step: int) -> bool:
         """Returns whether masks are updated at `step`.
 
-        For tfmot's classes that is every `frequency` steps from `begin_step`
-        to `end_step` (without end if that is -1), and at `end_step`.
+        tfmot's classes update every `frequency` steps from `begin_step` to
+        `end_step` (-1 for no end), and at `end_step`.
         """
         step = int(step)
         if step == self.end_step:
@@ -211,15 +218,15 @@ class Schedule:
             initial = float(inner.initial_sparsity)
             final = float(inner.final_sparsity)
             begin, end = self.begin_step, self.end_step
-            # The ends come first, as a schedule may have the length 0.
+            # Compared first, as the length may be 0.
             if step >= end:
                 return final
             if step <= begin:
                 return initial
             p = (step - begin) / (end - begin)
             return final + (initial - final) * (1.0 - p) ** inner.power
-        # A user's schedule computes in float32, and means 0.9 where it returns
-        # 0.89999998: the shortest decimal that names the same float32.
+        # The shortest decimal of the float32 that a user's schedule returns:
+        # 0.9, not 0.89999998.
         sparsity = float(str(np.float32(self._call(step)[1])))
         if not 0.0 <= sparsity <= 1.0:
             raise UsageError(
@@ -229,7 +236,7 @@ class Schedule:
         return sparsity
 
     def _call(self, step: int) -> tuple[Any, Any]:
-        """Calls a schedule whose formula is not known here, eagerly."""
+        """Calls a user's schedule eagerly."""
         with tf.init_scope():
             due, sparsity = self.inner(tf.constant(step, tf.int64))
             return np.asarray(due), np.asarray(sparsity)
@@ -237,7 +244,7 @@ class Schedule:
     def due_steps(self, after: int, until: int) -> list[int]:
         """Returns the steps t with after < t <= until at which masks change.
 
-        A user's own schedule is called once per step of the range.
+        A user's schedule is called once per step of the range.
         """
         first, last = int(after) + 1, int(until)
         if type(self.inner) not in _TARGETS:
@@ -252,44 +259,40 @@ class Schedule:
         return steps
 
     def check_steps_per_execution(self, steps: int) -> None:
-        """Raises an error if blocks of steps would skip updates.
+        """Checks that an execution of several steps skips no mask update.
 
         Args:
-            steps: Number of training steps in a block, such as
-                `steps_per_execution` of `compile`. Only one mask update can
-                take place per block, at its end.
+            steps: Training steps per execution, as in `compile`. One mask
+                update can take place at the end of each.
 
         Raises:
-            UsageError: If `frequency` is smaller than that.
+            UsageError: If `frequency` is below `steps`.
         """
         if self.frequency is not None and self.frequency < steps:
             raise UsageError(
                 f"The schedule updates masks every {self.frequency} steps, but "
-                f"{steps} training steps run as one block, with room for one "
-                "update only. Choose a `frequency` of at least "
-                f"{steps}, or a `steps_per_execution` of at most "
-                f"{self.frequency}. Received: steps={steps}, "
-                f"frequency={self.frequency}"
+                f"{steps} training steps run in one execution, which allows "
+                f"one update. Choose a `frequency` of at least {steps}, or a "
+                f"`steps_per_execution` of at most {self.frequency}. "
+                f"Received: steps={steps}, frequency={self.frequency}"
             )
 
     def with_sparsity(self, sparsity: float) -> "Schedule":
-        """Returns the same schedule with another sparsity to end with.
+        """Returns the schedule with another final sparsity.
 
         Args:
             sparsity: The new final (or constant) sparsity, in [0, 1).
 
         Raises:
-            TypeError: If this is a user's own schedule, as nobody else knows
-                what it computes.
+            TypeError: If this is a user's schedule, whose formula is unknown.
             UsageError: If `sparsity` is out of range.
         """
         cls = type(self.inner)
         if cls not in _TARGETS:
             raise ArgumentError(
                 f"The sparsity of a `{cls.__name__}` cannot be replaced, as "
-                "only tfmot's own schedules are known here. Give the weight a "
-                "schedule of its own, not a sparsity. Received: "
-                f"sparsity={sparsity}"
+                "its formula is unknown. Pass another `schedule` instead of a "
+                f"sparsity. Received: sparsity={sparsity}"
             )
         sparsity = _check_sparsity("sparsity", sparsity)
         return Schedule(cls(**{**self._options(), _TARGETS[cls]: sparsity}))
@@ -297,8 +300,8 @@ class Schedule:
     def _options(self) -> dict[str, Any]:
         """Returns the config of the inner schedule for its `from_config`."""
         options = self.inner.get_config()
-        # tfmot nests the arguments in a dict that its own `from_config` cannot
-        # read. A class with another `from_config` gets what it wrote.
+        # tfmot nests the arguments in a dictionary that its own `from_config`
+        # cannot read. User classes with another `from_config` can.
         inherited = (
             type(self.inner).from_config.__func__
             is PruningSchedule.from_config.__func__
@@ -324,30 +327,29 @@ class Schedule:
             registered = keras.saving.get_registered_object(name)
             if name in _NAMES or registered is not cls:
                 raise UsageError(
-                    f"The schedule class `{cls.__name__}` is not registered, "
-                    "so it could be saved but not loaded. Put "
-                    "`@keras.saving.register_keras_serializable()` in front "
-                    f"of it. Received: {self.inner!r}"
+                    f"The schedule class `{cls.__name__}` is not registered: "
+                    "it could be saved but not loaded. Decorate it with "
+                    "`@keras.saving.register_keras_serializable()`. "
+                    f"Received: {self.inner!r}"
                 )
         return {"schedule": name, "options": self._options()}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Schedule":
-        """Returns a schedule made from the result of `get_config`.
+        """Creates a schedule from the result of `get_config`.
 
         Raises:
-            UsageError: If the class is a user's and not registered with Keras.
+            UsageError: If a user's class is not registered with Keras.
         """
         name = config["schedule"]
         inner = _NAMES.get(name) or keras.saving.get_registered_object(name)
         if inner is None:
             raise UsageError(
                 f"There is no schedule class named {name!r}. Import the "
-                "module that defines it, with "
-                "`@keras.saving.register_keras_serializable()` in front of "
-                "the class, before loading; or pass it in `custom_objects`. "
-                f"Known without that: {sorted(_NAMES)}. Received: "
-                f"config={config}"
+                "module that defines it, decorated with "
+                "`@keras.saving.register_keras_serializable()`, before "
+                "loading; or pass it in `custom_objects`. Built-in classes: "
+                f"{sorted(_NAMES)}. Received: config={config}"
             )
         return cls(inner.from_config(config["options"]))
 
@@ -369,21 +371,22 @@ class Schedule:
 
 @keras.saving.register_keras_serializable(package="sos")
 class RelativeSchedule(Schedule):
-    """A schedule with steps that follow from the length of training.
+    """A schedule whose steps depend on the length of training.
 
-    `over` returns the schedule of one training. Until then the sparsity at a
-    step is unknown, except if there is an `end_step`: then only the default of
-    `frequency` depends on the training. `make_schedule` explains the arguments.
+    `over` returns the schedule for one training. Before, steps and sparsities
+    are unknown unless there is an `end_step`. The arguments are those of
+    `make_schedule`.
 
     Raises:
-        UsageError: When a step or a sparsity is read that is not known yet.
+        UsageError: If a step or sparsity is read before it is known.
 
     Example:
-    >>> schedule = RelativeSchedule(sparsity=0.9)
+    >>> import sos
+    >>> schedule = sos.schedules.RelativeSchedule(sparsity=0.9)
     >>> schedule.target_sparsity, schedule.resolved
     (0.9, False)
-    >>> laid_out = schedule.over(train_steps=1000)
-    >>> laid_out.begin_step, laid_out.end_step, laid_out.frequency
+    >>> resolved = schedule.over(train_steps=1000)
+    >>> resolved.begin_step, resolved.end_step, resolved.frequency
     (0, 750, 8)
     """
 
@@ -410,17 +413,17 @@ class RelativeSchedule(Schedule):
 
     @property
     def inner(self) -> PruningSchedule:
-        """The tfmot schedule, as far as it does not depend on the training."""
+        """The tfmot schedule, if it does not depend on `train_steps`."""
         return self.over(None).inner
 
     @property
     def resolved(self) -> bool:
-        """False: `over` resolves it."""
+        """False, as only `over` returns a resolved schedule."""
         return False
 
     @property
     def target_sparsity(self) -> float:
-        """The sparsity to end with."""
+        """Final sparsity."""
         return self._numbers["sparsity"]
 
     def over(
@@ -438,11 +441,14 @@ class RelativeSchedule(Schedule):
         Args:
             train_steps: As for `Schedule.over`.
             start: As for `Schedule.over`.
-            steps_per_execution: The least default of `frequency`.
+            steps_per_execution: Lower limit of the default `frequency`.
+
+        Returns:
+            The resolved schedule.
 
         Raises:
-            UsageError: If `train_steps` is needed and None or below 1, or
-                pruning would begin after its end.
+            UsageError: If `train_steps` is needed and None or below 1, or if
+                `begin_step` is after the end.
         """
         numbers = dict(self._numbers)
         frequency = numbers["frequency"]
@@ -458,19 +464,18 @@ class RelativeSchedule(Schedule):
         if numbers["end_step"] is None:
             if train_steps is None:
                 raise UsageError(
-                    "The schedule is laid over the training, but the number of "
-                    f"training steps is unknown. {_TRAIN_STEPS} Or give the "
-                    f"schedule an `end_step`. Received: {self!r}, "
-                    "train_steps=None"
+                    "The schedule depends on the number of training steps, "
+                    f"which is unknown. {_TRAIN_STEPS} Or pass an `end_step`. "
+                    f"Received: {self!r}, train_steps=None"
                 )
             train_steps = check_integer("train_steps", train_steps, minimum=1)
             end = start + round(_END * train_steps)
             begin = max(numbers["begin_step"], start)
             if begin > end:
                 raise UsageError(
-                    f"Pruning must begin by step {end}, which is after "
-                    f"{_END:.0%} of the {train_steps} training steps that "
-                    f"follow step {start}. Lower `begin_step`, or give an "
+                    f"`begin_step` must be at most {end}, where the schedule "
+                    f"ends: after {_END:.0%} of the {train_steps} training "
+                    f"steps from step {start}. Lower it, or pass an "
                     f"`end_step`. Received: begin_step={begin}, "
                     f"train_steps={train_steps}"
                 )
@@ -481,12 +486,12 @@ class RelativeSchedule(Schedule):
         return make_schedule(**{**numbers, "frequency": frequency})
 
     def at(self, begin_step: int, end_step: int, frequency: int) -> Schedule:
-        """Returns the schedule as it was laid out in a training before.
+        """Returns the schedule resolved by the steps of an earlier training.
 
         Args:
-            begin_step: The first step, unless there is an `end_step`.
-            end_step: The last step, unless there is one.
-            frequency: The frequency, unless there is one.
+            begin_step: First step; ignored if the schedule has an `end_step`.
+            end_step: Last step; ignored if the schedule has one.
+            frequency: Frequency; ignored if the schedule has one.
         """
         if self._name == "constant":
             return self
@@ -498,7 +503,7 @@ class RelativeSchedule(Schedule):
         return make_schedule(**numbers)
 
     def with_sparsity(self, sparsity: float) -> Schedule:
-        """Returns the same schedule with another sparsity to end with.
+        """Returns the schedule with another final sparsity.
 
         Args:
             sparsity: The new sparsity, in [0, 1).
@@ -515,7 +520,7 @@ class RelativeSchedule(Schedule):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "RelativeSchedule":
-        """Returns a schedule made from the result of `get_config`."""
+        """Creates a schedule from the result of `get_config`."""
         return _relative(**config)
 
     def __eq__(self, other: object) -> bool:
@@ -533,10 +538,20 @@ class RelativeSchedule(Schedule):
 
 
 def as_schedule(schedule: Schedule | PruningSchedule) -> Schedule:
-    """Returns a `Schedule` for either kind of schedule object.
+    """Converts a tfmot schedule to a `Schedule`; returns others as is.
+
+    Args:
+        schedule: The schedule.
 
     Raises:
-        TypeError: If it is neither.
+        TypeError: If it is not a schedule.
+
+    Example:
+    >>> import sos
+    >>> sos.schedules.as_schedule(
+    ...     sos.schedules.ConstantSparsity(0.5, begin_step=0)
+    ... ).sparsity(0)
+    0.5
     """
     if isinstance(schedule, Schedule):
         return schedule
@@ -561,19 +576,19 @@ def make_schedule(
     frequency: int | None = None,
     power: float = 3.0,
 ) -> Schedule:
-    """Returns the schedule that a name and numbers describe.
+    """Creates a schedule from its name and numbers.
 
     - "polynomial": tfmot's `PolynomialDecay` (Zhu and Gupta 2017),
       s(t) = s_final + (s_init - s_final) * (1 - p)^power, where
       p = clip((t - begin) / (end - begin), 0, 1).
-    - "constant": tfmot's `ConstantSparsity`; masks are updated for the rest of
-      training.
+    - "constant": tfmot's `ConstantSparsity`; masks are updated until training
+      ends.
 
     Args:
         schedule: The name.
-        sparsity: Fraction of zeros to end with, in [0, 1).
-        initial_sparsity: Fraction of zeros at `begin_step`, in [0, 1); of a
-            polynomial schedule.
+        sparsity: Final fraction of zeros, in [0, 1).
+        initial_sparsity: Fraction of zeros at `begin_step` of a polynomial
+            schedule, in [0, 1).
         begin_step: Training step of the first mask update.
         end_step: Training step of the last mask update of a polynomial
             schedule; None for 75 % of the training steps.
@@ -583,15 +598,15 @@ def make_schedule(
         power: Exponent of the polynomial.
 
     Returns:
-        A `Schedule`: the same object for the same numbers, so that it is asked
-        once a step for all layers that share it. It is a `RelativeSchedule` if
-        steps follow from the training.
+        A `Schedule`; a `RelativeSchedule` if its steps depend on the training.
+        Equal arguments return the same object, so that layers share it.
 
     Raises:
-        UsageError: If there is no such schedule, a number is out of range or
-            does not fit the schedule.
+        UsageError: If the name is unknown, or a number is out of range or does
+            not fit the schedule.
 
     Example:
+    >>> from sos.schedules import make_schedule
     >>> make_schedule("constant", sparsity=0.5, frequency=10).sparsity(0)
     0.5
     >>> schedule = make_schedule(sparsity=0.9, begin_step=100, end_step=300)

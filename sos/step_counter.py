@@ -1,4 +1,4 @@
-"""The training step, as every technique reads it."""
+"""The training step that techniques read."""
 
 import weakref
 from typing import Any
@@ -8,41 +8,41 @@ import tensorflow as tf
 
 
 class StepCounter:
-    """Reads the training step from the optimizer that an updater binds.
+    """Reads the training step from an optimizer.
 
-    The step is the optimizer's `iterations`: schedules, ramps and noise are
-    functions of it, so nothing of theirs has to be saved and nothing can run
-    out of step with training. It is a plain object, not a Keras one, so
-    that neither the optimizer nor the counter is saved with the layer.
+    The step is the optimizer's `iterations`. Schedules, ramps and noise are
+    functions of it, so they have no state to save, and always match training.
+    The counter is not a Keras object, so that neither it nor the optimizer is
+    saved with the layer.
 
-    Between `unbind` and the next `bind` there is no step, and a training call
-    of a layer that needs one raises.
+    An updater binds the optimizer. Without one there is no step, and a training
+    call of a layer that needs it raises an error.
     """
 
     def __init__(self) -> None:
         self._optimizer = None
         self._owner = None
-        #: Whether a gradient of the layer's penalty was computed, or traced,
+        #: Whether a gradient of the layer's penalty was computed or traced
         #: while an optimizer was bound.
         self.penalty_trained = False
 
     @property
     def bound(self) -> bool:
-        """Whether an optimizer is bound, by an owner that still exists."""
+        """Whether an optimizer is bound, and its owner still exists."""
         if self._owner is not None and self._owner() is None:
             self.unbind()
         return self._optimizer is not None
 
     def bound_by_another(self, owner: Any) -> bool:
-        """Returns whether an owner other than this one has bound it."""
+        """Returns whether an owner other than `owner` has bound it."""
         return self.bound and self._owner is not None and not self._is(owner)
 
     @property
     def step(self) -> tf.Tensor:
-        """The number of completed optimizer steps, an int32 scalar.
+        """Number of completed optimizer steps, an int32 scalar.
 
-        It is read anew each time: `iterations` is computed when gradients are
-        accumulated and belongs to the inner optimizer under loss scaling.
+        `iterations` is read each time, not stored: with gradient accumulation
+        it is a computed value, with loss scaling the inner optimizer's.
 
         Raises:
             RuntimeError: If no optimizer is bound.
@@ -65,8 +65,8 @@ class StepCounter:
 
         Args:
             optimizer: A Keras optimizer.
-            owner: Who binds it, held weakly: a counter whose owner was lost in
-                an error counts as not bound.
+            owner: The object that binds it. The counter keeps a weak reference:
+                once the owner is deleted, as after an error, it is not bound.
 
         Raises:
             RuntimeError: If another owner has bound it.
@@ -77,10 +77,11 @@ class StepCounter:
         self._owner = None if owner is None else weakref.ref(owner)
 
     def unbind(self, owner: Any = None) -> None:
-        """Forgets the optimizer.
+        """Releases the optimizer.
 
         Args:
-            owner: Who unbinds it. If another owner has bound it, it stays so.
+            owner: The object that unbinds it. Nothing happens if another owner
+                has bound it.
         """
         if owner is not None and self.bound_by_another(owner):
             return

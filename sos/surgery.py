@@ -1,4 +1,4 @@
-"""Makes whole models sparse, and plain again."""
+"""Makes whole models sparse, and converts them to plain models."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -41,42 +41,41 @@ def sparsify(
     copy: bool = True,
     **hyperparameters: Any,
 ) -> keras.Model:
-    """Makes the weights of a model sparse while it trains.
+    """Applies a technique that makes a model sparse while it trains.
 
-    All trainable weights of rank 2 or more, except biases, are made sparse with
-    `technique` unless a rule says otherwise. `sos.sparsity_report` shows for
-    every weight its technique, or why it stays dense.
+    `technique` applies to all trainable weights of rank 2 or more, except
+    biases and the exceptions in `rules`. `sos.sparsity_report` shows the
+    technique of every weight, or why it stays dense.
 
-    The model keeps its class and its methods. The layers that own the weights
-    become instances of a generated subclass of their class, with the techniques
-    in `layer.techniques`; so do subclassed models and layers that hold such
-    layers. Weights are sparse in every call of a layer, from wherever it is
-    made; what code reads for itself (`self.dense.kernel`) is sparse inside the
-    `call` of the layers and subclassed models that hold the weight, and inside
-    `sos.frozen`. A `Lambda` layer holds no weights: it reads dense ones.
+    The model keeps its class and its methods. Layers with sparse weights become
+    instances of a generated subclass of their class, with the techniques in
+    `layer.techniques`. So do subclassed models and layers that contain them.
+    Weights are sparse in every call of their layer. Code that reads a weight
+    directly (`self.dense.kernel`) gets the sparse value inside the `call` of a
+    layer or subclassed model that contains it, and inside `sos.frozen`. A
+    `Lambda` layer contains no weights, and reads dense ones.
 
-    Technique, rules and hyperparameters can be plain names and numbers, so that
-    a config holds them: `sos.sparsify(model, **config.sparsity)`.
+    Technique, rules and hyperparameters can be names and numbers of a config:
+    `sos.sparsify(model, **config.sparsity)`.
 
     Args:
         model: A Keras 3 model that is built.
         technique: A registered technique or its name; None leaves all weights
             dense that no rule matches.
-        rules: Exceptions, as a mapping or a sequence of pairs. The keys are
-            regular expressions that are searched for (`re.search`) in the paths
-            of the weights, as the report prints them (without the name of the
-            model in front); or layers of `model`, for all weights of theirs and
-            of their sublayers; or weights of `model`, such as `layer.kernel`
-            (in pairs, as a Keras variable cannot be a key of a mapping). The
-            values are None to leave the weights dense, a technique or its name,
-            or a dictionary of hyperparameters, which may have the key
-            `technique`. A rule inherits the hyperparameters that it does
-            not change, unless it names another technique.
+        rules: Exceptions, as a mapping or a sequence of pairs. A key is a
+            regular expression, for weights in whose path `re.search` finds it
+            (paths as in the report, without the model's name); a layer of
+            `model`, for its weights and its sublayers'; or a weight of `model`,
+            such as `layer.kernel` (in pairs, as a Keras variable cannot be a
+            key of a mapping). A value is None to leave the weights dense, a
+            technique or its name, or a dictionary of hyperparameters, which may
+            have the key `technique`. A rule inherits hyperparameters that it
+            does not change, unless it has another technique.
         copy: Whether the result gets copies of the layers and weights. If not,
             `model` itself becomes sparse.
         **hyperparameters: Hyperparameters of the technique
-            (`sos.extend.hyperparameters` lists them), or objects that it takes
-            in their place, such as `schedule`.
+            (`sos.extend.hyperparameters` lists them), or objects that replace
+            several of them, such as `schedule`.
 
     Returns:
         A model of the class of `model`, with the same weights, to compile and
@@ -85,10 +84,9 @@ def sparsify(
     Raises:
         TypeError: If `model` is not a Keras 3 model or cannot be copied, or if
             a hyperparameter is unknown, missing or excluded by another.
-        UsageError: If `model` is not built or sparse already, a hyperparameter
-            is out of range, a rule matches no weight or is not for a part of
-            `model`, two rules match one weight, or nothing is left to make
-            sparse.
+        UsageError: If `model` is not built or already sparse, a hyperparameter
+            is out of range, a rule matches no weight or its key is not part of
+            `model`, two rules match one weight, or all weights stay dense.
 
     Example:
     >>> import keras, sos
@@ -125,15 +123,14 @@ def prune(
     """Prunes a trained model at once, by magnitude.
 
     In each weight of rank 2 or more, except biases, the elements of the
-    smallest magnitude get a mask of 0: of n elements exactly
-    `round(n * (1 - sparsity))` are kept, but at least one; of equal ones those
-    that come first. The masks never change, whatever is trained
-    (`sos.FixedMask`). Weights under a mask of 0 count as zeros in every call;
-    `layer.kernel` still holds their values, which `sos.set_masks` can bring
-    back.
+    smallest magnitude get a mask of 0. Of n elements exactly
+    `round(n * (1 - sparsity))` are kept, but at least one; among equal
+    magnitudes the first. The masks do not change in training (`sos.FixedMask`).
+    Pruned elements are zero in every call. `layer.kernel` still has their
+    values, which `sos.set_masks` can restore.
 
-    To prune step by step while the model trains, which loses less accuracy, use
-    `sos.sparsify` with "MagnitudePruning".
+    Pruning gradually in training loses less accuracy: use `sos.sparsify` with
+    "MagnitudePruning".
 
     Args:
         model: A Keras 3 model that is built.
@@ -152,12 +149,12 @@ def prune(
             a rule is of a wrong type.
         UsageError: If `model` is not built or sparse already, a sparsity is out
             of range, a weight is NaN, a rule matches no weight, two rules match
-            one weight, or nothing is left to prune. Nothing is changed then.
+            one weight, or nothing is left to prune. Then nothing changes.
 
     Warns:
-        SparsityWarning: If the magnitudes of a weight are all equal, so that it
-            stays dense, or a weight keeps its last element although its
-            sparsity leaves none.
+        SparsityWarning: If the magnitudes of a weight are all equal, and it
+            stays dense, or if a weight keeps one element although its sparsity
+            leaves none.
 
     Example:
     >>> import keras, sos
@@ -185,7 +182,7 @@ def prune(
         value = _sparsity_of_rule(assignment)
         sparsities.update(dict.fromkeys(assignment.paths, value))
         paths.update(assignment.paths)
-        # Otherwise the mask would be drawn at random.
+        # With a sparsity, `FixedMask` would create a random mask.
         assignment.arguments = {}
     variables = {
         position: variable
@@ -209,7 +206,7 @@ def _sparsity_of_rule(assignment: Assignment) -> float:
     }:
         raise UsageError(
             'A rule of `prune` must be None or {"sparsity": number}. For the '
-            f"weights {weights} one asks for: "
+            f"weights {weights} it has: "
             f"technique={assignment.technique.__name__}, "
             f"{assignment.arguments}. For other techniques use `sos.sparsify`."
         )
@@ -226,16 +223,16 @@ def _magnitude_masks(
     sparsities: dict[int, float],
     paths: dict[int, str],
 ) -> tuple[dict[int, Any], set[int]]:
-    """Ranks weights by their magnitudes.
+    """Computes masks by magnitude.
 
     Args:
-        variables: The weights, by any key.
-        sparsities: Their sparsities.
-        paths: Their paths.
+        variables: Weights by any keys.
+        sparsities: Sparsities by the same keys.
+        paths: Paths by the same keys.
 
     Returns:
-        The masks, and the keys of those that are all ones because the
-        magnitudes are all equal.
+        The masks by key, and the keys of weights whose magnitudes are all
+        equal, with masks of ones.
 
     Raises:
         UsageError: If a weight is NaN.
@@ -251,20 +248,19 @@ def _magnitude_masks(
     ]
     if invalid:
         raise UsageError(
-            "`prune` needs weights with a magnitude, and NaN has none. Find "
-            "the step at which the weights became NaN "
-            "(`keras.callbacks.TerminateOnNaN` stops there). Received: NaN in "
-            f"{listed(invalid)}"
+            "`prune` cannot rank NaN. Find the step at which the weights "
+            "became NaN (`keras.callbacks.TerminateOnNaN` stops there). "
+            f"Received: NaN in {listed(invalid)}"
         )
     ranking = PerTensorRanking()
-    ordered = list(scores.values())
-    masks = ranking.masks(ordered, [sparsities[key] for key in scores])
-    found = dict(zip(scores, masks, strict=True))
-    equal = undecided(ranking, ordered, masks)
+    values = list(scores.values())
+    masks = ranking.masks(values, [sparsities[key] for key in scores])
+    by_key = dict(zip(scores, masks, strict=True))
+    equal = undecided(ranking, values, masks)
     unranked = {key for key, same in zip(scores, equal, strict=True) if same}
     for key in unranked:
-        found[key] = np.ones(variables[key].shape, "uint8")
-    return found, unranked
+        by_key[key] = np.ones(variables[key].shape, "uint8")
+    return by_key, unranked
 
 
 def _warn_of_masks(
@@ -277,10 +273,10 @@ def _warn_of_masks(
         size = int(np.prod(mask.shape))
         if key in unranked:
             warn(
-                f"The magnitudes of {paths[key]} are all equal, so that "
-                "`sos.prune` has no order in which to prune its elements: it "
-                "stays dense. Load or train the weights before you prune, or "
-                "leave it dense by a rule."
+                f"The magnitudes of {paths[key]} are all equal: `sos.prune` "
+                "has no order in which to prune its elements, and it stays "
+                "dense. Load or train the weights before you prune, or leave "
+                "it dense by a rule."
             )
         elif size and not keep_count(size, sparsities[key]):
             warn(
@@ -293,12 +289,12 @@ def _warn_of_masks(
 def _make_sparse(
     model: keras.Model, plan: Sequence[Assignment], reasons: Reasons, copy: bool
 ) -> tuple[keras.Model, dict[int, SparseWeight]]:
-    """Carries out a plan.
+    """Makes a model sparse as planned.
 
     Args:
         model: The model of the plan.
-        plan: From `make_plan`.
-        reasons: From `make_plan`.
+        plan: Assignments from `make_plan`.
+        reasons: Reasons from `make_plan`.
         copy: As for `sparsify`.
 
     Returns:
@@ -342,7 +338,7 @@ def _attach(
 
 
 def _forget_traces(model: keras.Model) -> None:
-    """Drops compiled functions, which know the calls as they were before."""
+    """Drops compiled functions, which contain the calls of dense layers."""
     for inner in keras_compat.all_layers(model):
         for name in ("train", "test", "predict"):
             if getattr(inner, f"{name}_function", None) is not None:
@@ -355,40 +351,38 @@ def _forget_traces(model: keras.Model) -> None:
 def strip(
     model: keras.layers.Layer, *, copy: bool = True
 ) -> keras.layers.Layer:
-    """Makes a plain Keras model with the zeros in place.
+    """Converts a sparse model to a plain Keras model with zeros in its weights.
 
-    Its outputs are the evaluation outputs of the sparse model, and nothing in
-    it or in a file that it is saved to refers to `sos`. A model without sparse
-    layers stays as it is.
+    Its outputs are the evaluation outputs of the sparse model. It does not
+    depend on `sos`, nor do files that it is saved to. A model without sparse
+    layers does not change.
 
     Args:
-        model: A model with sparse layers, or one such layer, or a plain one.
+        model: A model or layer, sparse or plain.
         copy: Whether the result gets copies of the layers and weights. If not,
             `model` itself becomes plain: its weights get their zeros, and the
-            variables of the techniques are gone. That needs layers that
-            `sos.sparsify` or `sos.prune` made sparse; a wrapper in a model
-            cannot be replaced.
+            variables of the techniques are removed. This needs layers that
+            `sos.sparsify` or `sos.prune` made sparse, not wrappers.
 
     Returns:
-        A new model, or layer, of the kind that was made sparse; `model` itself
-        with `copy=False`. What was sparse is not compiled: compile it again
-        before training, as an optimizer may know variables that are gone.
+        A model or layer of the original class; `model` itself with
+        `copy=False`. It is not compiled if it was sparse, as an optimizer may
+        refer to variables of techniques.
 
     Raises:
         TypeError: If `model` is not a Keras 3 model or layer.
-        UsageError: If a sparse layer is held by a layer or model of a class of
-            its own, which cannot be put together again without it. With
-            `copy=False`, if there are wrappers, or the model is being trained.
-            Nothing is changed then.
+        UsageError: If a subclassed layer or model contains a wrapper, which
+            only its own code could replace. With `copy=False`, if there are
+            wrappers, or the model is being trained. Then nothing changes.
 
     Example:
     >>> import keras, sos
     >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(8)])
     >>> plain = sos.strip(sos.prune(model, 0.75))
-    >>> type(plain.layers[0]).__name__, sos.sparsity_report(plain).rows[0][
-    ...     "sparsity"
-    ... ]
-    ('Dense', 0.75)
+    >>> sos.sparse_layers(plain)
+    []
+    >>> sos.sparsity_report(plain).rows[0]["sparsity"]
+    0.75
     """
     check_keras_layer(model, "strip")
     techniques = find_wrappers(model)
@@ -450,7 +444,7 @@ def _strip_in_place(
 def _evaluation_values(
     techniques: Sequence[SparseWrapper],
 ) -> list[tuple[keras.Variable, Any]]:
-    """Returns the sparse weights with their values in evaluation."""
+    """Returns pairs of sparse weights and their values in evaluation."""
     return [
         (weight.variable, value)
         for technique in techniques
@@ -459,7 +453,7 @@ def _evaluation_values(
 
 
 def _check_wrappers(layer: keras.layers.Layer) -> None:
-    """Raises if a wrapper is held by a layer that only its code replaces."""
+    """Raises an error if a subclassed layer or model contains a wrapper."""
     layer = core(layer)
     for inner in keras_compat.sublayers(layer):
         if isinstance(inner, SparseWrapper) and inner.attached:
@@ -469,10 +463,10 @@ def _check_wrappers(layer: keras.layers.Layer) -> None:
         ):
             raise UsageError(
                 f"The layer {layer.name!r} of class {type(layer).__name__} "
-                "holds sparse layers that only its own code could replace. "
-                "Build the layer without them, then assign to its weights the "
-                "values of `wrapper.evaluation_weights()`; or make the plain "
-                "layer sparse with `sos.sparsify`, which can be stripped."
+                "contains wrappers, which only its own code could replace. "
+                "Build the layer without them, and assign the values of "
+                "`wrapper.evaluation_weights()` to its weights. Or use "
+                "`sos.sparsify` on the plain layer, which can be stripped."
             )
         _check_wrappers(inner)
 
@@ -484,8 +478,8 @@ def _check_model(model: Any, function: str) -> None:
             "Wrap a single layer with the technique itself, as in "
             "`sos.MagnitudePruning(layer, ...)`."
             if isinstance(model, keras.layers.Layer)
-            else "A model of `tf_keras`, or of `tf.keras` under "
-            "TF_USE_LEGACY_KERAS, is one of Keras 2."
+            else "Models of `tf_keras`, and of `tf.keras` with "
+            "TF_USE_LEGACY_KERAS, are Keras 2 models."
         )
         raise ArgumentError(
             f"`{function}` takes a model of Keras 3 "
@@ -494,13 +488,13 @@ def _check_model(model: Any, function: str) -> None:
         )
     if not model.built:
         raise UsageError(
-            f"The model {model.name!r} is not built, so that its weights are "
-            "not known. Give it an `Input`, or call it on a batch, before "
+            f"The model {model.name!r} has no weights yet, as it is not built. "
+            "Give it an `Input`, or call it on a batch, before "
             f"`{function}`."
         )
     if find_wrappers(model):
         raise UsageError(
-            f"The model {model.name!r} holds sparse layers already. Use one "
-            "`sparsify` with `rules` for several techniques, or `strip` it "
-            "first."
+            f"The model {model.name!r} has sparse layers already. For several "
+            "techniques call `sparsify` once, with `rules`; or `strip` the "
+            "model first."
         )

@@ -1,4 +1,4 @@
-"""Updates masks and adds penalties while a model trains."""
+"""Updates masks and enables penalties while a model trains."""
 
 from collections.abc import Callable
 from types import TracebackType
@@ -23,48 +23,61 @@ from sos.wrappers.sparse_weight import SparseWeight
 
 
 class SparsityUpdater:
-    """Binds a model's sparse layers to an optimizer and updates their masks.
+    """Updates masks and enables penalties in a custom training loop.
 
-    For a custom training loop:
+    Call `step` after every training step, as in the example; with `fit` use
+    `sos.SparsityCallback` instead. Train only inside the `with` block: a
+    `tf.function` that was traced there would not update masks outside of it.
 
-    ```
-    with sos.SparsityUpdater(model, optimizer) as updater:
-        for batch in data:
-            train_step(batch)
-            updater.step()
-    ```
+    Techniques read the training step from the optimizer. `model.losses`
+    contains the penalties while the updater runs. Between `pause` and `resume`
+    they are zero, as for evaluation. Variables that techniques add, such as log
+    alpha, are excluded from the optimizer's weight decay.
 
-    `fit` uses `sos.SparsityCallback` instead. Without `end_step` a pruning
-    schedule needs `train_steps`: it is laid over that many steps from the first
-    `start` on, and stays so (`sos.MagnitudePruning`). Call the training step
-    inside the scope only: a `tf.function` that was traced there and is called
-    outside trains on with the masks that it finds. `model.losses` holds the
-    penalties while the updater runs; between `pause` and `resume` they are
-    zero, as the loss of an evaluation should have it.
-
-    Training that would not count is an error or a `SparsityWarning`, at the
-    latest when the scope ends: an optimizer that stands still, a second updater
-    of the same layers, masks that a new optimizer's counter would make dense
-    (they are kept), penalties that are in no loss. The variables that
-    techniques add, such as log alpha, are excluded from the optimizer's weight
-    decay.
+    Some mistakes raise an error or warn with a `SparsityWarning`, at the latest
+    at the end of the block: an optimizer that makes no step, a second updater
+    of the same layers, masks that a new optimizer would make dense (they are
+    kept), a loss without the penalties.
 
     Args:
         model: A model with sparse layers, built.
         optimizer: The optimizer that trains it.
-        train_steps: The number of optimizer steps that the training makes; None
-            if all schedules have an `end_step`, were laid out before, or are
-            constant.
-        steps_per_execution: The number of optimizer steps between two calls of
-            `step`, at most.
-        update_masks: What ranks the weights and sets the masks: called with
-            the sparsity to reach, by wrapper, of the layers that are due.
+        train_steps: Number of optimizer steps of the training, for pruning
+            schedules without an `end_step` (`sos.MagnitudePruning`); otherwise
+            None.
+        steps_per_execution: Largest number of optimizer steps between two calls
+            of `step`.
+        update_masks: Function that ranks weights and sets masks. It takes the
+            sparsities by technique, of those that are due.
 
     Raises:
-        TypeError: If `model` or `optimizer` is not one of Keras 3.
-        ValueError: If the model has no sparse layer or is not built, weights
-            share a path and so their noise, or `train_steps` or
+        TypeError: If `model` or `optimizer` is not a Keras 3 object.
+        ValueError: If the model has no sparse layer or is not built, if weights
+            share a path and so their noise, or if `train_steps` or
             `steps_per_execution` is below 1.
+
+    Example:
+    >>> import keras, sos
+    >>> import tensorflow as tf
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    >>> sparse = sos.sparsify(
+    ...     model, "MagnitudePruning", sparsity=0.75, end_step=8, frequency=1
+    ... )
+    >>> optimizer = keras.optimizers.SGD()
+    >>> @tf.function
+    ... def train_step(x, y):
+    ...     with tf.GradientTape() as tape:
+    ...         loss = tf.reduce_mean((sparse(x, training=True) - y) ** 2)
+    ...         loss += sum(sparse.losses)
+    ...     gradients = tape.gradient(loss, sparse.trainable_variables)
+    ...     optimizer.apply(gradients, sparse.trainable_variables)
+    >>> optimizer.build(sparse.trainable_variables)
+    >>> with sos.SparsityUpdater(sparse, optimizer) as updater:
+    ...     for _ in range(8):
+    ...         train_step(tf.ones((1, 4)), tf.ones((1, 2)))
+    ...         updater.step()
+    >>> sos.sparsity_report(sparse).sparsity
+    0.75
     """
 
     def __init__(
@@ -100,15 +113,15 @@ class SparsityUpdater:
         wrappers = find_wrappers(model)
         if not wrappers:
             raise ValueError(
-                f"The model {model.name!r} holds no sparse layer. Use "
+                f"The model {model.name!r} has no sparse layer. Use "
                 "`sos.sparsify`, or wrap its layers."
             )
         unbuilt = [wrapper.name for wrapper in wrappers if not wrapper.built]
         if unbuilt:
             raise ValueError(
-                "All sparse layers must be built before training, so that "
-                "masks can be set. Give the model an `Input` or call it on a "
-                f"batch first. Received: unbuilt layers {unbuilt}"
+                "All sparse layers must be built before training. Give the "
+                "model an `Input` or call it on a batch first. "
+                f"Received: unbuilt layers {unbuilt}"
             )
         _check_streams(wrappers)
         self.model = model
@@ -125,26 +138,25 @@ class SparsityUpdater:
 
     @property
     def iterations(self) -> int:
-        """The number of completed optimizer steps."""
+        """Number of completed optimizer steps."""
         return int(keras.ops.convert_to_numpy(self.optimizer.iterations))
 
     def start(self, *, up_to_date: bool = False) -> None:
-        """Binds the step counters and updates the masks if this step is due.
+        """Binds the step counters and updates the masks that are due now.
 
-        Masks of ones are brought to what the schedule had for the last update
-        before this step: a checkpoint may have been saved just before it. Masks
-        with more zeros than the schedule has yet are kept until it reaches
-        their sparsity, with a warning.
+        Masks of ones get the sparsity of the schedule's last update, as a
+        checkpoint may have been saved just before that update. Masks with more
+        zeros than the schedule are kept until it reaches their sparsity, with a
+        warning.
 
         Args:
-            up_to_date: Whether the masks, and gradients that were gathered for
-                them, come from a checkpoint that was saved after the `step` of
-                its optimizer step. Nothing is due then.
+            up_to_date: Whether the masks come from a checkpoint that was saved
+                after the `step` of its optimizer step. Then nothing is due.
 
         Raises:
             RuntimeError: If another updater updates one of the layers.
-            UsageError: If a schedule is finer than `steps_per_execution`, or
-                needs `train_steps`.
+            UsageError: If a schedule's `frequency` is below
+                `steps_per_execution`, or it needs `train_steps`.
             ValueError: If a technique needs gradients before the first step.
         """
         lay_out_schedules(
@@ -167,23 +179,25 @@ class SparsityUpdater:
                 self._catch_up(step)
                 self._held = HeldMasks(self.pruning_wrappers(), step)
                 # After a restart this repeats the update of the checkpoint's
-                # step: the same weights give the same masks.
+                # step, with the same result.
                 self._update(step - 1, step)
             self._last = step
         except BaseException:
-            # Otherwise the traceback would hold the layers.
+            # The traceback keeps the updater, and so the counters, bound.
             self.pause()
             raise
 
     def step(self) -> None:
-        """Makes the mask updates that are due since the last call.
+        """Updates the masks that are due since the last call.
 
-        Call it after every training step. While the optimizer's `iterations`
-        stand still (overflow under loss scaling, accumulation) it does nothing.
+        Call it after every training step. It does nothing if the optimizer's
+        `iterations` did not change (overflow under loss scaling, gradient
+        accumulation).
 
         Raises:
-            RuntimeError: If the updater is not started, or the optimizer went
-                back or passed over a mask update since the last call.
+            RuntimeError: If the updater is not started, if it is called in a
+                `tf.function`, or if the optimizer went back or skipped a mask
+                update since the last call.
         """
         if self._last is None:
             raise RuntimeError(
@@ -193,8 +207,8 @@ class SparsityUpdater:
         if not tf.executing_eagerly():
             raise RuntimeError(
                 "`updater.step()` was called inside a `tf.function`, where it "
-                "would run once, when the function is traced. Call it after "
-                "the compiled step, in the Python loop."
+                "would run only while the function is traced. Call it in the "
+                "Python loop, after the compiled step."
             )
         self._calls += 1
         last, now = self._last, self.iterations
@@ -210,8 +224,8 @@ class SparsityUpdater:
         self._update(last, now)
 
     def _set_masks(self, updates: dict[PruningWrapper, float]) -> None:
-        # `fit` binds the counters in its compiled step only; scores may be a
-        # function of the step too.
+        # Scores may depend on the step. In `fit` the counters are bound only
+        # while the training function runs.
         bound = all(wrapper.step_counter.bound for wrapper in self._wrappers)
         self.resume()
         try:
@@ -221,18 +235,17 @@ class SparsityUpdater:
                 self.pause()
 
     def next_update(self, until: int) -> int | None:
-        """The next step at which masks are to be updated.
+        """Returns the next step at which masks are updated.
 
         Args:
-            until: The last step that is asked for.
+            until: The last step to consider.
 
         Returns:
-            A number of completed steps above `iterations` and at most `until`,
-            or None.
+            A step above `iterations` and at most `until`; None without one.
         """
         now = self.iterations
-        # Layers share them. Not by their configurations, which a user's own
-        # ones need not have.
+        # Each once, as layers share schedules. A user's schedule may have no
+        # configuration to compare.
         schedules = {
             id(w.schedule.inner): w.schedule for w in self.pruning_wrappers()
         }
@@ -271,7 +284,7 @@ class SparsityUpdater:
             wrapper.step_counter.bind(self.optimizer, owner=self)
 
     def pruning_wrappers(self) -> list[PruningWrapper]:
-        """Returns the layers whose masks follow a schedule."""
+        """Returns the techniques whose masks follow a schedule."""
         return [w for w in self._wrappers if isinstance(w, PruningWrapper)]
 
     def updated_by_another(self) -> bool:
@@ -281,16 +294,16 @@ class SparsityUpdater:
         )
 
     def forget_penalties(self) -> None:
-        """Forgets which penalties took part in training until now."""
+        """Resets the records of which penalties were differentiated."""
         for wrapper in self._wrappers:
             wrapper.step_counter.penalty_trained = False
 
     def check_progress(self) -> None:
-        """Raises if the optimizer stood still since the last check.
+        """Checks that the optimizer made a step since the last check.
 
         Raises:
-            RuntimeError: If it stood still although `step` was called often
-                enough for a step of the optimizer.
+            RuntimeError: If it did not, although `step` was called often
+                enough for an optimizer step.
         """
         progress = self._progress()
         if progress != self._mark:
@@ -304,20 +317,19 @@ class SparsityUpdater:
             f"The optimizer that counts the steps, {self.optimizer.name!r} "
             f"({type(self.optimizer).__name__}), stood still at step "
             f"{self.iterations} through {self._calls} calls of the training "
-            "step, so that nothing was pruned or ramped. Name the optimizer "
-            "that trains the sparse layers: `sos.SparsityUpdater(model, "
-            "optimizer)` in a loop, `sos.SparsityCallback(optimizer=...)` in "
-            "`fit`, which counts the steps of `model.optimizer` by default. A "
-            "model whose `train_step` uses optimizers of its own, as GANs do, "
-            "needs it."
+            "step: masks and ramps did not change. Pass the optimizer that "
+            "trains the sparse layers: `sos.SparsityUpdater(model, optimizer)` "
+            "in a loop, `sos.SparsityCallback(optimizer=...)` in `fit`, whose "
+            "default is `model.optimizer`. A model whose `train_step` uses "
+            "other optimizers, such as a GAN, needs it."
         )
 
     def check_effect(self) -> None:
-        """Warns of penalties without effect and of decayed variables.
+        """Warns of penalties without effect, and of decayed variables.
 
-        Call it after some steps of training.
+        Call it after some training steps.
         """
-        silent = [
+        without_effect = [
             wrapper
             for wrapper in self._wrappers
             if isinstance(wrapper, PenalizedWrapper)
@@ -329,40 +341,40 @@ class SparsityUpdater:
                 for variable in weight.state.values()
             )
         ]
-        if silent:
+        if without_effect:
             warn(
-                f"The penalties of {_names(silent)} have no effect: no "
+                f"The penalties of {_names(without_effect)} have no effect: no "
                 "gradient of them was computed. Add `sum(model.losses)` to the "
-                "loss. A model with a `compute_loss` or `train_step` of its "
-                "own has to do so, too; a `keras.distillation.Distiller` adds "
-                "`sum(student.losses)` in an overridden `compute_loss`. With "
-                "`penalty_weight=0` there is no penalty."
+                "loss, also in an overridden `compute_loss` or `train_step`; "
+                "for a `keras.distillation.Distiller`, `sum(student.losses)` "
+                "in an overridden `compute_loss`. To train without penalties, "
+                "set `penalty_weight=0`."
             )
         decayed = decayed_techniques(self.model, self.optimizer)
         if decayed:
             warn(
                 f"The weight decay of the optimizer {self.optimizer.name!r} "
                 f"acts on {listed(v.path for v in decayed[:3])}"
-                f"{' and more' * (len(decayed) > 3)}, which pulls weights to "
-                "zero without any penalty. They were excluded when training "
-                "began: call `optimizer.exclude_from_weight_decay`, or set a "
-                "`weight_decay`, before."
+                f"{' and more' * (len(decayed) > 3)}, which removes weights "
+                "even without a penalty. These variables are excluded when "
+                "training begins: call `optimizer.exclude_from_weight_decay`, "
+                "or set `weight_decay`, before."
             )
 
     def stop(self) -> None:
-        """Unbinds the step counters: training calls raise from now on."""
+        """Unbinds the step counters, so that training calls raise an error."""
         self.pause()
         self._last = None
         model = self.model
-        # What was traced with the counter bound would train on in silence,
-        # without mask updates, or evaluate with penalties in the loss.
+        # Functions that were traced with the counter bound would train without
+        # mask updates, or evaluate with penalties in the loss.
         if getattr(model, "train_function", None) is not None:
             model.make_train_function(force=True)
         if getattr(model, "test_function", None) is not None:
             model.make_test_function(force=True)
 
     def __enter__(self) -> "SparsityUpdater":
-        """Starts."""
+        """Starts the updater."""
         self.start()
         return self
 
@@ -372,11 +384,11 @@ class SparsityUpdater:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Stops.
+        """Stops the updater.
 
         Raises:
-            RuntimeError: If the optimizer moved after the last `step`, or never
-                moved although `step` was called.
+            RuntimeError: If the optimizer made steps after the last `step`, or
+                none although `step` was called.
         """
         last = self._last
         self.stop()
@@ -395,10 +407,10 @@ class SparsityUpdater:
             self.check_effect()
 
     def _progress(self) -> tuple[float, ...]:
-        """Returns numbers that differ if the optimizer was used in between."""
+        """Returns numbers that change when the optimizer is used."""
         optimizer = self.optimizer
         numbers = [self.iterations]
-        # Overflows hold the counter back, but change the scale.
+        # After an overflow only the loss scale changes.
         if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
             numbers.append(optimizer.built)
             if optimizer.built:
@@ -424,28 +436,28 @@ class SparsityUpdater:
 
     def _update(self, after: int, until: int) -> None:
         updates: dict[PruningWrapper, float] = {}
-        # Layers share schedules, and asking a user's own one may be slow.
+        # Layers share schedules, and a user's schedule may be slow.
         due_of: dict[int, list[int]] = {}
         for wrapper in self.pruning_wrappers():
             schedule = wrapper.schedule
             if id(schedule) not in due_of:
                 due_of[id(schedule)] = schedule.due_steps(after, until)
             due = due_of[id(schedule)]
-            # The schedule's last step is due whatever its frequency.
+            # The last step is due for any `frequency`.
             if len([step for step in due if step != schedule.end_step]) > 1:
                 raise RuntimeError(
                     f"The optimizer moved from step {after} to {until} between "
-                    "two calls of `updater.step()` and passed over mask "
-                    f"updates that were due at {due}. Call `updater.step()` "
-                    "after every training step, or choose a larger `frequency`."
+                    "two calls of `updater.step()` and skipped mask updates "
+                    f"that were due at {due}. Call `updater.step()` after "
+                    "every training step, or choose a larger `frequency`."
                 )
             if due and self._held and self._held.holds(wrapper, due[-1]):
                 continue
             if due and until == 0 and wrapper.uses_gradient:
                 raise ValueError(
-                    f"{type(wrapper).__name__} ranks weights by gradients, and "
-                    "there is none before the first step. Use a schedule with "
-                    f"a `begin_step` of at least 1. Received: {schedule}"
+                    f"{type(wrapper).__name__} ranks weights by gradients, "
+                    "which do not exist before the first step. Use a schedule "
+                    f"with `begin_step` >= 1. Received: {schedule}"
                 )
             if due:
                 updates[wrapper] = schedule.sparsity(due[-1])
@@ -463,7 +475,7 @@ def _is_dense(weight: SparseWeight) -> bool:
 
 
 def _check_streams(wrappers: list[SparseWrapper]) -> None:
-    """Refuses paths that would give two weights the same random numbers."""
+    """Checks that no two weights share a path, and so random numbers."""
     paths = [
         weight.path
         for wrapper in wrappers
@@ -473,8 +485,8 @@ def _check_streams(wrappers: list[SparseWrapper]) -> None:
     twice = sorted({path for path in paths if paths.count(path) > 1})
     if twice:
         raise ValueError(
-            "Several sparse weights have the same path, so that they would "
-            "draw the same random numbers. Give their layers different names. "
+            "Several sparse weights have the same path, and would draw the "
+            "same random numbers. Give their layers different names. "
             f"Received: {twice}"
         )
 
@@ -486,16 +498,24 @@ def set_hyperparameters(model: keras.layers.Layer, **values: Any) -> None:
 
     Args:
         model: A model with sparse layers.
-        **values: For example `threshold=2.5`, `penalty_weight=1e-5`, `seed=1`
-            or `schedule=...`.
+        **values: Values by name, such as `threshold=2.5`,
+            `penalty_weight=1e-5`, `seed=1` or `schedule=...`.
 
     Raises:
-        TypeError: If a schedule is not one.
-        ValueError: If no layer has such a hyperparameter, or a value is wrong;
-            nothing is changed then.
+        TypeError: If `schedule` is not a schedule.
+        ValueError: If no layer has the hyperparameter, or a value is invalid.
+            Then nothing changes.
+
+    Example:
+    >>> import keras, sos
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    >>> sparse = sos.sparsify(model, "VariationalDropout", penalty_weight=1e-3)
+    >>> sos.set_hyperparameters(sparse, threshold=2.5)
+    >>> sparse.layers[0].techniques[0].threshold
+    2.5
     """
     wrappers = find_wrappers(model)
-    jobs = []
+    changes = []
     for name, value in values.items():
         owners = [w for w in wrappers if name in _changeable(w)]
         if not owners:
@@ -508,8 +528,8 @@ def set_hyperparameters(model: keras.layers.Layer, **values: Any) -> None:
             value = as_schedule(value)
         else:
             value = getattr(type(owners[0]), name).check(value)
-        jobs += [(wrapper, name, value) for wrapper in owners]
-    for wrapper, name, value in jobs:
+        changes += [(wrapper, name, value) for wrapper in owners]
+    for wrapper, name, value in changes:
         setattr(wrapper, name, value)
 
 

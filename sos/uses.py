@@ -1,9 +1,9 @@
-"""Describes what a call of a layer does with a weight.
+"""Registry of how the calls of layers use their weights.
 
-Techniques that sample on activations ask for it: variational dropout draws
-noise for every output of a linear map and for every row that is looked up, and
-L0 regularisation gates for every occurrence in a look-up. Multiply-adds are
-counted by it as well.
+Techniques that sample outputs need it: variational dropout draws noise for
+every output of a linear map and every row that is looked up, and L0
+regularisation draws gates for every occurrence in a look-up. It also serves to
+count multiply-adds.
 """
 
 import dataclasses
@@ -30,12 +30,21 @@ def _unchanged(outputs: tf.Tensor) -> tf.Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """A use of a weight of which no more is known than its cost.
+    """A use of a weight of which only the cost is known.
+
+    Techniques sample such a weight itself, once per step.
 
     Attributes:
         weight: The weight.
-        positions: Returns how many times the call multiplies each element of
-            the weight for one example, None where that is not known.
+        positions: Function that returns the number of multiply-adds per element
+            of the weight for one example, None if unknown.
+
+    Example: multiply-adds of a convolution on an image of 28 x 28.
+    >>> import keras, sos
+    >>> kernel = keras.Variable(keras.ops.ones((3, 3, 1, 16)))
+    >>> use = sos.extend.Use(kernel, positions=lambda: 28 * 28)
+    >>> use.positions() * 3 * 3 * 16
+    112896
     """
 
     weight: keras.Variable
@@ -44,16 +53,31 @@ class Use:
 
 @dataclasses.dataclass(frozen=True)
 class LinearMap(Use):
-    """The call returns `finish(function(weight, inputs))`.
+    """A call that returns `finish(function(weight, inputs))`.
 
     Attributes:
         weight: The weight.
         inputs: The inputs of the linear map, a floating-point tensor.
-        function: `function(weight, inputs)`, linear in both. It gets tensors of
-            the shapes of `weight` and `inputs` and their dtype.
-        finish: Turns the outputs of `function` into those of the call, such as
-            by a bias and an activation.
+        function: `function(weight, inputs)`, linear in both arguments. They
+            have the shapes of `weight` and `inputs` and the dtype of `inputs`.
+        finish: Function that turns the outputs of `function` into those of the
+            call, for example by adding a bias and applying an activation.
         positions: As for `Use`.
+
+    Example:
+    >>> import keras, sos
+    >>> layer = keras.layers.Dense(2)
+    >>> inputs = keras.ops.ones((3, 4))
+    >>> outputs = layer(inputs)
+    >>> use = sos.extend.LinearMap(
+    ...     layer.kernel,
+    ...     inputs=inputs,
+    ...     function=lambda kernel, x: keras.ops.matmul(x, kernel),
+    ...     finish=lambda outputs: outputs + layer.bias,
+    ...     positions=lambda: 1,
+    ... )
+    >>> use.finish(use(layer.kernel.value, inputs)).shape
+    TensorShape([3, 2])
     """
 
     inputs: Any = None
@@ -61,20 +85,27 @@ class LinearMap(Use):
     finish: Callable[[Any], Any] = _unchanged
 
     def __call__(self, weight: tf.Tensor, inputs: tf.Tensor) -> tf.Tensor:
-        """Applies `function` with a weight in the dtype of the inputs."""
+        """Applies `function`, with the weight cast to the inputs' dtype."""
         return self.function(tf.cast(weight, inputs.dtype), inputs)
 
 
 @dataclasses.dataclass(frozen=True)
 class LookUp(Use):
-    """The call returns `finish(rows of the weight)`.
+    """A call that returns `finish(rows of the weight)`.
 
     Attributes:
         weight: The table, of shape [rows, units].
-        indices: Which rows, int32 of any shape.
-        finish: Turns float32 rows of shape [*indices.shape, units] into the
-            outputs of the call, such as by a cast to the layer's dtype.
-        positions: 0, as a look-up multiplies nothing.
+        indices: Indices of the rows, int32 of any shape.
+        finish: Function that turns float32 rows of shape [*indices.shape,
+            units] into the outputs of the call, for example by a cast.
+        positions: As for `Use`; 0, as a look-up multiplies nothing.
+
+    Example:
+    >>> import keras, sos
+    >>> table = keras.Variable(keras.ops.reshape(keras.ops.arange(6.0), (3, 2)))
+    >>> use = sos.extend.LookUp(table, indices=keras.ops.array([2, 0]))
+    >>> use.rows(table.value)[0].numpy().tolist()
+    [[4.0, 5.0], [0.0, 1.0]]
     """
 
     indices: Any = None
@@ -82,13 +113,13 @@ class LookUp(Use):
     positions: Callable[[], int | None] = lambda: 0
 
     def rows(self, *tables: tf.Tensor) -> list[tf.Tensor]:
-        """Looks the rows of tables up.
+        """Looks up the rows of one or several tables.
 
         Args:
             *tables: Tensors of the shape of `weight`.
 
         Returns:
-            For each table a float32 tensor of shape [*indices.shape, units].
+            One float32 tensor of shape [*indices.shape, units] per table.
         """
         return [
             tf.cast(keras.ops.take(table, self.indices, axis=0), tf.float32)
@@ -100,25 +131,25 @@ _describers: dict[type, Callable[..., Any]] = {}
 
 
 def register_use(*classes: type) -> Callable[[F], F]:
-    """Registers what the calls of layer classes do with a weight.
+    """Registers how the calls of layer classes use a weight.
 
-    The decorated function gets the layer and the arguments of one call
-    (`training` only if it has that parameter, or `**kwargs`), and returns a
+    The decorated function takes the layer and the arguments of one call
+    (`training` only if it has that parameter, or `**kwargs`). It returns a
     `sos.extend.LinearMap`, a `sos.extend.LookUp`, a `sos.extend.Use`, a list of
-    these, or None where nothing is known. It holds for subclasses too, unless
-    they override `call`. It runs inside the call, so that other weights, such
-    as a bias, read as they do there.
+    these, or None if nothing is known. Subclasses that do not override `call`
+    inherit it. It runs inside the call, so that other weights, such as a bias,
+    have the values that they have there.
 
-    Without a registration, techniques sample whole weights, once per step.
+    Without a registration, techniques sample the weight itself, once per step.
 
     Args:
         *classes: Layer classes.
 
     Returns:
-        A decorator, which returns the function.
+        A decorator, which returns the function unchanged.
 
     Raises:
-        TypeError: If a class is not one of Keras layers.
+        TypeError: If a class is not a class of Keras 3 layers.
 
     Example:
     >>> import keras, sos
@@ -155,7 +186,7 @@ def register_use(*classes: type) -> Callable[[F], F]:
 
 
 def describer(cls: type) -> Callable[..., Any] | None:
-    """Returns the function that describes the calls of a layer class."""
+    """Returns the function registered for a layer class, None without one."""
     for base in cls.__mro__:
         if base in _describers:
             return _describers[base] if cls.call is base.call else None
@@ -165,14 +196,16 @@ def describer(cls: type) -> Callable[..., Any] | None:
 def describe(
     cls: type, layer: keras.layers.Layer, *args: Any, **kwargs: Any
 ) -> list[Use]:
-    """Returns what one call of a layer does with its weights.
+    """Returns how one call of a layer uses its weights.
 
     Args:
-        cls: The class whose call it is: the layer's, or what that was before
-            the layer was made sparse.
+        cls: Class of the layer, before it was made sparse.
         layer: The layer.
-        *args: The arguments of the call.
-        **kwargs: Its keyword arguments.
+        *args: Arguments of the call.
+        **kwargs: Keyword arguments of the call.
+
+    Returns:
+        The uses; empty if none is known.
     """
     function = describer(cls)
     if function is None:
@@ -194,7 +227,7 @@ def _takes_training(function: Callable) -> bool:
 
 
 def check_use(layer: keras.layers.Layer, *args: Any, **kwargs: Any) -> None:
-    """Checks a registration against what the layer really computes.
+    """Compares a registered use with what the layer computes.
 
     Args:
         layer: A layer whose class is registered.
@@ -202,8 +235,12 @@ def check_use(layer: keras.layers.Layer, *args: Any, **kwargs: Any) -> None:
         **kwargs: Keyword arguments of the call.
 
     Raises:
-        UsageError: If the class is not registered, the described outputs are
-            not those of the layer, or a function is not linear.
+        UsageError: If the class is not registered, the outputs differ from the
+            layer's, or a function is not linear.
+
+    Example:
+    >>> import keras, sos
+    >>> sos.extend.check_use(keras.layers.Dense(2), keras.ops.ones((3, 4)))
     """
     expected = layer(*args, **kwargs)
     cls = getattr(layer, "plain_class", type(layer))
@@ -247,8 +284,8 @@ def _check_close(cls: type, name: str, received: Any, expected: Any) -> None:
     )
     if not equal:
         raise UsageError(
-            f"The description of {cls.__name__} does not fit its call: the "
-            f"{name} differ. Received: shape {received.shape}, first values "
-            f"{received.ravel()[:4]}. Expected: shape {expected.shape}, "
+            f"The registered use of {cls.__name__} does not match its call: "
+            f"the {name} differ. Received: shape {received.shape}, first "
+            f"values {received.ravel()[:4]}. Expected: shape {expected.shape}, "
             f"{expected.ravel()[:4]}"
         )

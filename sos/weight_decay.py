@@ -1,7 +1,7 @@
-"""Keeps weight decay away from the variables of techniques.
+"""Excludes the variables of techniques from weight decay.
 
-Decay pulls log sigma^2 and log alpha to zero, and so removes weights without
-any penalty.
+Decay would pull log sigma^2 and log alpha to zero, which removes weights even
+without a penalty.
 """
 
 import keras
@@ -13,8 +13,8 @@ from sos.wrappers.base import find_wrappers
 def technique_variables(model: keras.layers.Layer) -> list[keras.Variable]:
     """Returns the trainable variables that techniques add to a model.
 
-    They are, for example, log alpha of L0 regularisation and log sigma^2 of
-    variational dropout. A dense model has none.
+    Examples are log alpha of L0 regularisation and log sigma^2 of variational
+    dropout. A dense model has none.
 
     Args:
         model: A built model, with or without sparse layers.
@@ -33,7 +33,7 @@ def exclude_techniques(
 ) -> None:
     """Excludes the variables of techniques from an optimizer's weight decay.
 
-    What was excluded before stays so. Steps that were traced before do not
+    Previous exclusions remain. Training steps that are traced already do not
     change.
 
     Args:

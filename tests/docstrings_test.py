@@ -5,9 +5,13 @@ import inspect
 
 import pytest
 
+import sos
 import sos.datasets.fashion_mnist
 import sos.experiments
 import sos.export
+import sos.extend
+import sos.ramps
+import sos.schedules
 import sos.training
 import sos.training.learning_rates
 import sos.training.optimizers
@@ -15,15 +19,20 @@ import sos.training.tpu_check
 
 # Its task is in the examples of `sos.experiments`.
 from models import fashion_mnist as fashion_mnist
+from sos import registry
 
 # Packages and modules whose public objects need an example: those in `__all__`
 # or, without it, all classes and functions of the module. Examples of a package
 # share a namespace and a directory. That of the object named here runs first,
 # because the others use what it defines.
 PACKAGES = {
+    sos: None,
     sos.datasets.fashion_mnist: None,
     sos.experiments: None,
     sos.export: None,
+    sos.extend: None,
+    sos.ramps: None,
+    sos.schedules: None,
     sos.training: "Task",
     sos.training.learning_rates: None,
     sos.training.optimizers: None,
@@ -44,6 +53,8 @@ def public_objects(package):
         name: value
         for name, value in values.items()
         if inspect.isclass(value) or inspect.isroutine(inspect.unwrap(value))
+        # Not the schedules of tfmot.
+        if inspect.getmodule(value).__name__.partition(".")[0] == "sos"
     }
 
 
@@ -73,6 +84,8 @@ def test_public_objects_have_examples(package):
 )
 def test_examples_of_public_objects_run(package, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # Examples register techniques.
+    monkeypatch.setattr(registry, "_techniques", registry.techniques())
     # AutoGraph looks for the module of the functions in examples.
     namespace = {"__name__": package.__name__}
     runner = doctest.DocTestRunner(optionflags=doctest.FAIL_FAST)

@@ -265,7 +265,7 @@ def test_with_sparsity():
     for wrong in (-0.1, 1.0, float("nan")):
         with pytest.raises(ValueError, match="Received: sparsity="):
             decay.with_sparsity(wrong)
-    with pytest.raises(TypeError, match="schedule of its own"):
+    with pytest.raises(TypeError, match="cannot be replaced"):
         schedules.Schedule(Halving(0, 10)).with_sparsity(0.5)
 
 

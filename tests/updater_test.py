@@ -653,7 +653,7 @@ def test_wrong_arguments_are_refused():
     ):
         sos.SparsityUpdater(model, "sgd")
     dense = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
-    with pytest.raises(ValueError, match="holds no sparse layer"):
+    with pytest.raises(ValueError, match="has no sparse layer"):
         sos.SparsityUpdater(dense, keras.optimizers.SGD())
     unbuilt = keras.Sequential(
         [techniques.wrap("FixedMask", keras.layers.Dense(2))]

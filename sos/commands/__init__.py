@@ -1,6 +1,7 @@
 """The subcommands of `sos`, one module each.
 
-A module's docstring is its help. It has `add_arguments(parser)` and
-`run(options)`, which returns what is printed and raises a `ReportedError` for
-what the user can mend. `sos.__main__` lists the modules.
+A module's docstring is its help text. It has the functions
+`add_arguments(parser)` and `run(options)`. The latter returns an object to
+print, and raises a `ReportedError` that the user can act on. `sos.__main__`
+lists the modules.
 """

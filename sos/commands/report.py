@@ -37,13 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         type=Path,
         help="a .keras file, a TensorFlow checkpoint (such as ckpt-500), or a "
-        "directory of checkpoints, whose latest is taken",
+        "directory of checkpoints, of which the latest is read",
     )
     parser.add_argument(
         "--threshold",
         type=float,
-        help="log alpha from which on variational dropout removes weights (by "
-        f"default the saved one, or {_DEFAULT_THRESHOLD})",
+        help="least log alpha of weights that variational dropout removes "
+        f"(default: the saved one, or {_DEFAULT_THRESHOLD})",
     )
     parser.add_argument(
         "--csv", type=Path, metavar="OUT", help="also write the rows to a file"
@@ -54,18 +54,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         dest="modules",
         metavar="MODULE",
-        help="import a module that registers classes of your own first",
+        help="import a module first that registers custom classes",
     )
 
 
 def run(options: argparse.Namespace) -> SparsityReport:
-    """Returns the report of a file, and writes the CSV file.
+    """Reports the sparsity of a file, and writes the CSV file.
 
     Args:
         options: The arguments of the command.
 
+    Returns:
+        The report.
+
     Raises:
-        UsageError: If an argument is wrong or the file cannot be read.
+        UsageError: If an argument is invalid or the file cannot be read.
         StorageError: If the CSV file cannot be written.
     """
     report = _report(options)
@@ -90,7 +93,7 @@ def _report(options: argparse.Namespace) -> SparsityReport:
     if path.suffix == ".keras" and path.is_file():
         return _report_of_model(path, threshold)
     prefix = _checkpoint_prefix(path)
-    # Whatever is wrong with a file, it is not a bug of this program.
+    # Damaged files raise many kinds of errors.
     try:
         return SparsityReport(path.name, _Checkpoint(prefix).rows(threshold))
     except Exception as error:
@@ -98,27 +101,27 @@ def _report(options: argparse.Namespace) -> SparsityReport:
 
 
 def _fail(message: str, error: Exception) -> NoReturn:
-    # Keras puts the whole configuration before the point.
-    unknown = re.search(r"Could not locate .*", str(error))
-    line = unknown.group() if unknown else reason(error)
+    # Keras's message begins with the whole configuration.
+    cause = re.search(r"Could not locate .*", str(error))
+    line = cause.group() if cause else reason(error)
     if isinstance(error, LookupError | AttributeError | AssertionError):
-        # Such as a name alone.
+        # The message of these may be a single name.
         line = f"{type(error).__name__}: {line}"
     raise UsageError(f"{message}: {line[:300]}") from error
 
 
 def _report_of_model(path: Path, threshold: float | None) -> SparsityReport:
     _check_archive(path)
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as records:
         try:
             model = keras.models.load_model(path, compile=False)
         except Exception as error:
             _fail(
-                f"{path} cannot be loaded (if it holds classes of your own, "
+                f"{path} cannot be loaded (if it contains custom classes, "
                 "name the module that registers them with --import)",
                 error,
             )
-    for warning in caught:
+    for warning in records:
         warnings.warn_explicit(
             warning.message, warning.category, warning.filename, warning.lineno
         )
@@ -131,18 +134,18 @@ def _report_of_model(path: Path, threshold: float | None) -> SparsityReport:
 
 
 def _check_archive(path: Path) -> None:
-    """Raises if a file is not a zip archive, or its checksums are wrong.
+    """Raises an error if a file is not a zip archive or has a bad checksum.
 
-    Keras reads the weights piece by piece, which checks no checksum.
+    Keras reads the weights in parts, which does not verify checksums.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            member = archive.testzip()
     except Exception as error:
         _fail(f"{path} is damaged or not a .keras file", error)
-    if damaged is not None:
+    if member is not None:
         raise UsageError(
-            f"{path} is damaged: its member {damaged!r} has a wrong checksum"
+            f"{path} is damaged: its member {member!r} has a wrong checksum"
         )
 
 
@@ -163,12 +166,12 @@ def _checkpoint_prefix(path: Path) -> str:
 
 
 class _Checkpoint:
-    """The sparse weights in a checkpoint, found without the model.
+    """Reads the sparse weights of a checkpoint without the model.
 
-    A checkpoint holds the graph of the attributes of the objects in it. A
-    technique has variables with the names of its states. It is a wrapper, with
-    an attribute `layer`, or an attribute `technique_0` of its layer. Slots of
-    optimizers are in other objects and so do not count.
+    A checkpoint contains a graph of objects and their attributes. A technique
+    is an object with variables named as its states (`kernel_mask`). It is a
+    wrapper, with an attribute `layer`, or an attribute `technique_0` of its
+    layer. Slots of optimizers belong to other objects, and are ignored.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -180,16 +183,16 @@ class _Checkpoint:
         self._nodes = graph.nodes
 
     def rows(self, threshold: float | None) -> list[dict[str, Any]]:
-        """One row for every tensor that a technique made sparse.
+        """Returns one row for every sparse weight.
 
         Args:
-            threshold: As on the command line.
+            threshold: Threshold of variational dropout; None for the saved one.
 
         Returns:
             The rows of a `SparsityReport`.
 
         Raises:
-            ValueError: If the checkpoint holds none.
+            ValueError: If the checkpoint has no sparse weights.
         """
         rows = []
         nodes: dict[tuple[str, ...], int] = {}
@@ -202,7 +205,7 @@ class _Checkpoint:
             if "layer" not in children:
                 continue
             for name, child in children.items():
-                for kind, technique, kept in (
+                for kind, technique, is_kept in (
                     ("mask", "mask", self._mask),
                     ("log_alpha", "L0Regularization", self._gate),
                     ("log_sigma2", "VariationalDropout", self._low_noise),
@@ -210,7 +213,7 @@ class _Checkpoint:
                     weight = name.removesuffix(f"_{kind}")
                     if weight == name or self._value(child) is None:
                         continue
-                    nonzero = kept(weight, children, child, threshold)
+                    nonzero = is_kept(weight, children, child, threshold)
                     rows.append(
                         _row([*path, weight], technique, np.asarray(nonzero))
                     )
@@ -244,29 +247,33 @@ class _Checkpoint:
     def _wrapped_weight(
         self, weight: str, layer: int, shape: tuple[int, ...]
     ) -> np.ndarray:
-        """Finds a wrapped layer's weight by its shape, then by its name."""
-        found = {
+        """Returns a layer's weight, found by its shape, then by its name."""
+        candidates = {
             node: "_".join(path).split("_")
             for path, node in self._walk(layer)
             if self._shape(node) == shape
             # The layer may be a wrapper too.
             and not path[-1].endswith(("_mask", "_log_alpha", "_log_sigma2"))
         }
-        if len(found) > 1:
+        if len(candidates) > 1:
             words = weight.split("_")
-            found = {
+            candidates = {
                 node: path
-                for node, path in found.items()
+                for node, path in candidates.items()
                 if path[-1] == words[-1] and _in_order(words, path)
             }
-            shortest = min(map(len, found.values()), default=0)
-            found = {n: p for n, p in found.items() if len(p) == shortest}
-        if len(found) != 1:
+            shortest = min(map(len, candidates.values()), default=0)
+            candidates = {
+                node: path
+                for node, path in candidates.items()
+                if len(path) == shortest
+            }
+        if len(candidates) != 1:
             raise ValueError(
-                f"it does not tell which weight {weight!r} is; save the model "
-                "to a .keras file and report that"
+                f"its weight {weight!r} is missing or ambiguous; save the "
+                "model to a .keras file and report that"
             )
-        (node,) = found
+        (node,) = candidates
         return self._value(node)
 
     def _children(self, node: int) -> dict[str, int]:
@@ -276,7 +283,7 @@ class _Checkpoint:
         }
 
     def _walk(self, root: int) -> Iterator[tuple[list[str], int]]:
-        """All objects under one, each once, nearest first."""
+        """Yields the paths and nodes below a node, each once, nearest first."""
         seen = {root}
         queue: list[tuple[list[str], int]] = [([], root)]
         for path, node in queue:
@@ -310,7 +317,7 @@ def _row(
     path: list[str], technique: str, nonzero: np.ndarray
 ) -> dict[str, Any]:
     nonzeros = int(np.count_nonzero(nonzero))
-    # Keras keeps the layers of a model in lists whose names say nothing.
+    # Attributes in which Keras keeps the layers of a model.
     path = [p for p in path if p not in ("_functional", "_operations")]
     return {
         **dict.fromkeys(FIELDS),

@@ -1,4 +1,4 @@
-"""The base of all techniques: a layer that runs with effective weights."""
+"""Base class of all techniques."""
 
 import copy
 import inspect
@@ -18,53 +18,67 @@ from sos.wrappers.effective import effective_value
 from sos.wrappers.hyperparameters import HyperparameterVariables
 from sos.wrappers.sparse_weight import SparseWeight, SparseWeights
 
-#: Arguments of every technique that concern the layer it wraps.
+#: Arguments of every technique that are not hyperparameters.
 LAYER_ARGUMENTS = ("include", "paths", "name", "trainable")
 
 
 class SparseWrapper(keras.layers.Layer):
-    """Makes weights of a layer sparse; the base of all techniques.
+    """Base class of techniques, which make the weights of a layer sparse.
 
-    The layer's weights stay dense variables. In a call the layer sees effective
-    weights that the technique computes from them, through
-    `keras.StatelessScope`: pruned weights may come back, and the gradient of a
-    weight is that of the effective one.
+    The layer's weights stay dense variables. In a call the layer reads
+    effective weights, which the technique computes from them, through a
+    `keras.StatelessScope`. So pruned weights may come back, and gradients flow
+    through the computation.
 
     A technique is a wrapper around a layer, as in
-    `sos.MagnitudePruning(keras.layers.Dense(8), sparsity=0.9)`, or part of one
-    that `sos.sparsify` made sparse, in `layer.techniques`. It overrides
-    `build_weight`, `training_weight` and `evaluation_weight`, and where it
-    samples outputs rather than weights, `use_output`.
+    `sos.MagnitudePruning(keras.layers.Dense(8), sparsity=0.9)`, or part of a
+    layer that `sos.sparsify` made sparse, in `layer.techniques`. To write one,
+    override `build_weight`, `training_weight` and `evaluation_weight`, and
+    `use_output` to sample outputs rather than weights.
 
     Args:
         layer: The Keras 3 layer (or model) to wrap. Wrap an RNN, not its cell.
-        include: Regular expressions, one or several, that are searched for
-            (`re.search`) in the paths of the layer's weights, as the report of
-            the model prints them, and choose those to be made sparse.
-            By default all trainable weights of rank 2 or more, biases not.
-        paths: The chosen weights, as `{index in its weights: path}`, in the
-            place of `include`. `sparsify` and saved models use this.
-        name: Name of the layer; by default that of the wrapped layer.
+        include: One or several regular expressions. A weight is made sparse if
+            `re.search` finds one in its path as the model's report prints it.
+            By default all trainable weights of rank 2 or more, except biases.
+        paths: The weights as `{index in the layer's weights: path}`, instead of
+            `include`. `sparsify` and saved models use it.
+        name: Name of the wrapper; by default that of the wrapped layer.
         **kwargs: `trainable`, as for any layer.
 
     Attributes:
-        techniques: The wrapper itself in a tuple, as layers that are sparse in
-            place have their techniques.
+        techniques: A tuple of the wrapper itself, for code that reads the
+            techniques of layers.
 
     Raises:
         TypeError: If `layer` is not a Keras 3 layer.
-        ValueError: If a regular expression is wrong or, when the layer is
-            built, no weight is chosen.
+        ValueError: If a regular expression is invalid or, when the layer is
+            built, matches no weight.
+
+    Example: a technique that prunes weights by a fixed threshold.
+    >>> import keras, sos
+    >>> @sos.extend.register
+    ... class Threshold(sos.extend.SparseWrapper):
+    ...     needs_step = False
+    ...
+    ...     def training_weight(self, weight):
+    ...         kept = keras.ops.abs(weight.value) > 0.1
+    ...         return weight.value * keras.ops.cast(kept, "float32")
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    >>> _ = model.layers[0].kernel.assign([[0.05, 0.5]] * 4)
+    >>> sparse = sos.sparsify(model, "Threshold")
+    >>> sos.sparsity_report(sparse).sparsity
+    0.5
     """
 
     #: Whether training calls need the training step.
     needs_step = True
 
-    #: Whether `training_weight` draws from a distribution of the weight, which
-    #: `sos.sampled` draws from too.
+    #: Whether `training_weight` samples from a distribution of the weight.
+    #: Then `sos.sampled` does so, too.
     has_posterior = False
 
-    #: Hyperparameters of which exactly one has to be given.
+    #: Hyperparameters of which exactly one is required.
     needs_one_of: tuple[str, ...] = ()
 
     def __init__(
@@ -79,9 +93,6 @@ class SparseWrapper(keras.layers.Layer):
         owner = layer if isinstance(layer, sparse_layer.Owner) else None
         layer = owner.layer if owner else layer
         _check_layer(layer, type(self).__name__)
-        # With a float32 policy and no autocasting, the dense weights are read
-        # here in the dtype in which they are stored, and the wrapped layer
-        # opens a scope of its own policy. The inputs pass untouched.
         unknown = set(kwargs) - {"trainable"}
         if unknown:
             known = arguments.defaults(type(self), keras.layers.Layer)
@@ -90,8 +101,11 @@ class SparseWrapper(keras.layers.Layer):
                 f"{', '.join(map(repr, sorted(unknown)))}. "
                 f"Its arguments: {sorted(known)}"
             )
-        # Keras reads the signature of `call` when the layer is made.
+        # Keras reads the signature of `call` when the layer is created.
         self.call = calling.call_like(self, layer)
+        # With a float32 policy and no autocasting, the technique reads dense
+        # weights in their stored dtype, inputs pass unchanged, and the wrapped
+        # layer applies its own policy.
         super().__init__(
             name=name or layer.name,
             dtype="float32",
@@ -117,13 +131,13 @@ class SparseWrapper(keras.layers.Layer):
     def hyperparameters(cls) -> dict[str, Any]:
         """Returns the technique's hyperparameters with their defaults.
 
-        These are all arguments of the constructor, and of the constructors that
-        it passes `**kwargs` on to, whose defaults JSON can hold. A technique
-        overrides this only if an argument is something else.
+        These are the arguments of the constructor, and of the constructors to
+        which it passes `**kwargs`, whose defaults can be written as JSON. A
+        technique overrides this method only for exceptions.
 
         Returns:
-            The defaults by name; `sos.extend.REQUIRED` for arguments without
-            one.
+            The defaults by name. `sos.extend.REQUIRED` marks an argument
+            without a default.
         """
         return {
             name: copy.deepcopy(default)
@@ -140,16 +154,15 @@ class SparseWrapper(keras.layers.Layer):
     ) -> dict[str, Any]:
         """Turns hyperparameters into arguments of the constructor.
 
-        Families of techniques make objects of numbers and names here, such as
-        schedules.
+        Subclasses create objects, such as schedules, from numbers and names.
 
         Args:
             hyperparameters: Hyperparameters and other arguments by name.
-            inherited: Further ones. Those in `hyperparameters` replace them,
-                and so does an object that stands for several numbers.
+            inherited: Further ones by name. `hyperparameters` replace them; an
+                object, such as a schedule, replaces its numbers.
 
         Returns:
-            Arguments of the constructor. Resolved again, they do not change.
+            Arguments of the constructor. Resolving them again changes nothing.
 
         Raises:
             UsageError: If a value is invalid.
@@ -157,48 +170,46 @@ class SparseWrapper(keras.layers.Layer):
         """
         return {**inherited, **hyperparameters}
 
-    # What a technique overrides.
+    # Methods that techniques override.
 
     def build_weight(self, weight: SparseWeight) -> None:
         """Creates the technique's variables of a weight, with `add_state`."""
 
     def training_weight(self, weight: SparseWeight) -> tf.Tensor:
-        """The effective weight in training.
+        """Returns the effective weight in training.
 
         Args:
             weight: The weight.
 
         Returns:
-            A tensor of the weight's shape; it is cast to the weight's dtype.
+            A tensor of the weight's shape, which is cast to the weight's dtype.
         """
         raise NotImplementedError(
             f"{type(self).__name__} must override `training_weight`."
         )
 
     def evaluation_weight(self, weight: SparseWeight) -> tf.Tensor:
-        """The effective weight in evaluation, with exact zeros.
+        """Returns the effective weight in evaluation, with exact zeros.
 
         Args:
             weight: The weight.
 
         Returns:
-            A tensor of the weight's shape; it is cast to the weight's dtype.
+            A tensor of the weight's shape, which is cast to the weight's dtype.
         """
         return self.training_weight(weight)
 
     def use_output(
         self, weight: SparseWeight, use: LinearMap | LookUp
     ) -> tf.Tensor | None:
-        """The outputs of a call in training whose use of a weight is known.
-
-        A technique overrides it to sample outputs in the place of weights.
+        """Returns sampled outputs of a call in training, None without any.
 
         Args:
             weight: The weight.
-            use: What the call does with it.
+            use: The use of the weight by the call.
 
         Returns:
-            The outputs of the call, through `use.finish`; None to make the call
+            The outputs of the call, after `use.finish`. None to run the call
             with `training_weight`.
         """
         return None
@@ -206,20 +217,20 @@ class SparseWrapper(keras.layers.Layer):
     def assigned_weight(
         self, weight: SparseWeight, value: tf.Tensor
     ) -> tf.Tensor:
-        """The dense weight after a layer assigned to its effective one.
+        """Returns the dense weight for an assigned effective weight.
 
         Layers that project a weight in their `call`, such as
-        `keras.layers.SpectralNormalization`, do that.
+        `keras.layers.SpectralNormalization`, assign to it.
 
         Args:
             weight: The weight.
-            value: What the layer assigned.
+            value: The assigned value, a tensor of the weight's shape.
 
         Returns:
             A tensor of the weight's shape.
 
         Raises:
-            UsageError: If the technique cannot take a value back.
+            UsageError: If the technique has no inverse.
         """
         raise UsageError(
             f"The layer {self.layer.name!r} assigns to its weight "
@@ -232,10 +243,10 @@ class SparseWrapper(keras.layers.Layer):
         """Called once the weights and the technique's variables are there."""
 
     def target_sparsity(self) -> float | None:
-        """The sparsity that the technique is to reach, None where unknown."""
+        """Returns the sparsity to reach in training, None if unknown."""
         return None
 
-    # What a technique uses.
+    # Methods that techniques call.
 
     @property
     def attached(self) -> bool:
@@ -249,11 +260,11 @@ class SparseWrapper(keras.layers.Layer):
 
     @property
     def sparse_weights(self) -> tuple[SparseWeight, ...]:
-        """The weights that are made sparse; empty before the layer is built."""
+        """The weights that become sparse; empty before the layer is built."""
         return tuple(self._sparse.items)
 
     def hyperparameter(self, name: str) -> tf.Tensor:
-        """The current value of a `Hyperparameter`, as a scalar tensor."""
+        """Returns the value of a `Hyperparameter` as a scalar tensor."""
         return self.hyperparameter_variables.tensor(name)
 
     def add_state(
@@ -268,16 +279,16 @@ class SparseWrapper(keras.layers.Layer):
     ) -> keras.Variable:
         """Adds a variable of the technique.
 
-        It keeps its dtype under mixed precision. If not trainable, it is equal
-        on all replicas and has to be assigned outside of `strategy.run`.
+        It keeps its dtype under mixed precision. If it is not trainable, it is
+        equal on all replicas and must be assigned outside of `strategy.run`.
 
         Args:
-            name: Its name, which is also the attribute's name in checkpoints.
-            shape: Its shape.
-            dtype: Its dtype.
+            name: Name of the variable, and of its attribute in checkpoints.
+            shape: Shape of the variable.
+            dtype: Dtype of the variable.
             initializer: A Keras initializer.
             trainable: Whether the optimizer trains it.
-            **kwargs: Passed to `keras.Variable`, but for `regularizer`.
+            **kwargs: `regularizer`, and arguments of `keras.Variable`.
 
         Returns:
             The variable.
@@ -285,7 +296,7 @@ class SparseWrapper(keras.layers.Layer):
         if not trainable:
             kwargs.setdefault("aggregation", "only_first_replica")
         regularizer = kwargs.pop("regularizer", None)
-        # Not `add_weight`, which knows no `synchronization`.
+        # Not `add_weight`, which has no `synchronization`.
         variable = keras.Variable(
             keras.initializers.get(initializer),
             shape=tuple(shape),
@@ -296,8 +307,7 @@ class SparseWrapper(keras.layers.Layer):
             **kwargs,
         )
         variable.regularizer = regularizer
-        # As an attribute, Keras saves it, and TensorFlow's checkpoints have it
-        # under this name.
+        # Keras and TensorFlow's checkpoints save attributes by their names.
         setattr(self, name, variable)
         return variable
 
@@ -308,8 +318,7 @@ class SparseWrapper(keras.layers.Layer):
 
         Args:
             weight: The weight.
-            name: Key in `weight.state` and, with the weight's name where there
-                are several, name of the variable.
+            name: Key in `weight.state`, and suffix of the variable's name.
             **kwargs: As for `add_state`.
 
         Returns:
@@ -325,15 +334,15 @@ class SparseWrapper(keras.layers.Layer):
     def noise_key(
         self, weight: SparseWeight, kind: str, *, per_call: bool = False
     ) -> tf.Tensor:
-        """The key of a weight's noise at this step on this replica.
+        """Returns the key of a weight's noise at this step on this replica.
 
         The technique needs a `Hyperparameter` named `seed`.
 
         Args:
             weight: The weight.
-            kind: What the noise is for.
-            per_call: Whether calls under other labels (`sos.noise_scope`) get
-                noise of their own, as noise on activations does.
+            kind: Purpose of the noise.
+            per_call: Whether calls in different scopes (`sos.noise_scope`) get
+                independent noise, as for activations.
 
         Returns:
             A key for `tf.random.stateless_*`, int32 of shape [2].
@@ -352,16 +361,16 @@ class SparseWrapper(keras.layers.Layer):
     # The layer.
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Builds the wrapped layer if need be, then calls this one."""
+        """Builds the wrapped layer if necessary, then calls this one."""
         if not args:
             first = next(iter(inspect.signature(self.call).parameters))
             if first in kwargs:
                 args = (kwargs.pop(first),)
         if not self.sparse_weights:
             if not calling.fully_built(self.layer):
-                # Keras hands `build` the first shape alone.
+                # Keras passes only the first shape to `build`.
                 calling.build_symbolically(self.layer, args, kwargs)
-            # Not left to Keras, which may hold a loaded layer for built.
+            # Keras may skip it for a loaded layer, which it marks as built.
             self.build()
         return super().__call__(*args, **kwargs)
 
@@ -369,11 +378,11 @@ class SparseWrapper(keras.layers.Layer):
         """Builds the wrapped layer, chooses its weights and adds state.
 
         Args:
-            input_shape: Shape of the wrapped layer's input; not needed when
-                that layer is built already.
+            input_shape: Shape of the wrapped layer's input; not needed if the
+                layer is built.
 
         Raises:
-            ValueError: If no weight is chosen.
+            ValueError: If no weight can be made sparse.
         """
         if not self.layer.built:
             self.layer.build(input_shape)
@@ -394,12 +403,12 @@ class SparseWrapper(keras.layers.Layer):
     def call(
         self, inputs: Any, *args: Any, training: bool = False, **kwargs: Any
     ) -> Any:
-        """Calls the wrapped layer, which reads effective weights.
+        """Calls the wrapped layer with effective weights.
 
         Args:
             inputs: First input of the wrapped layer.
             *args: Its other inputs.
-            training: Whether to call it as in training.
+            training: Whether the call is in training.
             **kwargs: Its other keyword arguments.
 
         Returns:
@@ -413,17 +422,21 @@ class SparseWrapper(keras.layers.Layer):
         return self.layer(inputs, *args, training=bool(training), **kwargs)
 
     def evaluation_weights(self) -> dict[SparseWeight, tf.Tensor]:
-        """The effective weights in evaluation, in the dtypes of the weights."""
+        """Returns the effective weights in evaluation, in the weights' dtypes.
+
+        Returns:
+            Tensors by weight.
+        """
         return {
             weight: effective_value(weight, training=False)
             for weight in self.sparse_weights
         }
 
     def check_updated(self) -> None:
-        """Raises if a call in training would not count.
+        """Raises an error if a training call lacks the step that it needs.
 
         Raises:
-            RuntimeError: If no updater has bound the clock.
+            RuntimeError: If no updater is bound.
         """
         if self.needs_step and not self.step_counter.bound:
             raise RuntimeError(
@@ -433,49 +446,50 @@ class SparseWrapper(keras.layers.Layer):
                 "`callbacks=[sos.SparsityCallback()]` to every `fit`, or train "
                 "inside `with sos.SparsityUpdater(model, optimizer) as "
                 "updater:` and call `updater.step()` after every step. For "
-                "samples of the weights "
-                "at inference, open `sos.sampled(model, seed=...)`."
+                "samples of the weights at inference, open "
+                "`sos.sampled(model, seed=...)`."
             )
 
     def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
-        """That of the wrapped layer."""
+        """Returns the wrapped layer's output spec."""
         if "training" not in inspect.signature(self.layer.call).parameters:
             kwargs.pop("training", None)
         return self.layer.compute_output_spec(*args, **kwargs)
 
     def compute_output_shape(self, *args: Any, **kwargs: Any) -> Any:
-        """That of the wrapped layer."""
+        """Returns the wrapped layer's output shape."""
         return self.layer.compute_output_shape(*args, **kwargs)
 
     def compute_mask(self, *args: Any, **kwargs: Any) -> Any:
-        """That of the wrapped layer."""
+        """Returns the wrapped layer's output mask."""
         return self.layer.compute_mask(*args, **kwargs)
 
     def quantize(self, *args: Any, **kwargs: Any) -> None:
-        """Refuses, as quantized dense weights would lose the zeros.
+        """Raises an error: quantizing the dense weights would lose the zeros.
 
         Raises:
             NotImplementedError: Always.
         """
         raise NotImplementedError(
-            f"The sparse layer {self.name!r} cannot be quantized, as its dense "
-            "weights would be. `sos.strip` the model first, then quantize."
+            f"The sparse layer {self.name!r} cannot be quantized, as this "
+            "would quantize its dense weights, without the zeros. `sos.strip` "
+            "the model first, then quantize."
         )
 
     def get_config(self) -> dict[str, Any]:
-        """The layer's configuration, which `from_config` takes."""
+        """Returns the layer's configuration, for `from_config`."""
         config = super().get_config()
         del config["dtype"]
         config.update(self.hyperparameter_variables.values())
         if self.attached:
-            # The layer's configuration says which weights.
+            # The layer's own configuration has the paths of the weights.
             for name in ("name", "trainable"):
                 config.pop(name, None)
             return config
         config["layer"] = sparse_layer.serialize_wrapped(self.layer)
         config["include"] = self.include
         if self._paths is not None:
-            # JSON has only text as keys.
+            # Keys in JSON are strings.
             config["paths"] = {str(i): p for i, p in self._paths.items()}
         return config
 
@@ -483,10 +497,13 @@ class SparseWrapper(keras.layers.Layer):
     def arguments_from_config(cls, config: dict[str, Any]) -> dict[str, Any]:
         """Turns entries of a configuration into arguments of the constructor.
 
-        A technique overrides it where `get_config` serialises an object.
+        A technique overrides it if its `get_config` serialises an object.
 
         Args:
-            config: A configuration, without a layer.
+            config: A configuration, without the entry `layer`.
+
+        Returns:
+            Arguments of the constructor by name.
         """
         return dict(config)
 
@@ -494,7 +511,7 @@ class SparseWrapper(keras.layers.Layer):
     def from_config(
         cls, config: dict[str, Any], custom_objects: Any = None
     ) -> "SparseWrapper":
-        """Makes the wrapper from its configuration."""
+        """Creates a wrapper from its configuration."""
         config = dict(config)
         layer = keras.saving.deserialize_keras_object(
             config.pop("layer"), custom_objects
@@ -508,20 +525,25 @@ class SparseWrapper(keras.layers.Layer):
         paths: Mapping[int, str],
         arguments: Mapping[str, Any],
     ) -> "SparseWrapper":
-        """Makes a technique that is part of a layer.
+        """Creates a technique that is part of a layer, not a wrapper.
 
         Args:
             layer: The layer, built.
-            paths: The paths of the weights by their index in the layer.
+            paths: Paths of the weights by their index in the layer's weights.
             arguments: Arguments of the constructor.
+
+        Returns:
+            The technique, built.
         """
         technique = cls(sparse_layer.Owner(layer), paths=paths, **arguments)
         technique.build()
         return technique
 
     def __getattr__(self, name: str) -> Any:
-        """Returns the layer that the technique is part of, and `techniques`."""
-        # Not properties: Keras follows all attributes that it can list.
+        """Returns `techniques`, or the `layer` that the technique is part of.
+
+        They are not properties, as Keras follows all attributes that it lists.
+        """
         if name == "techniques":
             return (self,)
         if name == "layer" and "_owner" in vars(self):
@@ -531,34 +553,37 @@ class SparseWrapper(keras.layers.Layer):
         )
 
     def get_build_config(self) -> dict[str, Any]:
-        """That of the wrapped layer, as it may need more than one shape."""
+        """Returns the wrapped layer's build configuration.
+
+        It may need more than one shape.
+        """
         return {"layer": self.layer.get_build_config()}
 
     def build_from_config(self, config: dict[str, Any]) -> None:
-        """Builds the wrapped layer as it was built, then this one."""
+        """Builds the wrapped layer from its configuration, then this one."""
         if not self.layer.built and config.get("layer"):
             self.layer.build_from_config(config["layer"])
-            self.layer.built = True  # As Keras says when it loads a layer.
+            self.layer.built = True  # As Keras does when it loads a layer.
         if self.sparse_weights or self._paths is None:
             return
-        # A layer without a `build` method gets its weights when it is called.
+        # A layer without a `build` method creates its weights when called.
         layer = core(self.layer)
         if max(self._paths) < len(sparse_layer.plain_weights(layer)):
             self.build()
 
-    # Details.
+    # Implementation.
 
     def _choose_paths(self) -> dict[int, str]:
-        """Applies `include`, or the default, to the built layer's weights."""
-        taken = set()
+        """Returns the paths of the weights that `include` chooses, by index."""
+        sparse = set()
         for inner in find_wrappers(self.layer):
-            taken |= {id(w.variable) for w in inner.sparse_weights}
+            sparse |= {id(w.variable) for w in inner.sparse_weights}
         layer = core(self.layer)
         eligible = selection.eligible(layer)
         available = {
             index: variable
             for index, variable in enumerate(sparse_layer.plain_weights(layer))
-            if id(variable) in eligible - taken
+            if id(variable) in eligible - sparse
         }
         try:
             return selection.choose(
@@ -572,20 +597,20 @@ class SparseWrapper(keras.layers.Layer):
 
 
 def core(layer: keras.layers.Layer) -> keras.layers.Layer:
-    """The layer inside one or several wrappers, or the layer itself."""
+    """Returns the layer inside of one or several wrappers, or itself."""
     while isinstance(layer, SparseWrapper):
         layer = layer.layer
     return layer
 
 
 def find_wrappers(layer: keras.layers.Layer) -> list[SparseWrapper]:
-    """The sparse wrappers of a model, in the order of their weights.
+    """Returns the techniques of a model, in the order of their weights.
 
     Args:
         layer: A layer or model.
 
     Returns:
-        The wrappers in it, itself included, each once.
+        The techniques, itself included, each once.
     """
     wrappers = [
         inner
@@ -602,18 +627,17 @@ def find_wrappers(layer: keras.layers.Layer) -> list[SparseWrapper]:
 
 
 def sparse_layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
-    """Returns the layers of a model that hold techniques.
+    """Returns the layers of a model that have techniques.
 
-    These are the layers that `sos.sparsify` made sparse in place, and wrappers.
-    All of them have the attributes `techniques` and `sparse_weights`. Each
-    sparse weight belongs to one of them.
+    These are the layers that `sos.sparsify` made sparse, and wrappers. They
+    have the attributes `techniques` and `sparse_weights`. Each sparse weight
+    belongs to one layer.
 
     Args:
         model: A model or layer, built.
 
     Returns:
-        The layers, each once, in the order of their weights; none of a model
-        without techniques.
+        The layers in the order of their weights; empty for a dense model.
 
     Raises:
         TypeError: If `model` is not a Keras 3 model or layer.
@@ -647,9 +671,9 @@ def weights_by_path(model: keras.layers.Layer) -> dict[str, SparseWeight]:
         model: A model or layer, built.
 
     Returns:
-        The weights by path, in the order of the model's weights. A path has no
-        name of the model in front. Equal ones of two nested models end in `#2`
-        and so on.
+        The weights by path, in the order of the model's weights. Paths do not
+        begin with the model's name. Duplicate paths, of nested models, get the
+        suffixes `#2`, `#3` and so on.
     """
     order = {id(v): i for i, v in enumerate(model.weights)}
     weights = sorted(
@@ -658,7 +682,6 @@ def weights_by_path(model: keras.layers.Layer) -> dict[str, SparseWeight]:
     )
     paths = selection.unique(
         {
-            # Whether Keras puts it there depends on how the model was made.
             i: selection.path_in(model, weight)
             for i, weight in enumerate(weights)
         }
@@ -667,14 +690,14 @@ def weights_by_path(model: keras.layers.Layer) -> dict[str, SparseWeight]:
 
 
 def check_keras_layer(layer: Any, function: str) -> None:
-    """Raises if an argument `model` is not a Keras 3 model or layer.
+    """Checks that an argument `model` is a Keras 3 model or layer.
 
     Args:
         layer: The argument.
         function: Name of the function that received it.
 
     Raises:
-        ArgumentError: If it is anything else.
+        TypeError: If it is not a Keras 3 model or layer.
     """
     if not isinstance(layer, keras.layers.Layer):
         cls = type(layer)
@@ -688,13 +711,12 @@ def _check_layer(layer: Any, technique: str) -> None:
     if isinstance(layer, keras.layers.Layer):
         return
     module = type(layer).__module__
-    advice = "Pass a layer or model made with `keras` 3."
+    advice = "Pass a layer or model created with `keras` 3."
     if module.split(".")[0] in ("tf_keras", "tensorflow", "keras"):
         advice = (
-            f"This one comes from `{module}`, which is Keras 2 or another "
-            f"Keras than the Keras {keras.__version__} in use here; make it "
-            "with `import keras` in the place of `tf_keras` or a `tf.keras` "
-            "under TF_USE_LEGACY_KERAS."
+            f"This layer is of `{module}`, which is Keras 2, or not the Keras "
+            f"{keras.__version__} in use here. Create it with `import keras` "
+            "instead of `tf_keras`, or `tf.keras` with TF_USE_LEGACY_KERAS."
         )
     raise ArgumentError(
         f"{technique} wraps Keras 3 layers. {advice} "

@@ -1,4 +1,4 @@
-"""How Keras is told to build and call a wrapper as it would the layer in it."""
+"""Makes Keras build and call a wrapper like the layer that it wraps."""
 
 import functools
 import inspect
@@ -12,10 +12,10 @@ from sos import keras_compat
 
 
 def fully_built(layer: keras.layers.Layer) -> bool:
-    """Whether a layer and all that it holds are built.
+    """Returns whether a layer and all its sublayers are built.
 
-    A layer without a `build` method may call itself built before it was called
-    and its sublayers have weights.
+    A layer without a `build` method may be marked as built before its sublayers
+    have weights.
     """
     return all(inner.built for inner in keras_compat.all_layers(layer))
 
@@ -23,10 +23,10 @@ def fully_built(layer: keras.layers.Layer) -> bool:
 def call_like(
     wrapper: keras.layers.Wrapper, layer: keras.layers.Layer
 ) -> Callable[..., Any]:
-    """A wrapper's `call` with the signature of the wrapped layer's.
+    """Returns a wrapper's `call` with the signature of the wrapped layer's.
 
-    By the signature Keras tells tensors from flags among keyword arguments,
-    and fills in masks.
+    From the signature Keras infers which keyword arguments are tensors, and
+    which masks to pass.
     """
     call = functools.partial(type(wrapper).call, wrapper)
     call.__signature__ = keras_compat.with_training(
@@ -36,7 +36,7 @@ def call_like(
 
 
 def is_symbolic(args: tuple, kwargs: dict) -> bool:
-    """Returns whether a call is one of those that make a functional model."""
+    """Returns whether a call has symbolic arguments (functional models)."""
     return any(
         isinstance(value, keras.KerasTensor)
         for value in keras.tree.flatten((args, kwargs))
@@ -44,15 +44,15 @@ def is_symbolic(args: tuple, kwargs: dict) -> bool:
 
 
 def build_symbolically(call: Callable, args: tuple, kwargs: dict) -> None:
-    """Builds a layer, and what it holds, as a call of it would.
+    """Builds a layer and its sublayers by a symbolic call.
 
     Attention needs the shapes of all its inputs by name, and a layer without a
-    `build` method gets its weights in its first call.
+    `build` method creates its weights in its first call.
 
     Args:
         call: The layer, or its `__call__`.
         args: Arguments of the call.
-        kwargs: Its keyword arguments.
+        kwargs: Keyword arguments of the call.
     """
     call(
         *keras.tree.map_structure(_symbolic, args),
@@ -65,7 +65,7 @@ def build_symbolically(call: Callable, args: tuple, kwargs: dict) -> None:
 
 
 def _symbolic(value: Any) -> Any:
-    """A symbolic tensor like a tensor or array; anything else as it is."""
+    """Converts a tensor or array to a symbolic tensor; returns others as is."""
     if (
         isinstance(value, keras.KerasTensor)
         or tf.is_tensor(value)

@@ -1,7 +1,7 @@
-"""Warnings about weights that lose their last element, or cannot be ranked.
+"""Warns of weights that lose their last element or cannot be ranked.
 
-The mask updates of the host and of a TPU call `after_update` with what they
-found, so that both warn alike.
+Mask updates on the host and on a TPU both call `after_update`, so that they
+give the same warnings.
 """
 
 import math
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 _DENSE = "leave it dense (`rules` of `sos.sparsify`)"
 
-# What was warned of: by technique, the step of each warning by path and kind.
-# Not in the technique, of which a copy is to warn again.
-_warned: weakref.WeakKeyDictionary[
+# Steps of the warnings by technique, and by path and kind. They are not stored
+# in the technique, so that a copy of it warns again.
+_warning_steps: weakref.WeakKeyDictionary[
     SparseWrapper, dict[tuple[str, str], int | None]
 ] = weakref.WeakKeyDictionary()
 
 
 def find_dead_weights(model: keras.layers.Layer) -> list[str]:
-    """Returns the paths of the sparse weights that evaluate to zeros alone.
+    """Returns the paths of sparse weights that are all zero in evaluation.
 
-    It works for every technique: what counts is the evaluation weight. With a
-    penalty that is too high, variational dropout and L0 lose whole weights too.
+    It works for every technique. Variational dropout and L0 regularisation may
+    lose a weight if the penalty is too high.
 
     Args:
         model: A model or layer, built.
@@ -56,17 +56,17 @@ def after_update(
     undecided: bool,
     any_left: bool,
 ) -> None:
-    """Warns if a mask update could not rank a weight, or nothing is left of it.
+    """Warns if a mask update could not rank a weight, or pruned all of it.
 
     Args:
         wrapper: The technique.
         weight: The weight whose mask was updated.
-        sparsity: The sparsity that was asked for.
+        sparsity: The requested fraction of zeros.
         undecided: Whether the weight kept its mask because scores are equal.
         any_left: Whether the mask keeps any element.
     """
     size = math.prod(weight.variable.shape)
-    # A sparsity of 1 asks for nothing.
+    # A sparsity of 1 requests a mask of zeros.
     if not size or sparsity == 1:
         return
     if not any_left:
@@ -89,17 +89,17 @@ def warn_kept(
     wrapper: SparseWrapper,
     weight: SparseWeight,
     sparsity: float,
-    kept: int,
-    otherwise: str,
+    count: int,
+    remedy: str,
 ) -> None:
     """Warns that a weight keeps elements although its sparsity leaves none.
 
     Args:
         wrapper: The technique.
         weight: The weight.
-        sparsity: The sparsity that was asked for.
-        kept: The number of elements that it keeps.
-        otherwise: The argument with which it keeps none.
+        sparsity: The requested fraction of zeros.
+        count: Number of elements that the weight keeps.
+        remedy: Argument with which it keeps none, for the message.
     """
     size = math.prod(weight.variable.shape)
     _warn(
@@ -107,20 +107,20 @@ def warn_kept(
         weight,
         "kept",
         f"A sparsity of {sparsity:.6g} leaves none of the {size} elements of "
-        f"{weight.path}: it keeps {min(kept, size)}. Lower its sparsity, or "
-        f"{_DENSE}. To prune all of it, pass {otherwise}.",
+        f"{weight.path}: it keeps {min(count, size)}. Lower its sparsity, or "
+        f"{_DENSE}. To prune all of it, pass {remedy}.",
     )
 
 
 def warn_of_zeros(wrapper: SparseWrapper, weight: SparseWeight) -> None:
-    """Warns that a mask of zeros, which never changes, was made of zeros."""
+    """Warns that a fixed mask prunes all of a weight, as it was all zero."""
     _warn(
         wrapper,
         weight,
         "zeros",
         f"All elements of {weight.path} were zero when "
-        f"{type(wrapper).__name__} made its mask of them, so that it stays "
-        "zero in training. Load the weights before the mask is made, or "
+        f"{type(wrapper).__name__} computed its mask from them: it stays zero "
+        "in training. Load the weights before making the layer sparse, or "
         f"{_DENSE}.",
     )
 
@@ -132,7 +132,7 @@ def _warn_empty(
         wrapper,
         weight,
         "empty",
-        f"The mask update{_at(_step(wrapper))} left no element of "
+        f"The mask update{_at_step(_step(wrapper))} left no element of "
         f"{weight.path} (sparsity {sparsity:.6g}). Its layer ignores its "
         "inputs now, and the gradient of a pruned element is zero. Lower its "
         f"sparsity, or {_DENSE}.",
@@ -143,33 +143,31 @@ def _warn_undecided(wrapper: "PruningWrapper", weight: SparseWeight) -> None:
     step, end = _step(wrapper), wrapper.schedule.end_step
     mask = keras.ops.convert_to_numpy(weight.state["mask"])
     state = "dense" if mask.all() else f"at {(mask == 0).mean():.2%} zeros"
-    ended = None not in (step, end) and step >= end
-    if ended:
-        future = (
-            "This was the last update of its schedule, so that it stays "
-            f"{state}"
+    is_last = None not in (step, end) and step >= end
+    if is_last:
+        consequence = (
+            f"This was the last update of its schedule: it stays {state}"
         )
     elif end is None:
-        future = f"It stays {state} until an update finds different scores"
+        consequence = f"It stays {state} until an update has different scores"
     else:
-        future = (
-            f"It stays {state} until an update finds different scores, and for "
-            f"the rest of training if none does up to step {end}, the last of "
-            "its schedule"
+        consequence = (
+            f"It stays {state} until an update has different scores; the last "
+            f"update of its schedule is at step {end}"
         )
     _warn(
         wrapper,
         weight,
-        "undecided at the end" if ended else "undecided",
-        f"The scores of {weight.path}{_at(step)} are all equal, so that "
+        "undecided at the end" if is_last else "undecided",
+        f"The scores of {weight.path}{_at_step(step)} are all equal: "
         f"{type(wrapper).__name__} has no order in which to prune them. "
-        f"{future}. Begin to prune later (`begin_step`), when training has "
-        "made its elements different, or use another initializer than "
-        "one of constants.",
+        f"{consequence}. Begin to prune later (`begin_step`), when training "
+        "has made the elements different, or use an initializer other than a "
+        "constant.",
     )
 
 
-def _at(step: int | None) -> str:
+def _at_step(step: int | None) -> str:
     return "" if step is None else f" at step {step}"
 
 
@@ -181,13 +179,13 @@ def _step(wrapper: SparseWrapper) -> int | None:
 def _warn(
     wrapper: SparseWrapper, weight: SparseWeight, kind: str, message: str
 ) -> None:
-    """Warns once in each run: steps that do not grow begin another one."""
+    """Warns once per run; a step that is not later belongs to a new run."""
     step = _step(wrapper)
-    steps = _warned.setdefault(wrapper, {})
+    steps = _warning_steps.setdefault(wrapper, {})
     key = (weight.path, kind)
     if key in steps:
-        known = steps[key]
-        if step is None or (known is not None and step > known):
+        last = steps[key]
+        if step is None or (last is not None and step > last):
             return
     steps[key] = step
     warnings.warn(message, stacklevel=3)

@@ -1,4 +1,4 @@
-"""The values with which weights take part in a call."""
+"""Effective weights: the values that a layer's call uses."""
 
 import contextlib
 import threading
@@ -17,16 +17,15 @@ _local = threading.local()
 
 
 class EffectiveWeights(SubstitutionScope):
-    """Lets a layer read its sparse weights as their effective values.
+    """Scope in which sparse weights have their effective values.
 
-    They are computed where they are read, so that a block that is
-    rematerialised computes them again, with their gradient.
+    A value is computed when it is read, so that a rematerialised block computes
+    it again, with its gradient.
 
     Args:
         weights: The sparse weights by the `id` of their variables.
-        training: Whether they read as in training.
-        whole: Whether the layers in the layer read through this scope, and open
-            none of their own.
+        training: Whether the values are those of training.
+        whole: Whether sublayers use this scope instead of opening their own.
     """
 
     def __init__(
@@ -43,7 +42,7 @@ class EffectiveWeights(SubstitutionScope):
         self._values: dict[int, tf.Tensor] = {}
 
     def holds(self, weights: Mapping[int, SparseWeight]) -> bool:
-        """Returns whether all these weights read as effective ones here."""
+        """Returns whether the scope includes all these weights."""
         return self._weights.keys() >= weights.keys()
 
     def compute_all(self) -> None:
@@ -64,7 +63,7 @@ class EffectiveWeights(SubstitutionScope):
         return effective_value(weight, self._training)
 
     def assigned_value(self, variable: keras.Variable, value: Any) -> Any:
-        """Returns the dense value for an effective one that was assigned."""
+        """Returns the dense value for an assigned effective value."""
         weight = self._weights.get(id(variable))
         if weight is None:
             return value
@@ -77,7 +76,7 @@ def effective_value(weight: SparseWeight, training: bool) -> tf.Tensor:
 
     Args:
         weight: The weight.
-        training: Whether as in training.
+        training: Whether the value is that of training.
 
     Raises:
         UsageError: In training, inside `sos.frozen` or `sos.sampled`.
@@ -87,88 +86,94 @@ def effective_value(weight: SparseWeight, training: bool) -> tf.Tensor:
         check_training(weight)
         value = weight.technique.training_weight(weight)
     else:
-        value = _held_value(weight)
+        value = _scope_value(weight)
         if value is None:
             value = weight.technique.evaluation_weight(weight)
     return tf.cast(value, weight.value.dtype)
 
 
 def check_training(weight: SparseWeight) -> None:
-    """Raises if a call in training would not count, or makes no sense.
+    """Raises an error if a weight cannot be used in training now.
 
     Args:
-        weight: A weight that the call uses.
+        weight: The weight.
 
     Raises:
         UsageError: Inside `sos.frozen` or `sos.sampled`.
-        RuntimeError: If no updater has bound the clock.
+        RuntimeError: If no updater is bound.
     """
-    for held in getattr(_local, "held", ()):
-        if id(weight.variable) in held.values:
+    for scope in getattr(_local, "scopes", ()):
+        if id(weight.variable) in scope.values:
             raise UsageError(
                 f"The weight {weight.path} was used with `training=True` "
-                f"inside `sos.{held.name}`, whose weights are those of "
-                "inference. Close the scope before training."
+                f"inside `sos.{scope.name}`, which is for inference. Close the "
+                "scope before training."
             )
     weight.technique.check_updated()
 
 
 @contextlib.contextmanager
 def frozen(model: keras.layers.Layer) -> Iterator[None]:
-    """Computes the evaluation weights of a model once, for the calls inside.
+    """Computes the evaluation weights of a model once for all calls inside.
 
-    Otherwise every call computes them again, which at a batch of one token
-    costs more than the call itself. Decoding loops open it:
+    Without it, every call computes them, which for a batch of one token costs
+    more than the call itself. Use it in decoding loops. In a `tf.function`,
+    open the scope inside the function.
 
-    ```
-    @tf.function
-    def decode(tokens):
-        with sos.frozen(model):
-            for _ in tf.range(length):
-                tokens = step(model, tokens)
-        return tokens
-    ```
-
-    Inside, weights that code reads for itself (`layer.kernel`) read as
-    evaluation weights too. Scopes nest.
+    Weights that code reads directly (`layer.kernel`) have their evaluation
+    values inside, too. Scopes nest.
 
     Args:
-        model: A model with sparse layers, or one without.
+        model: A model, with or without sparse layers.
 
     Yields:
         Nothing.
 
     Raises:
-        UsageError: If a layer is called as in training inside, or a function
-            that is traced inside would keep values that were computed outside
-            of it.
+        UsageError: If a layer is called with `training=True` inside, or a
+            `tf.function` traced inside would keep values from outside of it.
+
+    Example:
+    >>> import keras, sos
+    >>> import tensorflow as tf
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4)])
+    >>> sparse = sos.sparsify(model, "L0Regularization", penalty_weight=1e-3)
+    >>> @tf.function
+    ... def decode(state):
+    ...     with sos.frozen(sparse):
+    ...         for _ in tf.range(10):
+    ...             state = sparse(state)
+    ...     return state
+    >>> decode(tf.ones((1, 4))).shape
+    TensorShape([1, 4])
     """
-    with _held(model, lambda weight: effective_value(weight, False), "frozen"):
+    with _value_scope(
+        model, lambda weight: effective_value(weight, False), "frozen"
+    ):
         yield
 
 
 @contextlib.contextmanager
 def sampled(model: keras.layers.Layer, seed: int | tf.Tensor) -> Iterator[None]:
-    """Draws one sample of the weights' posterior, for the calls inside.
+    """Draws one sample of the weights' posterior for all calls inside.
 
-    All calls inside see the same weights: under variational dropout theta +
-    sigma * noise, under L0 regularisation weights times sampled gates. The
-    layers run as in inference. Masks are no distribution, so that masked
-    weights are as in evaluation.
+    All calls inside use the same weights: with variational dropout theta +
+    sigma * noise, with L0 regularisation the weights times sampled gates. Call
+    the model as in inference. Weights with masks have no distribution, and
+    their evaluation values.
 
     Args:
-        model: A model with sparse layers of which one technique has a
-            posterior.
-        seed: Number of the sample, an integer or int32 scalar. Equal seeds
-            give equal weights.
+        model: A model in which at least one technique has a posterior.
+        seed: Seed of the sample, an integer or int32 scalar. Equal seeds give
+            equal weights.
 
     Yields:
         Nothing.
 
     Raises:
-        UsageError: If no technique in the model has a posterior, the scope is
-            opened outside of the replicas of a `tf.distribute.Strategy`, or as
-            for `sos.frozen`.
+        UsageError: If no technique in the model has a posterior, if the scope
+            is opened outside of the replicas of a `tf.distribute.Strategy`, or
+            as for `sos.frozen`.
 
     Example:
     >>> import keras, numpy as np, sos
@@ -201,9 +206,9 @@ def sampled(model: keras.layers.Layer, seed: int | tf.Tensor) -> Iterator[None]:
     ):
         raise UsageError(
             "`sampled` must be opened in the function that runs on the "
-            "replicas: other threads do not see it. Move the scope into the "
-            "function that `strategy.run` calls, or `predict` and the like "
-            "with a model made without a strategy."
+            "replicas, as it does not reach other threads. Move the scope into "
+            "the function that `strategy.run` calls. For methods such as "
+            "`predict`, use a model created without a strategy."
         )
 
     def sample(weight: SparseWeight) -> tf.Tensor:
@@ -215,7 +220,7 @@ def sampled(model: keras.layers.Layer, seed: int | tf.Tensor) -> Iterator[None]:
 
     with (
         keras_compat.without_compiled_functions(model),
-        _held(model, sample, "sampled"),
+        _value_scope(model, sample, "sampled"),
     ):
         yield
 
@@ -229,8 +234,8 @@ def _sparse_weights(model: keras.layers.Layer) -> list[SparseWeight]:
     ]
 
 
-class _Held:
-    """Values that hold for all calls inside a scope."""
+class _ScopeValues:
+    """The values of weights inside a `frozen` or `sampled` scope."""
 
     def __init__(self, name: str, values: dict[int, tf.Tensor]) -> None:
         self.name = name
@@ -238,34 +243,34 @@ class _Held:
 
 
 @contextlib.contextmanager
-def _held(
+def _value_scope(
     model: keras.layers.Layer,
     compute: Callable[[SparseWeight], tf.Tensor],
     name: str,
 ) -> Iterator[None]:
     weights = {id(w.variable): w for w in _sparse_weights(model)}
     values = {key: compute(weight) for key, weight in weights.items()}
-    outer = getattr(_local, "held", ())
-    _local.held = (_Held(name, values), *outer)
+    outer = getattr(_local, "scopes", ())
+    _local.scopes = (_ScopeValues(name, values), *outer)
     try:
         with EffectiveWeights(weights, training=False):
             yield
     finally:
-        _local.held = outer
+        _local.scopes = outer
 
 
-def _held_value(weight: SparseWeight) -> tf.Tensor | None:
-    for held in getattr(_local, "held", ()):
-        value = held.values.get(id(weight.variable))
+def _scope_value(weight: SparseWeight) -> tf.Tensor | None:
+    for scope in getattr(_local, "scopes", ()):
+        value = scope.values.get(id(weight.variable))
         if value is None:
             continue
         if hasattr(value, "numpy") and not tf.executing_eagerly():
             raise UsageError(
-                f"A `tf.function` was traced inside `sos.{held.name}`, and "
-                "would keep the values that the weights have now. Open the "
-                "scope inside the function. For methods that compile a "
-                "function of their own (`predict`, `generate`), use the model "
-                "without the scope, or `sos.strip` it."
+                f"A `tf.function` was traced inside `sos.{scope.name}`, and "
+                "would keep the present values of the weights. Open the scope "
+                "inside the function. For methods that compile their own "
+                "function (`predict`, `generate`), use the model without the "
+                "scope, or `sos.strip` it."
             )
         return value
     return None

@@ -1,4 +1,4 @@
-"""Training with a mask that never changes."""
+"""Fixed masks."""
 
 from typing import Any
 
@@ -17,25 +17,34 @@ from sos.wrappers.sparse_weight import SparseWeight
 
 @register
 class FixedMask(MaskedWrapper):
-    """Keeps a mask: fine-tuning, training from scratch, lottery tickets.
+    """Trains with a mask that does not change.
 
-    By default the weights that are zero when the layer is wrapped stay zero,
-    which is what fine-tuning a stripped model needs. With `sparsity` the mask
-    is drawn at random; below 1 it keeps at least one weight of each tensor.
-    `sos.set_masks` sets any other, and `sos.prune` one of magnitudes.
+    It serves to fine-tune pruned models, to train sparse models from scratch,
+    and to train lottery tickets. By default weights that are zero when the
+    layer is wrapped stay zero, as for fine-tuning a stripped model. With
+    `sparsity` the mask is random; below 1 it keeps at least one weight of each
+    tensor. `sos.set_masks` sets any mask, and `sos.prune` masks by magnitude.
 
-    A warning names a weight that keeps its last element only for that reason,
-    and one that is trained although all its elements were zero and stay so.
+    It warns if the sparsity leaves no weight of a tensor, and if a tensor that
+    was all zero is trained.
 
     Args:
         layer: The layer to wrap.
-        sparsity: Fraction of zeros of a random mask in [0, 1], or None to keep
-            the layer's own zeros.
+        sparsity: Fraction of zeros of a random mask, in [0, 1]; None to keep
+            the zeros of the layer's weights.
         seed: Seed of the random mask, an integer.
         **kwargs: As for `SparseWrapper`.
 
     Raises:
         UsageError: If `sparsity` or `seed` is out of range.
+
+    Example: fine-tuning a pruned model.
+    >>> import keras, sos
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    >>> pruned = sos.strip(sos.prune(model, 0.75))
+    >>> sparse = sos.sparsify(pruned, "FixedMask")
+    >>> sos.sparsity_report(sparse).sparsity
+    0.75
     """
 
     def __init__(
@@ -54,12 +63,12 @@ class FixedMask(MaskedWrapper):
         super().__init__(layer, **kwargs)
         self.sparsity = sparsity
         self.seed = seed
-        # Paths of weights that were zero throughout. Often they are loaded
-        # next, and only a weight that is trained as it is needs a warning.
+        # Paths of weights that were all zero. They warn only when trained, as
+        # their values may be loaded after the layer is wrapped.
         self._zeros: frozenset[str] = frozenset()
 
     def weights_changed(self) -> None:
-        """Sets the masks anew from the dense weights."""
+        """Computes the masks from the dense weights."""
         masks = []
         zeros = set()
         for weight in self.sparse_weights:
@@ -72,7 +81,7 @@ class FixedMask(MaskedWrapper):
                 shape = tuple(weight.variable.shape)
                 generator = np.random.Generator(
                     np.random.Philox(
-                        # NumPy takes no negative seeds.
+                        # NumPy's seeds are not negative.
                         [self.seed % 2**32, noise.text_id(weight.path)]
                     )
                 )
@@ -88,10 +97,10 @@ class FixedMask(MaskedWrapper):
         self._zeros = frozenset(zeros)
 
     def training_weight(self, weight: SparseWeight) -> tf.Tensor:
-        """The masked weight."""
+        """Returns the masked weight."""
         if weight.path in self._zeros:
             self._zeros -= {weight.path}
-            # On the host, also while a training step is traced.
+            # Eagerly, also while a training step is traced.
             with tf.init_scope():
                 mask = weight.state["mask"].value
                 if not tf.reduce_any(mask > 0):
@@ -99,15 +108,15 @@ class FixedMask(MaskedWrapper):
         return super().training_weight(weight)
 
     def evaluation_weight(self, weight: SparseWeight) -> tf.Tensor:
-        """The masked weight."""
+        """Returns the masked weight."""
         return super().training_weight(weight)
 
     def target_sparsity(self) -> float | None:
-        """The sparsity of a random mask."""
+        """Returns the sparsity of a random mask, None for other masks."""
         return self.sparsity
 
     def get_config(self) -> dict[str, Any]:
-        """The layer's configuration, which `from_config` takes."""
+        """Returns the layer's configuration, for `from_config`."""
         return {
             **super().get_config(),
             "sparsity": self.sparsity,

@@ -1,4 +1,4 @@
-"""Hyperparameters that compiled steps read from variables."""
+"""Hyperparameters of techniques that can change during training."""
 
 import math
 from typing import Any, Protocol
@@ -12,13 +12,31 @@ from sos.errors import UsageError
 class Hyperparameter:
     """A hyperparameter that can change after the layer is built.
 
-    Compiled steps read it from a variable, so that a change neither builds nor
-    traces anything again, and runs that differ in its value share one compiled
-    step. On the layer it reads and assigns as a plain Python number.
+    It is an attribute of the technique's class, and a Python number on a layer.
+    Compiled steps read it from a variable, so that a change needs no new trace,
+    and runs that differ in its value share one compiled step.
 
     Args:
-        dtype: `"float32"` or `"int32"`.
-        minimum: The least valid value, or None.
+        dtype: "float32" or "int32".
+        minimum: The least valid value, None for no limit.
+
+    Example:
+    >>> import keras, sos
+    >>> @sos.extend.register
+    ... class Scaled(sos.extend.SparseWrapper):
+    ...     needs_step = False
+    ...     factor = sos.extend.Hyperparameter("float32", minimum=0.0)
+    ...
+    ...     def __init__(self, layer, *, factor=1.0, **kwargs):
+    ...         super().__init__(layer, **kwargs)
+    ...         self.factor = factor
+    ...
+    ...     def training_weight(self, weight):
+    ...         return self.hyperparameter("factor") * weight.value
+    >>> layer = Scaled(keras.layers.Dense(1, kernel_initializer="ones"))
+    >>> layer.factor = 3.0
+    >>> float(layer(keras.ops.ones((1, 2)))[0, 0])
+    6.0
     """
 
     def __init__(self, dtype: str, minimum: float | None = None) -> None:
@@ -43,7 +61,7 @@ class Hyperparameter:
         """Checks a value.
 
         Args:
-            value: The new value.
+            value: The value.
 
         Returns:
             The value as a Python number.
@@ -78,7 +96,10 @@ class _StatefulLayer(Protocol):
 
 
 class HyperparameterVariables:
-    """The hyperparameters of one layer, before and after it is built."""
+    """Holds the `Hyperparameter` values of one layer.
+
+    They are Python numbers before the layer is built, variables afterwards.
+    """
 
     def __init__(self) -> None:
         self._descriptors: dict[str, Hyperparameter] = {}
@@ -86,26 +107,26 @@ class HyperparameterVariables:
         self._variables: dict[str, keras.Variable] = {}
 
     def get(self, name: str) -> float:
-        """The value as a Python number."""
+        """Returns a value as a Python number."""
         if name not in self._variables:
             return self._values[name]
         value = keras.ops.convert_to_numpy(self._variables[name])[()]
-        # The shortest decimal of a float32, so that 0.1 reads as 0.1.
+        # The shortest decimal of the float32: 0.1, not 0.10000000149.
         return int(value) if value.dtype.kind == "i" else float(str(value))
 
     def set(self, hyperparameter: Hyperparameter, value: float) -> None:
-        """Sets the value, also for steps that are compiled already."""
+        """Sets a value, also for compiled steps."""
         self._descriptors[hyperparameter.name] = hyperparameter
         self._values[hyperparameter.name] = value
         if hyperparameter.name in self._variables:
             self._variables[hyperparameter.name].assign(value)
 
     def values(self) -> dict[str, float]:
-        """All values by name."""
+        """Returns all values by name."""
         return {name: self.get(name) for name in self._values}
 
     def tensor(self, name: str) -> tf.Tensor:
-        """The value as a scalar tensor."""
+        """Returns a value as a scalar tensor."""
         return tf.convert_to_tensor(self._variables[name].value)
 
     def build(self, layer: _StatefulLayer) -> None:

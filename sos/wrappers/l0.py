@@ -29,8 +29,8 @@ def sample_gate(log_alpha: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
         Gates in [0, 1], float32 of the same shape.
     """
     u = noise.uniform(tf.shape(log_alpha), key)
-    # u is a multiple of 2^-23, and 1 - u is exact: half a step up keeps both
-    # logarithms finite and the distribution symmetric.
+    # u is a multiple of 2^-23 in [0, 1). Half a step more keeps both logarithms
+    # finite and the distribution symmetric.
     u = u + 2.0**-24
     logit = tf.math.log(u) - tf.math.log1p(-u)
     s = tf.sigmoid((logit + log_alpha) / BETA)
@@ -38,9 +38,9 @@ def sample_gate(log_alpha: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
 
 
 def mean_gate(log_alpha: tf.Tensor) -> tf.Tensor:
-    """The deterministic gate of evaluation (Louizos et al. 2018, equation 13).
+    """Returns the gates of evaluation (Louizos et al. 2018, equation 13).
 
-    It is exactly zero for log alpha <= log(-gamma / zeta) = -2.39790.
+    A gate is exactly zero for log alpha <= log(-gamma / zeta) = -2.39790.
 
     Args:
         log_alpha: Locations, float32 of any shape.
@@ -53,7 +53,7 @@ def mean_gate(log_alpha: tf.Tensor) -> tf.Tensor:
 
 
 def expected_l0(log_alpha: tf.Tensor) -> tf.Tensor:
-    """P(gate != 0) (Louizos et al. 2018, equation 12).
+    """Returns P(gate != 0) (Louizos et al. 2018, equation 12).
 
     Args:
         log_alpha: Locations, float32 of any shape.
@@ -66,25 +66,33 @@ def expected_l0(log_alpha: tf.Tensor) -> tf.Tensor:
 
 @register
 class L0Regularization(PenalizedWrapper):
-    """Learns gates that are exactly zero, under a penalty on their number.
+    """Learns gates in [0, 1], and penalizes the number of nonzero gates.
 
-    Every weight is multiplied by a hard-concrete gate (Louizos et al. 2018)
-    with beta 2/3, gamma -0.1 and zeta 1.1. In training one gate is drawn for
-    each weight and step and shared by the batch; a look-up draws one for each
-    occurrence, as in Gale et al. 2019. In evaluation the gate is
-    deterministic. The penalty is the expected number of nonzero gates.
+    Each weight is multiplied by a hard-concrete gate (Louizos et al. 2018) with
+    beta 2/3, gamma -0.1 and zeta 1.1. In training one gate per weight is drawn
+    at each step and shared by the batch; a look-up draws one per occurrence, as
+    in Gale et al. 2019. In evaluation the gate is deterministic, and may be
+    exactly zero. The penalty is the expected number of nonzero gates.
 
     Args:
         layer: The layer to wrap.
-        initial_log_alpha: Mean of the initial log alpha, whose standard
-            deviation is 0.01. The default is the authors': a gate is dropped
-            with probability 0.1 before it is stretched.
+        initial_log_alpha: Mean of the initial log alpha, with a standard
+            deviation of 0.01. The authors' default is a dropout rate of 0.1:
+            log(0.9 / 0.1) = 2.197.
         **kwargs: As for `PenalizedWrapper`: `num_examples` or `penalty_weight`,
             `ramp`, `begin_step`, `end_step`, `seed`.
+
+    Example:
+    >>> import keras, sos
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    >>> sparse = sos.sparsify(model, "L0Regularization", num_examples=60_000)
+    >>> (weight,) = sparse.layers[0].sparse_weights
+    >>> list(weight.state)
+    ['log_alpha']
     """
 
     has_posterior = True
-    # 1 / N, the authors' default on ImageNet and WMT'14.
+    # The authors use 1 / N on ImageNet and WMT'14.
     default_penalty = 1.0
 
     def __init__(
@@ -111,25 +119,34 @@ class L0Regularization(PenalizedWrapper):
         )
 
     def training_weight(self, weight: SparseWeight) -> tf.Tensor:
-        """The weight times this step's gates."""
+        """Returns the weight times the gates of this step."""
         gate = sample_gate(
             weight.state["log_alpha"].value, self.noise_key(weight, "gate")
         )
         return tf.cast(weight.value, tf.float32) * gate
 
     def evaluation_weight(self, weight: SparseWeight) -> tf.Tensor:
-        """The weight times its deterministic gate."""
+        """Returns the weight times its deterministic gates."""
         gate = mean_gate(weight.state["log_alpha"].value)
         return tf.cast(weight.value, tf.float32) * gate
 
     def penalty(self, weight: SparseWeight) -> tf.Tensor:
-        """The expected number of nonzero gates."""
+        """Returns the expected number of nonzero gates."""
         return tf.reduce_sum(expected_l0(weight.state["log_alpha"].value))
 
     def use_output(
         self, weight: SparseWeight, use: LinearMap | LookUp
     ) -> tf.Tensor | None:
-        """Draws a gate per occurrence for a look-up, else per weight."""
+        """Returns the outputs of a look-up, with one gate per occurrence.
+
+        Args:
+            weight: The weight.
+            use: The use of the weight by the call.
+
+        Returns:
+            The outputs of the call; None for a linear map, whose weight
+            `training_weight` samples.
+        """
         if not isinstance(use, LookUp):
             return None
         theta, log_alpha = use.rows(
@@ -139,7 +156,7 @@ class L0Regularization(PenalizedWrapper):
         return use.finish(theta * sample_gate(log_alpha, key))
 
     def get_config(self) -> dict[str, Any]:
-        """The layer's configuration, which `from_config` takes."""
+        """Returns the layer's configuration, for `from_config`."""
         return {
             **super().get_config(),
             "initial_log_alpha": self.initial_log_alpha,

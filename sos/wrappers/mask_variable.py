@@ -8,34 +8,34 @@ import tensorflow as tf
 
 from sos.errors import UsageError
 
-# Sums of weights that should be 1 miss it by their rounding.
+# Averages of masks of ones may differ from 1 by rounding.
 _TOLERANCE = 1e-5
 
 
 class MaskVariable(keras.Variable):
-    """A uint8 variable of zeros and ones.
+    """A uint8 variable of zeros and ones, which checks assigned values.
 
-    Whatever is assigned would be truncated to an integer: 0.99, which averages
-    of `get_weights()` hold, to a pruned weight.
+    Otherwise Keras would truncate them: 0.99, as in averages of
+    `get_weights()`, to 0, a pruned weight.
     """
 
     def assign(self, value: Any) -> Any:
         """Assigns zeros and ones.
 
         Args:
-            value: Zeros and ones of any dtype. Values in a traced function
-                cannot be checked; there the dtype must be an integer or bool.
+            value: Zeros and ones of any dtype. In a traced function, where
+                values cannot be checked, the dtype must be an integer or bool.
 
         Returns:
             The new value.
 
         Raises:
-            UsageError: If it holds anything else, or is a float in a traced
+            UsageError: If other values are assigned, or floats in a traced
                 function.
         """
-        return super().assign(self._checked(value))
+        return super().assign(self._check(value))
 
-    def _checked(self, value: Any) -> Any:
+    def _check(self, value: Any) -> Any:
         if isinstance(value, MaskVariable):
             return value
         if tf.is_tensor(value):
@@ -44,15 +44,15 @@ class MaskVariable(keras.Variable):
                 if "float" in dtype:
                     raise UsageError(
                         f"The mask {self.path} cannot be assigned {dtype} "
-                        "values in a traced function, where nothing checks "
-                        "that they are zeros and ones. Cast them to bool or "
+                        "values in a traced function, where they cannot be "
+                        "checked to be zeros and ones. Cast them to bool or "
                         f"uint8. {_ADVICE}"
                     )
                 return value
             if dtype == "bool":
                 return value
             if dtype == "uint8" and tf.executing_eagerly():
-                # Only a number leaves the device.
+                # Copies only one number from the device.
                 if int(tf.reduce_max(value)) <= 1:
                     return value
         array = keras.ops.convert_to_numpy(value)
@@ -62,16 +62,16 @@ class MaskVariable(keras.Variable):
         if array.dtype.kind not in "bui":
             array = np.asarray(array, "float64")
             rounded = np.rint(array)
-        wrong = (rounded != 0) & (rounded != 1)
+        invalid = (rounded != 0) & (rounded != 1)
         if rounded is not array:
             with np.errstate(invalid="ignore"):  # infinity - infinity
-                wrong |= np.abs(array - rounded) > _TOLERANCE
-        if wrong.any():
-            examples = np.unique(array[wrong])[:3].tolist()
+                invalid |= np.abs(array - rounded) > _TOLERANCE
+        if invalid.any():
+            examples = np.unique(array[invalid])[:3].tolist()
             raise UsageError(
                 f"The mask {self.path} must hold zeros and ones. {_ADVICE} "
-                f"Received: {wrong.sum()} other values of {wrong.size}, such "
-                f"as {', '.join(f'{number:.4g}' for number in examples)}. "
+                f"Received: {invalid.sum()} other values of {invalid.size}, "
+                f"such as {', '.join(f'{number:.4g}' for number in examples)}. "
                 "`set_weights` may have set other variables before this one."
             )
         return rounded.astype("uint8")

@@ -24,12 +24,25 @@ from sos.wrappers.sparse_weight import SparseWeight
 
 
 class MaskedWrapper(SparseWrapper):
-    """Runs a layer with `weight * mask`.
+    """Base class of techniques that multiply weights by masks.
 
     The masks (1 = kept) are uint8 variables in `weight.state["mask"]`,
-    initially all ones. As the mask is part of the forward pass, the
-    gradient of a masked weight is exactly zero; the weight keeps its value and
-    still feels weight decay and momentum (Gale et al. 2019, section 3).
+    initially ones. As the mask is part of the forward pass, the gradient of a
+    pruned weight is exactly zero. The dense weight keeps its value, and weight
+    decay and momentum act on it (Gale et al. 2019, section 3).
+
+    Example: a technique with a fixed pattern, of every second row.
+    >>> import keras, numpy as np, sos
+    >>> @sos.extend.register
+    ... class EvenRows(sos.extend.MaskedWrapper):
+    ...     def weights_changed(self):
+    ...         masks = [np.ones(w.variable.shape) for w in self.sparse_weights]
+    ...         for mask in masks:
+    ...             mask[1::2] = 0
+    ...         self.set_masks(masks)
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    >>> sos.sparsity_report(sos.sparsify(model, "EvenRows")).sparsity
+    0.5
     """
 
     needs_step = False
@@ -42,14 +55,14 @@ class MaskedWrapper(SparseWrapper):
         mask.__class__ = MaskVariable
 
     def training_weight(self, weight: SparseWeight) -> tf.Tensor:
-        """The masked weight."""
+        """Returns the masked weight."""
         mask = weight.state["mask"].value
         if id(weight.variable) in self._tables():
             return _masked_table(weight.value, mask)
         return weight.value * tf.cast(mask, weight.value.dtype)
 
     def _tables(self) -> set[int]:
-        """Returns the variables in which layers look rows up, by their `id`."""
+        """Returns the `id` of the tables of embedding layers."""
         return {
             id(keras_compat.embeddings(layer))
             for layer in keras_compat.all_layers(self.layer)
@@ -59,7 +72,7 @@ class MaskedWrapper(SparseWrapper):
     def assigned_weight(
         self, weight: SparseWeight, value: tf.Tensor
     ) -> tf.Tensor:
-        """What was assigned where the mask is 1, the dense weight elsewhere."""
+        """Returns assigned values where the mask is 1, old ones elsewhere."""
         kept = tf.cast(weight.state["mask"].value, tf.bool)
         return tf.where(kept, tf.cast(value, weight.value.dtype), weight.value)
 
@@ -71,8 +84,8 @@ class MaskedWrapper(SparseWrapper):
                 of the weight's shape.
 
         Raises:
-            UsageError: If the number of masks, a shape or a value is wrong;
-                no mask is changed then.
+            UsageError: If the number of masks, a shape or a value is invalid.
+                Then no mask changes.
         """
         weights = self.sparse_weights
         if len(masks) != len(weights):
@@ -90,10 +103,10 @@ class MaskedWrapper(SparseWrapper):
 
 @tf.custom_gradient
 def _masked_table(value: tf.Tensor, mask: tf.Tensor) -> tuple:
-    """Masks a table of which a few rows are looked up.
+    """Masks a table of which some rows are looked up.
 
-    The gradient of a look-up has these rows alone, which optimizers update as
-    in a dense layer. That of a product would have all.
+    The gradient of a look-up has only these rows, and optimizers update only
+    them. The gradient of a plain product would have all rows.
     """
 
     def grad(upstream: tf.Tensor | tf.IndexedSlices) -> tuple:
@@ -113,13 +126,13 @@ def check_mask(weight: SparseWeight, mask: Any) -> np.ndarray:
 
     Args:
         weight: The weight.
-        mask: What is to be its mask.
+        mask: Array or tensor of zeros and ones, of the weight's shape.
 
     Returns:
         The mask as a uint8 array.
 
     Raises:
-        UsageError: If it does not hold zeros and ones, or has another shape.
+        UsageError: If the mask has other values or another shape.
     """
     try:
         array = keras.ops.convert_to_numpy(mask)
@@ -138,7 +151,7 @@ def check_mask(weight: SparseWeight, mask: Any) -> np.ndarray:
     return array.astype("uint8")
 
 
-# The hyperparameters of which a schedule is made.
+# The numbers that define a schedule.
 _NUMBERS = (
     "sparsity",
     "initial_sparsity",
@@ -147,35 +160,34 @@ _NUMBERS = (
     "frequency",
     "power",
 )
-# Those that a constant schedule does not have.
+# The numbers of polynomial schedules only.
 _POLYNOMIAL = ("initial_sparsity", "end_step", "power")
-# Where files of weights have the steps of the schedule.
+# Key of the schedule's steps in files of weights.
 _STEPS = "schedule_steps"
 
 
 class PruningWrapper(MaskedWrapper):
-    """Sets masks by scores, to a sparsity that follows a schedule.
+    """Base class of techniques that update masks by scores, on a schedule.
 
-    A technique overrides `scores`. The updater asks for the scores at the steps
-    of the schedule, between two training steps, and hands them to the ranking;
-    the training step itself carries no sort and no condition.
+    A technique overrides `scores`. At the steps of the schedule, between two
+    training steps, the updater passes the scores to the ranking. The training
+    step itself contains no sort and no condition.
 
     By default the sparsity grows from `initial_sparsity` at `begin_step` to
     `sparsity` at `end_step` (Zhu and Gupta 2017):
     s(t) = s_final + (s_init - s_final) * (1 - p)^power, where
     p = clip((t - begin) / (end - begin), 0, 1).
 
-    Without an `end_step` the schedule is laid over the training when it begins:
-    from the optimizer's step to 75 % of the training steps. `fit` with
-    `sos.SparsityCallback` knows their number, a config has `train_steps`, and
-    in a custom loop it is `sos.SparsityUpdater(model, optimizer,
-    train_steps=...)`. What was laid out stays: it is in saved models and files
-    of weights, and a second `fit` continues it. Until then masks are ones.
+    Without an `end_step` the schedule ends after 75 % of the training steps.
+    Their number comes from `fit` with `sos.SparsityCallback`, from
+    `train_steps` of a config, or from `sos.SparsityUpdater(model, optimizer,
+    train_steps=...)`. The steps are fixed when training begins: they are saved
+    with models and weights, and a second `fit` does not change them.
 
     Args:
         layer: The layer to wrap.
-        sparsity: Fraction of zeros to end with, in [0, 1). With a schedule
-            object, it replaces the schedule's own.
+        sparsity: Final fraction of zeros, in [0, 1). With a schedule object, it
+            replaces the object's.
         initial_sparsity: Fraction of zeros at `begin_step`, in [0, 1).
         begin_step: Training step of the first mask update.
         end_step: Training step of the last mask update; None for 75 % of the
@@ -184,20 +196,20 @@ class PruningWrapper(MaskedWrapper):
             updates from `begin_step` to `end_step`, and for 100 steps under a
             constant schedule, but at least `steps_per_execution`.
         power: Exponent of the growth.
-        schedule: "polynomial"; "constant" for masks of `sparsity` that are
-            updated from `begin_step` on for the rest of training, without
-            `initial_sparsity`, `end_step` and `power`; or an object instead of
-            the numbers: a pruning schedule of tfmot
-            (`sos.schedules.PolynomialDecay`, `sos.schedules.ConstantSparsity`
-            or a subclass of `sos.schedules.PruningSchedule`) or a
-            `sos.schedules.Schedule`.
-        ranking: How scores become masks; by default each tensor for itself.
+        schedule: "polynomial"; or "constant" for a constant `sparsity` from
+            `begin_step` until training ends, without `initial_sparsity`,
+            `end_step` and `power`; or an object instead of numbers: a tfmot
+            schedule (`sos.schedules.PolynomialDecay`,
+            `sos.schedules.ConstantSparsity` or a subclass of
+            `sos.schedules.PruningSchedule`) or a `sos.schedules.Schedule`.
+        ranking: A `sos.extend.Ranking`; by default each tensor is ranked
+            separately.
         **kwargs: As for `SparseWrapper`.
 
     Raises:
         UsageError: If a number is out of range or does not fit the schedule.
-        TypeError: If `schedule` or `ranking` is not one, or numbers come
-            together with a schedule object, or there is no `sparsity`.
+        TypeError: If `schedule` or `ranking` has a wrong type, if there are
+            numbers with a schedule object, or no `sparsity` without one.
 
     Example:
     >>> import keras, sos
@@ -210,16 +222,16 @@ class PruningWrapper(MaskedWrapper):
 
     needs_step = True
 
-    #: Sums the gradients of each effective weight since its last mask update,
-    #: dense and over all replicas, in `weight.state["gradient"]`. They are of
-    #: what the training loop differentiates: in `fit` a mean over the batch, in
-    #: the training engine a sum, under loss scaling a multiple. Elements that
-    #: are not finite are left out. Each backward pass, also one of several for
-    #: an accumulated gradient, costs another all-reduce of the weight.
+    #: Whether `weight.state["gradient"]` sums the gradients of the effective
+    #: weight since its last mask update, over all replicas. They are gradients
+    #: of the loss that the training loop differentiates: in `fit` a mean over
+    #: the batch, in the training engine a sum, with loss scaling a multiple.
+    #: Elements that are not finite are skipped. Each backward pass, including
+    #: those of accumulated gradients, costs an all-reduce of the weight.
     uses_gradient = False
 
-    #: A weight once pruned stays so. Give the pruned ones the lowest scores, as
-    #: `RandomPruning` does: the others are then ranked among themselves.
+    #: Whether pruned weights stay pruned. Then `scores` should give them the
+    #: lowest scores, as in `RandomPruning`, to rank only the others.
     cumulative = False
 
     def __init__(
@@ -245,7 +257,7 @@ class PruningWrapper(MaskedWrapper):
             "power": power,
         }
         if not isinstance(schedule, str):
-            # A subclass may pass on defaults of its own.
+            # Without the defaults of a subclass.
             numbers = arguments.changed(numbers, self._number_defaults())
         schedule = self._make_schedule(schedule, numbers)
         ranking = PerTensorRanking() if ranking is None else ranking
@@ -260,7 +272,7 @@ class PruningWrapper(MaskedWrapper):
 
     @classmethod
     def hyperparameters(cls) -> dict[str, Any]:
-        """Returns the numbers of the schedule, and the technique's own."""
+        """Returns the schedule's numbers and other hyperparameters."""
         defaults = super().hyperparameters()
         defaults.pop("ranking", None)
         if not isinstance(defaults.get("schedule"), str):
@@ -284,7 +296,7 @@ class PruningWrapper(MaskedWrapper):
         resolved = super().resolve_hyperparameters(hyperparameters, inherited)
         default = arguments.defaults(cls, SparseWrapper).get("schedule")
         schedule = resolved.get("schedule", default)
-        # A technique may have a schedule of its own.
+        # A technique may create its own schedule.
         if default is None or schedule is arguments.REQUIRED:
             return resolved
         numbers = {k: v for k, v in resolved.items() if k in _NUMBERS}
@@ -311,9 +323,9 @@ class PruningWrapper(MaskedWrapper):
         schedule: PruningSchedule | Schedule | str,
         numbers: dict[str, Any],
     ) -> Schedule:
-        """Makes a schedule of a name or a schedule, and numbers."""
+        """Creates a schedule from a name or object, and numbers."""
         if isinstance(schedule, str):
-            # A subclass may have defaults of its own.
+            # Compared with the defaults of a subclass.
             changed = arguments.changed(numbers, cls._number_defaults())
             if numbers.get("sparsity") is None:
                 raise ArgumentError(
@@ -344,10 +356,10 @@ class PruningWrapper(MaskedWrapper):
 
     @property
     def schedule(self) -> Schedule:
-        """The schedule. It lives on the host and may be replaced at any time.
+        """The schedule, which may be replaced at any time.
 
         Raises:
-            TypeError: If it is set to anything other than a schedule.
+            TypeError: If it is set to an object that is not a schedule.
         """
         return self._schedule
 
@@ -363,7 +375,7 @@ class PruningWrapper(MaskedWrapper):
 
         Returns:
             Scores of the weight's shape, of any floating dtype and sign. The
-            elements with the highest scores are kept. Where all are equal, the
+            elements with the highest scores are kept. If all are equal, the
             weight keeps its mask.
         """
         raise NotImplementedError(
@@ -371,10 +383,10 @@ class PruningWrapper(MaskedWrapper):
         )
 
     def build_weight(self, weight: SparseWeight) -> None:
-        """Adds the mask, and the gradient where the technique uses it."""
+        """Adds the mask, and the gradient if the technique uses it."""
         super().build_weight(weight)
         if self.uses_gradient:
-            # Each replica writes its own, and all write the same.
+            # Each replica writes its copy, and all write equal values.
             self.add_weight_state(
                 weight,
                 "gradient",
@@ -383,7 +395,7 @@ class PruningWrapper(MaskedWrapper):
             )
 
     def training_weight(self, weight: SparseWeight) -> tf.Tensor:
-        """The masked weight."""
+        """Returns the masked weight."""
         effective = super().training_weight(weight)
         if not self.uses_gradient:
             return effective
@@ -402,11 +414,11 @@ class PruningWrapper(MaskedWrapper):
         return keep_gradient(effective)
 
     def evaluation_weight(self, weight: SparseWeight) -> tf.Tensor:
-        """The masked weight."""
+        """Returns the masked weight."""
         return super().training_weight(weight)
 
     def assign_mask(self, weight: SparseWeight, mask: Any) -> None:
-        """Sets the mask of one weight that was ranked.
+        """Sets the mask of one weight after ranking.
 
         Args:
             weight: The weight.
@@ -421,7 +433,7 @@ class PruningWrapper(MaskedWrapper):
             gradient.assign(tf.zeros(gradient.shape))
 
     def target_sparsity(self) -> float | None:
-        """The sparsity at the end of the schedule, None for an open end."""
+        """Returns the schedule's final sparsity, None if unknown."""
         return self.schedule.target_sparsity
 
     def save_own_variables(self, store: dict[str, Any]) -> None:
@@ -432,7 +444,7 @@ class PruningWrapper(MaskedWrapper):
             store[_STEPS] = np.asarray(steps, "int64")
 
     def load_own_variables(self, store: Mapping[str, Any]) -> None:
-        """Loads the variables, and steps that a schedule does not know yet."""
+        """Loads the variables, and the steps of an unresolved schedule."""
         values = {name: store[name] for name in store.keys()}
         steps = values.pop(_STEPS, None)
         super().load_own_variables(values)
@@ -440,7 +452,7 @@ class PruningWrapper(MaskedWrapper):
             self.schedule = self.schedule.at(*np.asarray(steps).tolist())
 
     def get_config(self) -> dict[str, Any]:
-        """The layer's configuration, which `from_config` takes."""
+        """Returns the layer's configuration, for `from_config`."""
         serialize = keras.saving.serialize_keras_object
         return {
             **super().get_config(),
@@ -458,8 +470,8 @@ class PruningWrapper(MaskedWrapper):
 
 
 def _sum_over_replicas(gradient: tf.Tensor) -> tf.Tensor:
-    # Not when masks are updated: a checkpoint holds the sum of one replica, and
-    # training is to go on from it to the same bits.
+    # At once, not when masks are updated: checkpoints save one replica's value,
+    # and a resumed run must continue with the same bits.
     context = tf.distribute.get_replica_context()
     if context is None or context.num_replicas_in_sync == 1:
         return gradient
@@ -473,18 +485,16 @@ def lay_out_schedules(
     start: int = 0,
     steps_per_execution: int = 1,
 ) -> None:
-    """Lays the schedules of layers over a training that begins.
-
-    Schedules that are resolved, or were laid out before, stay.
+    """Resolves the schedules of techniques when training begins.
 
     Args:
-        wrappers: The layers; those without a schedule are left alone.
+        wrappers: The techniques, with or without a schedule.
         train_steps: As for `Schedule.over`.
         start: As for `Schedule.over`.
         steps_per_execution: As for `Schedule.over`.
 
     Raises:
-        UsageError: As `Schedule.over` does; no schedule is changed then.
+        UsageError: As for `Schedule.over`. Then no schedule changes.
     """
     schedules = [
         (
@@ -505,22 +515,21 @@ def lay_out_schedules(
 def update_masks(updates: dict[PruningWrapper, float]) -> None:
     """Ranks weights and sets their masks.
 
-    Every ranking is called once with all tensors that it applies to, so that it
-    may rank over the whole model. A weight whose scores are all equal keeps its
+    Each ranking is called once with the scores of all its weights, so that it
+    may rank across the model. A weight whose scores are all equal keeps its
     mask (`sos.rankings.undecided`). Call it outside of `strategy.run`; all
     replicas get the same bits.
 
     Args:
-        updates: The sparsity to reach, by wrapper.
+        updates: Sparsities by technique.
 
     Warns:
         UserWarning: If a weight keeps its mask because its scores are all
-            equal, or its sparsity would leave or has left nothing of it. Each
-            weight is named once.
+            equal, or if its sparsity leaves no element. Once per weight.
 
     Raises:
         ValueError: If a score is NaN, or scores or masks have a wrong shape or
-            value; no mask is changed then.
+            value. Then no mask changes.
     """
     groups: list[tuple[Ranking, list[tuple[PruningWrapper, float]]]] = []
     for wrapper, sparsity in updates.items():
@@ -538,7 +547,7 @@ def update_masks(updates: dict[PruningWrapper, float]) -> None:
             for weight in wrapper.sparse_weights
         ]
         scores = [
-            _checked_scores(wrapper, weight) for wrapper, weight, _ in ranked
+            _compute_scores(wrapper, weight) for wrapper, weight, _ in ranked
         ]
         try:
             masks = ranking.masks(
@@ -570,21 +579,21 @@ def update_masks(updates: dict[PruningWrapper, float]) -> None:
 
 
 def _any_left(results: list[tuple]) -> list[bool]:
-    """Returns which masks keep any element after they were set."""
-    found = []
+    """Returns which masks keep any element, after they are set."""
+    flags = []
     for (wrapper, weight, _), mask, unchanged in results:
         if unchanged or wrapper.cumulative:
             mask = weight.state["mask"].value
-        found.append(
+        flags.append(
             mask.any()
             if isinstance(mask, np.ndarray)
             else tf.reduce_any(tf.cast(mask, tf.bool))
         )
-    # In one transfer from an accelerator.
-    return tf.stack(found).numpy().tolist() if found else []
+    # One transfer from an accelerator.
+    return tf.stack(flags).numpy().tolist() if flags else []
 
 
-def _checked_scores(wrapper: PruningWrapper, weight: SparseWeight) -> Any:
+def _compute_scores(wrapper: PruningWrapper, weight: SparseWeight) -> Any:
     scores = wrapper.scores(weight)
     if tuple(scores.shape) != tuple(weight.variable.shape):
         raise ValueError(

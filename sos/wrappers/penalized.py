@@ -1,4 +1,4 @@
-"""Techniques that learn what to remove, under a penalty in the loss."""
+"""Techniques that learn which weights to remove, with a penalty in the loss."""
 
 import types
 from collections.abc import Mapping
@@ -16,40 +16,43 @@ from sos.wrappers.base import SparseWrapper
 from sos.wrappers.hyperparameters import Hyperparameter
 from sos.wrappers.sparse_weight import SparseWeight
 
-# The hyperparameters of which, with its name, a ramp is made.
+# The hyperparameters that, with a name, define a ramp.
 _STEPS = ("begin_step", "end_step")
 
 
 class PenalizedWrapper(SparseWrapper):
-    """Adds `penalty_weight * ramp(step) * sum of penalties` to the loss.
+    """Base class of techniques with a penalty in the loss.
 
-    The penalty is added to `model.losses`, as the loss of a weight regulariser
-    is, so that `fit` adds it by itself and a custom loop adds
-    `sum(model.losses)`. It is counted once per step however often the layer is
-    called, and belongs to training alone: while no updater is bound, and in the
-    validation within `fit`, it is zero.
+    `penalty_weight * ramp(step) * (sum of penalties)` is added to
+    `model.losses`, like the loss of a weight regulariser: `fit` includes it,
+    and a custom loop adds `sum(model.losses)`. It counts once per step, however
+    often the layer is called. It is zero outside of training: in validation,
+    and while no updater is bound.
+
+    A technique overrides `penalty`, and creates its variables with
+    `add_penalized_state`.
 
     Args:
         layer: The layer to wrap.
         penalty_weight: Factor of the penalty, at least 0. Gale et al. 2019 use
             multiples of 1 / (number of training examples).
-        num_examples: Number of training examples N, for the authors' default of
-            the factor, `default_penalty` / N, where the loss is a mean over
-            examples. Give either this or `penalty_weight`.
-        ramp: How the penalty grows from `begin_step` to `end_step`: "constant"
-            (the full penalty from the first step on, without these two),
-            "linear", "cubic", "smoothed_cubic", or a `sos.ramps.Ramp`.
+        num_examples: Number of training examples N, for the authors' default
+            penalty weight `default_penalty` / N, if the loss is a mean over
+            examples. Pass either this or `penalty_weight`.
+        ramp: Growth of the penalty from `begin_step` to `end_step`: "linear",
+            "cubic" or "smoothed_cubic"; or "constant" for the full penalty from
+            the first step, without these two; or a `sos.ramps.Ramp`.
         begin_step: The last training step without a penalty.
         end_step: The first training step with the full penalty.
-        seed: Seed of the noise, an integer. Streams differ by the weights'
-            paths, so name layers that are to draw the same noise again.
+        seed: Seed of the noise, an integer. Noise also depends on the paths of
+            the weights: name the layers to get the same noise again.
         **kwargs: As for `SparseWrapper`.
 
     Raises:
         UsageError: If a number is out of range, or the steps do not fit the
             ramp.
-        TypeError: If `ramp` is not a ramp, or neither or both of
-            `penalty_weight` and `num_examples` are there.
+        TypeError: If `ramp` is not a ramp, or if neither or both of
+            `penalty_weight` and `num_examples` are passed.
 
     Example:
     >>> import keras, sos
@@ -104,7 +107,7 @@ class PenalizedWrapper(SparseWrapper):
         hyperparameters: Mapping[str, Any],
         inherited: Mapping[str, Any] = types.MappingProxyType({}),
     ) -> dict[str, Any]:
-        """Makes a `Ramp` of its name and steps, and the penalty weight."""
+        """Creates a `Ramp` and the penalty weight from hyperparameters."""
         if any(
             hyperparameters.get(name) is not None for name in cls.needs_one_of
         ):
@@ -123,14 +126,14 @@ class PenalizedWrapper(SparseWrapper):
             }
         resolved = super().resolve_hyperparameters(hyperparameters, inherited)
         defaults = arguments.defaults(cls, SparseWrapper)
-        # A technique may have a weight of its own.
+        # A technique may compute its penalty weight itself.
         if "num_examples" in defaults:
             weights = {k: resolved.pop(k, None) for k in cls.needs_one_of}
             weight = cls._make_weight(weights)
             resolved["penalty_weight"] = weight
         names = ("ramp", *_STEPS)
         values = {k: v for k, v in resolved.items() if k in names}
-        # Without a ramp, a technique may make its own of the steps.
+        # A technique without a ramp may use the steps itself.
         if "ramp" not in values and not takes_steps(defaults.get("ramp")):
             return resolved
         defaults = {k: v for k, v in defaults.items() if k in names}
@@ -140,8 +143,8 @@ class PenalizedWrapper(SparseWrapper):
 
     @classmethod
     def _make_weight(cls, values: dict[str, Any]) -> float:
-        """Returns the penalty weight, which `num_examples` may stand for."""
-        # A subclass may have a weight of its own by default.
+        """Returns the penalty weight, computed from `num_examples` if given."""
+        # A subclass may have a default penalty weight.
         default = arguments.defaults(cls, SparseWrapper).get("penalty_weight")
         default = None if default is arguments.REQUIRED else default
         weight, examples = values["penalty_weight"], values["num_examples"]
@@ -152,7 +155,7 @@ class PenalizedWrapper(SparseWrapper):
         if weight is not None and examples is not None:
             raise ArgumentError(
                 "`penalty_weight` and `num_examples` exclude each other: "
-                "`num_examples` stands for the weight "
+                "`num_examples` sets the penalty weight to "
                 f"{cls.default_penalty:g} / num_examples. "
                 f"Received: {arguments.received(values)}"
             )
@@ -167,32 +170,35 @@ class PenalizedWrapper(SparseWrapper):
 
     @classmethod
     def _make_ramp(cls, values: dict[str, Any]) -> Ramp:
-        """Makes a ramp of a name or a ramp, and steps."""
+        """Creates a ramp from a name or object, and steps."""
         steps = {name: values[name] for name in _STEPS if name in values}
         if not takes_steps(values["ramp"]):
-            # A subclass may have steps of its own by default.
+            # Without the default steps of a subclass.
             defaults = arguments.defaults(cls, SparseWrapper)
             steps = arguments.changed(steps, defaults)
         return make_ramp(values["ramp"], **steps)
 
     def penalty(self, weight: SparseWeight) -> tf.Tensor:
-        """Returns the penalty of one weight, unweighted, a float32 scalar.
+        """Returns the penalty of one weight, without the penalty weight.
 
         Args:
             weight: The weight.
+
+        Returns:
+            A float32 scalar.
         """
         raise NotImplementedError(
             f"{type(self).__name__} must override `penalty`."
         )
 
     def weighted_penalty(self, weight: SparseWeight) -> tf.Tensor:
-        """Returns the penalty of one weight as it is added to the loss.
+        """Returns the penalty that one weight adds to the loss.
 
         Args:
             weight: The weight.
 
         Returns:
-            A float32 scalar, zero while no updater is bound.
+            A float32 scalar; zero while no updater is bound.
         """
         if not self.step_counter.bound:
             return tf.zeros(())
@@ -204,7 +210,7 @@ class PenalizedWrapper(SparseWrapper):
     def add_penalized_state(
         self, weight: SparseWeight, name: str, **kwargs: Any
     ) -> keras.Variable:
-        """Adds the trainable variable that carries a weight's penalty.
+        """Adds a trainable variable, with the weight's penalty as regulariser.
 
         Args:
             weight: The weight.
@@ -223,7 +229,7 @@ class PenalizedWrapper(SparseWrapper):
         )
 
     def get_config(self) -> dict[str, Any]:
-        """The layer's configuration, which `from_config` takes."""
+        """Returns the layer's configuration, for `from_config`."""
         return {
             **super().get_config(),
             "ramp": keras.saving.serialize_keras_object(self.ramp),
@@ -238,15 +244,15 @@ class PenalizedWrapper(SparseWrapper):
 
 
 def _watch_gradient(penalty: tf.Tensor, step_counter: StepCounter) -> tf.Tensor:
-    """Returns the penalty and records whether it is differentiated.
+    """Returns the penalty, and records whether its gradient is computed.
 
-    A loss that holds it is; one that is only logged is not.
+    It is if the loss contains the penalty, not if the penalty is only logged.
     """
 
     @tf.custom_gradient
     def identity(value: tf.Tensor) -> tuple:
         def grad(upstream: tf.Tensor) -> tf.Tensor:
-            # When the step is traced, so that the compiled step is the same.
+            # At trace time, so that the compiled step does not change.
             step_counter.penalty_trained = True
             return upstream
 
@@ -256,10 +262,10 @@ def _watch_gradient(penalty: tf.Tensor, step_counter: StepCounter) -> tf.Tensor:
 
 
 class _Penalty(keras.Regularizer):
-    """Hands a wrapper's penalty to Keras as the regulariser of a variable.
+    """Makes a weight's penalty the regulariser of a variable.
 
-    A loss that is added in `call` instead would be counted once per call of a
-    shared layer, and a rematerialised block would drop its gradient in silence.
+    With `add_loss` in `call`, the penalty of a shared layer would count once
+    per call, and a rematerialised block would silently drop its gradient.
     """
 
     def __init__(self, wrapper: PenalizedWrapper, weight: SparseWeight) -> None:

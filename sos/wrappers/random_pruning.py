@@ -14,19 +14,28 @@ from sos.wrappers.sparse_weight import SparseWeight
 
 @register
 class RandomPruning(PruningWrapper):
-    """Drops weights at random, and for good: the lower bound of any ranking.
+    """Prunes random weights permanently: a baseline for any ranking.
 
-    Each weight has one random score for the whole run, so that the weights that
-    an update drops are drawn uniformly from those that are left. This is the
-    "random cumulative" pruning of Gale et al. 2019, which their published code
-    does not implement. Each tensor keeps at least one weight
+    Each weight has one random score in [0, 1) for the whole run, so that an
+    update prunes a uniform sample of the remaining weights. This is the "random
+    cumulative" pruning of Gale et al. 2019, which their published code does not
+    implement. Each tensor keeps at least one weight
     (`PerTensorRanking(min_kept=...)`).
 
     Args:
         layer: The layer to wrap.
-        seed: Seed of the scores, an integer. They differ by the weights' paths,
-            so name layers that are to draw the same scores again.
-        **kwargs: As for `PruningWrapper`, `sparsity` among them.
+        seed: Seed of the scores, an integer. They also depend on the paths of
+            the weights: name the layers to get the same scores again.
+        **kwargs: As for `PruningWrapper`; `sparsity` is one of them.
+
+    Example:
+    >>> import keras, sos
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    >>> sparse = sos.sparsify(
+    ...     model, "RandomPruning", sparsity=0.5, end_step=1000, seed=1
+    ... )
+    >>> sparse.layers[0].techniques[0].target_sparsity()
+    0.5
     """
 
     seed = Hyperparameter("int32")
@@ -39,7 +48,7 @@ class RandomPruning(PruningWrapper):
         self.seed = seed
 
     def scores(self, weight: SparseWeight) -> tf.Tensor:
-        """Uniform in [0, 1), and -1 for what is pruned already."""
+        """Returns scores uniform in [0, 1), and -1 for pruned weights."""
         scores = tf.random.stateless_uniform(
             weight.variable.shape,
             seed=tf.stack(

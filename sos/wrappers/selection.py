@@ -1,4 +1,4 @@
-"""Which weights of a layer are made sparse, and what they are called."""
+"""Chooses the weights of a layer to make sparse, and names them."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,20 +10,20 @@ import tensorflow as tf
 from sos import keras_compat
 from sos.errors import UsageError
 
-# Why all weights of some layers stay dense.
+# Layers whose weights all stay dense, and the reasons.
 _REASONS = {
     keras.layers.PReLU: "PReLU slope",
     keras.layers.RMSNormalization: "norm",
-    # It computes with variables of its own, of which these are copies.
+    # The SavedModel reads other variables, of which these are copies.
     keras.layers.TFSMLayer: "read by its SavedModel",
 }
 
 
 def why_dense(variable: keras.Variable) -> str | None:
-    """Why a weight is not made sparse by default, None if it is."""
+    """Returns why a weight stays dense by default, None if it does not."""
     if len(variable.shape) < 2:
         return f"rank {len(variable.shape)}"
-    # Attention and GRU have biases of rank 2, norms over several axes scales.
+    # Biases of attention and GRU, and norms over several axes, have rank 2.
     vectors = {
         "bias": "bias",
         "beta": "norm",
@@ -37,7 +37,7 @@ def why_dense(variable: keras.Variable) -> str | None:
 
 
 def dense_reasons(layer: keras.layers.Layer) -> dict[int, str]:
-    """Returns why weights of a model are not made sparse by default.
+    """Returns why weights of a model stay dense by default.
 
     Args:
         layer: A layer or model.
@@ -75,10 +75,10 @@ def eligible(layer: keras.layers.Layer) -> set[int]:
 
 
 def path_in(model: keras.layers.Layer, variable: keras.Variable) -> str:
-    """Returns the path of a weight as the report of a model prints it.
+    """Returns the path of a weight in the report of a model.
 
-    The model's own name, which Keras may have made up, is left out: whether
-    Keras puts it there depends on how the model was made.
+    It does not begin with the model's name, which Keras prepends for some kinds
+    of models only, and may generate.
 
     Args:
         model: The model.
@@ -92,14 +92,14 @@ def check_expression(expression: Any, role: str) -> None:
 
     Args:
         expression: The expression.
-        role: What it is, for the message, such as "a key of `rules`".
+        role: Its role for the message, such as "a key of `rules`".
 
     Raises:
-        UsageError: If it is not one.
+        UsageError: If it is not a regular expression.
     """
     try:
         if not isinstance(expression, str):
-            raise TypeError("not a text")
+            raise TypeError("not a string")
         re.compile(expression)
     except (re.error, TypeError) as error:
         raise UsageError(
@@ -109,11 +109,11 @@ def check_expression(expression: Any, role: str) -> None:
 
 
 def matches(expression: str, path: str) -> bool:
-    """Returns whether an expression is found anywhere in a weight's path.
+    """Returns whether an expression matches a part of a weight's path.
 
     Args:
         expression: A regular expression.
-        path: From `path_in`.
+        path: Path from `path_in`.
     """
     return re.search(expression, path) is not None
 
@@ -122,13 +122,13 @@ def check_include(include: Any) -> list[str] | None:
     """Checks the argument `include` of a technique.
 
     Args:
-        include: None, a regular expression or several.
+        include: One or several regular expressions, or None.
 
     Returns:
-        None or a list of regular expressions.
+        A list of regular expressions, or None.
 
     Raises:
-        UsageError: If it is anything else.
+        UsageError: If `include` has another value.
     """
     if include is None:
         return None
@@ -146,16 +146,16 @@ def choose(
     """Chooses the weights to make sparse.
 
     Args:
-        available: The weights to choose from, by their position in the layer.
-        include: Regular expressions to search for in their paths; None for all
-            that have no reason to stay dense.
-        reasons: From `dense_reasons`.
+        available: Weights to choose from, by their position in the layer.
+        include: Regular expressions on their paths; None for all weights
+            without a reason to stay dense.
+        reasons: Reasons from `dense_reasons`.
 
     Returns:
-        The paths of the chosen weights by position.
+        Paths of the chosen weights by position.
 
     Raises:
-        UsageError: If nothing is chosen, or an expression matches nothing.
+        UsageError: If no weight is chosen, or an expression matches none.
     """
     available = {
         index: variable
@@ -165,34 +165,34 @@ def choose(
         ).is_floating
     }
     if include is None:
-        chosen = {i for i, v in available.items() if id(v) not in reasons}
-        if not chosen:
+        indices = {i for i, v in available.items() if id(v) not in reasons}
+        if not indices:
             _fail("has rank 2 or more and is not a bias", available, include)
     else:
-        chosen = set()
+        indices = set()
         for pattern in include:
-            found = {i for i, v in available.items() if _included(pattern, v)}
-            if not found:
+            hits = {i for i, v in available.items() if _included(pattern, v)}
+            if not hits:
                 _fail(f"matches {pattern!r}", available, include)
-            chosen |= found
-    return unique({index: available[index].path for index in sorted(chosen)})
+            indices |= hits
+    return unique({index: available[index].path for index in sorted(indices)})
 
 
 def _included(expression: str, variable: keras.Variable) -> bool:
-    # The model that will hold the layer is not known yet: the path may begin
-    # with its name, which the report leaves out.
+    # The path may begin with the name of a model that is unknown here. The
+    # report omits it.
     forms = (variable.path, variable.path.partition("/")[2])
     return any(matches(expression, path) for path in forms)
 
 
 def unique(paths: Mapping[int, str]) -> dict[int, str]:
-    """Tells equal paths apart by a number, as noise is a function of them.
+    """Makes paths unique, as noise depends on them.
 
     Args:
-        paths: The paths of weights by any key.
+        paths: Paths of weights by any keys.
 
     Returns:
-        The same with `#2`, `#3` and so on behind what came before.
+        The paths by key; `#2`, `#3` and so on are appended to repeated ones.
     """
     seen: dict[str, int] = {}
     result = {}
@@ -205,14 +205,14 @@ def unique(paths: Mapping[int, str]) -> dict[int, str]:
 def short_name(
     variable: keras.Variable, variables: Sequence[keras.Variable]
 ) -> str:
-    """The end of a weight's path that tells it from others.
+    """Returns the shortest end of a weight's path that is unique.
 
-    Without the numbers of names that Keras makes up: they count the layers made
-    before in the process, and checkpoints must not depend on those.
+    It has no numbers of names that Keras generates: they depend on the layers
+    created before in the process, and checkpoints must not.
 
     Args:
         variable: The weight.
-        variables: All weights to tell apart, this one among them.
+        variables: All weights of the technique, including this one.
 
     Returns:
         Parts of the path, joined by underscores.
@@ -227,13 +227,14 @@ def short_name(
 
 
 def _fail(
-    what: str,
+    condition: str,
     available: Mapping[int, keras.Variable],
     include: Sequence[str] | None,
 ) -> None:
     paths = [f"{v.path} {tuple(v.shape)}" for v in available.values()]
     raise UsageError(
-        f"none of its trainable weights that are not sparse already {what}. "
+        "none of its trainable weights that are not sparse already "
+        f"{condition}. "
         f"These weights: {paths}. Received: include={include!r}"
     )
 

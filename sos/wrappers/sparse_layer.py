@@ -1,11 +1,10 @@
-"""Layers that are sparse in place, and keep their class.
+"""Makes layers sparse in place.
 
-The class of such a layer becomes a generated subclass of its own, as in
-`torch.nn.utils.parametrize`: `call` runs with effective weights, and the
-configuration holds the techniques, so that whatever Keras copies by its
-configuration (`clone_model`, sub-models, `.keras` files, `copy.deepcopy`) stays
-sparse. Every reference to the layer stays valid, and so do the methods of a
-model that use it.
+The class of a sparse layer is a generated subclass of its original class, as in
+`torch.nn.utils.parametrize`. `call` runs with effective weights, and the
+configuration contains the techniques, so that copies by configuration
+(`clone_model`, sub-models, `.keras` files, `copy.deepcopy`) stay sparse.
+References to the layer, and the methods of models that use it, stay valid.
 """
 
 import contextlib
@@ -23,17 +22,17 @@ from sos.wrappers import calling
 from sos.wrappers.effective import EffectiveWeights, check_training
 from sos.wrappers.sparse_weight import SparseWeight, is_technique
 
-#: Where a sparse layer's record is; hidden from Keras's tracking.
+#: Attribute of a sparse layer's record, which Keras does not track.
 _RECORD = "_sparse_record"
-#: The key of the sparsity in a layer's configuration.
+#: Key of the techniques in a layer's configuration.
 _KEY = "sparse"
 
 
 class Owner:
-    """Refers to the layer that owns a technique.
+    """Reference to the layer that owns a technique.
 
-    A technique that is handed one in the place of a layer is part of that
-    layer. Keras must not find the way back: it would never end.
+    A technique that gets an `Owner` instead of a layer is part of that layer.
+    It hides the layer from Keras, which would follow the cycle without end.
     """
 
     def __init__(self, layer: keras.layers.Layer) -> None:
@@ -41,40 +40,40 @@ class Owner:
 
 
 class _Record:
-    """What a sparse layer knows beyond its own class."""
+    """State of a sparse layer."""
 
     def __init__(self, plain_call: dict[str, Any]) -> None:
-        #: How Keras called the layer before, for `keras_compat.restore_call`.
+        #: Attributes for `keras_compat.restore_call`.
         self.plain_call = plain_call
-        #: The layer's own `build`, if another one stands before it.
+        #: The layer's original `build`, if it was replaced.
         self.plain_build: Any = None
-        #: Sparse weights in the layer and below, by `id` of the variable.
+        #: Sparse weights of the layer and its sublayers, by variable `id`.
         self.weights: dict[int, SparseWeight] = {}
         #: Techniques of weights that the layer owns.
         self.techniques: list[Any] = []
-        #: Techniques of a configuration whose weights are not there yet.
+        #: Configurations of techniques whose weights are not built yet.
         self.pending: list[dict[str, Any]] = []
-        #: LoRA adapters of such a configuration, by the layer's position.
+        #: LoRA adapters for these weights, by the position of the sublayer.
         self.adapters: dict[str, list] = {}
 
 
 class SparseLayer:
-    """In front of the class of every layer that is sparse in place.
+    """Mixin before the original class of every sparse layer.
 
     Attributes:
-        plain_class: The class of the layer before it was made sparse.
+        plain_class: The original class of the layer.
     """
 
     plain_class: type = keras.layers.Layer
 
     @property
     def techniques(self) -> tuple[Any, ...]:
-        """The techniques of the weights that the layer itself owns."""
+        """The techniques of the layer's weights, without its sublayers'."""
         return tuple(vars(self)[_RECORD].techniques)
 
     @property
     def sparse_weights(self) -> tuple[SparseWeight, ...]:
-        """The weights of these techniques."""
+        """The sparse weights of these techniques."""
         return tuple(
             weight
             for technique in self.techniques
@@ -82,11 +81,11 @@ class SparseLayer:
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Builds what is not built, as its weights get techniques."""
+        """Builds the layer and attaches its techniques, then calls it."""
         if vars(self)[_RECORD].pending:
             if not calling.fully_built(self):
                 if calling.is_symbolic(args, kwargs):
-                    # A call more would be a node more in the model's graph.
+                    # A second call would add a node to the model's graph.
                     outputs = super().__call__(*args, **kwargs)
                     complete(self)
                     _check_complete(self)
@@ -97,15 +96,15 @@ class SparseLayer:
         return super().__call__(*args, **kwargs)
 
     def build_from_config(self, config: dict[str, Any]) -> None:
-        """Builds the layer as it was built."""
+        """Builds the layer and attaches its techniques."""
         super().build_from_config(config)
-        self.built = True  # As Keras says when it loads a layer.
+        self.built = True  # As Keras does when it loads a layer.
         complete(self)
 
     def get_config(self) -> dict[str, Any]:
-        """Returns the layer's own configuration with its techniques."""
+        """Returns the layer's original configuration and its techniques."""
         plain = self.plain_class
-        # The techniques of all weights below are in this configuration.
+        # This configuration includes the techniques of sublayers.
         with as_plain(keras_compat.all_layers(self)[1:]):
             config = dict(plain.get_config(self))
         config[_KEY] = {
@@ -119,7 +118,7 @@ class SparseLayer:
     def from_config(
         cls, config: dict[str, Any], custom_objects: Any = None
     ) -> keras.layers.Layer:
-        """Makes the layer from its configuration."""
+        """Creates a sparse layer from its configuration."""
         config = dict(config)
         sparse = config.pop(_KEY)
         layer = keras.saving.deserialize_keras_object(
@@ -130,14 +129,14 @@ class SparseLayer:
         return layer
 
     def __reduce__(self) -> tuple:
-        """Returns what `pickle` and `copy.deepcopy` need."""
+        """Returns the state for `pickle` and `copy.deepcopy`."""
         return keras_compat.reduced(super().__reduce__())
 
     def save_own_variables(self, store: Any) -> None:
         """Saves the layer's own variables.
 
-        Keras would add adapters to the kernel, which has a mask. Inside of
-        `sos.frozen` the dense weights are saved too.
+        LoRA adapters are saved separately: Keras would add them to the kernel,
+        which has a mask. Dense weights are saved, also inside `sos.frozen`.
         """
         with keras_compat.reading_stored():
             if getattr(self, "lora_enabled", False):
@@ -157,15 +156,15 @@ keras.saving.register_keras_serializable("sos", "SparseLayer")(SparseLayer)
 
 
 def plain_class(layer: keras.layers.Layer) -> type:
-    """Returns the class that a layer has, or had before it was sparse."""
+    """Returns the class of a layer, the original one of a sparse layer."""
     return getattr(layer, "plain_class", type(layer))
 
 
 def is_unit(layer: keras.layers.Layer) -> bool:
-    """Returns whether a layer's call is looked at as a whole.
+    """Returns whether a layer owns the techniques of its sublayers' weights.
 
-    That is so for calls that are described, and for recurrent layers, whose
-    cells would compute effective weights at every timestep.
+    These are layers with a registered use, and recurrent layers, whose cells
+    would compute effective weights at every timestep.
     """
     return uses.describer(plain_class(layer)) is not None or isinstance(
         layer, keras.layers.RNN
@@ -174,7 +173,7 @@ def is_unit(layer: keras.layers.Layer) -> bool:
 
 @functools.cache
 def graph_classes() -> tuple[type, ...]:
-    """Returns the classes of models that only call their layers."""
+    """Returns the classes of Sequential and functional models."""
     # Keras does not export the class of functional models.
     inputs = keras.Input((1,), name="check_input")
     functional = type(keras.Model(inputs, inputs, name="check"))
@@ -195,17 +194,17 @@ def plain_weights(layer: keras.layers.Layer) -> list[keras.Variable]:
 def owners(
     layer: keras.layers.Layer,
 ) -> Iterator[tuple[keras.layers.Layer, keras.Variable]]:
-    """Goes through the weights of a model with the layers that own them.
+    """Yields the weights of a model with the layers that own them.
 
     Args:
         layer: A layer or model.
 
     Yields:
-        Each weight once, with the layer that a technique becomes part of.
+        The layer that would own a technique, and the weight; each weight once.
     """
     seen: set[int] = set()
     for inner in _parts(layer):
-        for variable in _held_by(inner):
+        for variable in _owned_weights(inner):
             if id(variable) not in seen:
                 seen.add(id(variable))
                 yield inner, variable
@@ -219,12 +218,12 @@ def attach(
 ) -> tuple[SparseWeight, ...]:
     """Makes a technique part of the layer that owns its weights.
 
-    `bind` then makes the calls use it.
+    Calls use it after `bind`.
 
     Args:
         technique: The class of the technique.
         owner: The layer, built.
-        paths: The paths of the weights by their index in `plain_weights`.
+        paths: Paths of the weights by their index in `plain_weights`.
         arguments: Arguments of the technique.
 
     Returns:
@@ -232,11 +231,11 @@ def attach(
     """
     record = make_sparse(owner)
     with contextlib.ExitStack() as stack:
-        # Variables of the technique are named like those of the layer.
+        # The paths of the technique's variables begin with the layer's path.
         for name in owner.path.split("/")[:-1]:
             stack.enter_context(keras.name_scope(name))
         new = technique.from_owner(owner, paths, arguments)
-    # An attribute for each, as TensorFlow's checkpoints leave lists out.
+    # One attribute each, as TensorFlow's checkpoints omit such lists.
     with keras_compat.unlocked(owner):
         setattr(owner, f"technique_{len(record.techniques)}", new)
     record.techniques.append(new)
@@ -244,10 +243,10 @@ def attach(
 
 
 def bind(layer: keras.layers.Layer, weights: Iterable[SparseWeight]) -> None:
-    """Lets all calls in a model use the effective values of sparse weights.
+    """Makes all calls in a model use the effective values of sparse weights.
 
     Args:
-        layer: A layer or model that holds the weights.
+        layer: A layer or model that contains the weights.
         weights: The sparse weights.
     """
     by_id = {id(weight.variable): weight for weight in weights}
@@ -255,12 +254,12 @@ def bind(layer: keras.layers.Layer, weights: Iterable[SparseWeight]) -> None:
 
 
 def detach(layer: keras.layers.Layer) -> None:
-    """Gives all layers of a model their own classes back, without techniques.
+    """Removes all techniques of a model, and restores the layers' classes.
 
-    The inverse of `attach` and `bind`. Dense weights keep their values.
+    It undoes `attach` and `bind`. Dense weights keep their values.
 
     Args:
-        layer: A layer or model, in no wrapper.
+        layer: A layer or model without wrappers.
     """
     for inner in keras_compat.all_layers(layer):
         record = vars(inner).get(_RECORD)
@@ -276,18 +275,18 @@ def detach(layer: keras.layers.Layer) -> None:
 
 
 def complete(layer: keras.layers.Layer) -> None:
-    """Attaches the techniques of a configuration, once the weights are there.
+    """Attaches the pending techniques of a layer if its weights are built.
 
     Args:
         layer: A sparse layer.
     """
     record = vars(layer)[_RECORD]
     if not layer.built:
-        return  # The cell of a recurrent layer may be, which has the weights.
-    inside = plain_layers(layer)
+        return  # A recurrent layer's cell may be built, and have the weights.
+    layers = plain_layers(layer)
     for position, adapter in record.adapters.items():
-        if int(position) < len(inside):
-            keras_compat.copy_adapter(adapter, inside[int(position)])
+        if int(position) < len(layers):
+            keras_compat.copy_adapter(adapter, layers[int(position)])
     variables = plain_weights(layer)
     last = max(
         (int(i) for entry in record.pending for i in entry["paths"]), default=-1
@@ -296,24 +295,24 @@ def complete(layer: keras.layers.Layer) -> None:
         return
     pending, record.pending = record.pending, []
     owner_of = {id(v): owner for owner, v in owners(layer)}
-    # Of layers that share a weight, each has it in its configuration.
-    known = {
+    # The configurations of layers that share a weight all include it.
+    attached = {
         id(weight.variable): weight
         for inner in keras_compat.all_layers(layer)
         if is_technique(inner)
         for weight in inner.sparse_weights
     }
-    weights = list(known.values())
+    weights = list(attached.values())
     for entry in pending:
         by_owner: dict[int, tuple[keras.layers.Layer, dict[int, str]]] = {}
         for index, path in entry["paths"].items():
             variable = variables[int(index)]
-            if id(variable) in known:
+            if id(variable) in attached:
                 continue
             owner = owner_of[id(variable)]
-            places = [id(v) for v in plain_weights(owner)]
+            ids = [id(v) for v in plain_weights(owner)]
             _, paths = by_owner.setdefault(id(owner), (owner, {}))
-            paths[places.index(id(variable))] = path
+            paths[ids.index(id(variable))] = path
         technique = _technique_class(entry["technique"])
         arguments = technique.arguments_from_config(
             entry["technique"]["config"]
@@ -324,27 +323,27 @@ def complete(layer: keras.layers.Layer) -> None:
 
 
 def _check_complete(layer: keras.layers.Layer) -> None:
-    """Raises if a layer was built without weights that are to be sparse."""
+    """Raises an error if a layer lacks weights of pending techniques."""
     pending = vars(layer)[_RECORD].pending
     if pending:
         paths = [path for entry in pending for path in entry["paths"].values()]
         raise UsageError(
             f"The configuration of the layer {layer.name!r} makes the weights "
-            f"{paths} sparse. Its call builds others, or not all of them. "
-            "Build all of its sublayers in a `build` method. Its weights: "
+            f"{paths} sparse, but its call did not build all of them. Build "
+            "all of its sublayers in a `build` method. Its weights: "
             f"{[v.path for v in plain_weights(layer)]}"
         )
 
 
 def plain_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
-    """Returns a layer and those in it, without techniques."""
+    """Returns a layer and all its sublayers, without techniques."""
     return [x for x in keras_compat.all_layers(layer) if not is_technique(x)]
 
 
 def _adapters(layer: keras.layers.Layer) -> dict[str, list]:
-    """Returns the LoRA adapters in a layer by the position of their layer.
+    """Returns the LoRA adapters of sublayers by their positions.
 
-    The configuration of a layer that makes others need not hold them.
+    The configuration of a layer that creates sublayers may omit them.
     """
     adapters = enumerate(map(keras_compat.adapter, plain_layers(layer)))
     return {str(i): adapter for i, adapter in adapters if adapter is not None}
@@ -355,13 +354,12 @@ def apply_configs(
     configs: list[dict[str, Any]],
     adapters: dict[str, list],
 ) -> None:
-    """Makes a layer sparse as configurations say, as soon as it is built.
+    """Makes a layer sparse by configurations, as soon as it is built.
 
     Args:
         layer: A layer, built or not.
-        configs: From `technique_configs` of a layer like it.
-        adapters: Rank and alpha of LoRA adapters in it, by the position of
-            their layer.
+        configs: Result of `technique_configs` of a similar layer.
+        adapters: Rank and alpha of LoRA adapters of sublayers, by position.
     """
     record = make_sparse(layer)
     record.pending, record.adapters = configs, adapters
@@ -372,25 +370,25 @@ def apply_configs(
         build(*args, **kwargs)
         complete(layer)
 
-    # Keras has put an attribute of this name there when the layer was made.
+    # Keras sets an attribute of this name when it creates a layer.
     object.__setattr__(layer, "build", build_and_complete)
     complete(layer)
 
 
 def technique_configs(layer: keras.layers.Layer) -> list[dict[str, Any]]:
-    """Returns the configurations of the techniques in and below a layer."""
+    """Returns the configurations of a layer's and its sublayers' techniques."""
     position = {id(v): i for i, v in enumerate(plain_weights(layer))}
     entries: dict[int, dict[str, Any]] = {}
     for weight in vars(layer)[_RECORD].weights.values():
         technique = weight.technique
         if not technique.attached:
-            continue  # It is in the configuration of a wrapper.
+            continue  # A wrapper has its own configuration.
         if id(technique) not in entries:
             entries[id(technique)] = {
                 "technique": keras.saving.serialize_keras_object(technique),
                 "paths": {},
             }
-            # How Keras would build it; its layer builds it.
+            # The layer builds it, not Keras.
             entries[id(technique)]["technique"].pop("build_config", None)
         index = str(position[id(weight.variable)])
         entries[id(technique)]["paths"][index] = weight.path
@@ -399,7 +397,7 @@ def technique_configs(layer: keras.layers.Layer) -> list[dict[str, Any]]:
 
 @contextmanager
 def as_plain(layers: Iterable[keras.layers.Layer]) -> Iterator[None]:
-    """Gives sparse layers their own classes back while they are serialised.
+    """Gives sparse layers their original classes, to serialise them.
 
     Args:
         layers: Layers, sparse or not.
@@ -407,15 +405,15 @@ def as_plain(layers: Iterable[keras.layers.Layer]) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    changed = [
+    classes = [
         (layer, type(layer)) for layer in layers if _RECORD in vars(layer)
     ]
     try:
-        for layer, cls in changed:
+        for layer, cls in classes:
             layer.__class__ = cls.plain_class
         yield
     finally:
-        for layer, cls in changed:
+        for layer, cls in classes:
             layer.__class__ = cls
 
 
@@ -423,9 +421,9 @@ def serialize_wrapped(layer: keras.layers.Layer) -> dict[str, Any]:
     """Returns the configuration of a layer without a wrapper's techniques.
 
     Args:
-        layer: The layer in a wrapper.
+        layer: The wrapped layer.
     """
-    wrapped = [
+    layers = [
         inner
         for inner in keras_compat.all_layers(layer)
         if _RECORD in vars(inner)
@@ -434,12 +432,12 @@ def serialize_wrapped(layer: keras.layers.Layer) -> dict[str, Any]:
             for weight in vars(inner)[_RECORD].weights.values()
         )
     ]
-    with as_plain(wrapped):
+    with as_plain(layers):
         return keras.saving.serialize_keras_object(layer)
 
 
 def make_sparse(layer: keras.layers.Layer) -> _Record:
-    """Gives a layer the generated subclass of its class, and its record.
+    """Changes the class of a layer to a generated subclass, with a record.
 
     Raises:
         UsageError: If the layer has an attribute that the subclass would hide.
@@ -449,8 +447,8 @@ def make_sparse(layer: keras.layers.Layer) -> _Record:
             if hasattr(layer, name):
                 raise UsageError(
                     f"The layer {layer.name!r} of class {type(layer).__name__} "
-                    f"has an attribute `{name}` of its own, which sparse "
-                    "layers use for another purpose. Rename it."
+                    f"has an attribute `{name}`, a name that sparse layers "
+                    "use. Rename it."
                 )
         sparse_class = _sparse_class(type(layer))
         record = _Record(keras_compat.accept_training(layer))
@@ -462,7 +460,7 @@ def make_sparse(layer: keras.layers.Layer) -> _Record:
 def _parts(
     layer: keras.layers.Layer, seen: set[int] | None = None
 ) -> Iterator[keras.layers.Layer]:
-    """Goes through the layers that techniques can be part of."""
+    """Yields the layers that can own techniques."""
     seen = set() if seen is None else seen
     if id(layer) in seen:
         return
@@ -474,7 +472,7 @@ def _parts(
             yield from _parts(inner, seen)
 
 
-def _held_by(layer: keras.layers.Layer) -> list[keras.Variable]:
+def _owned_weights(layer: keras.layers.Layer) -> list[keras.Variable]:
     if is_unit(layer):
         return plain_weights(layer)
     return keras_compat.own_variables(layer)
@@ -483,23 +481,34 @@ def _held_by(layer: keras.layers.Layer) -> list[keras.Variable]:
 def _bind(
     layer: keras.layers.Layer,
     weights: dict[int, SparseWeight],
-    done: dict[int, dict[int, SparseWeight]],
+    results: dict[int, dict[int, SparseWeight]],
 ) -> dict[int, SparseWeight]:
-    """Returns the sparse weights in and below a layer."""
-    if id(layer) in done:
-        return done[id(layer)]
-    done[id(layer)] = found = {}
+    """Records the sparse weights of a layer and its sublayers.
+
+    Args:
+        layer: The layer.
+        weights: All sparse weights by variable `id`.
+        results: Results by the `id` of the layer; extended here.
+
+    Returns:
+        The sparse weights of the layer and its sublayers by variable `id`.
+    """
+    if id(layer) in results:
+        return results[id(layer)]
+    results[id(layer)] = by_id = {}
     if not is_technique(layer):
-        found.update(
-            (id(v), weights[id(v)]) for v in _held_by(layer) if id(v) in weights
+        by_id.update(
+            (id(v), weights[id(v)])
+            for v in _owned_weights(layer)
+            if id(v) in weights
         )
-    # In a unit too: a decoder may call the cell of a recurrent layer itself.
+    # In units too: a decoder may call the cell of a recurrent layer directly.
     for inner in keras_compat.sublayers(layer):
-        found.update(_bind(inner, weights, done))
+        by_id.update(_bind(inner, weights, results))
     calls_only = type(layer) in graph_classes() or is_technique(layer)
-    if found and not calls_only:
-        make_sparse(layer).weights.update(found)
-    return found
+    if by_id and not calls_only:
+        make_sparse(layer).weights.update(by_id)
+    return by_id
 
 
 @functools.cache
@@ -521,27 +530,26 @@ def _sparse_class(plain: type) -> type:
             "__module__": __name__,
         },
     )
-    # All under one name: whichever of them Keras finds has the `from_config`
-    # that knows them all.
+    # All are registered by one name: each has the `from_config` for all.
     return keras.saving.register_keras_serializable("sos", "SparseLayer")(new)
 
 
 def _call(layer: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Calls a layer's own `call` with effective weights."""
+    """Runs a layer's original `call` with effective weights."""
     plain = layer.plain_class
     record = vars(layer)[_RECORD]
     args, kwargs = _training_by_name(plain, args, kwargs)
     training = kwargs.get("training")
     if "training" not in _call_parameters(plain):
         kwargs.pop("training", None)
-    unit = keras_compat.substitution_scope()
-    in_unit = isinstance(unit, EffectiveWeights) and unit.whole
-    if not record.weights or in_unit and unit.holds(record.weights):
+    outer = keras_compat.substitution_scope()
+    in_unit = isinstance(outer, EffectiveWeights) and outer.whole
+    if not record.weights or in_unit and outer.holds(record.weights):
         return plain.call(layer, *args, **kwargs)
     if training is None:
         training = keras_compat.training_of_call(layer)
-    # No updater runs while a model is put together, as by the default of
-    # `training` in a `call`.
+    # While Keras infers shapes no updater is bound, and `training` may be true
+    # by the default of a `call`.
     training = training and not keras_compat.is_after_shapes()
     scope = EffectiveWeights(
         record.weights, bool(training), whole=is_unit(layer)
@@ -549,11 +557,11 @@ def _call(layer: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     with scope:
         outputs = None
         if training:
-            outputs = _described_outputs(layer, args, kwargs)
+            outputs = _sampled_outputs(layer, args, kwargs)
         if outputs is None:
-            # In training a layer may rematerialise what reads its weights.
-            once = is_unit(layer) and not training
-            if once or isinstance(layer, keras.layers.RNN):
+            # Not in training, where the layer may rematerialise its weights.
+            compute_once = is_unit(layer) and not training
+            if compute_once or isinstance(layer, keras.layers.RNN):
                 scope.compute_all()
             outputs = plain.call(layer, *args, **kwargs)
     scope.hand_on_losses(layer)
@@ -569,7 +577,7 @@ def _call_parameters(plain: type) -> list[str]:
 def _training_by_name(
     plain: type, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]]:
-    """Turns a positional `training`, and what follows, into keywords."""
+    """Turns a positional `training`, and later arguments, into keywords."""
     names = _call_parameters(plain)
     position = names.index("training") if "training" in names else len(args)
     if position >= len(args):
@@ -578,17 +586,17 @@ def _training_by_name(
     return args[:position], {**kwargs, **rest}
 
 
-def _described_outputs(
+def _sampled_outputs(
     layer: Any, args: tuple, kwargs: dict[str, Any]
 ) -> Any | None:
-    """Returns what techniques compute of a described call, or None."""
+    """Returns the outputs that a technique samples, None without any."""
     weights = vars(layer)[_RECORD].weights
     if not any(w.technique.samples_outputs for w in weights.values()):
         return None
-    described = uses.describe(layer.plain_class, layer, *args, **kwargs)
-    if len(described) != 1:
+    call_uses = uses.describe(layer.plain_class, layer, *args, **kwargs)
+    if len(call_uses) != 1:
         return None
-    (use,) = described
+    (use,) = call_uses
     weight = weights.get(id(use.weight))
     if weight is None or not isinstance(use, uses.LinearMap | uses.LookUp):
         return None
@@ -597,7 +605,7 @@ def _described_outputs(
 
 
 def _class_config(cls: type) -> dict[str, Any]:
-    """Returns how Keras finds a class in a file."""
+    """Returns the names by which Keras finds a class when loading a file."""
     public = getattr(keras.layers, cls.__name__, None) is cls
     return {
         "module": "keras.layers" if public else cls.__module__,
@@ -613,9 +621,9 @@ def _technique_class(config: dict[str, Any]) -> type:
     technique = keras.saving.get_registered_object(name)
     if technique is None:
         raise UsageError(
-            f"The technique {config['class_name']!r} is not known. Import the "
-            "module that defines it and decorate it with "
-            "`@sos.extend.register` before loading. Received: "
+            f"The technique {config['class_name']!r} is not registered. Import "
+            "the module that defines it, decorated with "
+            "`@sos.extend.register`, before loading. Received: "
             f"registered_name={name!r}"
         )
     return technique

@@ -16,49 +16,50 @@ from sos.wrappers.sparse_weight import SparseWeight
 
 EPSILON = 1e-8
 
-# Constants of the approximation, Molchanov et al. 2017, equation 14.
+# Constants of Molchanov et al. 2017, equation 14.
 K1 = 0.63576
 K2 = 1.8732
 K3 = 1.48695
 
 
 def log_alpha_of(theta: tf.Tensor, log_sigma2: tf.Tensor) -> tf.Tensor:
-    """log alpha = log sigma^2 - log(theta^2 + epsilon).
+    """Returns log alpha = log sigma^2 - log(theta^2 + epsilon).
 
     Args:
         theta: Means, float32 of any shape.
         log_sigma2: Logarithms of the variances, float32 of the same shape.
 
     Returns:
-        A float32 tensor of the same shape.
+        Logarithms of the dropout rates, float32 of the same shape.
     """
     return log_sigma2 - tf.math.log(tf.square(theta) + EPSILON)
 
 
 def log_sigma2_of(theta: tf.Tensor, log_alpha: tf.Tensor) -> tf.Tensor:
-    """log sigma^2 = log alpha + log(theta^2 + epsilon).
+    """Returns log sigma^2 = log alpha + log(theta^2 + epsilon).
 
     Args:
         theta: Means, float32 of any shape.
         log_alpha: Logarithms of the dropout rates, float32 of the same shape.
 
     Returns:
-        A float32 tensor of the same shape.
+        Logarithms of the variances, float32 of the same shape.
     """
     return log_alpha + tf.math.log(tf.square(theta) + EPSILON)
 
 
 def kl_divergence(log_alpha: tf.Tensor) -> tf.Tensor:
-    """KL of the posterior from the log-uniform prior, up to a constant.
+    """Returns the KL divergence from the log-uniform prior, up to a constant.
 
-    The approximation of Molchanov et al. 2017, equation 14:
+    It is the approximation of Molchanov et al. 2017, equation 14:
     KL = k1 - k1 sigmoid(k2 + k3 log alpha) + 0.5 log(1 + 1 / alpha).
 
     Args:
         log_alpha: Logarithms of the dropout rates, float32 of any shape.
 
     Returns:
-        A float32 tensor of the same shape, positive, 0 at log alpha = infinity.
+        Divergences, float32 of the same shape; positive, and 0 at log alpha =
+        infinity.
     """
     return K1 * tf.sigmoid(-K2 - K3 * log_alpha) + 0.5 * tf.nn.softplus(
         -log_alpha
@@ -67,36 +68,44 @@ def kl_divergence(log_alpha: tf.Tensor) -> tf.Tensor:
 
 @register
 class VariationalDropout(PenalizedWrapper):
-    """Learns a variance for each weight and removes the noisy ones.
+    """Learns a variance for each weight and removes noisy weights.
 
     Sparse variational dropout (Molchanov et al. 2017) as in Gale et al. 2019:
-    every weight is a Gaussian with mean theta, which is the wrapped layer's
-    weight, and variance sigma^2. Linear maps and look-ups
-    (`sos.extend.register_use`), also inside attention and other layers, are
-    sampled through their outputs (local reparameterisation), with noise of its
-    own for each output element; other weights are sampled as a whole, once per
-    step. In evaluation a weight is theta where log alpha = log(sigma^2 /
-    theta^2) is below the threshold, and zero elsewhere.
+    each weight has a normal distribution with mean theta, which is the dense
+    weight, and variance sigma^2. Of linear maps and look-ups
+    (`sos.extend.register_use`), also inside attention and other layers, the
+    outputs are sampled (local reparameterisation), with independent noise for
+    each output element. Other weights are sampled once per step. In evaluation
+    a weight is theta where log alpha = log(sigma^2 / theta^2) is below the
+    threshold, and zero elsewhere.
 
     Difference from the authors' code: dense layers on inputs of rank 3 or more
-    draw noise for every position; theirs share it over all positions.
+    draw independent noise for each position; theirs share it over positions.
 
     Args:
         layer: The layer to wrap.
         initial_log_sigma2: Initial log sigma^2.
-        threshold: Log alpha from which on weights are removed in evaluation.
-            It may be set at any time.
-        clip_log_alpha: In training log alpha is clipped to this and its
-            negative; None for no limit.
+        threshold: Evaluation removes weights with log alpha >= threshold. It
+            may be set at any time.
+        clip_log_alpha: Limit of |log alpha| in training, in (0, 80]; None for
+            no limit.
         **kwargs: As for `PenalizedWrapper`: `num_examples` or `penalty_weight`,
             `ramp`, `begin_step`, `end_step`, `seed`.
 
     Raises:
         UsageError: If a number is out of range.
+
+    Example:
+    >>> import keras, sos
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    >>> sparse = sos.sparsify(model, "VariationalDropout", num_examples=60_000)
+    >>> sos.set_hyperparameters(sparse, threshold=-100.0)
+    >>> sos.sparsity_report(sparse).sparsity
+    1.0
     """
 
     has_posterior = True
-    # 1 / N, the authors' default on ImageNet and WMT'14.
+    # The authors use 1 / N on ImageNet and WMT'14.
     default_penalty = 1.0
     threshold = Hyperparameter("float32")
 
@@ -133,7 +142,7 @@ class VariationalDropout(PenalizedWrapper):
         )
 
     def training_weight(self, weight: SparseWeight) -> tf.Tensor:
-        """A sample of the weight, the same for every call in one step."""
+        """Returns a sample of the weight, equal for all calls in a step."""
         theta, log_sigma2 = self._parameters(weight)
         sigma = tf.sqrt(self._variance(theta, log_sigma2) + EPSILON)
         key = self.noise_key(weight, "weight")
@@ -141,16 +150,16 @@ class VariationalDropout(PenalizedWrapper):
         return theta + sigma * sample
 
     def evaluation_weight(self, weight: SparseWeight) -> tf.Tensor:
-        """Theta where log alpha, not clipped, is below the threshold."""
+        """Returns theta where unclipped log alpha < threshold, else 0."""
         theta, log_sigma2 = self._parameters(weight)
-        # Written so that a weight of NaN stays one, and is not removed.
+        # Compared so that NaN is kept, not removed.
         removed = log_alpha_of(theta, log_sigma2) >= self.hyperparameter(
             "threshold"
         )
         return tf.where(removed, 0.0, theta)
 
     def penalty(self, weight: SparseWeight) -> tf.Tensor:
-        """The sum of the KL divergences, with log alpha clipped."""
+        """Returns the sum of the KL divergences, with log alpha clipped."""
         log_alpha = log_alpha_of(*self._parameters(weight))
         limit = self.clip_log_alpha
         if limit is not None:
@@ -160,11 +169,18 @@ class VariationalDropout(PenalizedWrapper):
     def use_output(
         self, weight: SparseWeight, use: LinearMap | LookUp
     ) -> tf.Tensor:
-        """Samples outputs: noise of its own for every one of them.
+        """Returns sampled outputs, with independent noise for each element.
 
-        For a linear map f that is local reparameterisation (Kingma et al. 2015,
-        equation 6): the outputs are normal with mean f(x; theta) and variance
-        f(x^2; sigma^2).
+        For a linear map f this is local reparameterisation (Kingma et al. 2015,
+        equation 6): outputs are normally distributed with mean f(x; theta) and
+        variance f(x^2; sigma^2). For a look-up, each row is sampled anew.
+
+        Args:
+            weight: The weight.
+            use: The use of the weight by the call.
+
+        Returns:
+            The outputs of the call.
         """
         theta, log_sigma2 = self._parameters(weight)
         if isinstance(use, LookUp):
@@ -174,7 +190,8 @@ class VariationalDropout(PenalizedWrapper):
         variance = self._variance(theta, log_sigma2)
         inputs, scale = use.inputs, 1.0
         if inputs.dtype == tf.float16:
-            # Variances of e^-10 and less would underflow, squares overflow.
+            # Without scaling, variances below e^-10 underflow, and squares
+            # overflow.
             largest = tf.reduce_max(tf.abs(inputs)) + tf.cast(1e-4, tf.float16)
             largest = tf.stop_gradient(largest)
             deviation = tf.stop_gradient(tf.sqrt(tf.reduce_max(variance)))
@@ -185,8 +202,8 @@ class VariationalDropout(PenalizedWrapper):
             squares = tf.square(inputs)
         mean = use(theta, inputs)
         spread = use(variance, squares)
-        # No signal, no gradient: that of the root is so steep at zero that it
-        # would be infinite in float16, and times the squares' zeros NaN.
+        # No gradient where the variance is 0: the derivative of the square root
+        # would be infinite in float16, and NaN when multiplied by zeros.
         spread = tf.where(spread > 0, spread, tf.zeros_like(spread))
         outputs = self._sample(
             weight,
@@ -197,7 +214,7 @@ class VariationalDropout(PenalizedWrapper):
         return use.finish(tf.cast(outputs, mean.dtype))
 
     def get_config(self) -> dict[str, Any]:
-        """The layer's configuration, which `from_config` takes."""
+        """Returns the layer's configuration, for `from_config`."""
         return {
             **super().get_config(),
             "initial_log_sigma2": self.initial_log_sigma2,
@@ -209,18 +226,17 @@ class VariationalDropout(PenalizedWrapper):
         return theta, weight.state["log_sigma2"].value
 
     def _variance(self, theta: tf.Tensor, log_sigma2: tf.Tensor) -> tf.Tensor:
-        """Sigma^2 such that log alpha is within its limits.
+        """Returns sigma^2 with log alpha clipped to its limits.
 
-        Outside of them it is theta^2 times a constant, so that log sigma^2 gets
-        no gradient and theta does.
+        Where it is clipped, sigma^2 is theta^2 times a constant: log sigma^2
+        gets no gradient, theta does.
         """
         limit = self.clip_log_alpha
         if limit is None:
             return tf.exp(log_sigma2)
-        # An infinite variance would be clipped, but have a gradient of NaN.
+        # An infinite variance would be clipped, but its gradient would be NaN.
         variance = tf.exp(tf.minimum(log_sigma2, 80.0))
-        # Clipping the variance itself saves the logarithms of clipping log
-        # alpha.
+        # Clipping sigma^2 needs no logarithms, unlike clipping log alpha.
         square = tf.square(theta) + EPSILON
         least, most = math.exp(-limit) * square, math.exp(limit) * square
         return tf.minimum(tf.maximum(variance, least), most)

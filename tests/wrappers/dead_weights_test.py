@@ -96,7 +96,7 @@ def test_update_with_equal_scores_keeps_the_mask_and_catches_up(update, value):
     wrapper = wrap(np.full((4, 2), value))
     (message,) = warned(update, {wrapper: 0.5})
     assert message.startswith("The scores of dense/dense/kernel are all equal")
-    assert "stays dense until an update finds different scores" in message
+    assert "stays dense until an update has different scores" in message
     assert mask_of(wrapper).all()
     wrapper.layer.kernel.assign(ORDERED)
     assert not warned(update, {wrapper: 0.75})
@@ -296,7 +296,7 @@ COMPILED = CompiledMaskUpdate()
     )
 )
 def test_host_and_compiled_updates_agree_in_masks_and_warnings(steps):
-    dead_weights._warned.clear()
+    dead_weights._warning_steps.clear()
     for wrappers in PAIRS:
         for wrapper in wrappers:
             wrapper.set_masks([np.ones((4, 2))])
@@ -384,9 +384,9 @@ def test_end_of_the_schedule_with_equal_scores_is_named():
                 updater.step()
 
     first, last = warned(train)
-    assert "if none does up to step 4, the last of its schedule" in first
+    assert "the last update of its schedule is at step 4" in first
     assert "kernel at step 4 are all equal" in last
-    assert "last update of its schedule, so that it stays dense" in last
+    assert "last update of its schedule: it stays dense" in last
 
 
 def test_one_shot_pruning_of_equal_scores_says_that_it_stays_dense():
@@ -397,7 +397,7 @@ def test_one_shot_pruning_of_equal_scores_says_that_it_stays_dense():
             pass
 
     (message,) = warned(start)
-    assert "so that it stays dense" in message
+    assert "it stays dense" in message
     assert sos.sparsity_report(model).rows[0]["target"] == 0.5
 
 
@@ -450,7 +450,7 @@ def test_training_a_fixed_mask_of_zeros_warns_once(jit_compile):
     assert not warned(wrapper.build, (None, 4))
     assert not warned(wrapper, tf.ones((1, 4)))
     (message,) = warned(train_step(wrapper, jit_compile))
-    assert "head/kernel were zero when FixedMask made its mask" in message
+    assert "head/kernel were zero when FixedMask computed its mask" in message
     assert not warned(train_step(wrapper, jit_compile))
 
 
