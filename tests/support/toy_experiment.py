@@ -1,5 +1,8 @@
 """A task of the experiments that takes a second to train."""
 
+import os
+import time
+
 import keras
 import numpy as np
 
@@ -30,6 +33,11 @@ TECHNIQUES = {
     },
     "l0": {"technique": "L0Regularization", "penalty_weight": 0.01},
 }
+# Those of which tests have finished runs: without a technique, with masks,
+# with noise and a penalty.
+TRAINED = ("dense", "magnitude", "variational_dropout")
+# The environment variable with the files that `Broken` waits for.
+BROKEN_AFTER = "SOS_TEST_BROKEN_AFTER"
 
 
 class ToyExperiment(ExperimentTask):
@@ -113,9 +121,12 @@ class WithoutEvaluation(ToyExperiment):
 
 
 class Broken(ToyExperiment):
-    """Has a bug."""
+    """Has a bug, which shows itself once some files are there."""
 
     def build_model(self):
+        paths = os.environ.get(BROKEN_AFTER, "").split(os.pathsep)
+        while not all(map(os.path.exists, filter(None, paths))):
+            time.sleep(0.05)
         raise ZeroDivisionError("a bug")
 
 

@@ -29,6 +29,9 @@ SCHEDULE = sos.schedules.PolynomialDecay(0.0, 0.8, 3, 15, frequency=3)
 class Program:
     """A training program with a work directory, run in this process."""
 
+    #: By `steps_per_loop`: a trainer that is reset is as good as a new one.
+    trainers = {}
+
     def __init__(self, workdir, capfd=None):
         self.workdir = workdir
         self.capfd = capfd
@@ -37,12 +40,18 @@ class Program:
         self.steps_per_loop = 4
 
     def make_trainer(self):
-        self.trainer = Trainer(
-            self.task,
-            strategy=make_strategy("one_device"),
-            steps_per_loop=self.steps_per_loop,
-        )
-        return self.trainer
+        trainer = self.trainers.get(self.steps_per_loop)
+        if trainer is None:
+            trainer = Trainer(
+                self.task,
+                strategy=make_strategy("one_device"),
+                steps_per_loop=self.steps_per_loop,
+            )
+            self.trainers[self.steps_per_loop] = trainer
+        else:
+            trainer.reset(self.task)
+        self.trainer = trainer
+        return trainer
 
     def options(self, mode, **options):
         return Options(
@@ -212,7 +221,11 @@ def test_the_newest_checkpoints_are_kept_and_every_kth(program):
 
 
 def test_train_keeps_the_steps_asked_for(program, trained):
-    options = {"keep_checkpoint_max": 1, "keep_checkpoint_steps": (0, 7)}
+    options = {
+        "save_checkpoints_steps": 2,
+        "keep_checkpoint_max": 1,
+        "keep_checkpoint_steps": (0, 7),
+    }
     assert program("train", stop_at=2, **options) == 75
     assert program.saved == [0, 2]
     assert program("train", **options) == 0
