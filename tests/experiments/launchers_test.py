@@ -18,11 +18,7 @@ from sos.experiments.runs import read_result, run, run_directory
 from sos.files import only_process
 from tests.support import processes, toy_experiment
 
-
-def values(config, workdir):
-    return processes.checkpoint_values(
-        run_directory(config, workdir), config.train_steps
-    )
+SLOW = "tests.support.toy_experiment:Slow"
 
 
 class Progress(SweepProgress):
@@ -55,9 +51,7 @@ def launch(configs, workdir, *, workers=2, stop=None):
 def test_trainer_cache_shares_what_compiles_to_the_same(toy_configs):
     trainers = TrainerCache()
     made = [trainers(config) for config in toy_configs]
-    assert len({id(trainer) for trainer in made}) == len(
-        toy_experiment.TRAINED
-    )
+    assert len({id(trainer) for trainer in made}) == len(toy_experiment.TRAINED)
     # Two seeds each.
     assert made[0] is made[1]
 
@@ -86,7 +80,7 @@ def test_local_launcher_two_workers_train_all_runs_until_a_bug(
         toy_experiment.CONFIG,
         [
             {"task": "tests.support.toy_experiment:Failing"},
-            {"train_steps": 1_000_000},
+            {"task": SLOW, "train_steps": 1_000_000},
             {"task": "tests.support.toy_experiment:Broken"},
         ],
     )
@@ -141,16 +135,17 @@ class Stop:
     requested = None
 
 
+@pytest.mark.slow
 def test_local_launcher_worker_killed_stopped_and_stopped_with_its_parent(
     tmp_path,
 ):
     killed, held, good, stopped = sweeps.expand(
         toy_experiment.CONFIG,
         [
-            {"train_steps": 1_000_000},
+            {"task": SLOW, "train_steps": 1_000_000},
             {"seed": 1},
             {"seed": 2},
-            {"train_steps": 2_000_000},
+            {"task": SLOW, "train_steps": 2_000_000},
         ],
     )
     stop = Stop()

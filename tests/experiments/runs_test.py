@@ -1,3 +1,4 @@
+import collections
 import json
 import pathlib
 import shutil
@@ -45,13 +46,17 @@ def directory_of(technique, workdir, **overrides):
     return pathlib.Path(run_directory(config, workdir))
 
 
+#: Of each technique: what tests do not share is traced anew.
+TRAINERS = collections.defaultdict(TrainerCache)
+
+
 def train(technique, workdir, *, stop_at=None, trainers=None, **options):
     overrides = options.pop("overrides", {})
     stop = StopAt(stop_at) if stop_at else None
     return run(
         toy_experiment.config(technique, **overrides),
         workdir,
-        make_trainer=trainers or TrainerCache(),
+        make_trainer=trainers or TRAINERS[technique],
         stop=stop,
         on_summary=[stop] if stop else [],
         quiet=True,
@@ -127,7 +132,8 @@ def test_run_stopped_run_resumes_to_the_same_bits(
     technique, finished, tmp_path
 ):
     with pytest.raises(Stopped):
-        train(technique, tmp_path, stop_at=5)
+        # In another process, as it were.
+        train(technique, tmp_path, stop_at=5, trainers=TrainerCache())
     directory = directory_of(technique, tmp_path)
     assert read_result(str(directory)) is None
     train(technique, tmp_path)

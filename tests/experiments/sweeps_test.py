@@ -92,9 +92,7 @@ class FailingLauncher:
         return {run_name(configs[-1]): "a reason"}
 
 
-def test_run_sweep_failed_run_raises_with_the_reason(
-    toy_configs, copy
-):
+def test_run_sweep_failed_run_raises_with_the_reason(toy_configs, copy):
     shutil.rmtree(run_directory(toy_configs[-1], copy))
     with pytest.raises(sweeps.FailedRunsError, match="a reason") as error:
         sweeps.run_sweep(toy_configs, copy, launcher=FailingLauncher())

@@ -5,6 +5,7 @@ import time
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from sos.experiments import ExperimentTask
 from sos.experiments.image_classification import classification_metrics
@@ -38,6 +39,20 @@ TECHNIQUES = {
 TRAINED = ("dense", "magnitude", "variational_dropout")
 # The environment variable with the files that `Broken` waits for.
 BROKEN_AFTER = "SOS_TEST_BROKEN_AFTER"
+
+
+def after_seconds(seconds):
+    """Makes a data set hand out each batch after so many seconds."""
+
+    def sleep():
+        time.sleep(seconds)
+        return np.int64(0)
+
+    def late(batch):
+        with tf.control_dependencies([tf.numpy_function(sleep, [], tf.int64)]):
+            return tf.nest.map_structure(tf.identity, batch)
+
+    return lambda dataset: dataset.map(late)
 
 
 class ToyExperiment(ExperimentTask):
@@ -103,6 +118,14 @@ class ToyExperiment(ExperimentTask):
             batch["y"],
             batch.get("weight"),
         )
+
+
+class Slow(ToyExperiment):
+    """Takes a hundredth of a second for each step, and hardly computes."""
+
+    def train_dataset(self, context, step):
+        dataset = super().train_dataset(context, step)
+        return dataset.apply(after_seconds(0.01))
 
 
 class Failing(ToyExperiment):
