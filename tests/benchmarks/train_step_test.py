@@ -1,5 +1,7 @@
+import multiprocessing
 import re
 import sys
+import threading
 
 import pytest
 
@@ -7,13 +9,28 @@ from benchmarks import train_step
 from tests.support import benchmarks
 
 
-def test_train_step_prints_one_report_of_the_techniques():
+class Threads:
+    """Threads in the place of processes, which would import TensorFlow."""
+
+    Pipe = staticmethod(multiprocessing.Pipe)
+    Process = threading.Thread
+
+
+@pytest.mark.parametrize(
+    "process", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
+def test_train_step_prints_one_report_of_the_techniques(process, monkeypatch):
+    if not process:
+        monkeypatch.setattr(
+            train_step.multiprocessing, "get_context", lambda kind: Threads
+        )
     report = benchmarks.run(
         "train_step",
         "--model=convnet",
         "--techniques=VariationalDropout",
         "--repeats=1",
         "--batch=2",
+        process=process,
     )
     assert list(report["results"]) == ["dense", "VariationalDropout"]
     for figures in report["results"].values():

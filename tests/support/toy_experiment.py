@@ -1,5 +1,6 @@
 """A task of the experiments that takes a second to train."""
 
+import functools
 import os
 import time
 
@@ -8,7 +9,10 @@ import numpy as np
 import tensorflow as tf
 
 from sos.experiments import ExperimentTask
+from sos.experiments.config import run_name
 from sos.experiments.image_classification import classification_metrics
+from sos.experiments.launchers import LocalLauncher, TrainerCache
+from sos.experiments.runs import run
 from sos.training import inputs
 
 CONFIG = {"task": "tests.support.toy_experiment:ToyExperiment"}
@@ -53,6 +57,30 @@ def after_seconds(seconds):
             return tf.nest.map_structure(tf.identity, batch)
 
     return lambda dataset: dataset.map(late)
+
+
+class SerialLauncher:
+    """A `LocalLauncher` that trains in this process, one run after another."""
+
+    def __init__(self, workers=None):
+        self.workers = LocalLauncher(workers).workers
+
+    def launch(self, configs, workdir, *, progress, stop=None, **options):
+        trainers = TrainerCache()
+        for config in configs:
+            name = run_name(config)
+            progress.begin(name)
+            result = run(
+                config,
+                workdir,
+                make_trainer=trainers,
+                on_summary=[functools.partial(progress.update, name)],
+                stop=stop,
+                quiet=True,
+                **options,
+            )
+            progress.finish(name, result)
+        return {}
 
 
 class ToyExperiment(ExperimentTask):

@@ -136,6 +136,7 @@ def names(folder):
 # What is saved comes back.
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("technique", techniques.NAMES)
 def test_everything_comes_back_bit_for_bit(make, technique):
     Trained(technique).save(make(), 12, seconds=2.5)
@@ -163,6 +164,7 @@ def test_one_step_of_several_can_be_restored(make, trained):
     assert trained.is_at(2)
 
 
+@pytest.mark.oldest
 def test_tensorflow_reads_it_without_the_engine(make, trained):
     trained.save(make(), 3)
     other = Trained(step=50)
@@ -209,6 +211,7 @@ def test_the_report_command_reads_it(make, trained, capsys):
         assert f"{1 - mask.mean():.2%}" in line
 
 
+@pytest.mark.oldest
 def test_replicas_and_one_device_read_each_others(make):
     with techniques.two_replicas().scope():
         two = Trained()

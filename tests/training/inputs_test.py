@@ -392,7 +392,7 @@ def test_record_batches_fewer_files_than_hosts_share_records(make_shards):
     assert len({len(each) for each in found}) == 1
 
 
-@hypothesis.settings(max_examples=6)
+@hypothesis.settings(max_examples=4)
 @hypothesis.given(
     st.lists(st.integers(0, 7), min_size=1, max_size=6),
     SHARINGS,
@@ -430,11 +430,15 @@ def test_record_batches_resumed_equal_uninterrupted_ones(
         np.testing.assert_array_equal(before["seed"], after["seed"])
 
 
-@pytest.mark.parametrize(("hosts", "host"), [(1, 0), (2, 1)])
-def test_record_batches_resumed_at_every_step_are_the_same(
-    make_shards, hosts, host
+@pytest.mark.parametrize(
+    ("hosts", "host", "resumed"),
+    # In the first epoch, at its end, and in the second.
+    [(1, 0, (1, 2, 3, 4, 5)), (2, 1, (2, 4))],
+)
+def test_record_batches_resumed_at_any_step_are_the_same(
+    make_shards, hosts, host, resumed
 ):
-    shards, steps = make_shards(COUNTS), 15  # Of four or more epochs.
+    shards, steps = make_shards(COUNTS), 15  # Of three or more epochs.
 
     def batches(step):
         return take(
@@ -445,18 +449,19 @@ def test_record_batches_resumed_at_every_step_are_the_same(
         )
 
     whole = batches(0)
-    for step in range(1, steps):
+    for step in resumed:
         for before, after in zip(whole[step:], batches(step), strict=True):
             np.testing.assert_array_equal(before["id"], after["id"])
             np.testing.assert_array_equal(before["seed"], after["seed"])
 
 
-@pytest.mark.parametrize("counts", [COUNTS, (19,), (1,) * 19])
-@pytest.mark.parametrize("shuffle_buffer", [1, 100])
+@pytest.mark.parametrize(
+    ("counts", "shuffle_buffer"), [(COUNTS, 100), ((19,), 1), ((1,) * 19, 1)]
+)
 def test_record_batches_every_epoch_has_another_order(
     make_shards, counts, shuffle_buffer
 ):
-    shards, epochs, per_epoch = make_shards(counts), 30, 4
+    shards, epochs, per_epoch = make_shards(counts), 16, 4
     dataset = record_batches(
         shards, batch_size=4, shuffle_buffer=shuffle_buffer
     )
@@ -501,9 +506,9 @@ def test_record_batches_global_seed_has_no_influence(make_shards):
 def test_record_batches_other_hosts_give_the_same_augmentation(make_shards):
     shards = make_shards((4, 4, 4))
     found = []
-    for hosts in (1, 2, 3, 4):
+    for hosts in (1, 2, 4):
         # Epochs in which every host takes all of its records.
-        per_epoch = {1: 12, 2: 4, 3: 4, 4: 3}[hosts]
+        per_epoch = {1: 12, 2: 4, 4: 3}[hosts]
         epochs = [{}, {}]
         for host in range(hosts):
             dataset = record_batches(
@@ -520,7 +525,7 @@ def test_record_batches_other_hosts_give_the_same_augmentation(make_shards):
         for seeds, expected in zip(epochs, reference, strict=True):
             assert seeds.items() <= expected.items()
     # With two hosts, one has twice the records and leaves some out.
-    assert [len(epochs[0]) for epochs in found] == [12, 8, 12, 12]
+    assert [len(epochs[0]) for epochs in found] == [12, 8, 12]
 
 
 @pytest.mark.parametrize(("hosts", "host"), [(1, 0), (2, 1)])
@@ -572,7 +577,7 @@ def read_structures(path):
     )
 
 
-@pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.parametrize("hosts", [1, 4])
 def test_record_batches_records_may_be_structures(make_shards, hosts):
     shards = make_shards((4, 4, 4))
 
@@ -614,7 +619,7 @@ def test_record_batches_compressed_files_are_read(tmp_path):
     assert set(ids_of(take(dataset, 1))) == all_ids(shards)
 
 
-@hypothesis.settings(max_examples=8)
+@hypothesis.settings(max_examples=3)
 @hypothesis.given(
     st.lists(st.integers(0, 7), min_size=1, max_size=6).filter(any), SHARINGS
 )
@@ -723,9 +728,11 @@ def test_list_shards_unusable_files_raise(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["train", "eval"])
-@pytest.mark.parametrize(("wrong", "actual"), [(6, "4"), (2, "more than 2")])
-# With a batch that ends where the wrong number does, too.
-@pytest.mark.parametrize("batch_size", [1, 2, 6])
+@pytest.mark.parametrize(
+    ("wrong", "actual", "batch_size"),
+    # With a batch that ends where the wrong number does, and one that does not.
+    [(6, "4", 2), (6, "4", 6), (2, "more than 2", 2)],
+)
 def test_record_batches_wrong_count_raises(
     make_shards, kind, wrong, actual, batch_size
 ):

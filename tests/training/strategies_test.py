@@ -52,6 +52,7 @@ def test_mirrored_takes_all_logical_devices():
     assert devices(strategy) == ["device:CPU:0", "device:CPU:1"]
 
 
+@pytest.mark.oldest
 def test_several_mirrored_strategies_work_in_one_process():
     for _ in range(2):
         strategy = make_strategy("mirrored")
@@ -110,12 +111,19 @@ def test_a_tpu_goes_with_no_other_strategy(name):
         make_strategy(name, tpu="mine")
 
 
-@pytest.mark.parametrize(
-    "arguments", [{"name": "tpu"}, {"tpu": "local"}], ids=str
-)
-def test_a_tpu_that_is_not_there(arguments):
-    with pytest.raises(UsageError, match="TPU 'local' cannot be used.*--tpu"):
-        make_strategy(**arguments)
+def test_make_strategy_without_a_tpu_raises():
+    with pytest.raises(UsageError, match="TPU 'local'.*--tpu"):
+        make_strategy(tpu="local")
+
+
+def test_make_strategy_of_the_name_tpu_takes_the_local_one(monkeypatch):
+    def fail(name):
+        raise ValueError(f"no TPU {name}")
+
+    resolvers = tf.distribute.cluster_resolver
+    monkeypatch.setattr(resolvers, "TPUClusterResolver", fail)
+    with pytest.raises(UsageError, match="TPU 'local'.*--tpu"):
+        make_strategy("tpu")
 
 
 # Mistakes in TF_CONFIG: none may end in a wait for workers.

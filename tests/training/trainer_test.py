@@ -458,7 +458,15 @@ def test_how_loops_are_cut_changes_no_bit(
     ("technique", "placement"),
     [
         # Every technique on replicas, which hold more than one device does.
-        *((technique, {"replicas": 2}) for technique in TECHNIQUES),
+        *(
+            pytest.param(
+                technique,
+                {"replicas": 2},
+                marks=[pytest.mark.oldest]
+                * (technique in ("MagnitudePruning", "VariationalDropout")),
+            )
+            for technique in TECHNIQUES
+        ),
         # No technique, masks, and noise.
         *((t, {}) for t in (None, "MagnitudePruning", "VariationalDropout")),
         # Gathered gradients, and noise.
