@@ -262,7 +262,7 @@ def typed(x):
 @pytest.mark.parametrize(
     "function", [typed, typed.get_concrete_function()], ids=["typed", "traced"]
 )
-def test_signatures_may_be_traced_or_typed(function, tmp_path):
+def test_export_of_traced_or_typed_signatures_succeeds(function, tmp_path):
     loaded = exported(WithSignatures({"f": function}), tmp_path / "model")
     assert loaded.signatures["f"](x=tf.constant(1.0))["y"].numpy() == 2
 

@@ -13,7 +13,7 @@ def model():
     return residual.build((28, 28, 1), 10, seed=3)
 
 
-def test_shapes_and_size(model):
+def test_build_of_the_network_has_its_shapes_and_size(model):
     assert model.output_shape == (None, 10)
     # A 3x3 convolution on 1 channel; two for each of 3 blocks of 16, 32 and 64
     # filters; two projections; the last layer.
@@ -24,7 +24,7 @@ def test_shapes_and_size(model):
     assert model.count_params() == 273_754
 
 
-def test_weight_layers_in_the_order_of_the_network(model):
+def test_build_of_the_network_orders_its_weight_layers(model):
     names = [
         weight.path.removesuffix("/kernel")
         for weight in model.weights
@@ -37,7 +37,7 @@ def test_weight_layers_in_the_order_of_the_network(model):
     assert names.index("stage2_block1_shortcut") == 9
 
 
-def test_the_resolution_is_halved_twice(model):
+def test_build_of_the_network_halves_the_resolution_twice(model):
     shapes = {
         layer.name: layer.output.shape[1:]
         for layer in model.layers
@@ -48,7 +48,7 @@ def test_the_resolution_is_halved_twice(model):
     assert shapes["stage3_block3_relu2"] == (7, 7, 64)
 
 
-def test_weights_are_a_function_of_the_seed_alone(model):
+def test_build_of_one_seed_gives_the_same_weights(model):
     same = residual.build((28, 28, 1), 10, seed=3)
     other = residual.build((28, 28, 1), 10, seed=4)
     kernels = []
@@ -66,7 +66,7 @@ def test_weights_are_a_function_of_the_seed_alone(model):
             assert kernel.std() == pytest.approx((2 / fan_in) ** 0.5, rel=0.1)
 
 
-def test_a_block_adds_its_input():
+def test_block_of_zeros_returns_its_input():
     model = residual.build((28, 28, 1), 10, seed=0)
     # With its last normalization scaled to nothing, a block is the identity
     # on what is not negative.
@@ -81,7 +81,7 @@ def test_a_block_adds_its_input():
     assert (np.asarray(later) != np.asarray(after)).any()
 
 
-def test_batch_norm_is_synchronized_on_request():
+def test_build_with_synchronized_batch_norm_synchronizes_it():
     for synchronized in (False, True):
         model = residual.build(
             (8, 8, 1), 4, seed=0, synchronized_batch_norm=synchronized
@@ -95,7 +95,7 @@ def test_batch_norm_is_synchronized_on_request():
         assert {norm.synchronized for norm in norms} == {synchronized}
 
 
-def test_every_kernel_can_be_made_sparse_and_trained(model):
+def test_sparsify_of_the_network_reaches_every_kernel_and_trains(model):
     sparse = sos.sparsify(model, sos.FixedMask, sparsity=0.9)
     report = sos.sparsity_report(sparse)
     assert sum(row["technique"] == "FixedMask" for row in report.rows) == 22

@@ -111,7 +111,9 @@ def test_array_batches_depend_on_the_step_alone(sharing, more, step, seed):
 
 
 @pytest.mark.parametrize(("examples", "batch_size"), [(12, 4), (13, 4), (5, 5)])
-def test_each_epoch_is_another_permutation(examples, batch_size):
+def test_array_batches_of_each_epoch_are_another_permutation(
+    examples, batch_size
+):
     per_epoch = examples // batch_size
     epochs = 6
     found = array_ids(examples, count=epochs * per_epoch, batch_size=batch_size)
@@ -128,7 +130,7 @@ def test_each_epoch_is_another_permutation(examples, batch_size):
         assert set().union(*orders) == set(range(examples))
 
 
-def test_orders_are_uniform():
+def test_array_batches_of_many_epochs_have_uniform_orders():
     """Each example is as often at each place, up to chance."""
     examples, epochs = 5, 600
     found = array_ids(examples, count=epochs, batch_size=examples)
@@ -141,7 +143,7 @@ def test_orders_are_uniform():
     assert statistic < 44.3
 
 
-def test_another_seed_is_another_order():
+def test_array_batches_of_another_seed_have_another_order():
     orders = [
         array_ids(40, count=1, batch_size=40, seed=seed)[0]
         for seed in (0, 1, 2**40, -1)
@@ -149,14 +151,14 @@ def test_another_seed_is_another_order():
     assert len({tuple(order) for order in orders}) == 4
 
 
-def test_a_step_far_ahead_is_there_at_once():
+def test_array_batches_far_ahead_are_there_at_once():
     # Ten million epochs are not to be walked through.
     (batch,) = array_ids(6, step=20_000_001, count=1, batch_size=3)
     (before,) = array_ids(6, step=20_000_000, count=1, batch_size=3)
     assert sorted(before + batch) == list(range(6))
 
 
-def test_dtypes_and_static_shapes_are_kept():
+def test_array_batches_keep_dtypes_and_static_shapes():
     arrays = {
         "image": np.zeros((10, 4, 4, 3), np.uint8),
         "label": np.zeros(10, np.int32),
@@ -221,7 +223,7 @@ ARRAY_MAKERS = {
 @pytest.mark.parametrize(
     "lengths", [{}, {"x": 0}, {"x": 3, "y": 4}, {"x": 0, "y": 2}], ids=str
 )
-def test_arrays_of_other_lengths_raise(name, lengths):
+def test_array_batches_of_other_lengths_raise(name, lengths):
     arrays = {key: np.zeros(size) for key, size in lengths.items()}
     with pytest.raises(UsageError) as error:
         ARRAY_MAKERS[name](arrays, batch_size=1, context=context())

@@ -354,7 +354,7 @@ def test_make_learning_rate_of_invalid_train_steps_raises(train_steps):
         learning_rates.InverseSquareRoot,
     ],
 )
-def test_example_in_a_docstring_runs(documented):
+def test_docstring_example_runs(documented):
     example = inspect.cleandoc(documented.__doc__).split("```")[1]
     names = {**vars(learning_rates), "make_optimizer": make_optimizer}
     exec(example, names)

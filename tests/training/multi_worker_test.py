@@ -124,7 +124,7 @@ def test_workers_compute_what_one_device_does(job, task):
         assert [int(m.sum()) for m in masks] == [19, 10]
 
 
-def test_evaluation_counts_every_example_once(job):
+def test_workers_evaluating_count_every_example_once(job):
     trainer = train("dense")
     logged = processes.records(job / "dense")
     (last,) = [
@@ -138,7 +138,7 @@ def test_evaluation_counts_every_example_once(job):
     )
 
 
-def test_the_chief_alone_writes(job):
+def test_workers_that_are_not_the_chief_write_nothing(job):
     for task in TECHNIQUES:
         folder = job / task
         # A checkpoint comes before every evaluation, too.

@@ -414,7 +414,7 @@ def test_with_multipliers_takes_an_optimizer_of_the_user():
 
 
 @pytest.mark.parametrize("documented", [optimizers, with_multipliers])
-def test_example_in_a_docstring_runs(documented):
+def test_docstring_example_runs(documented):
     model = techniques.mlp("L0Regularization")
     names = {
         **vars(optimizers),
@@ -481,7 +481,7 @@ def test_make_optimizer_of_an_invalid_config_raises(config, words):
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, math.nan, math.inf, True, "2"])
-def test_invalid_multiplier_raises(factor):
+def test_make_optimizer_of_an_invalid_multiplier_raises(factor):
     variable = keras.Variable(1.0, name="scale")
     with pytest.raises(UsageError, match=r"greater than 0.*'scale'"):
         make_optimizer(
@@ -491,7 +491,7 @@ def test_invalid_multiplier_raises(factor):
         )
 
 
-def test_two_multipliers_of_a_variable_raise():
+def test_make_optimizer_of_two_multipliers_of_a_variable_raises():
     variable = keras.Variable(1.0, name="scale")
     with pytest.raises(UsageError, match="two for 'scale'"):
         make_optimizer(

@@ -224,7 +224,7 @@ def check_equal(run, expected, **tolerance):
 # One step.
 
 
-def test_a_step_is_that_of_the_formulas():
+def test_train_of_a_linear_model_equals_the_formulas():
     """A linear model with momentum, by hand."""
 
     def linear():
@@ -261,7 +261,7 @@ class Gathering(sos.extend.PruningWrapper):
 
 
 @CUTS
-def test_gradients_are_gathered_of_sums_over_all_examples(
+def test_train_gathers_gradients_of_sums_over_all_examples(
     replicas, gradient_accumulation_steps
 ):
     """However the batch is cut: a linear model that stands still, by hand."""
@@ -336,7 +336,7 @@ def test_train_with_the_batch_cut_equals_a_plain_loop(
 
 
 @CUTS
-def test_a_batch_without_weight_does_no_harm(
+def test_train_on_a_batch_without_weight_changes_nothing(
     replicas, gradient_accumulation_steps
 ):
     weight = np.ones(6 * BATCH, np.float32)
@@ -359,7 +359,7 @@ def test_a_batch_without_weight_does_no_harm(
 
 
 @CUTS
-def test_embeddings_have_gradients_of_rows(
+def test_train_of_embeddings_equals_a_plain_loop(
     replicas, gradient_accumulation_steps
 ):
     ids = np.random.default_rng(3).integers(10, size=(6 * BATCH, 3))
@@ -377,7 +377,7 @@ def test_embeddings_have_gradients_of_rows(
     check_equal(run.train(4), Plain(ordered, 4))
 
 
-def test_a_batch_may_be_any_structure():
+def test_train_on_batches_of_any_structure_equals_a_plain_loop():
     class Nested(OrderedTask):
         def train_dataset(self, context, step):
             return (
@@ -399,7 +399,7 @@ def test_a_batch_may_be_any_structure():
     )
 
 
-def test_another_number_of_steps_is_no_new_trace():
+def test_train_of_another_number_of_steps_traces_nothing_new():
     run = Run(task()).train(1)
     for count in (2, 3):
         run.train(count, per_call=count)
@@ -413,7 +413,7 @@ def test_another_number_of_steps_is_no_new_trace():
 
 
 @CUTS
-def test_penalties_are_counted_once(replicas, gradient_accumulation_steps):
+def test_train_counts_penalties_once(replicas, gradient_accumulation_steps):
     # Powers of two, so that the shares are exact.
     run = Run(
         task(shifted, lambda: SGD(0.5)),
@@ -427,7 +427,7 @@ def test_penalties_are_counted_once(replicas, gradient_accumulation_steps):
 
 
 @CUTS
-def test_activity_losses_are_counted_once(
+def test_train_counts_activity_losses_once(
     replicas, gradient_accumulation_steps
 ):
     """Keras divides them by the examples, so that parts have their mean."""
@@ -571,7 +571,7 @@ CLIPPING = {
 
 @pytest.mark.parametrize("name", CLIPPING)
 @pytest.mark.parametrize(("replicas", "gradient_accumulation_steps"), [(2, 2)])
-def test_what_is_clipped_is_the_gradient_of_the_whole_batch(
+def test_clipping_applies_to_the_gradient_of_the_whole_batch(
     name, replicas, gradient_accumulation_steps
 ):
     ordered = task(shifted, lambda: SGD(1.0, **CLIPPING[name]), weight=WEIGHTED)
@@ -629,7 +629,9 @@ def test_clipping_leaves_out_what_has_no_gradient():
     ],
     ids=["averages", "accumulation", "loss_scaling", "gradient_scaling"],
 )
-def test_optimizers_that_do_the_engines_work_raise(make_optimizer, message):
+def test_steps_with_optimizers_that_do_the_engines_work_raise(
+    make_optimizer, message
+):
     with pytest.raises(UsageError, match=message):
         Run(task(make_optimizer=make_optimizer))
 
@@ -638,7 +640,7 @@ def test_optimizers_that_do_the_engines_work_raise(make_optimizer, message):
     ("replicas", "gradient_accumulation_steps"),
     [(1, 0), (1, 3), (1, 16), (2, 3), (2, 8)],
 )
-def test_batches_that_cannot_be_cut_raise(
+def test_steps_with_batches_that_cannot_be_cut_raise(
     replicas, gradient_accumulation_steps
 ):
     with pytest.raises(UsageError) as error:
@@ -657,7 +659,7 @@ def test_batches_that_cannot_be_cut_raise(
 # Mixed precision.
 
 
-def test_float16_raises():
+def test_steps_with_float16_raise():
     def half():
         return keras.Sequential(
             [
@@ -692,7 +694,7 @@ def test_train_in_bfloat16_is_near_float32(bfloat16):
     assert np.abs(first - run.values()[0]).max() > 0.02
 
 
-def test_bfloat16_with_losses_of_several_dtypes(bfloat16):
+def test_train_in_bfloat16_with_losses_of_several_dtypes_is_finite(bfloat16):
     """Keras has those of activities in bfloat16 and of weights in float32."""
 
     def active():
@@ -770,7 +772,7 @@ class VaryingMetrics(OrderedTask):
         return {**metrics, f"metric_{self.counter}": metrics["error"]}
 
 
-def test_evaluation_may_have_other_metrics():
+def test_evaluate_with_other_metrics_returns_them():
     run = Run(OtherMetrics(dense, lambda: SGD(0.1), examples(), batch_size=8))
     assert set(run.train(1).totals.means()) == {"error", "loss"}
     assert run.evaluate(2).names == ("count", "error", "loss")
@@ -779,7 +781,7 @@ def test_evaluation_may_have_other_metrics():
 
 
 @CUTS
-def test_metrics_are_means_over_all_examples(
+def test_metrics_of_any_cut_are_means_over_all_examples(
     replicas, gradient_accumulation_steps
 ):
     ordered = task(
@@ -818,7 +820,7 @@ def test_metrics_that_vary_between_parts_raise():
         Run(varying, gradient_accumulation_steps=2).train(1)
 
 
-def test_metrics_hold_no_penalty():
+def test_metrics_with_a_large_penalty_leave_it_out():
     run = Run(task(lambda: shifted(1e6), lambda: SGD(0.0)))
     run.model.layers[0].sparse_weights[0].state["shift"].assign_add(
         tf.ones((6, 8))
@@ -834,7 +836,7 @@ def test_metrics_hold_no_penalty():
     ("replicas", "gradient_accumulation_steps", "value"),
     [(1, 1, np.nan), (2, 2, np.inf)],
 )
-def test_the_step_whose_loss_is_not_finite_is_named(
+def test_first_non_finite_of_a_loss_is_its_step(
     replicas, gradient_accumulation_steps, value
 ):
     arrays = examples()
@@ -853,7 +855,7 @@ def test_the_step_whose_loss_is_not_finite_is_named(
     assert not run.steps.weights_are_finite()
 
 
-def test_a_sum_that_is_not_finite_is_named_whatever_it_weighs():
+def test_first_non_finite_of_a_sum_without_weight_is_its_step():
     arrays = examples()
     arrays["y"][2 * BATCH, 0] = np.inf
     weight = np.ones(6 * BATCH, np.float32)
@@ -863,7 +865,7 @@ def test_a_sum_that_is_not_finite_is_named_whatever_it_weighs():
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_a_penalty_that_is_not_finite_is_named(replicas):
+def test_first_non_finite_of_a_penalty_is_its_step(replicas):
     class Growing(sos.ramps.Ramp):
         def __call__(self, step):
             return tf.where(step < 2, 1.0, np.inf)
@@ -890,7 +892,7 @@ def test_a_penalty_that_is_not_finite_is_named(replicas):
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_an_activity_loss_that_is_not_finite_is_named(replicas):
+def test_first_non_finite_of_an_activity_loss_is_its_step(replicas):
     """It differs between the replicas, as examples do."""
 
     class Root(keras.regularizers.Regularizer):
@@ -911,7 +913,7 @@ def test_an_activity_loss_that_is_not_finite_is_named(replicas):
     assert run.totals.first_non_finite() == 2
 
 
-def test_weights_that_are_not_finite_are_seen():
+def test_weights_are_finite_of_any_other_number_is_false():
     run = Run(task(), replicas=2)
     assert run.steps.weights_are_finite()
     bias = run.model.weights[-1]
@@ -972,7 +974,7 @@ def test_summary_of_every_technique_equals_the_report(replicas):
     assert all(expected.values())
 
 
-def test_a_dense_model_has_no_summary():
+def test_summary_of_a_dense_model_is_empty():
     assert Run(task()).steps.summary() == ({}, {})
 
 
@@ -980,7 +982,9 @@ def test_a_dense_model_has_no_summary():
 
 
 @pytest.mark.parametrize("synchronized", [False, True])
-def test_moving_statistics_of_two_replicas(synchronized):
+def test_moving_statistics_of_two_replicas_are_the_first_ones_or_synchronized(
+    synchronized,
+):
     """Those of the first replica, as in Keras, or those of the whole batch."""
 
     def normalized():
@@ -1189,7 +1193,7 @@ def masks(model):
 
 
 @pytest.mark.parametrize("name", PRUNING)
-def test_masks_are_those_of_the_host(name, scope):
+def test_mask_update_compiled_equals_the_host(name, scope):
     expected = techniques.mlp(name)
     with scope():
         model = techniques.mlp(name)
@@ -1205,7 +1209,7 @@ def test_masks_are_those_of_the_host(name, scope):
     assert function.experimental_get_tracing_count() == 1
 
 
-def test_other_rankings_see_the_sparsity(scope):
+def test_mask_update_of_other_rankings_passes_the_sparsity(scope):
     ranking = techniques.Recorder()
     with scope():
         model = techniques.mlp("MagnitudePruning", ranking=ranking)
@@ -1219,7 +1223,7 @@ def test_other_rankings_see_the_sparsity(scope):
     assert ranking.log == expected
 
 
-def test_nan_scores_raise_and_change_nothing(scope):
+def test_mask_update_of_nan_scores_raises_and_changes_nothing(scope):
     with scope():
         model = techniques.mlp("MagnitudePruning")
         compiled = CompiledMaskUpdate()
@@ -1235,7 +1239,7 @@ def test_nan_scores_raise_and_change_nothing(scope):
         np.testing.assert_array_equal(mask, old)
 
 
-def test_nothing_due_does_nothing():
+def test_mask_update_of_nothing_does_nothing():
     assert CompiledMaskUpdate()({}) is None
 
 

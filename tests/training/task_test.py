@@ -81,12 +81,12 @@ def test_task_serving_by_default_calls_the_model():
         ),
     ],
 )
-def test_models(model, text):
+def test_trainer_of_an_invalid_model_raises(model, text):
     check_raises(lambda: trainer_of(build_model=lambda self: model), text)
 
 
 @pytest.mark.parametrize("optimizer", [None, "adam"])
-def test_optimizers(optimizer):
+def test_trainer_of_an_invalid_optimizer_raises(optimizer):
     check_raises(
         lambda: trainer_of(build_optimizer=lambda self, model: optimizer),
         "Mine.build_optimizer` must return a Keras 3 optimizer.*: "
@@ -103,7 +103,7 @@ def test_optimizers(optimizer):
         ({(1, 2): 3}, "of JSON values.*keys must be str"),
     ],
 )
-def test_configurations(configuration, text):
+def test_check_configuration_of_invalid_ones_raises(configuration, text):
     check_raises(
         lambda: task_lib.check_configuration(ToyTask(), configuration),
         f"ToyTask.configuration` must .*{text}",
@@ -134,7 +134,7 @@ def test_configurations(configuration, text):
         ),
     ],
 )
-def test_training_data(change, text):
+def test_train_dataset_of_invalid_data_raises(change, text):
     class Mine(ToyTask):
         def train_dataset(self, context, step):
             return change(super().train_dataset(context, step))
@@ -147,7 +147,7 @@ def test_training_data(change, text):
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_training_data_that_end_unexpectedly_raise(replicas):
+def test_train_on_data_that_end_raises(replicas):
     def train_dataset(self, context, step):
         return ToyTask.train_dataset(self, context, step).take(6)
 
@@ -178,7 +178,7 @@ def test_training_data_that_end_unexpectedly_raise(replicas):
         ),
     ],
 )
-def test_evaluation_data(change, text):
+def test_eval_dataset_of_invalid_data_raises(change, text):
     class Mine(ToyTask):
         def eval_dataset(self, context):
             return change(super().eval_dataset(context))
@@ -193,7 +193,7 @@ def test_evaluation_data(change, text):
 @pytest.mark.parametrize(
     ("hosts", "replicas", "expected"), [(1, 1, 6), (1, 2, 3), (2, 4, 3)]
 )
-def test_evaluation_batches_are_counted_for_each_replica(
+def test_eval_dataset_counts_batches_for_each_replica(
     hosts, replicas, expected
 ):
     class Mine(ToyTask):
@@ -206,7 +206,7 @@ def test_evaluation_batches_are_counted_for_each_replica(
     assert dataset.cardinality() == tf.data.INFINITE_CARDINALITY
 
 
-def test_evaluation_batches_that_differ_between_hosts_raise():
+def test_check_eval_batches_that_differ_between_hosts_raises():
     assert task_lib.check_eval_batches(ToyTask(), [3, 3]) == 3
     check_raises(
         lambda: task_lib.check_eval_batches(ToyTask(), [3, 4]),
@@ -215,7 +215,7 @@ def test_evaluation_batches_that_differ_between_hosts_raise():
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_fewer_evaluation_batches_than_announced_raise(replicas):
+def test_evaluate_with_fewer_batches_than_announced_raises(replicas):
     def eval_dataset(self, context):
         dataset = ToyTask.eval_dataset(self, context)
         return dataset.filter(lambda batch: True).apply(
@@ -244,7 +244,7 @@ METRICS = [
 
 
 @pytest.mark.parametrize(("metrics", "text"), METRICS)
-def test_metrics(metrics, text):
+def test_check_metrics_of_invalid_ones_raises(metrics, text):
     check_raises(
         lambda: task_lib.check_metrics(ToyTask(), metrics),
         f"ToyTask.compute_metrics` must .*{text}",
@@ -252,7 +252,7 @@ def test_metrics(metrics, text):
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_invalid_metrics_raise_while_the_step_is_traced(replicas):
+def test_train_and_evaluate_with_invalid_metrics_raise(replicas):
     trainer = trainer_of(
         replicas, compute_metrics=lambda self, model, batch, training: {}
     )
@@ -260,7 +260,7 @@ def test_invalid_metrics_raise_while_the_step_is_traced(replicas):
         check_raises(call, r"Mine.compute_metrics` must .*Received: \[\]")
 
 
-def test_metrics_may_be_python_numbers():
+def test_check_metrics_of_python_numbers_returns_their_names():
     names = task_lib.check_metrics(
         ToyTask(), {"loss": (1.0, 2), "accuracy": [0, 1]}
     )
@@ -280,7 +280,7 @@ def test_metrics_may_be_python_numbers():
         ({3: len}, "of type dict"),
     ],
 )
-def test_evaluators(evaluators, text):
+def test_check_evaluators_of_invalid_ones_raises(evaluators, text):
     check_raises(
         lambda: task_lib.check_evaluators(ToyTask(), evaluators),
         f"ToyTask.evaluators` must return a dictionary of callables.*{text}",
@@ -296,7 +296,7 @@ def test_evaluators(evaluators, text):
         ({"loss": 1.0, "bleu": 2.0}, r"names that no metric.*: \['loss'\]$"),
     ],
 )
-def test_figures(figures, text):
+def test_check_figures_of_invalid_ones_raises(figures, text):
     check_raises(
         lambda: task_lib.check_figures(
             ToyTask(), "bleu", figures, {"loss": 0.5}
@@ -305,7 +305,7 @@ def test_figures(figures, text):
     )
 
 
-def test_figures_become_python_floats():
+def test_check_figures_of_arrays_returns_python_floats():
     figures = task_lib.check_figures(
         ToyTask(), "a", {"x": np.float32(0.5), "y": tf.constant(2)}, {}
     )
@@ -313,7 +313,7 @@ def test_figures_become_python_floats():
     assert all(type(value) is float for value in figures.values())
 
 
-def test_serving_must_return_a_module():
+def test_check_serving_of_no_module_raises():
     task = ToyTask()
     task_lib.check_serving(task, task.serving(task.build_model()))
     check_raises(
@@ -326,7 +326,7 @@ def test_serving_must_return_a_module():
     )
 
 
-def test_other_errors_in_a_traced_function_are_not_reported_errors():
+def test_train_with_a_bug_in_the_task_raises_no_reported_error():
     def compute_metrics(self, model, batch, training):
         raise ValueError("mine")
 

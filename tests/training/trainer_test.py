@@ -65,7 +65,7 @@ def make_trainer(technique=None, *, replicas=1, task=None, **arguments):
     """A trainer of a toy task; what a `Trainer` does not take is the task's.
 
     Tracing takes most of a test's time: one that an earlier test has left is
-    reset, which gives the bits of a new one (`test_reset_gives_...`).
+    reset, which gives the bits of a new one (`test_reset_gives_the_bits_of_a_new_trainer`).
     """
     host, traced = (
         {name: arguments.pop(name) for name in names if name in arguments}
@@ -144,7 +144,7 @@ def same_bits(values, expected):
     st.booleans(),
     st.integers(1, 20),
 )
-def test_when_an_action_is_due(every, at, at_end, last):
+def test_action_is_due_at_its_steps(every, at, at_end, last):
     action = Action(call=print, every=every, at=tuple(at), at_end=at_end)
     due = [
         step
@@ -166,7 +166,7 @@ def test_action_every_zero_steps_raises(every):
         Action(call=print, every=every)
 
 
-def test_the_first_loop_is_ignored_and_the_second_is_measured():
+def test_loop_length_ignores_the_first_loop_and_measures_the_second():
     loop_length = LoopLength(max_steps=100, max_seconds=10.0)
     assert not loop_length.traced
     assert loop_length.loop_end(0) == 1
@@ -183,7 +183,7 @@ def test_the_first_loop_is_ignored_and_the_second_is_measured():
 @hypothesis.given(
     st.integers(0, 10**9), st.integers(1, 10**4), st.floats(1e-6, 1e3)
 )
-def test_loops_stay_within_both_bounds(step, max_steps, seconds):
+def test_loop_length_stays_within_both_bounds(step, max_steps, seconds):
     loop_length = LoopLength(max_steps=max_steps, max_seconds=10.0)
     loop_length.update(0.0)
     loop_length.update(seconds)
@@ -198,7 +198,9 @@ def test_loops_stay_within_both_bounds(step, max_steps, seconds):
     ("max_steps", "max_seconds"),
     [(0, 1.0), (-1, 1.0), (1, 0.0), (1, float("nan"))],
 )
-def test_bounds_must_be_positive(max_steps, max_seconds):
+def test_loop_length_of_bounds_that_are_not_positive_raises(
+    max_steps, max_seconds
+):
     with pytest.raises(
         UsageError,
         match=f"Received: steps_per_loop={max_steps}, "
@@ -233,7 +235,7 @@ def pruned(schedule, **arguments):
     ],
     ids=["odd_end", "ends_with_training", "every_step", "later"],
 )
-def test_masks_are_updated_at_the_steps_of_the_schedule(
+def test_train_updates_masks_at_the_steps_of_the_schedule(
     steps_per_loop, schedule, expected
 ):
     trainer, log = pruned(schedule, steps_per_loop=steps_per_loop)
@@ -242,7 +244,7 @@ def test_masks_are_updated_at_the_steps_of_the_schedule(
     assert trainer.step == 12
 
 
-def test_the_updates_are_those_of_an_updater():
+def test_train_updates_masks_as_an_updater_does():
     schedule = sos.schedules.PolynomialDecay(0.1, 0.8, 1, 9, frequency=2)
     trainer = make_trainer(
         "MagnitudePruning", schedule=schedule, steps_per_loop=100
@@ -282,7 +284,7 @@ def test_the_updates_are_those_of_an_updater():
         np.testing.assert_allclose(variable, other, rtol=1e-4, atol=1e-5)
 
 
-def test_loops_end_where_something_is_due(tmp_path):
+def test_train_ends_loops_where_something_is_due(tmp_path):
     trainer = make_trainer(steps_per_loop=10)
     checkpoints = make_checkpoints(trainer, tmp_path, keep=99)
     summaries, acted = [], []
@@ -300,7 +302,7 @@ def test_loops_end_where_something_is_due(tmp_path):
     assert acted == [5, 26]
 
 
-def test_actions_are_called_in_order_after_the_save(tmp_path):
+def test_train_calls_actions_in_order_after_the_save(tmp_path):
     trainer = make_trainer(steps_per_loop=4)
     checkpoints = make_checkpoints(trainer, tmp_path)
     done = []
@@ -333,7 +335,7 @@ def test_actions_are_called_in_order_after_the_save(tmp_path):
     ]
 
 
-def test_an_action_that_fails_ends_training_and_leaves_nothing_bound():
+def test_train_with_a_failing_action_ends_and_leaves_nothing_bound():
     trainer = make_trainer("L0Regularization")
 
     def fail(trainer):
@@ -369,7 +371,7 @@ def timed_trainer(seconds_of_step, **arguments):
     return clock.trainer
 
 
-def test_loops_are_bounded_in_seconds():
+def test_train_with_slow_steps_bounds_loops_in_seconds():
     def seconds(step):
         return 100.0 if step == 0 else 2.0 if step < 12 else 30.0
 
@@ -392,7 +394,7 @@ def test_loops_are_bounded_in_seconds():
     assert summaries[0].seconds_left is None
 
 
-def test_loops_of_fast_steps_are_bounded_in_steps():
+def test_train_with_fast_steps_bounds_loops_in_steps():
     trainer = timed_trainer(lambda step: 1e-3, steps_per_loop=6)
     summaries = []
     trainer.train(20, on_summary=[summaries.append])
@@ -439,7 +441,7 @@ def pruned_toy():
     st.none() | st.integers(1, 5),
     st.none() | st.integers(1, 5),
 )
-def test_how_loops_are_cut_changes_no_bit(
+def test_train_in_any_loops_gives_the_same_bits(
     pruned_toy, tmp_path_factory, steps_per_loop, save_every, eval_every
 ):
     trainer = pruned_toy
@@ -619,7 +621,7 @@ def test_reset_restores_another_tasks_checkpoint(tmp_path):
 # Resuming.
 
 
-def test_gathered_gradients_are_resumed_to_the_same_bits(tmp_path):
+def test_restore_of_gathered_gradients_goes_on_to_the_same_bits(tmp_path):
     trainer = toy("TrainerSaliency", replicas=2)
     checkpoints = make_checkpoints(trainer, tmp_path)
     # Masks are updated at the steps 1 and 4.
@@ -637,7 +639,7 @@ def test_gathered_gradients_are_resumed_to_the_same_bits(tmp_path):
 @pytest.mark.parametrize(
     "technique", ["MagnitudePruning", "VariationalDropout"]
 )
-def test_training_may_be_continued_in_the_same_process(technique):
+def test_train_in_several_calls_gives_the_same_bits(technique):
     trainer = toy(technique)
     for steps in (2, 3, 3, 8, STEPS):
         trainer.train(steps)
@@ -646,7 +648,7 @@ def test_training_may_be_continued_in_the_same_process(technique):
 
 
 @pytest.mark.parametrize("at", [4, 9])
-def test_an_interrupt_before_a_mask_update_does_not_lose_it(at):
+def test_train_interrupted_before_a_mask_update_makes_it(at):
     """Python handles Ctrl-C when the compiled loop returns."""
     trainer = toy("MagnitudePruning")
     train = trainer.steps.train
@@ -666,7 +668,7 @@ def test_an_interrupt_before_a_mask_update_does_not_lose_it(at):
     same_bits(toy_task.values(trainer), uninterrupted("MagnitudePruning"))
 
 
-def test_accumulated_gradients_are_resumed_too(tmp_path):
+def test_restore_of_accumulated_gradients_goes_on_to_the_same_bits(tmp_path):
     trainer = toy("VariationalDropout", gradient_accumulation_steps=2)
     checkpoints = make_checkpoints(trainer, tmp_path)
     trainer.train(4, checkpoints=checkpoints)
@@ -684,7 +686,7 @@ def test_accumulated_gradients_are_resumed_too(tmp_path):
         other.restore(make_checkpoints(other, tmp_path))
 
 
-def test_nothing_is_done_when_all_steps_are():
+def test_train_of_completed_steps_does_nothing():
     trainer = make_trainer("MagnitudePruning")
     trainer.train(3)
     before = toy_task.values(trainer)
@@ -701,7 +703,7 @@ def test_nothing_is_done_when_all_steps_are():
 # Stopping.
 
 
-def test_when_it_stops_it_saves_and_does_nothing_else(tmp_path):
+def test_train_asked_to_stop_saves_and_does_nothing_else(tmp_path):
     trainer = make_trainer(steps_per_loop=4)
     checkpoints = make_checkpoints(trainer, tmp_path)
     done = []
@@ -722,13 +724,13 @@ def test_when_it_stops_it_saves_and_does_nothing_else(tmp_path):
     assert done == []
 
 
-def test_without_checkpoints_it_says_that_nothing_was_saved():
+def test_train_asked_to_stop_without_checkpoints_saves_nothing():
     trainer = make_trainer()
     with pytest.raises(Stopped, match="at step 1, not saved"):
         trainer.train(9, stop=StopAt(trainer, 0))
 
 
-def test_a_request_in_the_last_loop_comes_too_late(tmp_path):
+def test_train_asked_to_stop_in_the_last_loop_finishes(tmp_path):
     trainer = make_trainer()
     checkpoints = make_checkpoints(trainer, tmp_path)
     trainer.train(2, checkpoints=checkpoints, stop=StopAt(trainer, 2))
@@ -740,7 +742,7 @@ def second_worker(row):
     return lambda strategy, values: np.array([values, row[: len(values)]])
 
 
-def test_workers_stop_together():
+def test_train_of_several_workers_stops_together():
     stopping = [0.5, float(signal.SIGTERM)]
     trainer = make_trainer(gather=second_worker(stopping))
     with pytest.raises(Stopped, match="SIGTERM at step 1"):
@@ -782,7 +784,7 @@ def spoiled(at, *, of="y", replicas=1, technique=None, **arguments):
 @pytest.mark.parametrize(
     ("technique", "replicas"), [(None, 2), ("MagnitudePruning", 1)]
 )
-def test_a_loss_that_is_not_finite_names_its_step_and_saves_nothing(
+def test_train_of_a_loss_not_finite_names_its_step_and_saves_nothing(
     tmp_path, technique, replicas
 ):
     trainer = spoiled(7, technique=technique, replicas=replicas)
@@ -807,7 +809,7 @@ def test_a_loss_that_is_not_finite_names_its_step_and_saves_nothing(
     assert np.isfinite(summaries[-1].metrics["loss"])
 
 
-def test_a_loss_without_any_weight_is_logged(caplog):
+def test_train_of_a_loss_without_any_weight_logs_it(caplog):
     x, y = techniques.normal(24, 6, seed=1), techniques.normal(24, 2, seed=2)
     weight = np.r_[np.ones(8), np.zeros(8), np.ones(8)].astype(np.float32)
     task = OrderedTask(
@@ -830,7 +832,7 @@ def test_a_loss_without_any_weight_is_logged(caplog):
     assert (kernels[4] != kernels[6]).all()
 
 
-def test_the_loss_of_the_last_step_is_looked_at(tmp_path):
+def test_train_of_a_last_loss_not_finite_raises(tmp_path):
     trainer = spoiled(7)
     checkpoints = make_checkpoints(trainer, tmp_path)
     with pytest.raises(NonFiniteLossError) as error:
@@ -839,7 +841,7 @@ def test_the_loss_of_the_last_step_is_looked_at(tmp_path):
     assert checkpoints.steps() == []
 
 
-def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+def test_train_of_weights_not_finite_saves_nothing(tmp_path):
     trainer = make_trainer()
     checkpoints = make_checkpoints(trainer, tmp_path)
 
@@ -855,7 +857,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 
 
 @pytest.mark.parametrize("technique", ["MagnitudePruning", None])
-def test_a_gradient_that_is_not_finite_is_found_at_the_next_look(
+def test_train_of_a_gradient_not_finite_raises_at_the_next_look(
     tmp_path, technique
 ):
     """The root of an error of zero: a loss of zero, a gradient of NaN."""
@@ -894,7 +896,7 @@ def expected_metrics(trainer):
 
 
 @pytest.mark.parametrize(("replicas", "batch_size"), [(1, 8), (2, 40)])
-def test_evaluation_sees_every_example_once(replicas, batch_size):
+def test_evaluate_sees_every_example_once(replicas, batch_size):
     trainer = make_trainer(
         "L0Regularization",
         replicas=replicas,
@@ -917,7 +919,7 @@ def test_evaluation_sees_every_example_once(replicas, batch_size):
     assert trainer.evaluate().total_steps == 2
 
 
-def test_evaluation_leaves_training_as_it_was():
+def test_evaluate_leaves_training_as_it_was():
     trainer = toy("VariationalDropout", steps_per_loop=2)
     trainer.evaluate()
     trainer.train(
@@ -939,7 +941,7 @@ class StopAfter:
         return signal.SIGTERM if self._looks < 0 else None
 
 
-def test_an_evaluation_that_is_stopped_leaves_nothing_behind():
+def test_evaluate_that_is_stopped_leaves_nothing_behind():
     trainer = make_trainer("MagnitudePruning", batch_size=2, steps_per_loop=3)
     trainer.train(2)
     whole = trainer.evaluate()
@@ -954,7 +956,7 @@ def test_an_evaluation_that_is_stopped_leaves_nothing_behind():
     assert trainer.evaluate(stop=StopAfter(3)).metrics == whole.metrics
 
 
-def test_an_action_that_is_stopped_loses_no_step(tmp_path):
+def test_train_with_an_action_stopped_loses_no_step(tmp_path):
     trainer = make_trainer(batch_size=2, steps_per_loop=3)
     checkpoints = make_checkpoints(trainer, tmp_path)
     evaluation = Action(
@@ -967,7 +969,7 @@ def test_an_action_that_is_stopped_loses_no_step(tmp_path):
     assert checkpoints.steps() == [5, 9]
 
 
-def test_workers_with_other_numbers_of_evaluation_batches_raise():
+def test_evaluate_of_workers_with_other_numbers_of_batches_raises():
     trainer = make_trainer(gather=second_worker([4.0]))
     with pytest.raises(TaskError, match=r"every host.*Received: \[3, 4\] bat"):
         trainer.evaluate()
@@ -1053,7 +1055,7 @@ def test_evaluators_can_be_stopped_between():
     assert "zeros" in trainer.evaluate(stop=StopAfter(4)).metrics
 
 
-def test_a_copy_of_another_model_raises():
+def test_evaluate_with_a_copy_of_another_model_raises():
     trainer = make_trainer(task=ScoredTask("MagnitudePruning"), replicas=2)
     trainer.task.batch_norm = True
     with pytest.raises(TaskError, match="same variables each time.*norm/gamma"):
@@ -1119,7 +1121,7 @@ def test_evaluate_in_any_loops_gives_the_same_bits():
     assert [trainer.evaluate().metrics for _ in range(2)] == whole
 
 
-def test_workers_stop_an_evaluation_together():
+def test_evaluate_of_several_workers_stops_together():
     # The first number is the number of batches.
     stopping = [3.0, float(signal.SIGTERM)]
     trainer = make_trainer(gather=second_worker(stopping))
@@ -1127,7 +1129,7 @@ def test_workers_stop_an_evaluation_together():
         trainer.evaluate()
 
 
-def test_the_record_of_an_evaluation():
+def test_evaluate_returns_a_summary_without_training_figures():
     trainer = make_trainer("MagnitudePruning")
     trainer.train(2)
     seconds = trainer.seconds
@@ -1146,7 +1148,7 @@ def test_the_record_of_an_evaluation():
 # Records of training.
 
 
-def test_records_tell_of_the_loop():
+def test_train_summaries_describe_their_loops():
     trainer = make_trainer("MagnitudePruning", steps_per_loop=4)
     summaries = []
     trainer.train(8, on_summary=[summaries.append])
@@ -1173,7 +1175,7 @@ def test_records_tell_of_the_loop():
     assert sum(r.seconds for r in summaries) == pytest.approx(trainer.seconds)
 
 
-def test_records_tell_penalties_as_they_stand_in_the_loss():
+def test_train_summaries_hold_penalties_as_in_the_loss():
     ramp = sos.ramps.LinearRamp(begin_step=0, end_step=10)
     trainer = make_trainer("VariationalDropout", ramp=ramp, penalty_weight=0.01)
     # An evaluation has none, before and after.
@@ -1193,7 +1195,7 @@ def test_records_tell_penalties_as_they_stand_in_the_loss():
     assert trainer.evaluate().penalty is None
 
 
-def test_records_of_a_dense_model_have_no_sparsity():
+def test_train_summaries_of_a_dense_model_have_no_sparsity():
     trainer = make_trainer(
         optimizer=lambda: keras.optimizers.SGD(0.25, momentum=0.9)
     )
@@ -1208,7 +1210,7 @@ def test_records_of_a_dense_model_have_no_sparsity():
 # Checkpoints of a trainer.
 
 
-def test_the_duration_goes_on_after_a_restart(tmp_path):
+def test_restore_continues_the_duration(tmp_path):
     first, second = make_trainer(), make_trainer()
     first.train(3, checkpoints=make_checkpoints(first, tmp_path))
     checkpoints = make_checkpoints(second, tmp_path)
@@ -1218,7 +1220,7 @@ def test_the_duration_goes_on_after_a_restart(tmp_path):
     assert second.seconds > first.seconds
 
 
-def test_without_a_checkpoint_nothing_is_restored(tmp_path):
+def test_restore_without_a_checkpoint_returns_none(tmp_path):
     trainer = make_trainer()
     assert trainer.restore(make_checkpoints(trainer, tmp_path)) is None
     assert trainer.step == 0
@@ -1246,7 +1248,7 @@ def test_initialize_is_called_when_nothing_is_restored(replicas, tmp_path):
     assert task.calls == 1
 
 
-def test_workers_that_see_other_checkpoints_raise(tmp_path):
+def test_restore_of_workers_with_other_checkpoints_raises(tmp_path):
     trainer = make_trainer(gather=second_worker([-1.0]))
     checkpoints = make_checkpoints(trainer, tmp_path)
     trainer.save(checkpoints)
@@ -1254,7 +1256,7 @@ def test_workers_that_see_other_checkpoints_raise(tmp_path):
         trainer.restore(checkpoints)
 
 
-def test_a_checkpoint_of_another_task_raises(tmp_path):
+def test_restore_of_another_task_raises(tmp_path):
     trainer = make_trainer("MagnitudePruning")
     trainer.save(make_checkpoints(trainer, tmp_path))
     other = make_trainer("MagnitudePruning", seed=1)
@@ -1262,7 +1264,7 @@ def test_a_checkpoint_of_another_task_raises(tmp_path):
         other.restore(make_checkpoints(other, tmp_path))
 
 
-def test_a_save_that_fails_ends_training(tmp_path):
+def test_train_with_a_failing_save_ends(tmp_path):
     class Full(Checkpoints):
         def save(self, step, *arguments, **kwargs):
             if step > 2:
@@ -1277,7 +1279,7 @@ def test_a_save_that_fails_ends_training(tmp_path):
     assert (trainer.step, trainer.saved_step) == (4, 2)
 
 
-def test_changes_since_the_checkpoint_are_logged(tmp_path, caplog):
+def test_restore_after_changes_logs_them(tmp_path, caplog):
     def warnings():
         texts = [r.getMessage() for r in caplog.records]
         caplog.clear()
@@ -1295,7 +1297,7 @@ def test_changes_since_the_checkpoint_are_logged(tmp_path, caplog):
     one.train(4)
 
 
-def test_another_number_of_hosts_is_logged(tmp_path, caplog):
+def test_restore_with_another_number_of_hosts_logs_it(tmp_path, caplog):
     class TwoHosts(Checkpoints):
         def save(self, *arguments, metadata, **kwargs):
             assert metadata["hosts"] == 1
@@ -1315,7 +1317,7 @@ def test_another_number_of_hosts_is_logged(tmp_path, caplog):
 # Invalid arguments.
 
 
-def test_a_task_without_evaluation_data_cannot_be_evaluated():
+def test_evaluate_without_evaluation_data_raises():
     class TrainOnly(ToyTask):
         eval_dataset = Task.eval_dataset
 
@@ -1330,6 +1332,6 @@ def test_trainer_with_loops_of_nothing_raises():
         Trainer(ToyTask(), strategy=one_device(), steps_per_loop=0)
 
 
-def test_batches_are_checked_before_training():
+def test_trainer_with_batches_that_cannot_be_cut_raises():
     with pytest.raises(ValueError, match="gradient_accumulation_steps=3"):
         make_trainer(gradient_accumulation_steps=3)
