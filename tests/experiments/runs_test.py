@@ -212,7 +212,7 @@ def test_run_in_use_raises(tmp_path):
 )
 def test_run_damaged_file_raises(one, name, content):
     (one / name).write_bytes(content)
-    with pytest.raises(StorageError, match=f"{name} is damaged"):
+    with pytest.raises(StorageError, match=name):
         run(toy_experiment.config("magnitude"), one.parent, make_trainer=fail)
 
 
@@ -223,7 +223,7 @@ def test_run_workdir_that_is_a_file_raises(tmp_path):
 
 
 def test_run_empty_workdir_raises():
-    with pytest.raises(UsageError, match="`workdir` must"):
+    with pytest.raises(UsageError, match="`workdir`"):
         train("dense", "")
 
 

@@ -270,7 +270,7 @@ def subclassed(wrapped):
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_export_of_a_subclassed_model_needs_a_signature(wrapped, tmp_path):
     model, path = subclassed(wrapped), tmp_path / "model"
-    with pytest.raises(ValueError, match="`input_signature`, such as"):
+    with pytest.raises(ValueError, match="`input_signature`"):
         sos.export_model(model, path)
     assert not list(tmp_path.iterdir())
     spec = tf.TensorSpec((None, 6), tf.float32)
@@ -291,21 +291,19 @@ def test_export_of_a_subclassed_model_needs_a_signature(wrapped, tmp_path):
 
 def test_export_of_an_unbuilt_model_raises(tmp_path):
     model = keras.Sequential([keras.layers.Dense(2)])
-    with pytest.raises(ValueError, match="is not built"):
+    with pytest.raises(ValueError, match="not built"):
         sos.export_model(model, tmp_path / "model")
 
 
 @pytest.mark.parametrize("other", ["model.keras", keras.layers.Dense(2)])
 def test_export_of_no_model_raises(other, tmp_path):
-    with pytest.raises(
-        TypeError, match="must be a Keras 3 model or a tf.Module"
-    ):
+    with pytest.raises(TypeError, match="tf.Module"):
         sos.export_model(other, tmp_path / "model")
 
 
 @pytest.mark.parametrize("signature", [(None, 6), {"x": "float32"}, []])
 def test_export_with_a_signature_of_something_else_raises(signature, tmp_path):
-    with pytest.raises(TypeError, match="must be a tf.TensorSpec, or a list"):
+    with pytest.raises(TypeError, match="tf.TensorSpec"):
         sos.export_model(dense(), tmp_path / "model", input_signature=signature)
 
 

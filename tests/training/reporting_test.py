@@ -230,7 +230,7 @@ def test_summary_from_json_ignores_unknown_keys():
     ],
 )
 def test_summary_from_json_of_something_else_raises(text):
-    with pytest.raises(ValueError, match="fields of a summary. Received: "):
+    with pytest.raises(ValueError, match="Received: "):
         Summary.from_json(text)
 
 
@@ -364,9 +364,7 @@ def test_json_lines_over_another_file_raise_and_leave_it(tmp_path, text):
         lambda: JsonLines(path, resume_step=0),
         lambda: read_summaries(path),
     ):
-        with pytest.raises(
-            StorageError, match="Line [12] of .*log.jsonl is not a summary"
-        ):
+        with pytest.raises(StorageError, match="Line [12] of .*log.jsonl"):
             call()
     assert path.read_text() == text
 

@@ -669,7 +669,7 @@ def test_steps_with_float16_raise():
             ]
         )
 
-    with pytest.raises(UsageError, match="bfloat16.*computes in float16"):
+    with pytest.raises(UsageError, match="bfloat16.*float16"):
         Run(task(half))
 
 
@@ -814,9 +814,7 @@ def test_metrics_that_vary_between_parts_raise():
     varying = VaryingMetrics(
         dense, lambda: SGD(0.1), examples(), batch_size=BATCH
     )
-    with pytest.raises(
-        TaskError, match=r"same metrics, \['error', 'loss', 'metric_1'\]"
-    ):
+    with pytest.raises(TaskError, match=r"\['error', 'loss', 'metric_1'\]"):
         Run(varying, gradient_accumulation_steps=2).train(1)
 
 
@@ -1082,7 +1080,7 @@ def test_jit_compile_by_default_is_off_on_a_cpu():
 
 def test_jit_compile_with_several_replicas_raises():
     with pytest.raises(
-        UsageError, match="--nojit_compile.*Received: .*with 2 replicas"
+        UsageError, match="--nojit_compile.*Received: .*2 replicas"
     ):
         Run(task(), replicas=2, jit_compile=True)
     assert not Run(task(), replicas=2).steps.jit_compile
@@ -1108,9 +1106,7 @@ def test_jit_compile_of_an_unsupported_operation_raises(training):
     with pytest.raises(UsageError, match="--nojit_compile") as error:
         run.train(1)
         run.evaluate(1)
-    assert f"cannot compile the {step} step: PrintV2 (No reg" in str(
-        error.value
-    )
+    assert f"{step} step: PrintV2" in str(error.value)
     assert "\n" not in str(error.value)
 
 

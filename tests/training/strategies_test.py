@@ -148,7 +148,7 @@ def test_make_strategy_of_the_name_tpu_takes_the_local_one(monkeypatch):
 @pytest.mark.parametrize("name", [None, "multi_worker"])
 def test_make_strategy_of_an_unreadable_tf_config_raises(tf_config, text, name):
     tf_config(text)
-    with pytest.raises(UsageError, match="TF_CONFIG must be") as error:
+    with pytest.raises(UsageError, match="TF_CONFIG") as error:
         make_strategy(name)
     assert "Cause: " in str(error.value)
     assert f"Received: {text!r}" in str(error.value)
@@ -177,7 +177,7 @@ def test_make_strategy_of_a_tf_config_without_this_worker_raises(
     tf_config, config
 ):
     tf_config(config)
-    with pytest.raises(UsageError, match="multi_worker needs.*TF_CONFIG="):
+    with pytest.raises(UsageError, match="multi_worker.*TF_CONFIG="):
         make_strategy("multi_worker")
 
 
@@ -284,9 +284,7 @@ ABORTED = "Collective ops is aborted by: Socket closed\nAdditional GRPC error"
 )
 def test_lost_worker_errors_become_one_class(error):
     with (
-        pytest.raises(
-            WorkerLostError, match="reached: Socket closed. Start all workers"
-        ) as raised,
+        pytest.raises(WorkerLostError, match="Socket closed") as raised,
         strategies.lost_worker_errors(),
     ):
         raise error

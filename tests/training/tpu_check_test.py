@@ -75,7 +75,7 @@ def test_deviceless_strategy_leaves_the_process_as_it_was():
 
 @pytest.mark.parametrize("replicas", [0, -1, 1.5, "2", None])
 def test_deviceless_strategy_of_a_wrong_number_raises(replicas):
-    with pytest.raises(UsageError, match=r"at least 1.*replicas="):
+    with pytest.raises(UsageError, match="replicas="):
         tpu_check.deviceless_strategy(replicas)
 
 
@@ -299,7 +299,7 @@ def without_cluster(x):
 def test_check_without_a_cluster_raises():
     function = without_cluster.get_concrete_function(IMAGES)
     for checks in (tpu_check.check, tpu_check.violations):
-        with pytest.raises(UsageError, match="contains no TPU cluster"):
+        with pytest.raises(UsageError, match="TPU cluster"):
             checks(function)
 
 
@@ -310,7 +310,7 @@ def test_check_of_another_strategy_raises():
     def outer():
         return mirrored.run(lambda: tf.constant(1.0))
 
-    with pytest.raises(UsageError, match="contains no TPU cluster"):
+    with pytest.raises(UsageError, match="TPU cluster"):
         tpu_check.check(outer.get_concrete_function())
 
 

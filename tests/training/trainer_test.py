@@ -64,8 +64,9 @@ def pool():
 def make_trainer(technique=None, *, replicas=1, task=None, **arguments):
     """A trainer of a toy task; what a `Trainer` does not take is the task's.
 
-    Tracing takes most of a test's time: one that an earlier test has left is
-    reset, which gives the bits of a new one (`test_reset_gives_the_bits_of_a_new_trainer`).
+    Tracing takes most of a test's time: a trainer that an earlier test has left
+    is reset, which `test_reset_gives_the_bits_of_a_new_trainer` shows to be as
+    good as a new one.
     """
     host, traced = (
         {name: arguments.pop(name) for name in names if name in arguments}
@@ -483,7 +484,7 @@ def test_train_stopped_and_restored_goes_on_to_the_same_bits(
     # Between mask updates.
     trainer = toy(technique, steps_per_loop=3, **placement)
     checkpoints = make_checkpoints(trainer, tmp_path)
-    with pytest.raises(Stopped, match="by SIGTERM at step 6, saved") as stopped:
+    with pytest.raises(Stopped, match="SIGTERM at step 6, saved") as stopped:
         trainer.train(STEPS, checkpoints=checkpoints, stop=StopAt(trainer, 5))
     assert stopped.value.step == trainer.step == 6
     assert stopped.value.signal == signal.SIGTERM
@@ -790,7 +791,7 @@ def test_train_of_a_loss_not_finite_names_its_step_and_saves_nothing(
     trainer = spoiled(7, technique=technique, replicas=replicas)
     checkpoints = make_checkpoints(trainer, tmp_path)
     summaries = []
-    with pytest.raises(NonFiniteLossError, match="in step 8; .* rate") as error:
+    with pytest.raises(NonFiniteLossError, match="step 8") as error:
         trainer.train(
             12,
             checkpoints=checkpoints,
@@ -849,7 +850,7 @@ def test_train_of_weights_not_finite_saves_nothing(tmp_path):
         if summary.step == 4:
             trainer.model.weights[0].assign_add(tf.fill((6, 16), np.inf))
 
-    with pytest.raises(NonFiniteLossError, match="weight .* by step 4;"):
+    with pytest.raises(NonFiniteLossError, match="weight .*step 4"):
         trainer.train(
             9, checkpoints=checkpoints, save_every=2, on_summary=[spoil]
         )
@@ -947,7 +948,7 @@ def test_evaluate_that_is_stopped_leaves_nothing_behind():
     whole = trainer.evaluate()
     # Ten batches: 3, then 6.
     with pytest.raises(
-        Stopped, match="SIGTERM at step 2, after 6 of 10 batches of its eval"
+        Stopped, match="SIGTERM at step 2, .*6 of 10 batches"
     ) as stopped:
         trainer.evaluate(stop=StopAfter(1))
     assert (stopped.value.signal, stopped.value.step) == (signal.SIGTERM, 2)
@@ -962,7 +963,7 @@ def test_train_with_an_action_stopped_loses_no_step(tmp_path):
     evaluation = Action(
         call=lambda trainer: trainer.evaluate(stop=StopAfter(0)), at=(5,)
     )
-    with pytest.raises(Stopped, match="step 5, after 1 of 10 batches"):
+    with pytest.raises(Stopped, match="step 5, .*1 of 10 batches"):
         trainer.train(9, checkpoints=checkpoints, actions=[evaluation])
     assert checkpoints.steps() == [5]
     trainer.train(9, checkpoints=checkpoints)
@@ -971,7 +972,7 @@ def test_train_with_an_action_stopped_loses_no_step(tmp_path):
 
 def test_evaluate_of_workers_with_other_numbers_of_batches_raises():
     trainer = make_trainer(gather=second_worker([4.0]))
-    with pytest.raises(TaskError, match=r"every host.*Received: \[3, 4\] bat"):
+    with pytest.raises(TaskError, match=r"every host.*Received: \[3, 4\]"):
         trainer.evaluate()
 
 
@@ -1049,7 +1050,7 @@ def test_evaluators_can_be_stopped_between():
     task = ScoredTask("MagnitudePruning")
     trainer = make_trainer(task=task)
     # Three batches, in loops of one, one and one.
-    with pytest.raises(Stopped, match="after the evaluator 'accuracies'"):
+    with pytest.raises(Stopped, match="'accuracies'"):
         trainer.evaluate(stop=StopAfter(3))
     # After the last one there is nothing left to stop.
     assert "zeros" in trainer.evaluate(stop=StopAfter(4)).metrics
@@ -1058,7 +1059,7 @@ def test_evaluators_can_be_stopped_between():
 def test_evaluate_with_a_copy_of_another_model_raises():
     trainer = make_trainer(task=ScoredTask("MagnitudePruning"), replicas=2)
     trainer.task.batch_norm = True
-    with pytest.raises(TaskError, match="same variables each time.*norm/gamma"):
+    with pytest.raises(TaskError, match="norm/gamma"):
         trainer.evaluate()
 
 
@@ -1105,7 +1106,7 @@ def test_export_of_an_invalid_module_raises():
         def serving(self, model):
             return model
 
-    with pytest.raises(TaskError, match="serving` must return a tf.Module"):
+    with pytest.raises(TaskError, match="serving`.*tf.Module"):
         make_trainer(task=Served()).export("somewhere")
 
 
@@ -1125,7 +1126,7 @@ def test_evaluate_of_several_workers_stops_together():
     # The first number is the number of batches.
     stopping = [3.0, float(signal.SIGTERM)]
     trainer = make_trainer(gather=second_worker(stopping))
-    with pytest.raises(Stopped, match="after 1 of 3 batches"):
+    with pytest.raises(Stopped, match="1 of 3 batches"):
         trainer.evaluate()
 
 
@@ -1252,7 +1253,7 @@ def test_restore_of_workers_with_other_checkpoints_raises(tmp_path):
     trainer = make_trainer(gather=second_worker([-1.0]))
     checkpoints = make_checkpoints(trainer, tmp_path)
     trainer.save(checkpoints)
-    with pytest.raises(CheckpointError, match=r"share.*steps \[0, -1\] in"):
+    with pytest.raises(CheckpointError, match=r"\[0, -1\]"):
         trainer.restore(checkpoints)
 
 
@@ -1323,7 +1324,7 @@ def test_evaluate_without_evaluation_data_raises():
 
     assert not TrainOnly().has_evaluation
     assert ToyTask().has_evaluation
-    with pytest.raises(UsageError, match="no evaluation data.*TrainOnly"):
+    with pytest.raises(UsageError, match="TrainOnly"):
         make_trainer(task=TrainOnly()).evaluate()
 
 
