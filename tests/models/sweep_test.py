@@ -14,7 +14,7 @@ ARGUMENTS = (
     "--config.batch_size=32",
 )
 FILES = ("results.csv", "tradeoff.png", "layerwise.png")
-TWO_RUNS = "--select=(dense|magnitude_pruning_sparsity-0.9_seed).*seed-0"
+TWO_RUNS = "--select=^(dense|magnitude_pruning_sparsity-0.9)_seed-0"
 # What is wrong, and what the error has to name.
 MISTAKES = [
     (["--select=nothing like it"], ["nothing like it", "dense_seed-0"]),
