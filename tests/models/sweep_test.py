@@ -14,7 +14,7 @@ ARGUMENTS = (
     "--config.batch_size=32",
 )
 FILES = ("results.csv", "tradeoff.png", "layerwise.png")
-TWO_RUNS = "--select=^(dense|magnitude_pruning_sparsity-0.9)_seed-0"
+TWO_RUNS = "--select=^(dense|random_pruning_sparsity-0.9)_seed-0"
 # What is wrong, and what the error has to name.
 MISTAKES = [
     (["--select=nothing like it"], ["nothing like it", "dense_seed-0"]),
@@ -67,7 +67,7 @@ def check_study(ended, workdir):
     assert code == 0, output
     with (workdir / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["label"] for row in rows] == ["dense", "magnitude pruning"]
+    assert [row["label"] for row in rows] == ["dense", "random pruning"]
     assert {row["seed"] for row in rows} == {"0"}
     for name in FILES[1:]:
         height, width, _ = matplotlib.image.imread(workdir / name).shape
