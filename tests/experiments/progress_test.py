@@ -97,8 +97,8 @@ def test_sweep_progress_has_a_line_for_each_run(sweep, toy_configs):
         shown.finish(name, make_result())
     lines = output.getvalue().splitlines()
     assert len(lines) == 3
-    assert " 1/6  dense, seed 0" in lines[0]
-    assert " 2/6  dense, seed 1" in lines[1]
+    assert "1/6  dense, seed 0" in lines[0]
+    assert "2/6  dense, seed 1" in lines[1]
     assert "magnitude pruning 0.8, seed 0" in lines[2]
     assert "accuracy 85.00%  sparsity 90.00%" in lines[2]
 

@@ -119,8 +119,8 @@ def test_make_strategy_without_a_tpu_raises():
 
 
 def test_make_strategy_of_the_name_tpu_takes_the_local_one(monkeypatch):
-    def fail(name):
-        raise ValueError(f"no TPU {name}")
+    def fail(tpu):
+        raise ValueError(f"no TPU {tpu}")
 
     resolvers = tf.distribute.cluster_resolver
     monkeypatch.setattr(resolvers, "TPUClusterResolver", fail)
