@@ -53,10 +53,12 @@ TRAINERS = collections.defaultdict(TrainerCache)
 def train(technique, workdir, *, stop_at=None, trainers=None, **options):
     overrides = options.pop("overrides", {})
     stop = StopAt(stop_at) if stop_at else None
+    # A stop is as if in another process, which goes step by step at first.
+    trainers = trainers or (TrainerCache() if stop else TRAINERS[technique])
     return run(
         toy_experiment.config(technique, **overrides),
         workdir,
-        make_trainer=trainers or TRAINERS[technique],
+        make_trainer=trainers,
         stop=stop,
         on_summary=[stop] if stop else [],
         quiet=True,
@@ -132,8 +134,7 @@ def test_run_stopped_run_resumes_to_the_same_bits(
     technique, finished, tmp_path
 ):
     with pytest.raises(Stopped):
-        # In another process, as it were.
-        train(technique, tmp_path, stop_at=5, trainers=TrainerCache())
+        train(technique, tmp_path, stop_at=5)
     directory = directory_of(technique, tmp_path)
     assert read_result(str(directory)) is None
     train(technique, tmp_path)
