@@ -50,7 +50,12 @@ from sos.training import tpu_check
 from sos.training.steps import Steps
 from sos.training.task import Task
 
-HYPERPARAMETERS = {"sparsity": 0.9, "frequency": 100, "penalty_weight": 1e-7}
+HYPERPARAMETERS = {
+    "schedule": "constant",
+    "sparsity": 0.9,
+    "frequency": 100,
+    "penalty_weight": 1e-7,
+}
 REQUIREMENT = "jax[tpu]==0.10.2"
 ENVIRONMENT = pathlib.Path.home() / ".cache" / "sos" / "tpu_compile"
 WORKER = pathlib.Path(__file__).with_name("tpu_compile_worker.py")

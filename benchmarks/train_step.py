@@ -27,6 +27,7 @@ from benchmarks.common import print_report
 # Masks are updated once, before the first step.
 HYPERPARAMETERS = {
     "sparsity": 0.9,
+    "schedule": "constant",
     "frequency": 10**9,
     "penalty_weight": 1e-7,
 }

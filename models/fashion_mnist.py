@@ -25,6 +25,7 @@ class FashionMnist(ImageClassification):
 
     runtime_entries = (
         "seed",
+        "sparsity.num_examples",
         "sparsity.penalty_weight",
         "sparsity.seed",
         "sparsity.sparsity",

@@ -12,10 +12,16 @@ from sos.event_file import EventFile
 from sos.held_masks import mask_zeros
 from sos.report import report_without_costs
 from sos.updater import SparsityUpdater
+from sos.wrappers.masked import lay_out_schedules
 
 
 class SparsityCallback(keras.callbacks.Callback):
     """Updates masks and adds penalties while `fit` trains a model.
+
+    Pruning schedules without an `end_step` are laid over the epochs of the
+    first `fit` (`sos.MagnitudePruning`); a second `fit` finds them laid out and
+    leaves them. In a loop of calls of `fit` with one epoch each, give
+    `end_step`.
 
     It updates masks as their schedules say and adds `sparsity`, that of all
     sparse weights together, to the logs of every epoch, where `History`, the
@@ -59,12 +65,13 @@ class SparsityCallback(keras.callbacks.Callback):
         self._updater: SparsityUpdater | None = None
         self._last_callback: _LastCallback | None = None
         self._events: EventFile | None = None
+        self._started = False
         self._batch_begun = False
         self._trained = False
         self._checked = False
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Makes the mask update of this step, if due, and guards training.
+        """Finds the optimizer that counts, and the other callbacks.
 
         Raises:
             UsageError: If the list of callbacks has another one of this class.
@@ -101,9 +108,8 @@ class SparsityCallback(keras.callbacks.Callback):
         self._updater = SparsityUpdater(
             model, optimizer, steps_per_execution=model.steps_per_execution
         )
-        self._updater.start()
+        self._started = False
         self._trained = self._checked = False
-        self._guard_train_function()
         self._last_callback = _LastCallback(self._updater, callbacks)
         self._last_callback.set_model(model)
         if callbacks is not None:
@@ -116,6 +122,40 @@ class SparsityCallback(keras.callbacks.Callback):
             callbacks.callbacks[:] = [*others, self._last_callback]
         if self.log_dir is not None:
             self._events = EventFile(self.log_dir)
+
+    def on_epoch_begin(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        """Makes the mask update of this step, if due, and guards training.
+
+        It does so in the first epoch, whose number is known only now, and by
+        when other callbacks have restored what they saved.
+
+        Raises:
+            UsageError: If a schedule needs the number of training steps, which
+                `fit` does not know, or does not fit into it.
+        """
+        if self._started:
+            return
+        updater = self._updater
+        lay_out_schedules(
+            updater.pruning_wrappers(),
+            self._train_steps(epoch),
+            start=updater.iterations,
+            steps_per_execution=self.model.steps_per_execution,
+        )
+        updater.start()
+        self._guard_train_function()
+        self._started = True
+
+    def _train_steps(self, first_epoch: int) -> int | None:
+        """Returns the optimizer steps of this `fit`, None if unknown."""
+        params = self.params or {}
+        epochs, batches = params.get("epochs"), params.get("steps")
+        if epochs is None or batches is None:
+            return None
+        accumulated = self._updater.optimizer.gradient_accumulation_steps or 1
+        return (epochs - first_epoch) * batches // accumulated
 
     def on_train_batch_begin(
         self, batch: int, logs: dict[str, Any] | None = None

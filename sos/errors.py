@@ -31,6 +31,10 @@ class ArgumentError(ReportedError, TypeError):
     """An argument is unknown, missing, or excludes another one."""
 
 
+class BackendError(ReportedError, ImportError):
+    """Keras uses a backend that `sos` does not support."""
+
+
 class TaskError(UsageError):
     """A task returned something that the engine cannot use."""
 

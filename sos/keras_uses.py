@@ -213,7 +213,7 @@ def _reversible_embedding(
             # This layer leaves masking to its `call`.
             mask = _layers.Embedding.compute_mask(layer, inputs)
             if mask is not None:
-                outputs._keras_mask = mask
+                keras_compat.set_mask(outputs, mask)
             return outputs
 
         return LookUp(

@@ -1,22 +1,23 @@
 """Plans which weights of a model get which technique."""
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 
-from sos import arguments
+from sos import arguments, keras_compat
 from sos.errors import ArgumentError, UsageError
 from sos.registry import get_technique
 from sos.wrappers import selection
 from sos.wrappers.base import LAYER_ARGUMENTS, SparseWrapper
-from sos.wrappers.selection import dense_reasons, unique
-from sos.wrappers.sparse_layer import owners
+from sos.wrappers.selection import dense_reasons
+from sos.wrappers.sparse_layer import owners, plain_weights
 
 Rule = None | type | str | Mapping[str, Any]
-Rules = Mapping[str, Rule] | Sequence[tuple[str, Rule]]
+# A regular expression, or what has the weights.
+Key = str | keras.layers.Layer | keras.Variable
+Rules = Mapping[Key, Rule] | Sequence[tuple[Key, Rule]]
 
 # A technique and the arguments of its constructor.
 Choice = tuple[type, dict[str, Any]]
@@ -56,6 +57,21 @@ class Assignment:
     paths: dict[int, str] = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass
+class _Weight:
+    """A weight that a technique can make sparse.
+
+    Attributes:
+        owner: The layer that owns it.
+        variable: The weight.
+        path: Its path as the report prints it.
+    """
+
+    owner: keras.layers.Layer
+    variable: keras.Variable
+    path: str
+
+
 def make_plan(
     model: keras.Model,
     technique: type | str | None,
@@ -77,7 +93,7 @@ def make_plan(
         UsageError: If a value is invalid, or rules and model do not fit.
         TypeError: If an argument is unknown, missing or of a wrong type.
     """
-    rules = _as_dict(rules)
+    pairs = _as_pairs(model, rules)
     if technique is None and hyperparameters:
         raise ArgumentError(
             "Hyperparameters need a `technique`. Received: technique=None, "
@@ -86,14 +102,43 @@ def make_plan(
     default = None
     if technique is not None:
         default = _resolve(technique, hyperparameters, {})
-    resolved = {
-        pattern: _resolve_rule(pattern, rule, technique, hyperparameters)
-        for pattern, rule in rules.items()
-    }
+    choices = [
+        _resolve_rule(_shown(model, key), rule, technique, hyperparameters)
+        for key, rule in pairs
+    ]
+    weights, reasons = _eligible_weights(model)
+    matches = _match(model, [key for key, _ in pairs], weights, reasons)
+    chosen = {}
+    for position, weight in weights.items():
+        index = matches.get(position)
+        choice = default if index is None else choices[index]
+        if choice is None:
+            rule = "no rule"
+            if index is not None:
+                rule = f"rule {_shown(model, pairs[index][0])}"
+            reasons.add(weight.variable, f"left dense by {rule}")
+        else:
+            chosen[position] = choice
+    if not chosen:
+        shown = {_shown(model, key): rule for key, rule in pairs}
+        raise UsageError(
+            f"Nothing in the model {model.name!r} is left to make sparse. "
+            "Its trainable weights of rank 2 or more: "
+            f"{[weight.path for weight in weights.values()]}. "
+            f"Received: technique={technique!r}, rules={shown}"
+        )
+    return _assign(weights, chosen), reasons
+
+
+def _eligible_weights(
+    model: keras.Model,
+) -> tuple[dict[int, _Weight], Reasons]:
+    """Returns the weights that can be sparse, and why the others cannot.
+
+    The keys are their positions in `sparse_layer.owners` of the model.
+    """
+    weights = {}
     dense = Reasons()
-    used: dict[str, list[str]] = {pattern: [] for pattern in rules}
-    eligible: dict[int, str] = {}
-    assignments: dict[tuple[int, int], Assignment] = {}
     reasons = dense_reasons(model)
     can_be_sparse = selection.eligible(model)
     for position, (owner, variable) in enumerate(owners(model)):
@@ -103,52 +148,118 @@ def make_plan(
         if reason is not None:
             dense.add(variable, reason)
             continue
-        # Without the model's own name, which Keras may have made up.
-        path = variable.path.removeprefix(f"{model.name}/")
-        eligible[position] = path
-        matches = [p for p in rules if re.search(p, path)]
-        if len(matches) > 1:
-            raise UsageError(
-                f"More than one rule matches the weight {path!r}: "
-                f"{matches}. Make the regular expressions narrower."
-            )
-        choice = default
-        if matches:
-            used[matches[0]].append(path)
-            choice = resolved[matches[0]]
-        if choice is None:
-            rule = f"rule {matches[0]!r}" if matches else "no rule"
-            dense.add(variable, f"left dense by {rule}")
-            continue
-        # Weights of one layer with the same rule share a technique.
-        key = (id(owner), id(choice))
-        assignment = assignments.setdefault(key, Assignment(*choice))
-        assignment.paths[position] = path
-    # Two nested models may hold layers of equal names.
-    names = unique(eligible)
-    for assignment in assignments.values():
-        for position in assignment.paths:
-            assignment.paths[position] = names[position]
-    for pattern, paths in used.items():
-        if not paths:
-            raise UsageError(
-                f"The rule {pattern!r} matches none of the trainable weights "
-                f"of rank 2 or more, which are: {list(eligible.values())}"
-            )
-    if not assignments:
+        path = selection.path_in(model, variable)
+        weights[position] = _Weight(owner, variable, path)
+    return weights, dense
+
+
+def _match(
+    model: keras.Model,
+    keys: list[Key],
+    weights: dict[int, _Weight],
+    reasons: Reasons,
+) -> dict[int, int]:
+    """Returns which key each weight matches, by positions of both.
+
+    Raises:
+        UsageError: If a key matches no weight, or a weight several keys.
+    """
+    matches: dict[int, int] = {}
+    for index, key in enumerate(keys):
+        found = _matched_by(model, key, weights)
+        if not found:
+            _raise_unmatched(model, key, weights, reasons)
+        for position in found:
+            if position in matches:
+                twice = [
+                    _shown(model, keys[matches[position]]),
+                    _shown(model, key),
+                ]
+                raise UsageError(
+                    "More than one rule matches the weight "
+                    f"{weights[position].path!r}: {', '.join(twice)}. Make the "
+                    "keys of `rules` narrower."
+                )
+            matches[position] = index
+    return matches
+
+
+def _matched_by(
+    model: keras.Model, key: Key, weights: dict[int, _Weight]
+) -> list[int]:
+    """Returns the positions of the weights that a key stands for."""
+    if isinstance(key, str):
+        return [
+            position
+            for position, weight in weights.items()
+            if selection.matches(key, weight.path)
+        ]
+    if isinstance(key, keras.Variable):
+        variables = {id(key)}
+    else:
+        # A layer of another model may share weights with this one.
+        if not any(key is layer for layer in keras_compat.all_layers(model)):
+            return []
+        variables = {id(variable) for variable in plain_weights(key)}
+    return [
+        position
+        for position, weight in weights.items()
+        if id(weight.variable) in variables
+    ]
+
+
+def _raise_unmatched(
+    model: keras.Model,
+    key: Key,
+    weights: dict[int, _Weight],
+    reasons: Reasons,
+) -> None:
+    shown = _shown(model, key)
+    paths = [weight.path for weight in weights.values()]
+    valid = f"the trainable weights of rank 2 or more, which are: {paths}"
+    if isinstance(key, str):
+        raise UsageError(f"The rule {shown} matches none of {valid}")
+    is_layer = isinstance(key, keras.layers.Layer)
+    parts = (
+        keras_compat.all_layers(model)
+        if is_layer
+        else [variable for _, variable in owners(model)]
+    )
+    if not any(key is part for part in parts):
+        example = "`model.get_layer(name)`" if is_layer else "`layer.kernel`"
         raise UsageError(
-            f"Nothing in the model {model.name!r} is left to make sparse. "
-            "Its trainable weights of rank 2 or more: "
-            f"{list(eligible.values())}. "
-            f"Received: technique={technique!r}, rules={rules!r}"
+            f"The key of a rule must be part of the model {model.name!r} that "
+            f"is passed to `sparsify`, such as {example}. Received: {shown}"
         )
-    return list(assignments.values()), dense
+    if is_layer:
+        raise UsageError(f"The rule {shown} holds none of {valid}")
+    raise UsageError(
+        f"The rule {shown} is for a weight that stays dense "
+        f"({reasons.get(key)}). Choose from {valid}"
+    )
 
 
-def _as_dict(rules: Rules | None) -> dict[str, Rule]:
-    """Returns rules by pattern, of a mapping or of pairs."""
+def _assign(
+    weights: dict[int, _Weight], chosen: dict[int, Choice]
+) -> list[Assignment]:
+    """Returns the assignments of the weights that are made sparse."""
+    # Two nested models may hold layers of equal names.
+    paths = selection.unique({i: w.path for i, w in weights.items()})
+    assignments: dict[tuple[int, int], Assignment] = {}
+    for position, choice in chosen.items():
+        # Weights of one layer with the same rule share a technique.
+        key = (id(weights[position].owner), id(choice))
+        assignment = assignments.setdefault(key, Assignment(*choice))
+        assignment.paths[position] = paths[position]
+    return list(assignments.values())
+
+
+def _as_pairs(
+    model: keras.Model, rules: Rules | None
+) -> list[tuple[Key, Rule]]:
+    """Returns rules, of a mapping or of pairs, as pairs."""
     if rules is None:
-        return {}
+        return []
     pairs = list(rules.items()) if _is_mapping(rules) else rules
     valid = isinstance(pairs, list | tuple) and all(
         isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs
@@ -156,25 +267,37 @@ def _as_dict(rules: Rules | None) -> dict[str, Rule]:
     if not valid:
         raise ArgumentError(
             "`rules` must be a dictionary from regular expressions on weight "
-            "paths to None, a technique or a dictionary of hyperparameters, "
-            'or a list of such pairs, as in `[("embedding", None)]`. '
-            f"Received: rules={rules!r}"
+            "paths, or layers, to None, a technique or a dictionary of "
+            "hyperparameters, or a list of such pairs, as in "
+            f'`[("embedding", None)]`. Received: rules={rules!r}'
         )
-    patterns = [pattern for pattern, _ in pairs]
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise UsageError(
-                "Rules must begin with regular expressions on weight paths "
-                f"({error}). Received: {pattern!r}"
-            ) from error
-        if patterns.count(pattern) > 1:
-            raise UsageError(
-                "Each rule must have a regular expression of its own. "
-                f"Received twice: {pattern!r}"
+    seen: list[Key] = []
+    for key, _ in pairs:
+        if not isinstance(key, keras.layers.Layer | keras.Variable):
+            selection.check_expression(key, "a key of `rules`")
+        # Variables compare element by element.
+        if any(
+            key is other
+            or (
+                isinstance(key, str) and isinstance(other, str) and key == other
             )
-    return dict(pairs)
+            for other in seen
+        ):
+            raise UsageError(
+                "Each rule must have a key of its own. "
+                f"Received twice: {_shown(model, key)}"
+            )
+        seen.append(key)
+    return [(key, rule) for key, rule in pairs]
+
+
+def _shown(model: keras.Model, key: Key) -> str:
+    """Returns a key of `rules` for a message."""
+    if isinstance(key, keras.layers.Layer):
+        return f"layer {key.name!r}"
+    if isinstance(key, keras.Variable):
+        return f"variable {selection.path_in(model, key)!r}"
+    return repr(key)
 
 
 def _is_mapping(value: Any) -> bool:
@@ -185,7 +308,7 @@ def _is_mapping(value: Any) -> bool:
 
 
 def _resolve_rule(
-    pattern: str,
+    key: str,
     rule: Rule,
     technique: type | str | None,
     hyperparameters: dict[str, Any],
@@ -201,13 +324,13 @@ def _resolve_rule(
             return None
         if rule is None:
             raise UsageError(
-                f"The rule {pattern!r} changes hyperparameters, but there is "
+                f"The rule {key} changes hyperparameters, but there is "
                 "no technique: add the key 'technique'. "
                 f"Received: {overrides!r}"
             )
     if not isinstance(rule, str | type):
         raise ArgumentError(
-            f"The rule {pattern!r} must be None, a technique or its name, or a "
+            f"The rule {key} must be None, a technique or its name, or a "
             f"dictionary of hyperparameters. Received: {rule!r}"
         )
     try:
@@ -216,9 +339,9 @@ def _resolve_rule(
         )
         return _resolve(rule, overrides, hyperparameters if inherits else {})
     except ArgumentError as error:
-        raise ArgumentError(f"The rule {pattern!r}: {error}") from error
+        raise ArgumentError(f"The rule {key}: {error}") from error
     except ValueError as error:
-        raise UsageError(f"The rule {pattern!r}: {error}") from error
+        raise UsageError(f"The rule {key}: {error}") from error
 
 
 def _resolve(

@@ -2,7 +2,8 @@
 
 Pruning schedules are tfmot's, and so are any that a user derived from its
 `PruningSchedule`. `Schedule` adapts them to what training needs: exact values
-on the host, serialisation, and no lost last update.
+on the host, serialisation, and no lost last update. `RelativeSchedule` becomes
+one when training begins and its length is known.
 
 This is the only module that imports tensorflow-model-optimization (tfmot).
 """
@@ -16,7 +17,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from sos.arguments import check_integer, check_number
+from sos.arguments import (
+    changed,
+    check_integer,
+    check_number,
+    listed,
+    quoted,
+    received,
+)
 from sos.errors import ArgumentError, UsageError
 
 
@@ -52,6 +60,22 @@ _TARGETS = {
     ConstantSparsity: "target_sparsity",
 }
 _NAMES = {cls.__name__: cls for cls in _TARGETS}
+
+#: The schedules that have a name, as configs give it.
+NAMES = ("polynomial", "constant")
+
+# Where a polynomial schedule ends by default, as a fraction of the training.
+_END = 0.75
+# About how many updates there are by default.
+_UPDATES = 100
+# Steps between two updates of a constant schedule by default, as tfmot's.
+_CONSTANT_FREQUENCY = 100
+_TRAIN_STEPS = (
+    "Train with `fit` and `callbacks=[sos.SparsityCallback()]` on data of "
+    "known length (or with `steps_per_epoch`), in a loop with "
+    "`sos.SparsityUpdater(model, optimizer, train_steps=...)`, or by a config "
+    "with `train_steps`."
+)
 
 
 @keras.saving.register_keras_serializable(package="sos")
@@ -93,6 +117,34 @@ class Schedule:
         self.inner = inner
 
     @property
+    def resolved(self) -> bool:
+        """Whether all steps are known, whatever training it is used in."""
+        return True
+
+    def over(
+        self,
+        train_steps: int | None,
+        *,
+        start: int = 0,
+        steps_per_execution: int = 1,
+    ) -> "Schedule":
+        """Returns the schedule for one training: itself, if it is resolved.
+
+        Args:
+            train_steps: Number of optimizer steps of the training; None if it
+                is not known.
+            start: The optimizer's step at which the training begins.
+            steps_per_execution: Optimizer steps between two chances to update
+                masks, at most.
+
+        Raises:
+            UsageError: If the schedule needs `train_steps`, or does not fit
+                into them.
+        """
+        del train_steps, start, steps_per_execution
+        return self
+
+    @property
     def begin_step(self) -> int:
         """The first step at which an update may take place."""
         return int(getattr(self.inner, "begin_step", 0))
@@ -108,6 +160,15 @@ class Schedule:
         """Steps from one regular update to the next; None if not known."""
         frequency = getattr(self.inner, "frequency", None)
         return None if frequency is None else int(frequency)
+
+    def steps(self) -> tuple[int, int, int] | None:
+        """Returns begin, end and frequency of tfmot's `PolynomialDecay`.
+
+        They are None for all other schedules.
+        """
+        if type(self.inner) is not PolynomialDecay:
+            return None
+        return self.begin_step, self.end_step, self.frequency
 
     @property
     def target_sparsity(self) -> float | None:
@@ -306,6 +367,171 @@ class Schedule:
         return f"Schedule({type(self.inner).__name__}({', '.join(arguments)}))"
 
 
+@keras.saving.register_keras_serializable(package="sos")
+class RelativeSchedule(Schedule):
+    """A schedule with steps that follow from the length of training.
+
+    `over` returns the schedule of one training. Until then the sparsity at a
+    step is unknown, except if there is an `end_step`: then only the default of
+    `frequency` depends on the training. `make_schedule` explains the arguments.
+
+    Raises:
+        UsageError: When a step or a sparsity is read that is not known yet.
+
+    Example:
+    >>> schedule = RelativeSchedule(sparsity=0.9)
+    >>> schedule.target_sparsity, schedule.resolved
+    (0.9, False)
+    >>> laid_out = schedule.over(train_steps=1000)
+    >>> laid_out.begin_step, laid_out.end_step, laid_out.frequency
+    (0, 750, 8)
+    """
+
+    def __init__(
+        self,
+        schedule: str = "polynomial",
+        *,
+        sparsity: float,
+        initial_sparsity: float = 0.0,
+        begin_step: int = 0,
+        end_step: int | None = None,
+        frequency: int | None = None,
+        power: float = 3.0,
+    ):
+        self._name = schedule
+        self._numbers = {
+            "sparsity": sparsity,
+            "initial_sparsity": initial_sparsity,
+            "begin_step": begin_step,
+            "end_step": end_step,
+            "frequency": frequency,
+            "power": power,
+        }
+
+    @property
+    def inner(self) -> PruningSchedule:
+        """The tfmot schedule, as far as it does not depend on the training."""
+        return self.over(None).inner
+
+    @property
+    def resolved(self) -> bool:
+        """False: `over` resolves it."""
+        return False
+
+    @property
+    def target_sparsity(self) -> float:
+        """The sparsity to end with."""
+        return self._numbers["sparsity"]
+
+    def over(
+        self,
+        train_steps: int | None,
+        *,
+        start: int = 0,
+        steps_per_execution: int = 1,
+    ) -> Schedule:
+        """Returns the schedule for one training.
+
+        Without an `end_step` it ends after 75 % of the training steps (rounded)
+        and begins at `start`, or at `begin_step` if that is later.
+
+        Args:
+            train_steps: As for `Schedule.over`.
+            start: As for `Schedule.over`.
+            steps_per_execution: The least default of `frequency`.
+
+        Raises:
+            UsageError: If `train_steps` is needed and None or below 1, or
+                pruning would begin after its end.
+        """
+        numbers = dict(self._numbers)
+        frequency = numbers["frequency"]
+        if self._name == "constant":
+            if frequency is None:
+                frequency = max(_CONSTANT_FREQUENCY, steps_per_execution)
+            return make_schedule(
+                "constant",
+                sparsity=numbers["sparsity"],
+                begin_step=numbers["begin_step"],
+                frequency=frequency,
+            )
+        if numbers["end_step"] is None:
+            if train_steps is None:
+                raise UsageError(
+                    "The schedule is laid over the training, but the number of "
+                    f"training steps is unknown. {_TRAIN_STEPS} Or give the "
+                    f"schedule an `end_step`. Received: {self!r}, "
+                    "train_steps=None"
+                )
+            train_steps = check_integer("train_steps", train_steps, minimum=1)
+            end = start + round(_END * train_steps)
+            begin = max(numbers["begin_step"], start)
+            if begin > end:
+                raise UsageError(
+                    f"Pruning must begin by step {end}, which is after "
+                    f"{_END:.0%} of the {train_steps} training steps that "
+                    f"follow step {start}. Lower `begin_step`, or give an "
+                    f"`end_step`. Received: begin_step={begin}, "
+                    f"train_steps={train_steps}"
+                )
+            numbers.update(begin_step=begin, end_step=end)
+        if frequency is None:
+            length = numbers["end_step"] - numbers["begin_step"]
+            frequency = max(1, round(length / _UPDATES), steps_per_execution)
+        return make_schedule(**{**numbers, "frequency": frequency})
+
+    def at(self, begin_step: int, end_step: int, frequency: int) -> Schedule:
+        """Returns the schedule as it was laid out in a training before.
+
+        Args:
+            begin_step: The first step, unless there is an `end_step`.
+            end_step: The last step, unless there is one.
+            frequency: The frequency, unless there is one.
+        """
+        if self._name == "constant":
+            return self
+        numbers = dict(self._numbers)
+        if numbers["end_step"] is None:
+            numbers.update(begin_step=begin_step, end_step=end_step)
+        if numbers["frequency"] is None:
+            numbers["frequency"] = frequency
+        return make_schedule(**numbers)
+
+    def with_sparsity(self, sparsity: float) -> Schedule:
+        """Returns the same schedule with another sparsity to end with.
+
+        Args:
+            sparsity: The new sparsity, in [0, 1).
+
+        Raises:
+            UsageError: If `sparsity` is out of range.
+        """
+        sparsity = _check_sparsity("sparsity", sparsity)
+        return _relative(self._name, **{**self._numbers, "sparsity": sparsity})
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments."""
+        return {"schedule": self._name, **self._numbers}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "RelativeSchedule":
+        """Returns a schedule made from the result of `get_config`."""
+        return _relative(**config)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, RelativeSchedule)
+            and self.get_config() == other.get_config()
+        )
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.get_config().items()))
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{k}={v!r}" for k, v in self._numbers.items())
+        return f"RelativeSchedule({self._name!r}, {shown})"
+
+
 def as_schedule(schedule: Schedule | PruningSchedule) -> Schedule:
     """Returns a `Schedule` for either kind of schedule object.
 
@@ -326,76 +552,94 @@ def as_schedule(schedule: Schedule | PruningSchedule) -> Schedule:
 
 
 def make_schedule(
+    schedule: str = "polynomial",
     *,
     sparsity: float,
     initial_sparsity: float = 0.0,
     begin_step: int = 0,
     end_step: int | None = None,
-    frequency: int = 100,
+    frequency: int | None = None,
     power: float = 3.0,
 ) -> Schedule:
-    """Returns the schedule that numbers describe.
+    """Returns the schedule that a name and numbers describe.
 
-    With an `end_step` the sparsity follows tfmot's `PolynomialDecay`,
-    s(t) = s_final + (s_init - s_final) * (1 - p)^power, where
-    p = clip((t - begin) / (end - begin), 0, 1). Without one it is constant
-    (`ConstantSparsity`), and masks are updated for the rest of training.
+    - "polynomial": tfmot's `PolynomialDecay` (Zhu and Gupta 2017),
+      s(t) = s_final + (s_init - s_final) * (1 - p)^power, where
+      p = clip((t - begin) / (end - begin), 0, 1).
+    - "constant": tfmot's `ConstantSparsity`; masks are updated for the rest of
+      training.
 
     Args:
+        schedule: The name.
         sparsity: Fraction of zeros to end with, in [0, 1).
-        initial_sparsity: Fraction of zeros at `begin_step`, in [0, 1); needs an
-            `end_step`.
+        initial_sparsity: Fraction of zeros at `begin_step`, in [0, 1); of a
+            polynomial schedule.
         begin_step: Training step of the first mask update.
-        end_step: Training step of the last mask update; None for a constant
-            sparsity.
-        frequency: Training steps between two mask updates.
-        power: Exponent of the polynomial; needs an `end_step`.
+        end_step: Training step of the last mask update of a polynomial
+            schedule; None for 75 % of the training steps.
+        frequency: Training steps between two mask updates; None for about 100
+            updates from `begin_step` to `end_step`, and for 100 steps under a
+            constant schedule, but at least `steps_per_execution`.
+        power: Exponent of the polynomial.
 
     Returns:
         A `Schedule`: the same object for the same numbers, so that it is asked
-        once a step for all layers that share it.
+        once a step for all layers that share it. It is a `RelativeSchedule` if
+        steps follow from the training.
 
     Raises:
-        UsageError: If a number is out of range.
+        UsageError: If there is no such schedule, a number is out of range or
+            does not fit the schedule.
 
     Example:
-    >>> make_schedule(sparsity=0.5, frequency=10).sparsity(0)
+    >>> make_schedule("constant", sparsity=0.5, frequency=10).sparsity(0)
     0.5
     >>> schedule = make_schedule(sparsity=0.9, begin_step=100, end_step=300)
     >>> [schedule.sparsity(step) for step in (100, 200, 300)]
     [0.0, 0.7875, 0.9]
+    >>> make_schedule(sparsity=0.9).over(train_steps=1000).end_step
+    750
     """
+    if schedule not in NAMES:
+        raise UsageError(
+            f"`schedule` must be one of {listed(NAMES)} or a schedule, such as "
+            "`sos.schedules.PolynomialDecay(0.0, 0.9, begin_step=1000, "
+            f"end_step=5000)`. Received: schedule={schedule!r}"
+        )
     numbers = {
         "sparsity": _check_sparsity("sparsity", sparsity),
         "begin_step": check_integer("begin_step", begin_step),
-        "frequency": check_integer("frequency", frequency, minimum=1),
+        "frequency": frequency,
     }
-    initial_sparsity = _check_sparsity("initial_sparsity", initial_sparsity)
-    power = check_number("power", power, "[0, inf)")
-    if end_step is None:
-        defaults = make_schedule.__kwdefaults__
-        for name, value in (
-            ("initial_sparsity", initial_sparsity),
-            ("power", power),
-        ):
-            if value != defaults[name]:
-                raise UsageError(
-                    f"`{name}` needs an `end_step`: without one the sparsity "
-                    f"is constant. Received: {name}={value}, end_step=None"
-                )
-        return _constant(**numbers)
-    end_step = check_integer("end_step", end_step)
-    if numbers["begin_step"] > end_step:
-        raise UsageError(
-            "`begin_step` must not be after `end_step`. Received: "
-            f"begin_step={begin_step}, end_step={end_step}"
-        )
-    return _polynomial(
-        initial_sparsity=initial_sparsity,
-        end_step=end_step,
-        power=power,
-        **numbers,
-    )
+    if frequency is not None:
+        numbers["frequency"] = check_integer("frequency", frequency, minimum=1)
+    polynomial = {
+        "initial_sparsity": _check_sparsity(
+            "initial_sparsity", initial_sparsity
+        ),
+        "end_step": end_step,
+        "power": check_number("power", power, "[0, inf)"),
+    }
+    if end_step is not None:
+        polynomial["end_step"] = check_integer("end_step", end_step)
+        if numbers["begin_step"] > polynomial["end_step"]:
+            raise UsageError(
+                "`begin_step` must not be after `end_step`. Received: "
+                f"begin_step={begin_step}, end_step={end_step}"
+            )
+    if schedule == "constant":
+        excess = changed(polynomial, make_schedule.__kwdefaults__)
+        if excess:
+            raise UsageError(
+                f"{quoted(excess)} do not fit a constant schedule. Leave them "
+                "out, or choose schedule='polynomial'. "
+                f"Received: schedule='constant', {received(excess)}"
+            )
+        if frequency is not None:
+            return _constant(**numbers)
+    elif frequency is not None and end_step is not None:
+        return _polynomial(**numbers, **polynomial)
+    return _relative(schedule, **numbers, **polynomial)
 
 
 def _check_sparsity(name: str, value: Any) -> float:
@@ -403,6 +647,11 @@ def _check_sparsity(name: str, value: Any) -> float:
 
 
 # Cached, so that layers with the same numbers share one schedule.
+@functools.cache
+def _relative(schedule: str, **numbers: Any) -> RelativeSchedule:
+    return RelativeSchedule(schedule, **numbers)
+
+
 @functools.cache
 def _constant(*, sparsity: float, begin_step: int, frequency: int) -> Schedule:
     return Schedule(ConstantSparsity(sparsity, begin_step, frequency=frequency))

@@ -1,12 +1,16 @@
-"""Hides the lines that TensorFlow prints while it starts.
+"""What happens before TensorFlow and Keras are imported.
 
-TensorFlow 2.21 prints about a dozen lines on the standard error when it is
-imported and when its devices are first listed (CPU features, oneDNN, no GPU).
-They are written before its logging is set up, so that TF_CPP_MIN_LOG_LEVEL,
-which should hide them, has no effect. Here it has.
+`check_backend` raises if Keras would use another backend than TensorFlow.
+
+`quiet` hides the lines that TensorFlow prints while it starts. TensorFlow 2.21
+prints about a dozen lines on the standard error when it is imported and when
+its devices are first listed (CPU features, oneDNN, no GPU). They are written
+before its logging is set up, so that TF_CPP_MIN_LOG_LEVEL, which should hide
+them, has no effect. Here it has.
 """
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -14,6 +18,56 @@ import tempfile
 from collections.abc import Iterator
 
 _LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
+_BACKEND = "KERAS_BACKEND"
+
+
+def check_backend() -> None:
+    """Raises if Keras uses, or would use, another backend than TensorFlow.
+
+    Call it before Keras is imported, which fails with an error of its own if
+    the backend is not installed.
+
+    Raises:
+        BackendError: If the backend is not TensorFlow.
+    """
+    backend, source = _backend()
+    if backend == "tensorflow":
+        return
+    # This module is imported alone, too.
+    from sos.errors import BackendError
+
+    raise BackendError(
+        "`sos` needs the TensorFlow backend of Keras. Set the environment "
+        f"variable {_BACKEND}=tensorflow before Keras is imported, or "
+        f'"backend": "tensorflow" in {_keras_json()}. '
+        f"Received: backend={backend!r}, from {source}"
+    )
+
+
+def _backend() -> tuple[str, str]:
+    """Returns the backend, and what chose it, as Keras finds it."""
+    keras = sys.modules.get("keras")
+    if hasattr(keras, "config"):
+        return keras.config.backend(), "the Keras that is imported already"
+    if os.environ.get(_BACKEND):
+        return os.environ[_BACKEND], f"the environment variable {_BACKEND}"
+    path = _keras_json()
+    try:
+        with open(path) as file:
+            backend = json.load(file).get("backend", "tensorflow")
+    except (OSError, ValueError, AttributeError):
+        return "tensorflow", "the default"
+    return backend, path
+
+
+def _keras_json() -> str:
+    """Returns the path of the file that configures Keras."""
+    directory = os.environ.get("KERAS_HOME")
+    if directory is None:
+        home = os.path.expanduser("~")
+        home = home if os.access(home, os.W_OK) else "/tmp"
+        directory = os.path.join(home, ".keras")
+    return os.path.expanduser(os.path.join(directory, "keras.json"))
 
 
 @contextlib.contextmanager
@@ -85,14 +139,17 @@ def quiet() -> Iterator[None]:
 
 
 def _command_starts() -> bool:
-    """Returns whether `python -m sos.NAME` is starting."""
+    """Returns whether `sos`, `python -m sos` or `-m sos.NAME` is starting."""
+    package = __name__.partition(".")[0]
     # `runpy` replaces "-m" by the path of the module once it has found it, for
     # which it imports the package. Until then, the name of the module is the
     # last argument of the interpreter.
-    if sys.argv[:1] != ["-m"]:
-        return False
-    module = sys.orig_argv[-len(sys.argv) :][0].removeprefix("-m")
-    return module.partition(".")[0] == __name__.partition(".")[0]
+    if sys.argv[:1] == ["-m"]:
+        module = sys.orig_argv[-len(sys.argv) :][0].removeprefix("-m")
+        return module.partition(".")[0] == package
+    # The script that is installed with the package.
+    name = os.path.basename(sys.argv[0]) if sys.argv else ""
+    return name in (package, f"{package}.exe")
 
 
 def _wanted() -> bool:

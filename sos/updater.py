@@ -8,12 +8,16 @@ import keras
 import tensorflow as tf
 
 from sos.advice import warn
-from sos.arguments import listed
+from sos.arguments import check_integer, listed
 from sos.held_masks import HeldMasks
 from sos.schedules import as_schedule
 from sos.weight_decay import decayed_techniques, exclude_techniques
 from sos.wrappers.base import SparseWrapper, find_wrappers
-from sos.wrappers.masked import PruningWrapper, update_masks
+from sos.wrappers.masked import (
+    PruningWrapper,
+    lay_out_schedules,
+    update_masks,
+)
 from sos.wrappers.penalized import PenalizedWrapper
 from sos.wrappers.sparse_weight import SparseWeight
 
@@ -30,7 +34,9 @@ class SparsityUpdater:
             updater.step()
     ```
 
-    `fit` uses `sos.SparsityCallback` in its place. Call the training step
+    `fit` uses `sos.SparsityCallback` instead. Without `end_step` a pruning
+    schedule needs `train_steps`: it is laid over that many steps from the first
+    `start` on, and stays so (`sos.MagnitudePruning`). Call the training step
     inside the scope only: a `tf.function` that was traced there and is called
     outside trains on with the masks that it finds. `model.losses` holds the
     penalties while the updater runs; between `pause` and `resume` they are
@@ -46,6 +52,9 @@ class SparsityUpdater:
     Args:
         model: A model with sparse layers, built.
         optimizer: The optimizer that trains it.
+        train_steps: The number of optimizer steps that the training makes; None
+            if all schedules have an `end_step`, were laid out before, or are
+            constant.
         steps_per_execution: The number of optimizer steps between two calls of
             `step`, at most.
         update_masks: What ranks the weights and sets the masks: called with
@@ -54,8 +63,8 @@ class SparsityUpdater:
     Raises:
         TypeError: If `model` or `optimizer` is not one of Keras 3.
         ValueError: If the model has no sparse layer or is not built, weights
-            share a path and so their noise, or `steps_per_execution` is below
-            1.
+            share a path and so their noise, or `train_steps` or
+            `steps_per_execution` is below 1.
     """
 
     def __init__(
@@ -63,6 +72,7 @@ class SparsityUpdater:
         model: keras.layers.Layer,
         optimizer: keras.optimizers.Optimizer,
         *,
+        train_steps: int | None = None,
         steps_per_execution: int = 1,
         update_masks: Callable[
             [dict[PruningWrapper, float]], None
@@ -85,6 +95,8 @@ class SparsityUpdater:
                 "`steps_per_execution` must be at least 1. "
                 f"Received: steps_per_execution={steps_per_execution!r}"
             )
+        if train_steps is not None:
+            check_integer("train_steps", train_steps, minimum=1)
         wrappers = find_wrappers(model)
         if not wrappers:
             raise ValueError(
@@ -101,6 +113,7 @@ class SparsityUpdater:
         _check_streams(wrappers)
         self.model = model
         self.optimizer = optimizer
+        self._train_steps = train_steps
         self._steps_per_execution = steps_per_execution
         self._update_masks = update_masks
         self._wrappers = wrappers
@@ -130,9 +143,16 @@ class SparsityUpdater:
 
         Raises:
             RuntimeError: If another updater updates one of the layers.
-            ValueError: If a schedule is finer than `steps_per_execution`, or a
-                technique needs gradients before the first step.
+            UsageError: If a schedule is finer than `steps_per_execution`, or
+                needs `train_steps`.
+            ValueError: If a technique needs gradients before the first step.
         """
+        lay_out_schedules(
+            self._wrappers,
+            self._train_steps,
+            start=self.iterations,
+            steps_per_execution=self._steps_per_execution,
+        )
         for wrapper in self.pruning_wrappers():
             wrapper.schedule.check_steps_per_execution(
                 self._steps_per_execution
@@ -183,8 +203,8 @@ class SparsityUpdater:
         if now < last:
             raise RuntimeError(
                 f"The optimizer went back from step {last} to {now}. Restore "
-                "checkpoints before the updater starts; in `fit`, list "
-                "`BackupAndRestore` before `SparsityCallback`."
+                "checkpoints before the updater starts; in `fit`, before the "
+                "first epoch begins."
             )
         self._last, self._moved = now, True
         self._update(last, now)

@@ -6,8 +6,11 @@ import pytest
 import tensorflow as tf
 
 import sos
+from sos import masks
 from sos.advice import SparsityWarning
 from sos.errors import UsageError
+from sos.held_masks import mask_zeros
+from sos.wrappers.base import find_wrappers
 from tests.support import techniques
 
 NEEDY = [
@@ -744,3 +747,212 @@ def test_moving_averages_keep_masks_and_sparsity(
         ).history
     assert history["sparsity"][-1] == 0.75
     assert sos.sparsity_report(model).sparsity == 0.75
+
+
+# Schedules that are laid over `fit`.
+
+
+def over_fit(**arguments):
+    """A sparse model without any number of steps, compiled."""
+    model = sos.sparsify(
+        techniques.dense_mlp(), "MagnitudePruning", sparsity=0.9
+    )
+    model.compile(keras.optimizers.SGD(0.1), "mse", **arguments)
+    return model
+
+
+def steps_of(model):
+    (steps,) = {w.schedule.steps() for w in find_wrappers(model)}
+    return steps
+
+
+def zeros_of(model):
+    zeros, size = mask_zeros(find_wrappers(model))
+    return zeros / size
+
+
+def exact(model, sparsity=0.9):
+    """Asserts that every mask has exactly the zeros of a sparsity."""
+    for path, mask in techniques.sparse_state(model).items():
+        assert mask.sum() == masks.keep_count(mask.size, sparsity), path
+
+
+@pytest.mark.parametrize("technique", techniques.NAMES)
+def test_fit_with_every_technique_needs_one_number_and_the_callback(technique):
+    cls = sos.extend.techniques()[technique]
+    number = {"sparsity": 0.9}
+    if issubclass(cls, sos.extend.PenalizedWrapper):
+        number = {"num_examples": 8}
+    sparse = sos.sparsify(techniques.dense_mlp(), technique, **number)
+    sparse.compile("adam", "mse")
+    history = fit(sparse, sos.SparsityCallback(), epochs=3)
+    assert np.isfinite(history.history["loss"]).all()
+    rows = [r for r in sos.sparsity_report(sparse).rows if r["technique"]]
+    assert [r["technique"] for r in rows] == [technique, technique]
+    if issubclass(cls, sos.extend.MaskedWrapper):
+        exact(sparse)
+        assert {r["target"] for r in rows} == {0.9}
+        assert history.history["sparsity"][-1] == pytest.approx(0.9, abs=0.02)
+
+
+def test_fit_lays_the_schedule_over_all_epochs():
+    model = over_fit()
+    rows = sos.sparsity_report(model).rows
+    assert [r["target"] for r in rows if r["technique"]] == [0.9, 0.9]
+    x, y = techniques.batch()
+    model.evaluate(x, y, verbose=0)
+    assert zeros_of(model) == 0
+    fit(model, sos.SparsityCallback(), batches=5, epochs=4)
+    assert steps_of(model) == (0, 15, 1)
+    exact(model)
+
+
+def test_fit_of_one_step_reaches_the_target():
+    model = over_fit()
+    fit(model, sos.SparsityCallback(), batches=1)
+    assert steps_of(model) == (0, 1, 1)
+    exact(model)
+
+
+def test_fit_of_no_epoch_leaves_the_schedule_open():
+    model = over_fit()
+    fit(model, sos.SparsityCallback(), epochs=0)
+    assert zeros_of(model) == 0
+    fit(model, sos.SparsityCallback(), epochs=2)
+    assert steps_of(model) == (0, 6, 1)
+
+
+@pytest.mark.parametrize("batches, steps", [(20, (0, 15, 8)), (4, (0, 3, 8))])
+def test_fit_with_long_executions_updates_once_in_each(batches, steps):
+    model = over_fit(steps_per_execution=8)
+    fit(model, sos.SparsityCallback(), batches=batches)
+    assert steps_of(model) == steps
+    exact(model)
+
+
+def test_fit_with_accumulation_counts_steps_of_the_optimizer():
+    model = over_fit()
+    optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=3)
+    model.compile(optimizer, "mse")
+    fit(model, sos.SparsityCallback(), batches=6, epochs=4)
+    assert int(model.optimizer.iterations) == 8
+    assert steps_of(model) == (0, 6, 1)
+    exact(model)
+
+
+def test_fit_with_fewer_batches_than_accumulated_ones_raises():
+    model = over_fit()
+    optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=9)
+    model.compile(optimizer, "mse")
+    with pytest.raises(UsageError, match="train_steps=0"):
+        fit(model, sos.SparsityCallback())
+    assert zeros_of(model) == 0
+
+
+def test_fit_from_a_later_epoch_lays_the_schedule_over_the_rest():
+    model = over_fit()
+    model.optimizer.build(model.trainable_variables)
+    model.optimizer.iterations.assign(100)
+    fit(model, sos.SparsityCallback(), initial_epoch=3, epochs=5)
+    assert steps_of(model) == (100, 106, 1)
+    exact(model)
+
+
+def test_second_fit_leaves_the_schedule_as_it_was(no_warnings):
+    model = over_fit()
+    fit(model, sos.SparsityCallback(), epochs=2)
+    fit(model, sos.SparsityCallback(), epochs=10)
+    assert steps_of(model) == (0, 6, 1)
+    exact(model)
+
+
+def batches_without_length():
+    x, y = techniques.batch(2)
+    while True:
+        yield x, y
+
+
+def test_fit_of_unknown_length_raises_before_it_trains():
+    def data():
+        return tf.data.Dataset.from_generator(
+            batches_without_length,
+            output_signature=(
+                tf.TensorSpec((2, 6)),
+                tf.TensorSpec((2, 2)),
+            ),
+        )
+
+    model = over_fit()
+    callback = sos.SparsityCallback()
+    with pytest.raises(UsageError, match="steps_per_epoch.*`end_step`"):
+        model.fit(data(), callbacks=[callback], verbose=0)
+    assert int(model.optimizer.iterations) == 0
+    model.fit(data(), callbacks=[callback], verbose=0, steps_per_epoch=4)
+    assert steps_of(model) == (0, 3, 1)
+    exact(model)
+
+
+@pytest.mark.parametrize("form", ["model.keras", "model.weights.h5"])
+def test_a_saved_model_continues_the_schedule_of_its_training(tmp_path, form):
+    model = over_fit()
+
+    class Save(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 0:
+                save = (
+                    model.save
+                    if form == "model.keras"
+                    else (model.save_weights)
+                )
+                save(tmp_path / form)
+
+    fit(model, sos.SparsityCallback(), Save(), epochs=4)
+    assert steps_of(model) == (0, 12, 1)
+    if form == "model.keras":
+        loaded = keras.models.load_model(tmp_path / form)
+    else:
+        loaded = over_fit()
+        loaded.load_weights(tmp_path / form)
+    assert steps_of(loaded) == (0, 12, 1)
+    assert 0 < zeros_of(loaded) < 0.9
+    assert int(loaded.optimizer.iterations) == 4
+    fit(loaded, sos.SparsityCallback(), initial_epoch=1, epochs=4)
+    exact(loaded)
+    for one, other in zip(model.weights, loaded.weights, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+class Crash(keras.callbacks.Callback):
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_restarted_program_continues_the_schedule(
+    tmp_path, no_warnings, first
+):
+    """`BackupAndRestore` restores it, wherever it is in the list."""
+
+    def callbacks():
+        backup = keras.callbacks.BackupAndRestore(tmp_path)
+        pair = [backup, sos.SparsityCallback()]
+        return pair[first:] + pair[:first]
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(over_fit(), *callbacks(), Crash(), epochs=4)
+    resumed = over_fit()
+    fit(resumed, *callbacks(), epochs=4)
+    assert steps_of(resumed) == (0, 12, 1)
+    whole = over_fit()
+    fit(whole, sos.SparsityCallback(), epochs=4)
+    for one, other in zip(whole.weights, resumed.weights, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_fit_on_two_replicas_lays_the_schedule_over_global_steps():
+    with techniques.two_replicas().scope():
+        model = over_fit()
+    fit(model, sos.SparsityCallback(), epochs=2)
+    assert steps_of(model) == (0, 6, 1)
+    exact(model)

@@ -48,9 +48,21 @@ class OwnArguments(sos.extend.PruningWrapper):
 class OwnDefaults(sos.extend.PruningWrapper):
     """Other defaults than its family."""
 
-    def __init__(self, layer, *, sparsity=0.25, frequency=7, **kwargs):
+    def __init__(
+        self,
+        layer,
+        *,
+        sparsity=0.25,
+        frequency=7,
+        schedule="constant",
+        **kwargs,
+    ):
         super().__init__(
-            layer, sparsity=sparsity, frequency=frequency, **kwargs
+            layer,
+            sparsity=sparsity,
+            frequency=frequency,
+            schedule=schedule,
+            **kwargs,
         )
 
     def scores(self, weight):
@@ -62,7 +74,14 @@ class OwnSchedule(sos.extend.PruningWrapper):
     """A schedule that nobody else chooses."""
 
     def __init__(self, layer, *, start=3, **kwargs):
-        super().__init__(layer, sparsity=0.5, begin_step=start, **kwargs)
+        super().__init__(
+            layer,
+            schedule="constant",
+            sparsity=0.5,
+            begin_step=start,
+            frequency=100,
+            **kwargs,
+        )
 
     def scores(self, weight):
         return weight.value
@@ -135,11 +154,13 @@ PRUNING = {
     "initial_sparsity": 0.0,
     "begin_step": 0,
     "end_step": None,
-    "frequency": 100,
+    "frequency": None,
     "power": 3.0,
+    "schedule": "polynomial",
 }
 PENALIZED = {
-    "penalty_weight": sos.extend.REQUIRED,
+    "penalty_weight": None,
+    "num_examples": None,
     "ramp": "constant",
     "begin_step": 0,
     "end_step": None,
@@ -171,11 +192,26 @@ PENALIZED = {
             OwnArguments,
             {**PRUNING, "temperature": 2.0, "steps": (1, 2), "label": None},
         ),
-        (OwnDefaults, {**PRUNING, "sparsity": 0.25, "frequency": 7}),
+        (
+            OwnDefaults,
+            {
+                **PRUNING,
+                "sparsity": 0.25,
+                "frequency": 7,
+                "schedule": "constant",
+            },
+        ),
         (OwnSchedule, {**PRUNING, "start": 3}),
         (ScheduleAlone, {}),
         (OwnRamp, {**PENALIZED, "ramp": "linear", "end_step": 10}),
-        (FixedRamp, {**PENALIZED, "begin_step": 1}),
+        (
+            FixedRamp,
+            {
+                **PENALIZED,
+                "penalty_weight": sos.extend.REQUIRED,
+                "begin_step": 1,
+            },
+        ),
     ],
 )
 def test_hyperparameters_of_a_technique_are_its_json_arguments(
@@ -213,16 +249,17 @@ def test_hyperparameters_returns_copies():
 
 @pytest.mark.parametrize("technique", techniques.TECHNIQUES)
 def test_all_defaults_with_the_required_ones_are_valid(technique):
+    chosen = dict.fromkeys(technique.needs_one_of[:1], 0.5)
     values = {
         name: 0.5 if default is sos.extend.REQUIRED else default
         for name, default in sos.extend.hyperparameters(technique).items()
-    }
+    } | chosen
     values = json.loads(json.dumps(values))
     short = {
         name: 0.5
         for name, default in sos.extend.hyperparameters(technique).items()
         if default is sos.extend.REQUIRED
-    }
+    } | chosen
     configs = [
         [layer.get_config() for layer in find_wrappers(sparse)]
         for sparse in (
@@ -292,11 +329,16 @@ def test_examples_in_docstrings_run(module):
 
 PAIRS = [
     (
-        {"sparsity": 0.75},
+        {"sparsity": 0.75, "schedule": "constant"},
         {"schedule": sos.schedules.ConstantSparsity(0.75, 0, frequency=100)},
     ),
     (
-        {"sparsity": 0.75, "begin_step": 1, "frequency": 2},
+        {
+            "schedule": "constant",
+            "sparsity": 0.75,
+            "begin_step": 1,
+            "frequency": 2,
+        },
         {"schedule": sos.schedules.ConstantSparsity(0.75, 1, frequency=2)},
     ),
     (
@@ -401,7 +443,7 @@ def test_a_ramp_by_name_gives_the_penalties_of_the_ramp(
         ("FixedMask", {"sparsity": 0.5, "seed": 3}),
         (OwnArguments, {"sparsity": 0.5}),
         (OwnDefaults, {}),
-        (OwnDefaults, {"sparsity": 0.5, "end_step": 9, "frequency": 3}),
+        (OwnDefaults, {"sparsity": 0.5, "begin_step": 9, "frequency": 3}),
         (OwnRamp, {"penalty_weight": 0.5}),
         (OwnRamp, {"penalty_weight": 0.5, "ramp": "constant"}),
         (OwnRamp, {"penalty_weight": 0.5, "ramp": "cubic", "end_step": 4}),
@@ -475,7 +517,7 @@ def test_layers_share_the_schedule_object_of_a_rule():
             "RandomPruning",
             {"schedule": techniques.SCHEDULE, "end_step": 5, "power": 1.0},
             TypeError,
-            "A `schedule` excludes `end_step`, `power`.*Received: end_step=5",
+            "object excludes `end_step`, `power`.*Received: end_step=5",
         ),
         (
             "MagnitudePruning",
@@ -570,7 +612,7 @@ NUMBERS = {"sparsity": 0.5, "begin_step": 1, "end_step": 9, "frequency": 2}
             sos.schedules.PolynomialDecay(0.25, 0.5, 1, 9, 1, 2),
         ),
         (
-            {"end_step": None},
+            {"schedule": "constant"},
             sos.schedules.ConstantSparsity(0.5, 1, frequency=2),
         ),
         ({"schedule": techniques.SCHEDULE}, techniques.SCHEDULE),
@@ -606,7 +648,9 @@ def test_a_rule_changes_the_sparsity_of_a_schedule_alone():
     )
     assert first.inner is schedule
     assert last == first.with_sparsity(0.75)
-    with pytest.raises(TypeError, match="rule 'last': A `schedule` excludes"):
+    with pytest.raises(
+        TypeError, match="rule 'last': A `schedule` object exclu"
+    ):
         schedules_of(schedule=schedule, rules={"last": {"end_step": 3}})
 
 
@@ -794,7 +838,7 @@ def test_a_rule_equals_the_merged_hyperparameters(values, changes):
 
 
 def test_every_pair_of_techniques_takes_the_same_selection():
-    values = {"sparsity": 0.5, "penalty_weight": 1e-3, "seed": 3}
+    values = {"sparsity": 0.5, "num_examples": 1000, "seed": 3}
     for one, other in itertools.permutations(techniques.TECHNIQUES, 2):
         sparse = sos.sparsify(
             model_of(),
@@ -811,3 +855,284 @@ def test_every_pair_of_techniques_takes_the_same_selection():
             ],
         )
         assert [type(w) for w in find_wrappers(sparse)] == [one, other]
+
+
+# Keys of rules that are no expressions.
+
+
+def nested_model():
+    inner = keras.Sequential(
+        [
+            keras.Input((8,)),
+            keras.layers.Dense(8, name="one"),
+            keras.layers.Dense(8, name="two"),
+        ],
+        name="inner",
+    )
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(8, name="first"),
+            inner,
+            keras.layers.Reshape((2, 4)),
+            keras.layers.LSTM(3, name="lstm"),
+        ],
+        name="outer",
+    )
+
+
+def targets(sparse):
+    return {
+        row["weight"]: row["target"]
+        for row in sos.sparsity_report(sparse).rows
+        if row["technique"]
+    }
+
+
+@pytest.mark.parametrize("copy", [True, False])
+def test_rule_of_a_layer_is_for_its_weights_and_those_below(copy):
+    model = nested_model()
+    rules = {
+        model.get_layer("inner"): {"sparsity": 0.75},
+        model.get_layer("first"): None,
+    }
+    sparse = sos.sparsify(
+        model, "MagnitudePruning", sparsity=0.5, rules=rules, copy=copy
+    )
+    found = targets(sparse)
+    by_expression = targets(
+        sos.sparsify(
+            nested_model(),
+            "MagnitudePruning",
+            sparsity=0.5,
+            rules={"one|two": {"sparsity": 0.75}, "^first/": None},
+        )
+    )
+    assert found == by_expression
+    assert sorted(found.values()) == [0.5, 0.5, 0.75, 0.75]
+    reasons = {
+        row["weight"]: row["reason"] for row in sos.sparsity_report(sparse).rows
+    }
+    assert reasons["first/kernel"] == "left dense by rule layer 'first'"
+
+
+def test_rule_of_a_variable_is_for_it_alone():
+    model = nested_model()
+    cell = model.get_layer("lstm").cell
+    sparse = sos.sparsify(
+        model,
+        "MagnitudePruning",
+        sparsity=0.5,
+        rules=[
+            (cell.recurrent_kernel, {"sparsity": 0.25}),
+            ("one/", None),
+            (model.get_layer("first"), "FixedMask"),
+        ],
+    )
+    found = targets(sparse)
+    assert [t for w, t in found.items() if "recurrent" in w] == [0.25]
+    assert [t for w, t in found.items() if w == "lstm/lstm_cell/kernel"] == [
+        0.5
+    ]
+    assert found["first/kernel"] is None
+    assert not any("one" in path for path in found)
+
+
+def other_layer():
+    layer = keras.layers.Dense(2, name="other")
+    layer.build((None, 6))
+    return layer
+
+
+@pytest.mark.parametrize(
+    "make_rules, message",
+    [
+        (lambda m: {other_layer(): None}, "model 'model'.*layer 'other'"),
+        (
+            lambda m: [(other_layer().kernel, None)],
+            "model 'model'.*variable 'other/kernel'",
+        ),
+        (
+            lambda m: [(m.layers[0].bias, None)],
+            r"variable 'first/bias'.*\(rank 1\).*'first/kernel'",
+        ),
+        (
+            lambda m: {m.get_layer("relu"): None},
+            "layer 'relu'.*'first/kernel'",
+        ),
+        (
+            lambda m: {"^first": None, m.layers[0]: None},
+            "'first/kernel': '\\^first', layer 'first'",
+        ),
+        (
+            lambda m: [(m.layers[0], None), (m.layers[0].kernel, None)],
+            "'first/kernel': layer 'first', variable 'first/kernel'",
+        ),
+        (
+            lambda m: [(m.layers[0], None), (m.layers[0], "FixedMask")],
+            "Received twice: layer 'first'",
+        ),
+        (
+            lambda m: [(m.layers[0].kernel, None)] * 2,
+            "Received twice: variable 'first/kernel'",
+        ),
+        (lambda m: {3: None}, "a key of `rules`.*Received: 3"),
+        (lambda m: {"(": None}, "a key of `rules`.*Received: '\\('"),
+        (
+            lambda m: {m.layers[0]: {"sparsty": 0.5}},
+            "rule layer 'first'.*`sparsty`",
+        ),
+    ],
+)
+def test_rule_with_a_wrong_key_raises(make_rules, message):
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(3, name="first"),
+            keras.layers.ReLU(name="relu"),
+            keras.layers.Dense(2, name="last"),
+        ],
+        name="model",
+    )
+    before = model.get_config()
+    with pytest.raises((UsageError, TypeError), match=message) as error:
+        sos.sparsify(
+            model,
+            "MagnitudePruning",
+            sparsity=0.5,
+            rules=make_rules(model),
+            copy=False,
+        )
+    assert "\n" not in str(error.value)
+    assert model.get_config() == before
+
+
+def test_expressions_search_the_path_that_the_report_prints():
+    """Also where the weight's own path begins with the name of a model."""
+
+    class Named(keras.Model):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.first = keras.layers.Dense(4, name="first")
+
+        def call(self, inputs):
+            return self.first(inputs)
+
+    def model():
+        model = Named(name="named")
+        model(keras.Input((6,)))
+        return model
+
+    assert model().first.kernel.path == "named/first/kernel"
+    sparse = sos.sparsify(
+        model(), rules={"^first/": {"technique": "FixedMask", "sparsity": 0.5}}
+    )
+    assert list(targets(sparse)) == ["first/kernel"]
+    with pytest.raises(UsageError, match="'named/'"):
+        sos.sparsify(model(), "FixedMask", rules={"named/": None})
+    # A wrapper does not know yet which model will hold it.
+    layers = [
+        sos.FixedMask(
+            keras.layers.Dense(3, name=name),
+            sparsity=0.5,
+            include=f"^{name}/kernel$",
+        )
+        for name in ("one", "two")
+    ]
+    built_inside = keras.Sequential([keras.Input((6,)), layers[0]], name="m")
+    assert layers[0].layer.kernel.path == "m/one/kernel"
+    inputs = keras.Input((6,))
+    built_before = keras.Model(inputs, layers[1](inputs), name="m")
+    assert layers[1].layer.kernel.path == "two/kernel"
+    assert list(targets(built_inside)) == ["one/kernel"]
+    assert list(targets(built_before)) == ["two/kernel"]
+
+
+# The penalty weight.
+
+
+@pytest.mark.parametrize(
+    "technique", ["L0Regularization", "VariationalDropout"]
+)
+def test_num_examples_gives_the_weight_of_one_example(technique):
+    one = sos.sparsify(model_of(), technique, num_examples=60_000)
+    other = sos.sparsify(model_of(), technique, penalty_weight=1 / 60_000)
+    for a, b in zip(find_wrappers(one), find_wrappers(other), strict=True):
+        assert a.penalty_weight == pytest.approx(1 / 60_000, rel=1e-6)
+        assert a.get_config() == b.get_config()
+    again = type(a).from_config(
+        registry.get_technique(technique)(dense(), num_examples=8).get_config()
+    )
+    assert again.penalty_weight == 0.125
+
+
+@pytest.mark.parametrize(
+    "values, error, message",
+    [
+        ({}, TypeError, "penalty_weight=None, num_examples=None"),
+        (
+            {"penalty_weight": None, "num_examples": None},
+            TypeError,
+            "penalty_weight=None, num_examples=None",
+        ),
+        (
+            {"penalty_weight": 0.1, "num_examples": 10},
+            TypeError,
+            "penalty_weight=0.1, num_examples=10",
+        ),
+        ({"num_examples": 0}, UsageError, "num_examples=0"),
+        ({"num_examples": 1.5}, UsageError, "num_examples=1.5"),
+    ],
+)
+def test_penalty_weight_that_is_not_given_once_raises(values, error, message):
+    rules = {"last": {"technique": "L0Regularization", **values}}
+    for make, place in (
+        (lambda: sos.L0Regularization(dense(), **values), ""),
+        (lambda: sos.sparsify(model_of(), "L0Regularization", **values), ""),
+        (lambda: sos.sparsify(model_of(), rules=rules), "rule 'last'.*"),
+    ):
+        with pytest.raises(error, match=place + message):
+            make()
+
+
+@pytest.mark.parametrize(
+    "default, change, expected",
+    [
+        ({"num_examples": 4}, {"penalty_weight": 0.5}, [0.25, 0.5]),
+        ({"penalty_weight": 0.5}, {"num_examples": 4}, [0.5, 0.25]),
+        ({"num_examples": 4}, {"seed": 1}, [0.25, 0.25]),
+        (
+            {"penalty_weight": 0.5, "num_examples": None},
+            {"penalty_weight": None, "num_examples": 4},
+            [0.5, 0.25],
+        ),
+    ],
+)
+def test_rule_with_another_penalty_weight_replaces_either(
+    default, change, expected
+):
+    sparse = sos.sparsify(
+        model_of(), "L0Regularization", **default, rules={"last": change}
+    )
+    found = [w.penalty_weight for w in find_wrappers(sparse)]
+    assert found == expected
+
+
+def test_num_examples_replaces_a_techniques_own_default():
+    class Own(techniques.Shift):
+        def __init__(self, layer, *, penalty_weight=0.5, **kwargs):
+            super().__init__(layer, penalty_weight=penalty_weight, **kwargs)
+
+    sos.extend.register(Own)
+    try:
+        for values, expected in (
+            ({}, 0.5),
+            ({"num_examples": 4}, 0.25),
+            ({"penalty_weight": 2}, 2),
+        ):
+            sparse = sos.sparsify(model_of(only=3), "Own", **values)
+            assert find_wrappers(sparse)[0].penalty_weight == expected
+        with pytest.raises(TypeError, match="penalty_weight=2, num_exampl"):
+            Own(dense(), penalty_weight=2, num_examples=4)
+    finally:
+        del registry._techniques["Own"]

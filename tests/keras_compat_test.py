@@ -4,6 +4,8 @@ Each of these tests fails when a release of Keras changes it.
 """
 
 import inspect
+import pathlib
+import re
 
 import keras
 import numpy as np
@@ -12,6 +14,7 @@ import tensorflow as tf
 from keras import layers
 
 from sos import keras_compat
+from tests.support import techniques
 
 
 def test_all_layers_has_the_layers_inside_of_a_layer_once():
@@ -228,3 +231,181 @@ def test_stored_value_of_a_layer_in_mixed_precision_is_not_cast():
 
     Reader(dtype="mixed_bfloat16")(np.ones((1, 2)))
     assert found == {"stored": tf.float32, "read": tf.bfloat16}
+
+
+def test_no_other_module_has_private_names_of_keras():
+    """`self._x` is one's own; what follows another name is somebody else's."""
+    root = pathlib.Path(__file__).resolve().parent.parent
+    private = re.compile(
+        r"(?!self\b|cls\b|other\b|sys\b|os\b)\b\w+[\])]*\._[a-z]\w*"
+    )
+    for folder in ("sos", "models", "configs"):
+        for path in (root / folder).rglob("*.py"):
+            if path.name == "keras_compat.py":
+                continue
+            text = path.read_text("utf-8")
+            assert "keras.src" not in text, path
+            found = set(private.findall(text))
+            # Of named tuples, it is public.
+            assert not {n for n in found if "._replace" not in n}, path
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(layers.Dense(4), (None, 3)), (layers.Embedding(7, 3), (None, 2))],
+    ids=["dense", "embedding"],
+)
+def test_copy_adapter_enables_lora_as_in_the_other_layer(layer, shape):
+    other = type(layer).from_config(layer.get_config())
+    for each in (layer, other):
+        each.build(shape)
+        assert keras_compat.adapter(each) is None
+    keras_compat.copy_adapter(None, other)
+    assert not other.lora_enabled
+    layer.enable_lora(2, lora_alpha=3)
+    keras_compat.copy_adapter(keras_compat.adapter(layer), other)
+    assert keras_compat.adapter(other) == [2, 3]
+    # Once is enough.
+    keras_compat.copy_adapter([4, 4], other)
+    assert keras_compat.adapter(other) == [2, 3]
+
+
+def test_copy_remat_mode_of_a_layer_made_in_a_scope():
+    with keras.RematScope(mode="full"):
+        source = layers.Dense(2)
+    target = layers.Dense(2)
+    assert source._remat_mode is not None and target._remat_mode is None
+    keras_compat.copy_remat_mode(source, target)
+    assert target._remat_mode == source._remat_mode
+
+
+def test_set_mask_reaches_the_next_layer():
+    class Masking(layers.Layer):
+        supports_masking = True
+
+        def call(self, inputs, mask=None):
+            outputs = inputs + 1.0
+            keras_compat.set_mask(outputs, tf.constant([[True, False]]))
+            return outputs
+
+    lstm = layers.LSTM(2)
+    inputs = np.random.default_rng(0).normal(size=(1, 2, 3)).astype("float32")
+    masked = lstm(Masking()(inputs))
+    np.testing.assert_allclose(
+        masked, lstm(inputs[:, :1] + 1.0), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_reduced_state_of_a_layer_makes_it_again():
+    layer = layers.Dense(2, name="dense")
+    layer.build((None, 3))
+    function, *arguments = keras_compat.reduced(layer.__reduce__())
+    again = function(*arguments[0])
+    assert (type(again), again.name) == (layers.Dense, "dense")
+    np.testing.assert_array_equal(again.kernel, layer.kernel)
+
+
+def test_without_compiled_functions_puts_them_back():
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
+    model.predict(np.ones((1, 3)), verbose=0)
+    function = model.predict_function
+    assert function is not None
+    with keras_compat.without_compiled_functions(model):
+        assert model.predict_function is None
+        model.predict(np.ones((1, 3)), verbose=0)
+    assert model.predict_function is function
+
+
+def test_is_distributed_of_variables_made_for_two_replicas():
+    with techniques.two_replicas().scope():
+        copies = keras.Variable(np.ones(2))
+    assert keras_compat.is_distributed(copies)
+    assert not keras_compat.is_distributed(keras.Variable(np.ones(2)))
+
+
+def test_reading_stored_values_within_a_substitution():
+    variable = keras.Variable(np.ones(2, "float32"))
+    with Doubled(variable) as scope:
+        assert keras_compat.substitution_scope() is scope
+        with keras_compat.reading_stored():
+            np.testing.assert_array_equal(variable.value, [1, 1])
+        np.testing.assert_array_equal(variable.value, [2, 2])
+    assert keras_compat.substitution_scope() is None
+    with keras.StatelessScope():
+        assert keras_compat.substitution_scope() is None
+
+
+def test_inner_optimizers_are_those_that_update_variables():
+    sgd = keras.optimizers.SGD()
+    assert keras_compat.inner_optimizers(sgd) == [sgd]
+    scaled = keras.optimizers.LossScaleOptimizer(sgd)
+    assert keras_compat.inner_optimizers(scaled) == [sgd]
+
+
+def test_exclude_from_weight_decay_adds_to_what_was_excluded():
+    first, second, third = (keras.Variable(np.ones(2)) for _ in range(3))
+    optimizer = keras.optimizers.SGD(0.1, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay([first])
+    optimizer.build([first, second, third])
+    trained = keras_compat.trained_variables(optimizer)
+    assert [id(v) for v in trained] == [id(first), id(second), id(third)]
+    keras_compat.exclude_from_weight_decay(optimizer, [second])
+    found = [keras_compat.decays(optimizer, v) for v in trained]
+    assert found == [False, False, True]
+    optimizer.apply([tf.zeros(2)] * 3)
+    np.testing.assert_allclose(
+        [v.numpy()[0] for v in trained], [1, 1, 0.95], rtol=1e-6
+    )
+
+
+def test_remove_sublayer_leaves_no_trace_in_a_built_layer():
+    layer = layers.Dense(2)
+    layer.build((None, 3))
+    children = set(layer._trackable_children())
+    weights = list(layer.weights)
+    inner = layers.Dense(4)
+    inner.build((None, 3))
+    with keras_compat.unlocked(layer):
+        layer.inner = inner
+    assert len(layer.weights) == 4
+    keras_compat.remove_sublayer(layer, "inner")
+    assert not hasattr(layer, "inner")
+    assert keras_compat.sublayers(layer) == []
+    assert set(layer._trackable_children()) == children
+    assert [id(v) for v in layer.weights] == [id(v) for v in weights]
+
+
+def test_restore_call_undoes_accept_training():
+    class Plain(layers.Layer):
+        def call(self, inputs):
+            return inputs
+
+    layer, other = Plain(), Plain()
+    before = keras_compat.accept_training(layer)
+    assert layer._call_has_training_arg
+    keras_compat.restore_call(layer, before)
+    for name in before:
+        assert getattr(layer, name) == getattr(other, name)
+
+
+def test_uncompile_makes_a_model_as_before_compile():
+    def make():
+        return keras.Sequential([keras.Input((3,)), layers.Dense(2)])
+
+    model, other = make(), make()
+    x, y = np.ones((4, 3)), np.ones((4, 2))
+    model.compile("adam", "mse", metrics=["mae"])
+    model.fit(x, y, verbose=0)
+    model.evaluate(x, y, verbose=0)
+    model.predict(x, verbose=0)
+    keras_compat.uncompile(model)
+    names = ("compiled", "loss", "metrics", "train_function", "test_function")
+    for name in names:
+        assert getattr(model, name) == getattr(other, name)
+    assert not hasattr(model, "optimizer")
+    assert model.get_compile_config() == other.get_compile_config()
+    with pytest.raises(ValueError, match="compile"):
+        model.fit(x, y, verbose=0)
+    model.compile("sgd", "mse")
+    model.fit(x, y, verbose=0)
+    keras_compat.uncompile(make())

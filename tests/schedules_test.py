@@ -402,11 +402,11 @@ def test_make_schedule_with_an_end_is_polynomial_decay(numbers):
 
 
 @hypothesis.given(numbers())
-def test_make_schedule_without_an_end_is_constant(numbers):
+def test_make_schedule_by_the_name_constant_is_constant(numbers):
     numbers = {
         name: numbers[name] for name in ("sparsity", "begin_step", "frequency")
     }
-    schedule = schedules.make_schedule(**numbers)
+    schedule = schedules.make_schedule("constant", **numbers)
     assert schedule == schedules.Schedule(
         schedules.ConstantSparsity(
             numbers["sparsity"],
@@ -450,20 +450,157 @@ def test_make_schedule_of_numpy_numbers_equals_python_numbers():
         ({"end_step": -1}, "Received: end_step=-1"),
         ({"end_step": True}, "Received: end_step=True"),
         ({"frequency": 0}, "`frequency` must be an integer >= 1"),
-        ({"frequency": None}, "Received: frequency=None"),
+        ({"frequency": "x"}, "Received: frequency='x'"),
         ({"power": -1}, r"`power` must be .*\[0, inf\)"),
         (
             {"begin_step": 11},
             "`begin_step` must not be after `end_step`.*begin_step=11, end_ste",
         ),
         (
-            {"end_step": None, "initial_sparsity": 0.25},
-            "`initial_sparsity` needs an `end_step`.*0.25",
+            {"schedule": "constant"},
+            "`end_step` do not fit.*schedule='constant', end_step=10",
         ),
-        ({"end_step": None, "power": 1.0}, "`power` needs an `end_step`.*1.0"),
+        (
+            {"schedule": "constant", "end_step": None, "power": 1.0},
+            "`power` do not fit.*power=1.0",
+        ),
+        ({"schedule": "cubic"}, "'polynomial', 'constant'.*schedule='cubic'"),
     ],
 )
 def test_make_schedule_of_wrong_numbers_raises(numbers, message):
     with pytest.raises(UsageError, match=message) as error:
         schedules.make_schedule(**{"sparsity": 0.5, "end_step": 10, **numbers})
     assert "\n" not in str(error.value)
+
+
+# Schedules that are laid over the training.
+
+
+def polynomial(step, begin, end, initial=0.0, final=0.9, power=3.0):
+    """Zhu and Gupta 2017, equation 1."""
+    p = min(max((step - begin) / max(end - begin, 1), 0.0), 1.0)
+    return final + (initial - final) * (1 - p) ** power
+
+
+@pytest.mark.parametrize("start", [0, 17])
+@pytest.mark.parametrize("steps", [1, 2, 3, 8, 100, 1000, 12345])
+def test_relative_schedule_over_a_training_ends_at_three_quarters(steps, start):
+    relative = schedules.make_schedule(sparsity=0.9)
+    assert not relative.resolved
+    assert relative.target_sparsity == 0.9
+    schedule = relative.over(steps, start=start)
+    assert schedule.resolved
+    assert schedule.over(10**6, start=3) is schedule
+    end = start + round(0.75 * steps)
+    assert (schedule.begin_step, schedule.end_step) == (start, end)
+    due = schedule.due_steps(-1, start + steps)
+    assert (due[0], due[-1]) == (start, end)
+    assert len(due) <= 135
+    assert len(due) >= min(66, end - start + 1)
+    for step in due[::10]:
+        expected = polynomial(step, start, end)
+        assert schedule.sparsity(step) == pytest.approx(expected, abs=1e-12)
+        if end > start:
+            inner = schedules.PolynomialDecay(0.0, 0.9, start, end)
+            tfmots = inner(tf.constant(step))[1]
+            assert float(tfmots) == pytest.approx(expected, abs=1e-6)
+    assert schedule.sparsity(end) == 0.9
+
+
+def test_relative_schedule_keeps_the_numbers_that_it_was_given():
+    schedule = schedules.make_schedule(
+        sparsity=0.8, initial_sparsity=0.2, begin_step=10, frequency=7, power=1
+    ).over(100, start=4)
+    assert schedule == schedules.Schedule(
+        schedules.PolynomialDecay(0.2, 0.8, 10, 79, power=1.0, frequency=7)
+    )
+
+
+def test_relative_schedule_with_an_end_needs_no_training_steps():
+    relative = schedules.make_schedule(
+        sparsity=0.9, begin_step=100, end_step=1100
+    )
+    for schedule in (relative, relative.over(None), relative.over(5)):
+        assert schedule.frequency == 10
+        assert schedule.sparsity(600) == pytest.approx(0.7875)
+        assert schedule.due_steps(1080, 2000) == [1090, 1100]
+    schedule = relative.over(None, steps_per_execution=32)
+    assert schedule.frequency == 32
+    schedule.check_steps_per_execution(32)
+
+
+@pytest.mark.parametrize("train_steps", [4, 100, 1000])
+def test_relative_schedule_is_not_finer_than_an_execution(train_steps):
+    for name, end in (("polynomial", round(0.75 * train_steps)), *CONSTANT):
+        relative = schedules.make_schedule(name, sparsity=0.9)
+        schedule = relative.over(train_steps, steps_per_execution=128)
+        schedule.check_steps_per_execution(128)
+        assert schedule.end_step == end
+    assert relative.over(train_steps).frequency == 100
+
+
+CONSTANT = [("constant", None)]
+
+
+def test_relative_schedule_of_unknown_length_raises_when_it_is_read():
+    relative = schedules.make_schedule(sparsity=0.9)
+    for read in (
+        lambda: relative.over(None),
+        lambda: relative.sparsity(3),
+        lambda: relative.due(3),
+        lambda: relative.due_steps(0, 3),
+        lambda: relative.end_step,
+    ):
+        with pytest.raises(UsageError, match="train_steps=None") as error:
+            read()
+        for way in ("SparsityCallback", "SparsityUpdater", "config"):
+            assert way in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "numbers, steps, message",
+    [
+        ({}, 0, "train_steps=0"),
+        ({}, 2.5, "train_steps=2.5"),
+        ({"begin_step": 77}, 100, "begin_step=77, train_steps=100"),
+    ],
+)
+def test_relative_schedule_over_unfit_steps_raises(numbers, steps, message):
+    relative = schedules.make_schedule(sparsity=0.9, **numbers)
+    with pytest.raises(UsageError, match=message):
+        relative.over(steps)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {},
+        {"begin_step": 3, "power": 1.0},
+        {"end_step": 50},
+        {"schedule": "constant"},
+    ],
+)
+def test_relative_schedule_comes_back_from_its_config(numbers):
+    relative = schedules.make_schedule(sparsity=0.9, **numbers)
+    assert not relative.resolved
+    config = keras.saving.serialize_keras_object(relative)
+    config = json.loads(json.dumps(config))
+    again = keras.saving.deserialize_keras_object(config)
+    assert again == relative and hash(again) == hash(relative)
+    assert again is schedules.make_schedule(sparsity=0.9, **numbers)
+    other = relative.with_sparsity(0.5)
+    assert other.target_sparsity == 0.5 and other != relative
+    assert other.with_sparsity(0.9) is relative
+    laid_out = relative.over(100)
+    assert laid_out is again.over(100)
+    assert laid_out != relative and relative != laid_out
+
+
+def test_relative_schedule_at_known_steps_keeps_its_own_numbers():
+    def steps(**numbers):
+        relative = schedules.make_schedule(sparsity=0.9, **numbers)
+        return relative.at(10, 70, 3).steps()
+
+    assert steps() == (10, 70, 3)
+    assert steps(frequency=5) == (10, 70, 5)
+    assert steps(end_step=100) == (0, 100, 3)

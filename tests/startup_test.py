@@ -11,6 +11,8 @@ import time
 import keras
 import pytest
 
+from sos import startup
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # As absl and TensorFlow write them.
 START_UP_LINE = re.compile(
@@ -152,8 +154,10 @@ def test_quiet_interrupted_in_an_interactive_session_raises():
 @pytest.mark.parametrize(
     ("orig_argv", "argv", "expected"),
     [
-        (["python", "-m", "sos.sparsity_report"], ["-m"], "2"),
-        (["python", "-msos.sparsity_report", "x"], ["-m", "x"], "2"),
+        (["python", "-m", "sos", "report", "x"], ["-m", "report", "x"], "2"),
+        (["python", "-msos", "x"], ["-m", "x"], "2"),
+        (["python", "-m", "sos.training.main"], ["-m"], "2"),
+        (["python", "/usr/bin/sos", "x"], ["/usr/bin/sos", "x"], "2"),
         (["python", "-m", "sosage", "x"], ["-m", "x"], None),
         (["python", "-m", "theirs", "sos"], ["-m", "sos"], None),
         (["python", "sos.py"], ["sos.py"], None),
@@ -188,7 +192,7 @@ def programs():
 
 def test_the_walk_finds_the_programs():
     found = set(programs())
-    assert {"sos.sparsity_report", "models.train"} <= found
+    assert {"sos.__main__", "models.train"} <= found
     assert {"benchmarks.mask_update", "tests.support.soak"} <= found
 
 
@@ -205,7 +209,7 @@ def test_a_program_starts_without_lines_of_tensorflow(program):
 def test_the_report_command_writes_no_lines_of_tensorflow(tmp_path):
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     model.save(tmp_path / "model.keras")
-    done = run("-m", "sos.sparsity_report", tmp_path / "model.keras")
+    done = run("-m", "sos", "report", tmp_path / "model.keras")
     assert done.returncode == 0, done.stderr
     assert done.stdout
     assert done.stderr == ""
@@ -227,7 +231,7 @@ def test_import_in_a_script_changes_nothing_that_tensorflow_prints():
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_a_command_interrupted_while_it_imports_ends_with_one_line():
     with subprocess.Popen(
-        [sys.executable, "-m", "sos.sparsity_report", "nowhere"],
+        [sys.executable, "-m", "sos", "report", "nowhere"],
         cwd=ROOT,
         env=environment(),
         stderr=subprocess.PIPE,
@@ -239,3 +243,63 @@ def test_a_command_interrupted_while_it_imports_ends_with_one_line():
         _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert stderr == "\nInterrupted while TensorFlow was starting.\n"
+
+
+# The backend.
+
+
+def import_under(home=None, setup="", **variables):
+    """The last line that an import of `sos` prints, and its exit status."""
+    inherited = environment()
+    inherited.pop("KERAS_BACKEND", None)
+    inherited.pop("KERAS_HOME", None)
+    if home is not None:
+        inherited["KERAS_HOME"] = str(home)
+    done = subprocess.run(
+        [sys.executable, "-c", f"{setup}\nimport sos"],
+        cwd=ROOT,
+        env={**inherited, **variables},
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, (done.stderr.splitlines() or [""])[-1]
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch", "openvino", "nothing"])
+def test_import_under_another_backend_raises_before_keras_does(backend):
+    code, line = import_under(KERAS_BACKEND=backend)
+    assert code == 1
+    assert line.startswith("sos.errors.BackendError: ")
+    assert f"Received: backend='{backend}'" in line
+    assert "KERAS_BACKEND=tensorflow" in line
+
+
+def test_import_under_a_keras_json_of_another_backend_raises(tmp_path):
+    path = tmp_path / "keras.json"
+    path.write_text('{"backend": "torch", "floatx": "float32"}')
+    code, line = import_under(tmp_path)
+    assert code == 1
+    assert f"Received: backend='torch', from {path}" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", [None, "{", '{"backend": "jax"}'])
+def test_import_under_tensorflow_works_whatever_keras_json_holds(
+    tmp_path, text
+):
+    variables = {}
+    if text is not None:
+        (tmp_path / "keras.json").write_text(text)
+        if "jax" in text:
+            variables["KERAS_BACKEND"] = "tensorflow"
+    code, line = import_under(tmp_path, **variables)
+    assert code == 0, line
+
+
+def test_check_backend_asks_the_keras_that_is_imported(monkeypatch):
+    startup.check_backend()
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    startup.check_backend()
+    monkeypatch.setattr(keras.config, "backend", lambda: "torch")
+    with pytest.raises(ImportError, match="backend='torch', from the Keras"):
+        startup.check_backend()

@@ -564,7 +564,7 @@ MAGNITUDE = {"technique": sos.MagnitudePruning, "schedule": SCHEDULE}
             sequential,
             {**MAGNITUDE, "rules": {"(": None}},
             UsageError,
-            r"regular expressions.*Received: '\('",
+            r"regular expression.*Received: '\('",
         ),
         (
             sequential,
@@ -588,19 +588,19 @@ MAGNITUDE = {"technique": sos.MagnitudePruning, "schedule": SCHEDULE}
             sequential,
             {"technique": sos.MagnitudePruning, "end_step": 9},
             TypeError,
-            "needs `sparsity`.*or a `schedule`. Received: end_step=9",
+            "needs `sparsity`.*or a schedule.*Received: end_step=9",
         ),
         (
             sequential,
             {"technique": "L0Regularization", "seed": 9},
             TypeError,
-            "needs `penalty_weight`. Received: seed=9",
+            "needs `num_examples`.*penalty_weight=None, num_examples=None",
         ),
         (
             sequential,
             {"technique": "L0Regularization"},
             TypeError,
-            "needs `penalty_weight`. Received: nothing",
+            "needs `num_examples`.*penalty_weight=None, num_examples=None",
         ),
         (sequential, {"schedule": SCHEDULE}, TypeError, "need a `technique`"),
         (
@@ -637,7 +637,7 @@ MAGNITUDE = {"technique": sos.MagnitudePruning, "schedule": SCHEDULE}
             sequential,
             {**MAGNITUDE, "begin_step": 0},
             TypeError,
-            r"A `schedule` excludes `begin_step`.*Received: begin_step=0,",
+            r"object excludes `begin_step`.*Received: begin_step=0,",
         ),
         (
             sequential,
@@ -679,7 +679,7 @@ MAGNITUDE = {"technique": sos.MagnitudePruning, "schedule": SCHEDULE}
             sequential,
             {**MAGNITUDE, "rules": [(1, None)]},
             UsageError,
-            "regular expressions.*Received: 1",
+            "regular expression.*Received: 1",
         ),
         (
             sequential,
@@ -862,8 +862,6 @@ def test_strip_keeps_what_is_not_sparse():
 
 
 def test_strip_refuses_what_it_cannot_do():
-    with pytest.raises(ValueError, match="no sparse layer"):
-        sos.strip(sequential())
     with pytest.raises(TypeError, match="takes a Keras 3 model"):
         sos.strip("model")
 

@@ -7,6 +7,7 @@ import tensorflow as tf
 
 import sos
 from sos.advice import SparsityWarning
+from sos.errors import UsageError
 from sos.wrappers.base import find_wrappers
 from tests.support import techniques
 
@@ -729,3 +730,58 @@ def test_fit_on_two_replicas(name):
     model.fit(x, y, batch_size=8, verbose=0, callbacks=[sos.SparsityCallback()])
     assert keras.ops.convert_to_numpy(optimizer.iterations) == 2
     check_replicas(model, before)
+
+
+# Schedules that are laid over a loop.
+
+
+def loop(sparse, optimizer, steps, **arguments):
+    with sos.SparsityUpdater(sparse, optimizer, **arguments) as updater:
+        for _ in range(steps):
+            move(optimizer)
+            updater.step()
+    return [w.schedule.steps() for w in find_wrappers(sparse)]
+
+
+def test_updater_with_train_steps_lays_the_schedules_over_them():
+    sparse = sos.sparsify(
+        techniques.dense_mlp(),
+        "MagnitudePruning",
+        sparsity=0.5,
+        rules={"b/": {"begin_step": 12}},
+    )
+    optimizer = keras.optimizers.SGD()
+    optimizer.iterations.assign(10)
+    found = loop(sparse, optimizer, 8, train_steps=8)
+    assert found == [(10, 16, 1), (12, 16, 1)]
+    for mask in techniques.sparse_state(sparse).values():
+        assert mask.mean() == 0.5
+    # It stays in a second loop.
+    assert loop(sparse, optimizer, 8, train_steps=80) == found
+    assert loop(sparse, optimizer, 8) == found
+
+
+def test_updater_of_unknown_length_raises_and_binds_nothing():
+    sparse = sos.sparsify(
+        techniques.dense_mlp(), "MagnitudePruning", sparsity=0.5
+    )
+    optimizer = keras.optimizers.SGD()
+    with pytest.raises(UsageError, match="train_steps=None"):
+        loop(sparse, optimizer, 1)
+    assert not any(w.step_counter.bound for w in find_wrappers(sparse))
+    for wrong in (0, 1.5):
+        with pytest.raises(UsageError, match=f"train_steps={wrong}"):
+            sos.SparsityUpdater(sparse, optimizer, train_steps=wrong)
+    assert loop(sparse, optimizer, 4, train_steps=4) == [(0, 3, 1)] * 2
+
+
+def test_updater_lays_no_schedule_out_if_one_does_not_fit():
+    sparse = sos.sparsify(
+        techniques.dense_mlp(),
+        "MagnitudePruning",
+        sparsity=0.5,
+        rules={"b/": {"begin_step": 7}},
+    )
+    with pytest.raises(UsageError, match="begin_step=7, train_steps=8"):
+        loop(sparse, keras.optimizers.SGD(), 8, train_steps=8)
+    assert not any(w.schedule.resolved for w in find_wrappers(sparse))

@@ -207,7 +207,7 @@ def run_name(config: Mapping[str, Any]) -> str:
     sparsity = plain(config["sparsity"])
     technique = sparsity["technique"]
     parts = [_snake_case(technique) if technique else "dense"]
-    for name in required_hyperparameters(technique):
+    for name in required_hyperparameters(sparsity):
         parts.append(f"{name}-{_short(sparsity[name])}")
     parts.append(f"seed-{config['seed']}")
     return "_".join([*parts, digest])
@@ -235,13 +235,29 @@ def value_text(value: Any, *, digits: int = 4) -> str:
     return str(value)
 
 
-def required_hyperparameters(technique: str | None) -> list[str]:
-    """Returns the names of the hyperparameters that have no default."""
-    return [
+def required_hyperparameters(sparsity: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the hyperparameters that a run had to give.
+
+    These have no default, or the technique needs one of several.
+
+    Args:
+        sparsity: The entry `sparsity` of a resolved config.
+    """
+    technique = sparsity["technique"]
+    names = [
         name
         for name, default in sos.extend.hyperparameters(technique).items()
         if default is sos.extend.REQUIRED
     ]
+    alternatives = _needs_one_of(technique)
+    given = [n for n in alternatives if sparsity.get(n) is not None]
+    return list(dict.fromkeys([*names, *given]))
+
+
+def _needs_one_of(technique: str | None) -> tuple[str, ...]:
+    if technique is None:
+        return ()
+    return sos.extend.techniques()[technique].needs_one_of
 
 
 def config_diff(
@@ -437,13 +453,19 @@ def _check_sparsity(sparsity: Mapping[str, Any], train_steps: int) -> None:
         )
     missing = [
         name
-        for name in required_hyperparameters(technique)
+        for name in required_hyperparameters(sparsity)
         if sparsity[name] is None
     ]
+    joined = " and "
+    # One with a default of its own is there already.
+    if not missing and technique is not None:
+        alternatives = _needs_one_of(technique)
+        if all(sparsity.get(name) is None for name in alternatives):
+            missing, joined = alternatives, " or "
     if missing:
         raise UsageError(
             f"The technique {technique!r} needs "
-            + " and ".join(f"`config.sparsity.{name}`" for name in missing)
+            + joined.join(f"`config.sparsity.{name}`" for name in missing)
             + "."
         )
     # `sos.sparsify` checks the form of rules.

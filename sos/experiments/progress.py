@@ -201,11 +201,10 @@ class SweepProgress:
 
 def describe(config: Mapping[str, Any]) -> str:
     """Returns a run as text for people: label, hyperparameters and seed."""
-    technique = config["sparsity"]["technique"]
     parts = [config_lib.label(config)]
     parts += [
         config_lib.value_text(config["sparsity"][name])
-        for name in config_lib.required_hyperparameters(technique)
+        for name in config_lib.required_hyperparameters(config["sparsity"])
     ]
     return f"{' '.join(parts)}, seed {config['seed']}"
 

@@ -61,7 +61,7 @@ class FinishedRun:
         sparsity = self.config["sparsity"]
         return ", ".join(
             config_lib.value_text(sparsity[name])
-            for name in config_lib.required_hyperparameters(self.technique)
+            for name in config_lib.required_hyperparameters(sparsity)
         )
 
 
@@ -109,8 +109,7 @@ def collect(
 def _order(run: FinishedRun) -> tuple:
     sparsity = run.config["sparsity"]
     hyperparameters = [
-        sparsity[name]
-        for name in config_lib.required_hyperparameters(run.technique)
+        sparsity[name] for name in config_lib.required_hyperparameters(sparsity)
     ]
     return (
         [None, *sos.extend.techniques()].index(run.technique),

@@ -11,6 +11,8 @@ import sos
 from sos.errors import ReportedError, UsageError
 from sos.experiments import config as config_lib
 from sos.training.task import Task
+from sos.wrappers.base import find_wrappers
+from sos.wrappers.masked import lay_out_schedules
 
 
 class ExperimentTask(Task):
@@ -79,6 +81,9 @@ class ExperimentTask(Task):
     def sparsify(self, model: keras.Model) -> keras.Model:
         """Makes a model sparse as `config.sparsity` says.
 
+        Pruning schedules without an `end_step` are laid over
+        `config.train_steps`.
+
         Args:
             model: The dense model.
 
@@ -95,7 +100,9 @@ class ExperimentTask(Task):
         if "seed" in arguments and arguments["seed"] is None:
             arguments["seed"] = self.config.seed
         try:
-            return sos.sparsify(model, copy=False, **arguments)
+            sparse = sos.sparsify(model, copy=False, **arguments)
+            lay_out_schedules(find_wrappers(sparse), self.config.train_steps)
+            return sparse
         except ReportedError as error:
             raise UsageError(f"`config.sparsity`: {error}") from error
 

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from sos import keras_compat
 from sos.errors import UsageError
 from sos.surgery import strip
 from sos.wrappers.base import find_wrappers
@@ -163,7 +164,7 @@ def _resources(model: keras.Model) -> list[Any]:
     """Returns tables, assets and the like that a model's layers hold."""
     found = {
         id(value): value
-        for layer in model._flatten_layers()
+        for layer in keras_compat.all_layers(model)
         for value in vars(layer).values()
         if isinstance(value, _RESOURCES)
     }

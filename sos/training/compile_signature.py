@@ -13,6 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from sos.keras_compat import all_layers
 from sos.training.checkpoints import canonical_path, variable_specs
 from sos.training.optimizers import traced_config
 from sos.wrappers.base import SparseWrapper
@@ -51,7 +52,7 @@ def compile_signature(
         "optimizer": _optimizer_properties(optimizer),
         "layers": {
             str(index): _layer_properties(layer)
-            for index, layer in enumerate(model._flatten_layers())
+            for index, layer in enumerate(all_layers(model))
         },
     }
 

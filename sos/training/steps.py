@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from sos import keras_compat
 from sos.errors import UsageError, reason
 from sos.masks import nan_count, refuse_nan, top_k_mask_device
 from sos.noise import noise_scope
@@ -183,7 +184,7 @@ class Steps:
                 f"`use_ema`. Received: use_ema=True on {self._replicas} "
                 "replicas"
             )
-        layers = self._model._flatten_layers()
+        layers = keras_compat.all_layers(self._model)
         if any(layer.compute_dtype == "float16" for layer in layers):
             raise UsageError(
                 "float16 needs loss scaling, which the engine does not do. Use "

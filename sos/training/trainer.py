@@ -47,7 +47,11 @@ from sos.training.task import (
 from sos.updater import SparsityUpdater
 from sos.weight_decay import exclude_techniques
 from sos.wrappers.base import find_wrappers
-from sos.wrappers.masked import PruningWrapper, update_masks
+from sos.wrappers.masked import (
+    PruningWrapper,
+    lay_out_schedules,
+    update_masks,
+)
 
 # From TensorFlow's error about a data set with fewer batches than asserted.
 _ENDED = "expected to contain"
@@ -482,7 +486,9 @@ class Trainer:
         """Trains from the current step until `steps` steps are completed.
 
         Args:
-            steps: Number of steps of the whole training.
+            steps: Number of steps of the whole training. Pruning schedules
+                without an `end_step` are laid over them, from step 0, in the
+                first call.
             checkpoints: Where to save a checkpoint: after the last step, when
                 `stop` requests a stop, and every `save_every` steps.
             save_every: Number of steps between two checkpoints, or None.
@@ -508,7 +514,7 @@ class Trainer:
         dataset = self.strategy.distribute_datasets_from_function(
             lambda context: train_dataset(self.task, context, self.step)
         )
-        with self._updating_masks() as updater:
+        with self._updating_masks(steps) as updater:
             iterator = iter(dataset)
             while (step := self.step) < steps:
                 begin = self._clock()
@@ -713,11 +719,15 @@ class Trainer:
         return self._host_copy
 
     @contextlib.contextmanager
-    def _updating_masks(self) -> Iterator[SparsityUpdater | None]:
+    def _updating_masks(
+        self, train_steps: int
+    ) -> Iterator[SparsityUpdater | None]:
         """Yields the updater of the sparse layers, if there are any."""
         if not self.steps.sparse_weights:
             yield None
             return
+        # From step 0, so that a resumed training has the same schedules.
+        lay_out_schedules(find_wrappers(self.model), train_steps)
         updater = SparsityUpdater(
             self.model, self.optimizer, update_masks=self._update_masks
         )

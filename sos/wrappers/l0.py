@@ -76,25 +76,26 @@ class L0Regularization(PenalizedWrapper):
 
     Args:
         layer: The layer to wrap.
-        penalty_weight: As for `PenalizedWrapper`.
         initial_log_alpha: Mean of the initial log alpha, whose standard
             deviation is 0.01. The default is the authors': a gate is dropped
             with probability 0.1 before it is stretched.
-        **kwargs: As for `PenalizedWrapper`.
+        **kwargs: As for `PenalizedWrapper`: `num_examples` or `penalty_weight`,
+            `ramp`, `begin_step`, `end_step`, `seed`.
     """
 
     has_posterior = True
+    # 1 / N, the authors' default on ImageNet and WMT'14.
+    default_penalty = 1.0
 
     def __init__(
         self,
         layer: keras.layers.Layer,
         *,
-        penalty_weight: float,
         initial_log_alpha: float = 2.197,
         **kwargs: Any,
     ) -> None:
         initial_log_alpha = check_number("initial_log_alpha", initial_log_alpha)
-        super().__init__(layer, penalty_weight=penalty_weight, **kwargs)
+        super().__init__(layer, **kwargs)
         self.initial_log_alpha = initial_log_alpha
 
     def build_weight(self, weight: SparseWeight) -> None:

@@ -81,7 +81,7 @@ class MaskedWrapper(SparseWrapper):
                 f"Received: {len(masks)} masks"
             )
         arrays = [
-            _check_mask(weight, mask)
+            check_mask(weight, mask)
             for weight, mask in zip(weights, masks, strict=True)
         ]
         for weight, array in zip(weights, arrays, strict=True):
@@ -108,9 +108,26 @@ def _masked_table(value: tf.Tensor, mask: tf.Tensor) -> tuple:
     return value * tf.cast(mask, value.dtype), grad
 
 
-def _check_mask(weight: SparseWeight, mask: Any) -> Any:
-    """Returns a mask as a uint8 array; raises `UsageError` if it is wrong."""
-    array = keras.ops.convert_to_numpy(mask)
+def check_mask(weight: SparseWeight, mask: Any) -> np.ndarray:
+    """Checks the mask of a weight.
+
+    Args:
+        weight: The weight.
+        mask: What is to be its mask.
+
+    Returns:
+        The mask as a uint8 array.
+
+    Raises:
+        UsageError: If it does not hold zeros and ones, or has another shape.
+    """
+    try:
+        array = keras.ops.convert_to_numpy(mask)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"The mask of {weight.path} must be an array of zeros and ones. "
+            f"Received: {mask!r}"
+        ) from error
     shape = tuple(weight.variable.shape)
     if array.shape != shape or not ((array == 0) | (array == 1)).all():
         raise UsageError(
@@ -130,6 +147,10 @@ _NUMBERS = (
     "frequency",
     "power",
 )
+# Those that a constant schedule does not have.
+_POLYNOMIAL = ("initial_sparsity", "end_step", "power")
+# Where files of weights have the steps of the schedule.
+_STEPS = "schedule_steps"
 
 
 class PruningWrapper(MaskedWrapper):
@@ -139,33 +160,44 @@ class PruningWrapper(MaskedWrapper):
     of the schedule, between two training steps, and hands them to the ranking;
     the training step itself carries no sort and no condition.
 
-    The schedule is given as numbers or as an object. With an `end_step` the
-    sparsity grows from `initial_sparsity` at `begin_step` to `sparsity` (Zhu
-    and Gupta 2017): s(t) = s_final + (s_init - s_final) * (1 - p)^power, where
-    p = clip((t - begin) / (end - begin), 0, 1). Without one it is constant from
-    `begin_step` on.
+    By default the sparsity grows from `initial_sparsity` at `begin_step` to
+    `sparsity` at `end_step` (Zhu and Gupta 2017):
+    s(t) = s_final + (s_init - s_final) * (1 - p)^power, where
+    p = clip((t - begin) / (end - begin), 0, 1).
+
+    Without an `end_step` the schedule is laid over the training when it begins:
+    from the optimizer's step to 75 % of the training steps. `fit` with
+    `sos.SparsityCallback` knows their number, a config has `train_steps`, and
+    in a custom loop it is `sos.SparsityUpdater(model, optimizer,
+    train_steps=...)`. What was laid out stays: it is in saved models and files
+    of weights, and a second `fit` continues it. Until then masks are ones.
 
     Args:
         layer: The layer to wrap.
-        sparsity: Fraction of zeros to end with, in [0, 1). With a `schedule`,
-            it replaces the schedule's own.
+        sparsity: Fraction of zeros to end with, in [0, 1). With a schedule
+            object, it replaces the schedule's own.
         initial_sparsity: Fraction of zeros at `begin_step`, in [0, 1).
         begin_step: Training step of the first mask update.
-        end_step: Training step of the last mask update; None for a constant
-            sparsity, whose masks are updated for the rest of training.
-        frequency: Training steps between two mask updates.
+        end_step: Training step of the last mask update; None for 75 % of the
+            training steps.
+        frequency: Training steps between two mask updates; None for about 100
+            updates from `begin_step` to `end_step`, and for 100 steps under a
+            constant schedule, but at least `steps_per_execution`.
         power: Exponent of the growth.
-        schedule: A pruning schedule of tfmot (`sos.schedules.PolynomialDecay`,
-            `sos.schedules.ConstantSparsity` or a subclass of
-            `sos.schedules.PruningSchedule`), or a `sos.schedules.Schedule`,
-            instead of the numbers.
+        schedule: "polynomial"; "constant" for masks of `sparsity` that are
+            updated from `begin_step` on for the rest of training, without
+            `initial_sparsity`, `end_step` and `power`; or an object instead of
+            the numbers: a pruning schedule of tfmot
+            (`sos.schedules.PolynomialDecay`, `sos.schedules.ConstantSparsity`
+            or a subclass of `sos.schedules.PruningSchedule`) or a
+            `sos.schedules.Schedule`.
         ranking: How scores become masks; by default each tensor for itself.
         **kwargs: As for `SparseWrapper`.
 
     Raises:
-        UsageError: If a number is out of range.
-        TypeError: If `schedule` or `ranking` is not one, or the numbers come
-            together with a `schedule`, or neither is there.
+        UsageError: If a number is out of range or does not fit the schedule.
+        TypeError: If `schedule` or `ranking` is not one, or numbers come
+            together with a schedule object, or there is no `sparsity`.
 
     Example:
     >>> import keras, sos
@@ -198,9 +230,9 @@ class PruningWrapper(MaskedWrapper):
         initial_sparsity: float = 0.0,
         begin_step: int = 0,
         end_step: int | None = None,
-        frequency: int = 100,
+        frequency: int | None = None,
         power: float = 3.0,
-        schedule: PruningSchedule | Schedule | None = None,
+        schedule: PruningSchedule | Schedule | str = "polynomial",
         ranking: Ranking | None = None,
         **kwargs: Any,
     ) -> None:
@@ -212,7 +244,7 @@ class PruningWrapper(MaskedWrapper):
             "frequency": frequency,
             "power": power,
         }
-        if schedule is not None:
+        if not isinstance(schedule, str):
             # A subclass may pass on defaults of its own.
             numbers = arguments.changed(numbers, self._number_defaults())
         schedule = self._make_schedule(schedule, numbers)
@@ -230,9 +262,10 @@ class PruningWrapper(MaskedWrapper):
     def hyperparameters(cls) -> dict[str, Any]:
         """Returns the numbers of the schedule, and the technique's own."""
         defaults = super().hyperparameters()
-        for name in ("schedule", "ranking"):
-            defaults.pop(name, None)
-        # The default is None because a schedule can replace it.
+        defaults.pop("ranking", None)
+        if not isinstance(defaults.get("schedule"), str):
+            defaults.pop("schedule", None)
+        # The default is None because a schedule object can replace it.
         if defaults.get("sparsity", ...) is None:
             defaults["sparsity"] = arguments.REQUIRED
         return defaults
@@ -243,23 +276,22 @@ class PruningWrapper(MaskedWrapper):
         hyperparameters: Mapping[str, Any],
         inherited: Mapping[str, Any] = types.MappingProxyType({}),
     ) -> dict[str, Any]:
-        """Turns the numbers of a schedule into a `Schedule`."""
-        if hyperparameters.get("schedule") is not None:
-            inherited = {
-                name: value
-                for name, value in inherited.items()
-                if name not in _NUMBERS
-            }
+        """Turns the name and the numbers of a schedule into a `Schedule`."""
+        schedule = hyperparameters.get("schedule", "polynomial")
+        replaced = _POLYNOMIAL if schedule == "constant" else ()
+        replaced = replaced if isinstance(schedule, str) else _NUMBERS
+        inherited = {k: v for k, v in inherited.items() if k not in replaced}
         resolved = super().resolve_hyperparameters(hyperparameters, inherited)
-        numbers = {k: v for k, v in resolved.items() if k in _NUMBERS}
-        schedule = resolved.get("schedule")
+        default = arguments.defaults(cls, SparseWrapper).get("schedule")
+        schedule = resolved.get("schedule", default)
         # A technique may have a schedule of its own.
-        if "schedule" not in arguments.defaults(cls, SparseWrapper):
+        if default is None or schedule is arguments.REQUIRED:
             return resolved
-        if schedule is None and numbers.get("sparsity") is None:
-            return resolved
-        if schedule is None:
+        numbers = {k: v for k, v in resolved.items() if k in _NUMBERS}
+        if isinstance(schedule, str):
             numbers = {**cls._number_defaults(), **numbers}
+            if numbers["sparsity"] is None:
+                return resolved
         schedule = cls._make_schedule(schedule, numbers)
         others = {k: v for k, v in resolved.items() if k not in _NUMBERS}
         return {**others, "schedule": schedule}
@@ -276,26 +308,34 @@ class PruningWrapper(MaskedWrapper):
     @classmethod
     def _make_schedule(
         cls,
-        schedule: PruningSchedule | Schedule | None,
+        schedule: PruningSchedule | Schedule | str,
         numbers: dict[str, Any],
     ) -> Schedule:
-        """Makes a schedule of numbers, or of a schedule and a sparsity."""
-        sparsity = numbers.get("sparsity")
-        if schedule is None:
-            if sparsity is None:
-                numbers = arguments.changed(numbers, cls._number_defaults())
+        """Makes a schedule of a name or a schedule, and numbers."""
+        if isinstance(schedule, str):
+            # A subclass may have defaults of its own.
+            changed = arguments.changed(numbers, cls._number_defaults())
+            if numbers.get("sparsity") is None:
                 raise ArgumentError(
                     f"{cls.__name__} needs `sparsity`, the fraction of zeros "
-                    "to end with, such as `sparsity=0.9`, or a `schedule`. "
-                    f"Received: {arguments.received(numbers) or 'neither'}"
+                    "to end with, such as `sparsity=0.9`, or a schedule "
+                    "object. "
+                    f"Received: {arguments.received(changed) or 'neither'}"
                 )
-            return make_schedule(**numbers)
+            if schedule == "constant":
+                numbers = {
+                    name: value
+                    for name, value in numbers.items()
+                    if name in changed or name not in _POLYNOMIAL
+                }
+            return make_schedule(schedule, **numbers)
         schedule = as_schedule(schedule)
+        sparsity = numbers.get("sparsity")
         excess = {k: v for k, v in numbers.items() if k != "sparsity"}
         if excess:
             raise ArgumentError(
-                f"A `schedule` excludes {arguments.quoted(excess)}: give "
-                f"{cls.__name__} the schedule or its numbers. "
+                f"A `schedule` object excludes {arguments.quoted(excess)}: "
+                f"give {cls.__name__} the schedule or its numbers. "
                 f"Received: {arguments.received(excess)}, schedule={schedule}"
             )
         return (
@@ -384,6 +424,21 @@ class PruningWrapper(MaskedWrapper):
         """The sparsity at the end of the schedule, None for an open end."""
         return self.schedule.target_sparsity
 
+    def save_own_variables(self, store: dict[str, Any]) -> None:
+        """Saves the variables, and the steps of a polynomial schedule."""
+        super().save_own_variables(store)
+        steps = self.schedule.steps() if self.schedule.resolved else None
+        if steps is not None:
+            store[_STEPS] = np.asarray(steps, "int64")
+
+    def load_own_variables(self, store: Mapping[str, Any]) -> None:
+        """Loads the variables, and steps that a schedule does not know yet."""
+        values = {name: store[name] for name in store.keys()}
+        steps = values.pop(_STEPS, None)
+        super().load_own_variables(values)
+        if steps is not None and not self.schedule.resolved:
+            self.schedule = self.schedule.at(*np.asarray(steps).tolist())
+
     def get_config(self) -> dict[str, Any]:
         """The layer's configuration, which `from_config` takes."""
         serialize = keras.saving.serialize_keras_object
@@ -409,6 +464,42 @@ def _sum_over_replicas(gradient: tf.Tensor) -> tf.Tensor:
     if context is None or context.num_replicas_in_sync == 1:
         return gradient
     return context.all_reduce(tf.distribute.ReduceOp.SUM, gradient)
+
+
+def lay_out_schedules(
+    wrappers: Sequence[SparseWrapper],
+    train_steps: int | None,
+    *,
+    start: int = 0,
+    steps_per_execution: int = 1,
+) -> None:
+    """Lays the schedules of layers over a training that begins.
+
+    Schedules that are resolved, or were laid out before, stay.
+
+    Args:
+        wrappers: The layers; those without a schedule are left alone.
+        train_steps: As for `Schedule.over`.
+        start: As for `Schedule.over`.
+        steps_per_execution: As for `Schedule.over`.
+
+    Raises:
+        UsageError: As `Schedule.over` does; no schedule is changed then.
+    """
+    schedules = [
+        (
+            wrapper,
+            wrapper.schedule.over(
+                train_steps,
+                start=start,
+                steps_per_execution=steps_per_execution,
+            ),
+        )
+        for wrapper in wrappers
+        if isinstance(wrapper, PruningWrapper)
+    ]
+    for wrapper, schedule in schedules:
+        wrapper.schedule = schedule
 
 
 def update_masks(updates: dict[PruningWrapper, float]) -> None:
@@ -455,7 +546,7 @@ def update_masks(updates: dict[PruningWrapper, float]) -> None:
             )
             if not isinstance(ranking, PerTensorRanking):
                 masks = [
-                    _check_mask(weight, mask)
+                    check_mask(weight, mask)
                     for (_, weight, _), mask in zip(ranked, masks, strict=True)
                 ]
         except ValueError as error:

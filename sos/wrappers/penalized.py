@@ -8,6 +8,8 @@ import keras
 import tensorflow as tf
 
 from sos import arguments
+from sos.arguments import check_integer
+from sos.errors import ArgumentError
 from sos.ramps import Ramp, make_ramp, takes_steps
 from sos.step_counter import StepCounter
 from sos.wrappers.base import SparseWrapper
@@ -30,7 +32,10 @@ class PenalizedWrapper(SparseWrapper):
     Args:
         layer: The layer to wrap.
         penalty_weight: Factor of the penalty, at least 0. Gale et al. 2019 use
-            a multiple of 1 / (number of training examples).
+            multiples of 1 / (number of training examples).
+        num_examples: Number of training examples N, for the authors' default of
+            the factor, `default_penalty` / N, where the loss is a mean over
+            examples. Give either this or `penalty_weight`.
         ramp: How the penalty grows from `begin_step` to `end_step`: "constant"
             (the full penalty from the first step on, without these two),
             "linear", "cubic", "smoothed_cubic", or a `sos.ramps.Ramp`.
@@ -43,7 +48,8 @@ class PenalizedWrapper(SparseWrapper):
     Raises:
         UsageError: If a number is out of range, or the steps do not fit the
             ramp.
-        TypeError: If `ramp` is not a ramp.
+        TypeError: If `ramp` is not a ramp, or neither or both of
+            `penalty_weight` and `num_examples` are there.
 
     Example:
     >>> import keras, sos
@@ -56,7 +62,15 @@ class PenalizedWrapper(SparseWrapper):
     ... )
     >>> layer.ramp
     LinearRamp(begin_step=100, end_step=1000)
+    >>> layer = sos.L0Regularization(keras.layers.Dense(8), num_examples=50_000)
+    >>> layer.penalty_weight
+    2e-05
     """
+
+    #: The authors' default penalty weight, in units of 1 / `num_examples`.
+    default_penalty = 1.0
+
+    needs_one_of = ("penalty_weight", "num_examples")
 
     penalty_weight = Hyperparameter("float32", minimum=0.0)
     seed = Hyperparameter("int32")
@@ -65,7 +79,8 @@ class PenalizedWrapper(SparseWrapper):
         self,
         layer: keras.layers.Layer,
         *,
-        penalty_weight: float,
+        penalty_weight: float | None = None,
+        num_examples: int | None = None,
         ramp: Ramp | str = "constant",
         begin_step: int = 0,
         end_step: int | None = None,
@@ -74,6 +89,9 @@ class PenalizedWrapper(SparseWrapper):
     ) -> None:
         ramp = self._make_ramp(
             {"ramp": ramp, "begin_step": begin_step, "end_step": end_step}
+        )
+        penalty_weight = self._make_weight(
+            {"penalty_weight": penalty_weight, "num_examples": num_examples}
         )
         super().__init__(layer, **kwargs)
         self.penalty_weight = penalty_weight
@@ -86,7 +104,15 @@ class PenalizedWrapper(SparseWrapper):
         hyperparameters: Mapping[str, Any],
         inherited: Mapping[str, Any] = types.MappingProxyType({}),
     ) -> dict[str, Any]:
-        """Turns the name and the steps of a ramp into a `Ramp`."""
+        """Makes a `Ramp` of its name and steps, and the penalty weight."""
+        if any(
+            hyperparameters.get(name) is not None for name in cls.needs_one_of
+        ):
+            inherited = {
+                name: value
+                for name, value in inherited.items()
+                if name not in cls.needs_one_of
+            }
         if "ramp" in hyperparameters and not takes_steps(
             hyperparameters["ramp"]
         ):
@@ -96,9 +122,14 @@ class PenalizedWrapper(SparseWrapper):
                 if name not in _STEPS
             }
         resolved = super().resolve_hyperparameters(hyperparameters, inherited)
+        defaults = arguments.defaults(cls, SparseWrapper)
+        # A technique may have a weight of its own.
+        if "num_examples" in defaults:
+            weights = {k: resolved.pop(k, None) for k in cls.needs_one_of}
+            weight = cls._make_weight(weights)
+            resolved["penalty_weight"] = weight
         names = ("ramp", *_STEPS)
         values = {k: v for k, v in resolved.items() if k in names}
-        defaults = arguments.defaults(cls, SparseWrapper)
         # Without a ramp, a technique may make its own of the steps.
         if "ramp" not in values and not takes_steps(defaults.get("ramp")):
             return resolved
@@ -106,6 +137,33 @@ class PenalizedWrapper(SparseWrapper):
         ramp = cls._make_ramp({**defaults, **values})
         others = {k: v for k, v in resolved.items() if k not in names}
         return {**others, "ramp": ramp}
+
+    @classmethod
+    def _make_weight(cls, values: dict[str, Any]) -> float:
+        """Returns the penalty weight, which `num_examples` may stand for."""
+        # A subclass may have a weight of its own by default.
+        default = arguments.defaults(cls, SparseWrapper).get("penalty_weight")
+        default = None if default is arguments.REQUIRED else default
+        weight, examples = values["penalty_weight"], values["num_examples"]
+        if examples is not None and weight in (None, default):
+            examples = check_integer("num_examples", examples, minimum=1)
+            return cls.default_penalty / examples
+        weight = default if weight is None else weight
+        if weight is not None and examples is not None:
+            raise ArgumentError(
+                "`penalty_weight` and `num_examples` exclude each other: "
+                "`num_examples` stands for the weight "
+                f"{cls.default_penalty:g} / num_examples. "
+                f"Received: {arguments.received(values)}"
+            )
+        if weight is None:
+            raise ArgumentError(
+                f"{cls.__name__} needs `num_examples`, the number of training "
+                "examples, for the default penalty weight "
+                f"{cls.default_penalty:g} / num_examples, or another "
+                f"`penalty_weight`. Received: {arguments.received(values)}"
+            )
+        return weight
 
     @classmethod
     def _make_ramp(cls, values: dict[str, Any]) -> Ramp:

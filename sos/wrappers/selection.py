@@ -74,7 +74,51 @@ def eligible(layer: keras.layers.Layer) -> set[int]:
     }
 
 
-def check_patterns(include: Any) -> list[str] | None:
+def path_in(model: keras.layers.Layer, variable: keras.Variable) -> str:
+    """Returns the path of a weight as the report of a model prints it.
+
+    The model's own name, which Keras may have made up, is left out: whether
+    Keras puts it there depends on how the model was made.
+
+    Args:
+        model: The model.
+        variable: The weight.
+    """
+    return variable.path.removeprefix(f"{model.name}/")
+
+
+def check_expression(expression: Any, role: str) -> None:
+    """Checks a regular expression on paths of weights.
+
+    Args:
+        expression: The expression.
+        role: What it is, for the message, such as "a key of `rules`".
+
+    Raises:
+        UsageError: If it is not one.
+    """
+    try:
+        if not isinstance(expression, str):
+            raise TypeError("not a text")
+        re.compile(expression)
+    except (re.error, TypeError) as error:
+        raise UsageError(
+            f"Expected a regular expression on weight paths as {role} "
+            f"({error}). Received: {expression!r}"
+        ) from error
+
+
+def matches(expression: str, path: str) -> bool:
+    """Returns whether an expression is found anywhere in a weight's path.
+
+    Args:
+        expression: A regular expression.
+        path: From `path_in`.
+    """
+    return re.search(expression, path) is not None
+
+
+def check_include(include: Any) -> list[str] | None:
     """Checks the argument `include` of a technique.
 
     Args:
@@ -88,16 +132,10 @@ def check_patterns(include: Any) -> list[str] | None:
     """
     if include is None:
         return None
-    patterns = [include] if isinstance(include, str) else list(include)
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise UsageError(
-                "`include` must be a regular expression on weight paths or "
-                f"several of them ({error}). Received: include={include!r}"
-            ) from error
-    return patterns
+    expressions = [include] if isinstance(include, str) else list(include)
+    for expression in expressions:
+        check_expression(expression, "`include`")
+    return expressions
 
 
 def choose(
@@ -133,13 +171,18 @@ def choose(
     else:
         chosen = set()
         for pattern in include:
-            found = {
-                i for i, v in available.items() if re.search(pattern, v.path)
-            }
+            found = {i for i, v in available.items() if _included(pattern, v)}
             if not found:
                 _fail(f"matches {pattern!r}", available, include)
             chosen |= found
     return unique({index: available[index].path for index in sorted(chosen)})
+
+
+def _included(expression: str, variable: keras.Variable) -> bool:
+    # The model that will hold the layer is not known yet: the path may begin
+    # with its name, which the report leaves out.
+    forms = (variable.path, variable.path.partition("/")[2])
+    return any(matches(expression, path) for path in forms)
 
 
 def unique(paths: Mapping[int, str]) -> dict[int, str]:

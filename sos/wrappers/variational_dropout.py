@@ -83,26 +83,27 @@ class VariationalDropout(PenalizedWrapper):
 
     Args:
         layer: The layer to wrap.
-        penalty_weight: As for `PenalizedWrapper`.
         initial_log_sigma2: Initial log sigma^2.
         threshold: Log alpha from which on weights are removed in evaluation.
             It may be set at any time.
         clip_log_alpha: In training log alpha is clipped to this and its
             negative; None for no limit.
-        **kwargs: As for `PenalizedWrapper`.
+        **kwargs: As for `PenalizedWrapper`: `num_examples` or `penalty_weight`,
+            `ramp`, `begin_step`, `end_step`, `seed`.
 
     Raises:
         UsageError: If a number is out of range.
     """
 
     has_posterior = True
+    # 1 / N, the authors' default on ImageNet and WMT'14.
+    default_penalty = 1.0
     threshold = Hyperparameter("float32")
 
     def __init__(
         self,
         layer: keras.layers.Layer,
         *,
-        penalty_weight: float,
         initial_log_sigma2: float = -10.0,
         threshold: float = 3.0,
         clip_log_alpha: float | None = 8.0,
@@ -118,7 +119,7 @@ class VariationalDropout(PenalizedWrapper):
         initial_log_sigma2 = check_number(
             "initial_log_sigma2", initial_log_sigma2
         )
-        super().__init__(layer, penalty_weight=penalty_weight, **kwargs)
+        super().__init__(layer, **kwargs)
         self.initial_log_sigma2 = initial_log_sigma2
         self.threshold = threshold
         self.clip_log_alpha = clip_log_alpha

@@ -84,6 +84,13 @@ def test_resolve_resolved_config_changes_nothing():
             ["config.sparsity.sparsity"],
         ),
         (
+            {"sparsity": {"technique": "L0Regularization"}},
+            [
+                "config.sparsity.penalty_weight` or",
+                "config.sparsity.num_examples",
+            ],
+        ),
+        (
             {"sparsity": {"technique": "MagnitudePruning", "penalty": 1.0}},
             ["'penalty'", "sparsity"],
         ),
@@ -130,6 +137,30 @@ def test_load_task_module_with_missing_import_shows_the_cause(
 
 
 # Identity.
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ({"technique": None}, []),
+        ({"technique": "RandomPruning", "sparsity": 0.5}, ["sparsity"]),
+        (
+            {"technique": "L0Regularization", "penalty_weight": 0.5},
+            ["penalty_weight"],
+        ),
+        (
+            {"technique": "VariationalDropout", "num_examples": 500},
+            ["num_examples"],
+        ),
+    ],
+)
+def test_required_hyperparameters_are_those_that_the_config_had_to_give(
+    given, names
+):
+    config = resolved(sparsity=given)
+    assert config_lib.required_hyperparameters(config.sparsity) == names
+    for name in names:
+        assert f"_{name}-{given[name]}_" in config_lib.run_name(config)
 
 
 def test_identity_holds_only_what_differs_from_defaults():

@@ -5,6 +5,7 @@ import shutil
 import signal
 
 import keras
+import numpy as np
 import pytest
 
 from sos.errors import (
@@ -334,3 +335,33 @@ def test_run_dtype_policy_is_that_of_the_config(tmp_path):
     assert "bfloat16" not in kinds
     dense = directory_of("dense", tmp_path)
     assert directory != dense
+
+
+def test_run_with_a_sparsity_alone_lays_the_schedule_over_its_steps(tmp_path):
+    sparsity = {"technique": "MagnitudePruning", "sparsity": 0.75}
+    overrides = {"overrides": {"sparsity": sparsity}}
+    result = train("magnitude", tmp_path / "whole", **overrides)
+    assert result.sparsity == 0.75
+    with pytest.raises(Stopped):
+        train("magnitude", tmp_path / "parts", stop_at=5, **overrides)
+    assert train("magnitude", tmp_path / "parts", **overrides) is not None
+    config = config_lib.resolve(toy_experiment.config(sparsity=sparsity))
+    whole, parts = (
+        values(run_directory(config, tmp_path / name))
+        for name in ("whole", "parts")
+    )
+    assert whole.keys() == parts.keys()
+    for name, value in whole.items():
+        np.testing.assert_array_equal(value, parts[name])
+
+
+def test_run_with_a_schedule_that_does_not_fit_raises(tmp_path):
+    sparsity = {
+        "technique": "MagnitudePruning",
+        "sparsity": 0.75,
+        "begin_step": 11,
+    }
+    with pytest.raises(
+        UsageError, match="config.sparsity.*begin_step=11, train_steps=12"
+    ):
+        train("magnitude", tmp_path, overrides={"sparsity": sparsity})

@@ -17,7 +17,12 @@ from sos.wrappers.sparse_layer import as_plain
 SCHEDULE = sos.schedules.ConstantSparsity(0.5, begin_step=1, frequency=1)
 
 # With these, techniques prune from the first step on.
-HYPERPARAMETERS = {"sparsity": 0.5, "frequency": 1, "penalty_weight": 1e-3}
+HYPERPARAMETERS = {
+    "schedule": "constant",
+    "sparsity": 0.5,
+    "frequency": 1,
+    "penalty_weight": 1e-3,
+}
 
 # The package's own techniques; other tests register more.
 TECHNIQUES = [
@@ -81,6 +86,19 @@ def mlp(technique, *, seed=0, **overrides):
             wrap(technique, keras.layers.Dense(2, name="b"), **overrides),
         ],
         # Random numbers depend on the paths of weights.
+        name="toy",
+    )
+
+
+def dense_mlp(*, seed=0):
+    """The network of `mlp`, dense."""
+    keras.utils.set_random_seed(seed)
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(8, activation="tanh", name="a"),
+            keras.layers.Dense(2, name="b"),
+        ],
         name="toy",
     )
 

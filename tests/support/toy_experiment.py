@@ -88,6 +88,7 @@ class ToyExperiment(ExperimentTask):
 
     runtime_entries = (
         "seed",
+        "sparsity.num_examples",
         "sparsity.penalty_weight",
         "sparsity.seed",
         "sparsity.sparsity",

@@ -22,6 +22,7 @@ from sos.training import strategies
 from sos.training.checkpoints import Checkpoints
 from sos.training.task import Task
 from sos.training.trainer import Action, LoopLength, Trainer
+from sos.wrappers.base import find_wrappers
 from tests.support import techniques, toy_task
 from tests.support.toy_task import OrderedTask, ToyTask
 
@@ -1336,3 +1337,26 @@ def test_trainer_with_loops_of_nothing_raises():
 def test_trainer_with_batches_that_cannot_be_cut_raises():
     with pytest.raises(ValueError, match="gradient_accumulation_steps=3"):
         make_trainer(gradient_accumulation_steps=3)
+
+
+def test_schedules_without_an_end_are_laid_over_the_whole_training(tmp_path):
+    numbers = {"schedule": "polynomial", "frequency": None, "sparsity": 0.75}
+    first, second = (
+        make_trainer("MagnitudePruning", steps_per_loop=2, **numbers)
+        for _ in range(2)
+    )
+    assert not any(w.schedule.resolved for w in find_wrappers(first.model))
+
+    with pytest.raises(Stopped):
+        first.train(
+            STEPS,
+            checkpoints=make_checkpoints(first, tmp_path),
+            stop=StopAt(first, 5),
+        )
+    second.restore(make_checkpoints(second, tmp_path))
+    for trainer in (first, second):
+        trainer.train(STEPS)
+        for wrapper in find_wrappers(trainer.model):
+            assert wrapper.schedule.steps() == (0, round(0.75 * STEPS), 1)
+    assert first.evaluate().sparsity == pytest.approx(0.75, abs=0.01)
+    same_bits(toy_task.values(second), toy_task.values(first))
