@@ -120,8 +120,9 @@ def _bars(figure, colour):
 
 
 def _colours(path):
-    pixels = matplotlib.image.imread(path)[..., :3]
-    return {tuple(c) for c in np.round(255 * pixels.reshape(-1, 3)).astype(int)}
+    pixels = np.round(255 * matplotlib.image.imread(path)[..., :3]).astype(int)
+    values = np.unique(pixels @ [1 << 16, 1 << 8, 1])
+    return {(v >> 16, v >> 8 & 255, v & 255) for v in values.tolist()}
 
 
 @pytest.mark.parametrize(

@@ -627,7 +627,6 @@ def test_record_batches_compressed_files_are_read(tmp_path):
 )
 @hypothesis.example([1], (3, 2, 2))
 @hypothesis.example([0, 1, 0], (2, 1, 1))
-@hypothesis.example([4, 4], (2, 2, 1))
 @hypothesis.example([2, 3], (1, 1, 25))
 def test_record_eval_batches_hold_every_record_once(
     make_shards, counts, sharing
