@@ -1,6 +1,14 @@
+import keras
 import pytest
 
 from tests.support import benchmarks
+
+
+@pytest.fixture(autouse=True)
+def dtype_policy():
+    """Puts back what the benchmark sets."""
+    yield
+    keras.config.set_dtype_policy("float32")
 
 
 def test_tpu_compile_lower_only_prints_one_report_of_the_technique():

@@ -1,5 +1,7 @@
+import multiprocessing
 import re
 import sys
+import threading
 
 import pytest
 
@@ -7,13 +9,41 @@ from benchmarks import train_step
 from tests.support import benchmarks
 
 
-def test_train_step_prints_one_report_of_the_techniques():
+class End:
+    """An end of a pipe that both threads share, so that neither closes it."""
+
+    def __init__(self, end):
+        self.send, self.recv = end.send, end.recv
+
+    def close(self):
+        pass
+
+
+class Threads:
+    """Threads instead of processes, which would import TensorFlow."""
+
+    Process = threading.Thread
+
+    @staticmethod
+    def Pipe():
+        return [End(end) for end in multiprocessing.Pipe()]
+
+
+@pytest.mark.parametrize(
+    "process", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
+def test_train_step_prints_one_report_of_the_techniques(process, monkeypatch):
+    if not process:
+        monkeypatch.setattr(
+            train_step.multiprocessing, "get_context", lambda kind: Threads
+        )
     report = benchmarks.run(
         "train_step",
         "--model=convnet",
         "--techniques=VariationalDropout",
         "--repeats=1",
         "--batch=2",
+        process=process,
     )
     assert list(report["results"]) == ["dense", "VariationalDropout"]
     for figures in report["results"].values():

@@ -40,7 +40,7 @@ def _archive(**changes):
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", 6000), ("test", 4000)])
-def test_shapes_and_dtypes(data, split, count):
+def test_load_returns_images_and_labels(data, split, count):
     images = getattr(data, f"x_{split}")
     labels = getattr(data, f"y_{split}")
     assert images.shape == (count, 28, 28, 1)
@@ -52,14 +52,14 @@ def test_shapes_and_dtypes(data, split, count):
 
 
 @pytest.mark.parametrize("labels", ["y_train", "y_test"])
-def test_every_class_is_well_represented(data, labels):
+def test_load_has_enough_of_every_class(data, labels):
     labels = getattr(data, labels)
     counts = np.bincount(labels, minlength=10)
     assert len(counts) == len(data.class_names) == 10
     assert counts.min() > 0.08 * len(labels)
 
 
-def test_images_carry_their_labels(data):
+def test_load_images_carry_their_labels(data):
     # The nearest class mean alone gets two thirds of the test images right;
     # shuffled labels would get a tenth.
     train = data.x_train.reshape(len(data.x_train), -1)
@@ -70,12 +70,12 @@ def test_images_carry_their_labels(data):
     assert 0.6 < accuracy < 0.75
 
 
-def test_splits_are_disjoint(data):
+def test_load_splits_are_disjoint(data):
     train = {image.tobytes() for image in data.x_train}
     assert not any(image.tobytes() in train for image in data.x_test)
 
 
-def test_result_is_frozen_but_its_arrays_are_the_callers(data):
+def test_load_result_is_frozen_with_arrays_of_the_caller(data):
     with pytest.raises(dataclasses.FrozenInstanceError):
         data.x_train = None
     other = fashion_mnist.load()
@@ -83,13 +83,13 @@ def test_result_is_frozen_but_its_arrays_are_the_callers(data):
     assert data.x_train.max() == 1.0
 
 
-def test_missing_file(tmp_path, monkeypatch):
+def test_load_without_its_file_raises(tmp_path, monkeypatch):
     monkeypatch.setattr(fashion_mnist, "_FILE", tmp_path / "nowhere.npz")
     with pytest.raises(FileNotFoundError, match="install .* again.*nowhere"):
         fashion_mnist.load()
 
 
-def test_truncated_file(damaged):
+def test_load_of_a_truncated_file_raises(damaged):
     content = pathlib.Path(str(fashion_mnist._FILE)).read_bytes()
     for length in (0, 1, 1000, len(content) // 2, len(content) - 1):
         damaged(content[:length])
@@ -97,7 +97,7 @@ def test_truncated_file(damaged):
             fashion_mnist.load()
 
 
-def test_flipped_bytes(damaged):
+def test_load_of_flipped_bytes_raises(damaged):
     content = pathlib.Path(str(fashion_mnist._FILE)).read_bytes()
     # Inside the compressed pixels, where the archive's checksum notices.
     for position in np.linspace(200, 0.8 * len(content), 7, dtype=int):
@@ -108,13 +108,13 @@ def test_flipped_bytes(damaged):
             fashion_mnist.load()
 
 
-def test_other_bytes(damaged):
+def test_load_of_other_bytes_raises(damaged):
     damaged(b"<html>Not found</html>")
     with pytest.raises(ValueError, match="is damaged"):
         fashion_mnist.load()
 
 
-def test_missing_array(damaged):
+def test_load_without_an_array_raises(damaged):
     buffer = io.BytesIO()
     np.savez(buffer, x_train=np.zeros((6000, 28, 28), np.uint8))
     damaged(buffer.getvalue())
@@ -126,13 +126,13 @@ def test_missing_array(damaged):
     "array",
     [np.zeros((6000, 28, 28), np.float32), np.zeros((10, 28, 28), np.uint8)],
 )
-def test_wrong_array(damaged, array):
+def test_load_of_a_wrong_array_raises(damaged, array):
     damaged(_archive(x_train=array))
     with pytest.raises(ValueError, match="x_train must be uint8 of shape"):
         fashion_mnist.load()
 
 
-def test_label_out_of_range(damaged):
+def test_load_of_a_label_out_of_range_raises(damaged):
     damaged(_archive(y_test=np.full(4000, 10, np.uint8)))
     with pytest.raises(ValueError, match="y_test must be below 10"):
         fashion_mnist.load()
@@ -178,13 +178,13 @@ def _pixels(directory, file):
     return np.array(list(content[16:])).reshape(-1, 28, 28)
 
 
-def test_the_whole_is_60_000_and_10_000():
+def test_load_full_has_60_000_and_10_000_images():
     counts = {n: s[0] for n, s in fashion_mnist._FULL_SHAPES.items()}
     assert counts["x_train"] == counts["y_train"] == 60_000
     assert counts["x_test"] == counts["y_test"] == 10_000
 
 
-def test_reads_published_files(published):
+def test_load_full_reads_published_files(published):
     data = fashion_mnist.load_full(published)
     assert data.x_train.shape == (30, 28, 28, 1)
     assert data.x_test.shape == (20, 28, 28, 1)
@@ -198,7 +198,7 @@ def test_reads_published_files(published):
     assert data.y_test.tolist() == list(labels[8:])
 
 
-def test_reads_uncompressed_files(published):
+def test_load_full_reads_uncompressed_files(published):
     expected = fashion_mnist.load_full(published)
     for path in list(published.iterdir()):
         path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
@@ -207,7 +207,7 @@ def test_reads_uncompressed_files(published):
     np.testing.assert_array_equal(found.x_test, expected.x_test)
 
 
-def test_looks_where_the_variable_says_then_where_debian_puts_it(
+def test_load_full_looks_where_the_variable_says_then_in_debians_place(
     published, monkeypatch
 ):
     monkeypatch.setattr(fashion_mnist, "DEBIAN_DIRECTORY", published)
@@ -252,7 +252,7 @@ def tfds(monkeypatch):
     return put
 
 
-def test_reads_what_tfds_has_prepared(published, tfds):
+def test_load_full_reads_what_tfds_has_prepared(published, tfds):
     generator = np.random.default_rng(1)
     arrays = {
         split: {
@@ -270,7 +270,7 @@ def test_reads_what_tfds_has_prepared(published, tfds):
     assert data.y_test.dtype == np.int32
 
 
-def test_all_ways_are_told_where_there_is_none(published, tfds):
+def test_load_full_without_files_lists_all_ways(published, tfds):
     tfds(None)
     with pytest.raises(FileNotFoundError) as error:
         fashion_mnist.load_full()
@@ -285,7 +285,7 @@ def test_all_ways_are_told_where_there_is_none(published, tfds):
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_file_is_named(published):
+def test_load_full_without_a_file_names_it(published):
     (published / "t10k-labels-idx1-ubyte.gz").unlink()
     with pytest.raises(FileNotFoundError, match="Missing: t10k-labels"):
         fashion_mnist.load_full(published)
@@ -307,7 +307,7 @@ IMAGES = np.zeros((30, 28, 28), int)
     ],
     ids=["page", "cut", "short", "long", "type", "shape", "empty"],
 )
-def test_damaged_files_are_named(published, content, text):
+def test_load_full_of_damaged_files_names_them(published, content, text):
     path = published / "train-images-idx3-ubyte.gz"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=text) as error:
@@ -315,7 +315,7 @@ def test_damaged_files_are_named(published, content, text):
     assert str(path) in str(error.value)
 
 
-def test_labels_out_of_range_are_refused(published):
+def test_load_full_of_labels_out_of_range_raises(published):
     path = published / "train-labels-idx1-ubyte.gz"
     path.write_bytes(_pack(_idx(np.full(30, 10))))
     with pytest.raises(ValueError, match="must be below 10"):
@@ -326,7 +326,7 @@ def test_labels_out_of_range_are_refused(published):
     not fashion_mnist.DEBIAN_DIRECTORY.is_dir(),
     reason="needs Debian's package dataset-fashion-mnist",
 )
-def test_the_embedded_images_are_the_first_of_the_whole(data):
+def test_load_full_begins_with_the_embedded_images(data):
     whole = fashion_mnist.load_full(fashion_mnist.DEBIAN_DIRECTORY)
     for name in ("x_train", "y_train", "x_test", "y_test"):
         part = getattr(data, name)

@@ -120,8 +120,9 @@ def _bars(figure, colour):
 
 
 def _colours(path):
-    pixels = matplotlib.image.imread(path)[..., :3]
-    return {tuple(c) for c in np.round(255 * pixels.reshape(-1, 3)).astype(int)}
+    pixels = np.round(255 * matplotlib.image.imread(path)[..., :3]).astype(int)
+    values = np.unique(pixels @ [1 << 16, 1 << 8, 1])
+    return {(v >> 16, v >> 8 & 255, v & 255) for v in values.tolist()}
 
 
 @pytest.mark.parametrize(
@@ -131,7 +132,9 @@ def _colours(path):
         lambda path, results: figures.save_layerwise(path, results, 0.9),
     ],
 )
-def test_every_technique_has_its_colour(tmp_path, results, draw_figure):
+def test_figures_of_all_techniques_have_their_colours(
+    tmp_path, results, draw_figure
+):
     path = tmp_path / "figure.png"
     draw_figure(path, results)
     colours = _colours(path)
@@ -142,7 +145,7 @@ def test_every_technique_has_its_colour(tmp_path, results, draw_figure):
     assert [p.name for p in tmp_path.iterdir()] == ["figure.png"]
 
 
-def test_curves_join_the_means_over_seeds(draw, results):
+def test_tradeoff_curves_join_the_means_over_seeds(draw, results):
     curves = _curves(draw(figures.save_tradeoff, results))
     assert list(curves) == [
         "dense",
@@ -162,7 +165,7 @@ def test_curves_join_the_means_over_seeds(draw, results):
     np.testing.assert_allclose(curves["dense"].get_ydata(), 0.11)
 
 
-def test_bars_reach_from_the_lowest_to_the_highest_seed(draw, results):
+def test_tradeoff_bars_reach_from_the_lowest_to_the_highest_seed(draw, results):
     figure = draw(figures.save_tradeoff, results)
     # Magnitude pruning has bars of accuracy only: its sparsity does not vary.
     bars = _bars(figure, _colour("MagnitudePruning"))
@@ -178,7 +181,7 @@ def test_bars_reach_from_the_lowest_to_the_highest_seed(draw, results):
     assert "2 seeds" in axes.get_legend().get_title().get_text()
 
 
-def test_one_seed_has_neither_bars_nor_a_band(draw, results):
+def test_tradeoff_of_one_seed_has_neither_bars_nor_a_band(draw, results):
     one = [run for run in results if run.config["seed"] == 0]
     figure = draw(figures.save_tradeoff, one)
     (axes,) = figure.axes
@@ -188,7 +191,7 @@ def test_one_seed_has_neither_bars_nor_a_band(draw, results):
     assert axes.get_legend().get_title().get_text() == ""
 
 
-def test_high_sparsities_are_far_apart(draw, results):
+def test_tradeoff_of_high_sparsities_sets_them_far_apart(draw, results):
     figure = draw(figures.save_tradeoff, results)
     (axes,) = figure.axes
     positions = [
@@ -205,7 +208,7 @@ def test_high_sparsities_are_far_apart(draw, results):
     assert {"80%", "90%"} <= set(accuracies)
 
 
-def test_layers_are_drawn_in_the_order_of_the_network(draw, results):
+def test_layerwise_draws_layers_in_the_order_of_the_network(draw, results):
     figure = draw(figures.save_layerwise, results, 0.9)
     (axes,) = figure.axes
     labels = [label.get_text() for label in axes.get_xticklabels()]
@@ -226,20 +229,20 @@ def test_layers_are_drawn_in_the_order_of_the_network(draw, results):
     assert axes.get_yticklabels()[-1].get_text() == "≥ 99.9%"
 
 
-def test_the_point_follows_the_sparsity(draw, results):
+def test_layerwise_point_follows_the_sparsity(draw, results):
     labels = _curves(draw(figures.save_layerwise, results, 0.55))
     assert "magnitude pruning (50.0%)" in labels
     assert "L0 (61.0%)" in labels
 
 
-def test_bars_of_layers_reach_over_the_seeds(draw, results):
+def test_layerwise_bars_reach_over_the_seeds(draw, results):
     figure = draw(figures.save_layerwise, results, 0.9)
     # Of the first layer alone: the others are alike in both.
     bars = _bars(figure, _colour("L0Regularization"))
     np.testing.assert_allclose(bars[..., 1], [(0.7, 0.8)])
 
 
-def test_long_networks_have_legible_names(draw, results):
+def test_layerwise_of_long_networks_has_legible_names(draw, results):
     weights = tuple(
         WeightSparsity(
             path=f"stage{i}_block1_conv1/kernel", size=9216, sparsity=0.9
@@ -261,7 +264,7 @@ def test_long_networks_have_legible_names(draw, results):
     assert min(box.x0 for box in boxes) > 0
 
 
-def test_both_figures_use_the_same_colours(draw, results):
+def test_figures_of_the_same_runs_use_the_same_colours(draw, results):
     tradeoff = _curves(draw(figures.save_tradeoff, results))
     layerwise = _curves(draw(figures.save_layerwise, results, 0.9))
     assert len(layerwise) == 5
@@ -272,7 +275,7 @@ def test_both_figures_use_the_same_colours(draw, results):
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 1.0])
-def test_extreme_sparsities_can_be_drawn(draw, results, sparsity):
+def test_tradeoff_of_extreme_sparsities_is_drawn(draw, results, sparsity):
     same = [
         _replaced(
             run,
@@ -288,7 +291,7 @@ def test_extreme_sparsities_can_be_drawn(draw, results, sparsity):
 
 
 @pytest.mark.parametrize("kept", [[], [None], ["L0Regularization"]])
-def test_few_techniques_can_be_drawn(draw, results, kept):
+def test_figures_of_few_techniques_are_drawn(draw, results, kept):
     few = [run for run in results if run.technique in kept]
     draw(figures.save_tradeoff, few)
     draw(figures.save_layerwise, few, 0.9)
@@ -304,12 +307,12 @@ def test_figure_without_room_raises(results, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_results_without_layers_can_be_drawn(draw, results):
+def test_layerwise_without_layers_is_drawn(draw, results):
     bare = [_replaced(run, weights=()) for run in results]
     draw(figures.save_layerwise, bare, 0.9)
 
 
-def test_colours_of_some_techniques_are_those_of_all(draw, results):
+def test_figures_of_some_techniques_use_the_colours_of_all(draw, results):
     everything = _curves(draw(figures.save_tradeoff, results))
     some = [run for run in results if run.technique == "L0Regularization"]
     (curve,) = _curves(draw(figures.save_tradeoff, some)).values()
@@ -317,7 +320,7 @@ def test_colours_of_some_techniques_are_those_of_all(draw, results):
     assert curve.get_marker() == everything["L0"].get_marker()
 
 
-def test_variants_of_one_technique_differ(draw, results):
+def test_figures_of_variants_of_one_technique_differ(draw, results):
     many = [
         dataclasses.replace(run, config={**run.config, "label": f"{label} {i}"})
         for i in range(3)

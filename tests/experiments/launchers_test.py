@@ -2,6 +2,7 @@ import dataclasses
 import multiprocessing
 import os
 import pathlib
+import re
 import signal
 import threading
 import time
@@ -17,21 +18,31 @@ from sos.experiments.runs import read_result, run, run_directory
 from sos.files import lock_directory
 from tests.support import processes, toy_experiment
 
+SLOW = "tests.support.toy_experiment:Slow"
 
-def values(config, workdir):
-    return processes.checkpoint_values(
-        run_directory(config, workdir), config.train_steps
-    )
+
+class Progress(SweepProgress):
+    """Keeps the reasons of the runs that failed."""
+
+    def __init__(self, configs):
+        super().__init__(quiet=True)
+        self.failures = {}
+        for config in configs:
+            self.add(config)
+
+    def fail(self, name, reason):
+        self.failures[name] = reason
+        super().fail(name, reason)
 
 
 def launch(configs, workdir, *, workers=2, stop=None):
-    progress = SweepProgress(quiet=True)
-    for config in configs:
-        progress.add(config)
-    with progress:
-        return LocalLauncher(workers).launch(
+    """Launches runs; returns what is raised at the end, and the failures."""
+    progress = Progress(configs)
+    with progress, pytest.raises(Exception) as error:
+        LocalLauncher(workers).launch(
             configs, workdir, progress=progress, stop=stop
         )
+    return error.value, progress.failures
 
 
 # Sharing compiled steps.
@@ -40,14 +51,13 @@ def launch(configs, workdir, *, workers=2, stop=None):
 def test_trainer_cache_shares_what_compiles_to_the_same(toy_configs):
     trainers = TrainerCache()
     made = [trainers(config) for config in toy_configs]
-    assert len({id(trainer) for trainer in made}) == len(
-        toy_experiment.TECHNIQUES
-    )
+    assert len({id(trainer) for trainer in made}) == len(toy_experiment.TRAINED)
     # Two seeds each.
     assert made[0] is made[1]
 
 
-@pytest.mark.parametrize("technique", list(toy_experiment.TECHNIQUES))
+# One that has masks, one with noise and a penalty.
+@pytest.mark.parametrize("technique", ["magnitude", "variational_dropout"])
 def test_trainer_cache_shared_run_has_the_bits_of_one_alone(
     technique, finished, tmp_path
 ):
@@ -60,11 +70,29 @@ def test_trainer_cache_shared_run_has_the_bits_of_one_alone(
     assert processes.differences(found, expected) == []
 
 
-# Worker processes.
+# Worker processes, each of which imports TensorFlow: two jobs show everything.
 
 
-def test_local_launcher_workers_train_all_runs(toy_configs, finished, tmp_path):
-    assert launch(toy_configs, tmp_path) == {}
+def test_local_launcher_two_workers_train_all_runs_until_a_bug(
+    toy_configs, finished, tmp_path, monkeypatch
+):
+    failing, long, broken = sweeps.expand(
+        toy_experiment.CONFIG,
+        [
+            {"task": "tests.support.toy_experiment:Failing"},
+            {"task": SLOW, "train_steps": 1_000_000},
+            {"task": "tests.support.toy_experiment:Broken"},
+        ],
+    )
+    log = log_of(long, tmp_path)
+    # The bug shows itself when all others are finished and one is trained.
+    awaited = [run_directory(config, tmp_path) for config in toy_configs]
+    awaited = [os.path.join(path, "result.json") for path in awaited]
+    monkeypatch.setenv(
+        toy_experiment.BROKEN_AFTER, os.pathsep.join([*awaited, str(log)])
+    )
+    error, failures = launch([failing, *toy_configs, long, broken], tmp_path)
+    # Runs have the results that they have in one process.
     for config in toy_configs:
         expected = read_result(run_directory(config, finished))
         result = read_result(run_directory(config, tmp_path))
@@ -72,120 +100,105 @@ def test_local_launcher_workers_train_all_runs(toy_configs, finished, tmp_path):
             dataclasses.replace(expected, seconds=0.0, metrics={})
         )
         assert result.metrics == pytest.approx(expected.metrics, rel=1e-4)
+    # A run that fails stops no other.
+    assert list(failures) == [run_name(failing)]
+    assert "step 1" in failures[run_name(failing)]
+    # A bug stops all of them, and loses nothing of the one in progress.
+    assert type(error) is RuntimeError
+    assert "ZeroDivisionError: a bug" in str(error)
+    assert processes.checkpoint_steps(log.parent)[-1] > 0
 
 
-def test_local_launcher_failed_run_does_not_stop_the_others(tmp_path):
-    failing, good = sweeps.expand(
-        toy_experiment.CONFIG,
-        [{"task": "tests.support.toy_experiment:Failing"}, {"seed": 1}],
-    )
-    with pytest.raises(sweeps.FailedRunsError, match="step 1") as error:
-        sweeps.run_sweep([failing, good], tmp_path, launcher=LocalLauncher(1))
-    assert len(error.value.failures) == 1
-    assert read_result(run_directory(good, tmp_path)) is not None
+def log_of(config, workdir):
+    return pathlib.Path(run_directory(config, workdir), "train.jsonl")
 
 
-def during_training(config, workdir, call):
-    """Calls a function in a thread, once the run is being trained."""
-    log = pathlib.Path(run_directory(config, workdir), "train.jsonl")
-
-    def wait_and_call():
-        while not log.exists() or not log.read_text():
-            time.sleep(0.05)
-        call()
-
-    threading.Thread(target=wait_and_call, daemon=True).start()
-    return log.parent
+def last_step(config, workdir):
+    """The last step in a run's log, 0 without one."""
+    records = processes.records(run_directory(config, workdir))
+    return records[-1]["step"] if records else 0
 
 
-def send_to_workers(*signals):
+def wait_until(condition):
+    deadline = time.monotonic() + processes.PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def send_to_workers(signum):
     for worker in multiprocessing.active_children():
-        for signum in signals:
-            os.kill(worker.pid, signum)
-            time.sleep(0.3)
+        os.kill(worker.pid, signum)
 
 
-@pytest.mark.parametrize("group", [False, True], ids=["parent", "group"])
-def test_local_launcher_stop_saves_runs_in_progress(tmp_path, group):
-    class Stop:
-        requested = None
+class Stop:
+    requested = None
 
+
+@pytest.mark.slow
+def test_local_launcher_worker_killed_stopped_and_stopped_with_its_parent(
+    tmp_path,
+):
+    killed, held, good, stopped = sweeps.expand(
+        toy_experiment.CONFIG,
+        [
+            {"task": SLOW, "train_steps": 1_000_000},
+            {"seed": 1},
+            {"seed": 2},
+            {"task": SLOW, "train_steps": 2_000_000},
+        ],
+    )
     stop = Stop()
-    (config,) = sweeps.expand(
-        toy_experiment.CONFIG, [{"train_steps": 1_000_000}]
-    )
+    steps = []
 
-    def stop_all():
-        if group:
-            # The parent sends it once more.
+    def disturb():
+        try:
+            with only_process(run_directory(held, tmp_path), "run"):
+                wait_until(lambda: last_step(killed, tmp_path))
+                send_to_workers(signal.SIGKILL)
+                wait_until(lambda: finished_step(good))
+            wait_until(lambda: last_step(stopped, tmp_path))
             send_to_workers(signal.SIGTERM)
-        stop.requested = signal.SIGINT
+            # The worker that takes its place goes on with it.
+            wait_until(lambda: finished_step(held))
+            steps.append(last_step(stopped, tmp_path))
+            wait_until(lambda: last_step(stopped, tmp_path) > steps[0])
+            # As Ctrl-C does, which reaches all processes of a group.
+            send_to_workers(signal.SIGTERM)
+        finally:
+            stop.requested = signal.SIGINT
 
-    directory = during_training(config, tmp_path, stop_all)
-    with pytest.raises(Stopped, match=r"SIGINT, 1 of 1 runs .* saved"):
-        launch([config], tmp_path, workers=1, stop=stop)
-    assert processes.checkpoint_steps(directory)[-1] > 0
+    def finished_step(config):
+        result = read_result(run_directory(config, tmp_path))
+        return result and result.step
 
-
-def test_local_launcher_killed_worker_fails_its_run_only(tmp_path):
-    long, good = sweeps.expand(
-        toy_experiment.CONFIG, [{"train_steps": 1_000_000}, {"seed": 1}]
-    )
-    during_training(long, tmp_path, lambda: send_to_workers(signal.SIGKILL))
-    failures = launch([long, good], tmp_path, workers=1)
-    assert list(failures) == [run_name(long)]
-    assert "was killed" in failures[run_name(long)]
-    assert read_result(run_directory(good, tmp_path)) is not None
-
-
-def test_local_launcher_worker_asked_to_stop_is_replaced(tmp_path):
-    (config,) = sweeps.expand(toy_experiment.CONFIG, [{"train_steps": 5000}])
-    directory = during_training(
-        config, tmp_path, lambda: send_to_workers(signal.SIGTERM)
-    )
-    assert launch([config], tmp_path, workers=1) == {}
-    assert read_result(str(directory)).step == 5000
-
-
-def test_local_launcher_waits_for_runs_of_other_processes(tmp_path):
-    (config,) = sweeps.expand(toy_experiment.CONFIG, [{}])
-    directory = run_directory(config, tmp_path)
-    os.makedirs(directory)
-    released = threading.Event()
-
-    def hold():
-        with lock_directory(directory, "run"):
-            released.wait(20)
-
-    thread = threading.Thread(target=hold)
+    os.makedirs(run_directory(held, tmp_path))
+    thread = threading.Thread(target=disturb)
     thread.start()
-    threading.Timer(8, released.set).start()
-    assert launch([config], tmp_path, workers=1) == {}
-    assert released.is_set()
-    assert read_result(directory) is not None
+    error, failures = launch(
+        [killed, held, good, stopped], tmp_path, workers=1, stop=stop
+    )
     thread.join()
+    # A worker that is killed fails its run only.
+    assert list(failures) == [run_name(killed)]
+    assert "was killed" in failures[run_name(killed)]
+    # The run of another process is waited for.
+    assert finished_step(good) == finished_step(held) == 12
+    # A stop saves what is trained, which goes on where it was.
+    assert isinstance(error, Stopped)
+    assert re.search(r"SIGINT, 1 of 1 runs .* saved", str(error))
+    directory = run_directory(stopped, tmp_path)
+    assert processes.checkpoint_steps(directory)[-1] > steps[0] > 0
+    logged = [record["step"] for record in processes.records(directory)]
+    assert logged == sorted(set(logged))
 
 
 def test_local_launcher_without_runs_starts_no_process(tmp_path):
-    assert launch([], tmp_path) == {}
+    progress = Progress([])
+    assert LocalLauncher(2).launch([], tmp_path, progress=progress) == {}
 
 
 @pytest.mark.parametrize("workers", [0, -1])
 def test_local_launcher_without_workers_raises(workers):
     with pytest.raises(UsageError, match=f"workers={workers}"):
         LocalLauncher(workers)
-
-
-def test_local_launcher_bug_in_a_run_saves_the_others(tmp_path):
-    broken, good = sweeps.expand(
-        toy_experiment.CONFIG,
-        [
-            {"task": "tests.support.toy_experiment:Broken"},
-            {"train_steps": 1_000_000},
-        ],
-    )
-    with pytest.raises(RuntimeError, match="ZeroDivisionError: a bug"):
-        launch([good, broken], tmp_path)
-    log = pathlib.Path(run_directory(good, tmp_path), "train.jsonl")
-    if log.exists() and log.read_text():
-        assert processes.checkpoint_steps(log.parent)[-1] > 0

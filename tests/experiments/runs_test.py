@@ -1,3 +1,4 @@
+import collections
 import json
 import pathlib
 import shutil
@@ -46,13 +47,19 @@ def directory_of(technique, workdir, **overrides):
     return pathlib.Path(run_directory(config, workdir))
 
 
+#: Of each technique: what tests do not share is traced anew.
+TRAINERS = collections.defaultdict(TrainerCache)
+
+
 def train(technique, workdir, *, stop_at=None, trainers=None, **options):
     overrides = options.pop("overrides", {})
     stop = StopAt(stop_at) if stop_at else None
+    # A stop is as if in another process, which goes step by step at first.
+    trainers = trainers or (TrainerCache() if stop else TRAINERS[technique])
     return run(
         toy_experiment.config(technique, **overrides),
         workdir,
-        make_trainer=trainers or TrainerCache(),
+        make_trainer=trainers,
         stop=stop,
         on_summary=[stop] if stop else [],
         quiet=True,
@@ -122,7 +129,8 @@ def test_run_without_result_reads_the_evaluation_that_was_done(one):
     assert (one / "train.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("technique", list(toy_experiment.TECHNIQUES))
+# One that has masks, one with noise and a penalty.
+@pytest.mark.parametrize("technique", ["magnitude", "variational_dropout"])
 def test_run_stopped_run_resumes_to_the_same_bits(
     technique, finished, tmp_path
 ):
@@ -206,7 +214,7 @@ def test_run_in_use_raises(tmp_path):
 )
 def test_run_damaged_file_raises(one, name, content):
     (one / name).write_bytes(content)
-    with pytest.raises(StorageError, match=f"{name} is damaged"):
+    with pytest.raises(StorageError, match=name):
         run(toy_experiment.config("magnitude"), one.parent, make_trainer=fail)
 
 
@@ -217,7 +225,7 @@ def test_run_workdir_that_is_a_file_raises(tmp_path):
 
 
 def test_run_empty_workdir_raises():
-    with pytest.raises(UsageError, match="`workdir` must"):
+    with pytest.raises(UsageError, match="`workdir`"):
         train("dense", "")
 
 

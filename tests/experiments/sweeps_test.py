@@ -1,4 +1,5 @@
 import pathlib
+import shutil
 
 import keras
 import pytest
@@ -57,9 +58,9 @@ def test_expand_invalid_sweep_raises(overrides, part):
 
 
 def test_select_matches_names(toy_configs):
-    selected = sweeps.select(toy_configs, "^l0.*seed-1")
+    selected = sweeps.select(toy_configs, "^magn.*seed-1")
     assert [run_name(config)[:18] for config in selected] == [
-        "l0_regularization_"
+        "magnitude_pruning_"
     ]
     assert sweeps.select(toy_configs, "") == toy_configs
 
@@ -81,7 +82,21 @@ class NoLauncher:
 
 def test_run_sweep_finished_runs_are_returned(toy_configs, finished):
     made = sweeps.run_sweep(toy_configs, finished, launcher=NoLauncher())
-    assert [result.step for result in made] == 10 * [12]
+    assert [result.step for result in made] == 6 * [12]
+
+
+class FailingLauncher:
+    """A launcher of which the last run fails."""
+
+    def launch(self, configs, workdir, *, progress, stop=None, **options):
+        return {run_name(configs[-1]): "a reason"}
+
+
+def test_run_sweep_failed_run_raises_with_the_reason(toy_configs, copy):
+    shutil.rmtree(run_directory(toy_configs[-1], copy))
+    with pytest.raises(sweeps.FailedRunsError, match="a reason") as error:
+        sweeps.run_sweep(toy_configs, copy, launcher=FailingLauncher())
+    assert list(error.value.failures) == [run_name(toy_configs[-1])]
 
 
 def test_run_sweep_changed_default_raises(toy_configs, copy, monkeypatch):

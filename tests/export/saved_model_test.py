@@ -51,7 +51,7 @@ def check_equal(model, loaded, sizes=(1, 3, 17)):
 
 
 @pytest.mark.parametrize("name", techniques.NAMES)
-def test_exports_compute_what_the_model_does(name, tmp_path):
+def test_export_of_a_model_computes_what_it_does(name, tmp_path):
     model = techniques.mlp(name)
     sos.export_model(model, tmp_path / "model")
     loaded = tf.saved_model.load(tmp_path / "model")
@@ -69,7 +69,7 @@ def test_exports_compute_what_the_model_does(name, tmp_path):
             assert count == zeros[tuple(weight.shape)]
 
 
-def test_an_export_needs_neither_sos_nor_keras(tmp_path):
+def test_export_loaded_needs_neither_sos_nor_keras(tmp_path):
     model = sparse()
     sos.export_model(model, tmp_path / "model")
     x = techniques.normal(5, 6)
@@ -103,7 +103,7 @@ def test_an_export_needs_neither_sos_nor_keras(tmp_path):
         )
 
 
-def test_every_variable_is_stored_once(tmp_path):
+def test_export_of_a_model_stores_every_variable_once(tmp_path):
     model = sparse(1000)
     sos.export_model(model, tmp_path / "model")
     raw = 4 * dense(1000).count_params()
@@ -111,7 +111,7 @@ def test_every_variable_is_stored_once(tmp_path):
     assert raw < stored < 1.1 * raw
 
 
-def test_dense_and_compiled_models_can_be_exported(tmp_path):
+def test_export_of_dense_and_compiled_models_succeeds(tmp_path):
     model = dense()
     model.compile("adam", "mse")
     model.fit(*techniques.batch()[:1], np.zeros((8, 8)), verbose=0)
@@ -121,7 +121,7 @@ def test_dense_and_compiled_models_can_be_exported(tmp_path):
     assert len(loaded.weights) == 4
 
 
-def test_exports_compute_as_in_inference(tmp_path):
+def test_export_of_a_model_computes_as_in_inference(tmp_path):
     x = techniques.normal(64, 6)
     model = keras.Sequential(
         [
@@ -140,7 +140,7 @@ def test_exports_compute_as_in_inference(tmp_path):
     np.testing.assert_array_equal(loaded(x), loaded(x))
 
 
-def test_layers_with_tables_keep_them(tmp_path):
+def test_export_of_layers_with_tables_keeps_them(tmp_path):
     model = keras.Sequential(
         [
             keras.Input((), dtype="string"),
@@ -156,7 +156,7 @@ def test_layers_with_tables_keep_them(tmp_path):
     np.testing.assert_array_equal(loaded(text), model(text))
 
 
-def test_models_of_several_replicas_can_be_exported(tmp_path):
+def test_export_of_several_replicas_succeeds(tmp_path):
     with techniques.two_replicas().scope():
         models = [dense(), sparse()]
     for model in models:
@@ -186,7 +186,7 @@ def two_inputs(names=("z", "a"), structure=list):
 
 
 @pytest.mark.parametrize("structure", [list, dict])
-def test_several_inputs_go_by_name(structure, tmp_path):
+def test_export_of_several_inputs_takes_them_by_name(structure, tmp_path):
     model = two_inputs(structure=structure)
     sos.export_model(model, tmp_path / "model")
     loaded = tf.saved_model.load(tmp_path / "model")
@@ -213,7 +213,7 @@ def served_inputs(path):
     return serve.structured_input_signature[1]
 
 
-def test_inputs_without_names_get_stable_ones(tmp_path):
+def test_export_of_inputs_without_names_gives_stable_ones(tmp_path):
     single = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     sos.export_model(single, tmp_path / "model")
     assert set(served_inputs(tmp_path / "model")) == {"inputs"}
@@ -226,12 +226,12 @@ def test_inputs_without_names_get_stable_ones(tmp_path):
     }
 
 
-def test_names_become_names_of_arguments(tmp_path):
+def test_export_of_input_names_makes_them_names_of_arguments(tmp_path):
     sos.export_model(two_inputs(("in-ids", "b.c")), tmp_path / "model")
     assert set(served_inputs(tmp_path / "model")) == {"in_ids", "b_c"}
 
 
-def test_a_fixed_batch_becomes_a_batch_of_any_size(tmp_path):
+def test_export_of_a_fixed_batch_takes_any_size(tmp_path):
     model = keras.Sequential(
         [keras.Input(batch_shape=(4, 6)), keras.layers.Dense(2)]
     )
@@ -268,9 +268,9 @@ def subclassed(wrapped):
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_subclassed_models_need_a_signature(wrapped, tmp_path):
+def test_export_of_a_subclassed_model_needs_a_signature(wrapped, tmp_path):
     model, path = subclassed(wrapped), tmp_path / "model"
-    with pytest.raises(ValueError, match="`input_signature`, such as"):
+    with pytest.raises(ValueError, match="`input_signature`"):
         sos.export_model(model, path)
     assert not list(tmp_path.iterdir())
     spec = tf.TensorSpec((None, 6), tf.float32)
@@ -289,27 +289,25 @@ def test_subclassed_models_need_a_signature(wrapped, tmp_path):
 # What is refused.
 
 
-def test_models_that_are_not_built_are_refused(tmp_path):
+def test_export_of_an_unbuilt_model_raises(tmp_path):
     model = keras.Sequential([keras.layers.Dense(2)])
-    with pytest.raises(ValueError, match="is not built"):
+    with pytest.raises(ValueError, match="not built"):
         sos.export_model(model, tmp_path / "model")
 
 
 @pytest.mark.parametrize("other", ["model.keras", keras.layers.Dense(2)])
-def test_other_things_than_models_are_refused(other, tmp_path):
-    with pytest.raises(
-        TypeError, match="must be a Keras 3 model or a tf.Module"
-    ):
+def test_export_of_no_model_raises(other, tmp_path):
+    with pytest.raises(TypeError, match="tf.Module"):
         sos.export_model(other, tmp_path / "model")
 
 
 @pytest.mark.parametrize("signature", [(None, 6), {"x": "float32"}, []])
-def test_signatures_of_something_else_are_refused(signature, tmp_path):
-    with pytest.raises(TypeError, match="must be a tf.TensorSpec, or a list"):
+def test_export_with_a_signature_of_something_else_raises(signature, tmp_path):
+    with pytest.raises(TypeError, match="tf.TensorSpec"):
         sos.export_model(dense(), tmp_path / "model", input_signature=signature)
 
 
-def test_inputs_that_have_no_name_of_their_own_are_refused(tmp_path):
+def test_export_of_inputs_of_one_name_raises(tmp_path):
     with pytest.raises(ValueError, match="must have different names"):
         sos.export_model(two_inputs(("a-b", "a.b")), tmp_path / "model")
     spec = tf.TensorSpec((None, 3))
@@ -319,7 +317,7 @@ def test_inputs_that_have_no_name_of_their_own_are_refused(tmp_path):
         )
 
 
-def test_nothing_but_a_saved_model_is_replaced(tmp_path):
+def test_export_over_anything_but_a_saved_model_raises(tmp_path):
     for path in (tmp_path / "file", tmp_path / "folder" / "file"):
         path.parent.mkdir(exist_ok=True)
         path.write_text("precious")
@@ -334,7 +332,7 @@ def test_nothing_but_a_saved_model_is_replaced(tmp_path):
 # Complete or absent.
 
 
-def test_an_export_replaces_the_one_before(tmp_path):
+def test_export_over_an_export_replaces_it(tmp_path):
     path = tmp_path / "new" / "model"
     for model in (dense(4), sparse(8)):
         sos.export_model(model, path)
@@ -345,7 +343,7 @@ def test_an_export_replaces_the_one_before(tmp_path):
     assert path.stat().st_mode == (tmp_path / "ordinary").stat().st_mode
 
 
-def test_an_empty_directory_and_a_link_are_good_places(tmp_path):
+def test_export_to_an_empty_directory_or_a_link_succeeds(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "empty")
     for name in ("empty", "link"):
@@ -357,7 +355,9 @@ def test_an_empty_directory_and_a_link_are_good_places(tmp_path):
 
 @pytest.mark.parametrize("there", [False, True])
 @pytest.mark.parametrize("where", ["saving", "renaming"])
-def test_a_failure_leaves_what_was_there(there, where, tmp_path, monkeypatch):
+def test_export_that_fails_leaves_what_was_there(
+    there, where, tmp_path, monkeypatch
+):
     path = tmp_path / "model"
     if there:
         sos.export_model(dense(4), path)
@@ -384,7 +384,7 @@ def test_a_failure_leaves_what_was_there(there, where, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == ([path] if there else [])
 
 
-def test_a_full_disk_and_a_kill_leave_what_was_there(tmp_path):
+def test_export_killed_or_on_a_full_disk_leaves_what_was_there(tmp_path):
     path = tmp_path / "model"
     sos.export_model(dense(4), path)
     before = files(path)
@@ -426,7 +426,7 @@ def test_a_full_disk_and_a_kill_leave_what_was_there(tmp_path):
     check_equal(dense(4), tf.saved_model.load(path))
 
 
-def test_other_file_systems_get_a_copy():
+def test_export_to_another_file_system_writes_a_copy():
     path = "ram://export/model"
     for model in (dense(4), sparse(8)):
         sos.export_model(model, path)

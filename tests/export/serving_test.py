@@ -60,9 +60,9 @@ def test_serving_module_of_a_sparse_model_holds_the_plain_one(tmp_path):
 
 
 def test_serving_module_takes_what_a_keras_model_does():
-    with pytest.raises(TypeError, match="must be a Keras 3 model"):
+    with pytest.raises(TypeError, match="Keras 3 model"):
         ServingModule(tf.Module())
-    with pytest.raises(UsageError, match="is not built"):
+    with pytest.raises(UsageError, match="not built"):
         ServingModule(keras.Sequential([keras.layers.Dense(2)]))
 
 
@@ -262,7 +262,7 @@ def typed(x):
 @pytest.mark.parametrize(
     "function", [typed, typed.get_concrete_function()], ids=["typed", "traced"]
 )
-def test_signatures_may_be_traced_or_typed(function, tmp_path):
+def test_export_of_traced_or_typed_signatures_succeeds(function, tmp_path):
     loaded = exported(WithSignatures({"f": function}), tmp_path / "model")
     assert loaded.signatures["f"](x=tf.constant(1.0))["y"].numpy() == 2
 
@@ -282,13 +282,13 @@ def test_export_of_invalid_signatures_raises(signatures, message, tmp_path):
 
 
 def test_export_of_a_module_without_signatures_raises(tmp_path):
-    with pytest.raises(TypeError, match="with an attribute `signatures`"):
+    with pytest.raises(TypeError, match="`signatures`"):
         sos.export_model(tf.Module(), tmp_path / "model")
 
 
 def test_export_of_a_module_takes_no_input_signature(tmp_path):
     spec = tf.TensorSpec([])
-    with pytest.raises(UsageError, match="`input_signature` is for Keras"):
+    with pytest.raises(UsageError, match="`input_signature`"):
         sos.export_model(
             WithSignatures({"f": typed}), tmp_path / "m", input_signature=spec
         )

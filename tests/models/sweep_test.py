@@ -1,7 +1,6 @@
 """The command line of `models.sweep`."""
 
 import csv
-import shutil
 import signal
 import time
 
@@ -15,6 +14,17 @@ ARGUMENTS = (
     "--config.batch_size=32",
 )
 FILES = ("results.csv", "tradeoff.png", "layerwise.png")
+TWO_RUNS = "--select=^(dense|random_pruning_sparsity-0.9)_seed-0"
+# What is wrong, and what the error has to name.
+MISTAKES = [
+    (["--select=nothing like it"], ["nothing like it", "dense_seed-0"]),
+    (["--select=("], ["regular expression"]),
+    (["--workers=0"], ["workers", "0"]),
+    (["more"], ["only flags", "more"]),
+    (["--workdir=gs://bucket/runs"], ["local", "gs://bucket/runs"]),
+    (["--config=configs/fashion_mnist.py:l0"], ["L0Regularization"]),
+    (["--config.sparsity.technique=None", "--config.seeds=1"], ["seeds"]),
+]
 
 
 def sweep(workdir, *arguments, **options):
@@ -28,62 +38,73 @@ def sweep(workdir, *arguments, **options):
     )
 
 
-@pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    """A work directory in which four runs are finished, and the output."""
-    workdir = tmp_path_factory.mktemp("study") / "work"
-    with sweep(workdir, "--select=(dense|sparsity-0.9_).*seed-0") as program:
-        assert program.wait() == 0, program.output
-        return workdir, program.output
+def check_mistake(ended, parts):
+    code, output = ended
+    assert code == 1
+    lines = [x for x in output.splitlines() if x.startswith("FATAL")]
+    assert len(lines) == 1, output
+    assert "Traceback" not in output
+    for part in parts:
+        assert part in lines[0]
 
 
-def test_sweep_writes_table_and_figures(study):
-    workdir, output = study
+def check_list(ended):
+    code, output = ended
+    assert code == 0, output
+    lines = output.splitlines()
+    assert len(lines) == len(set(lines)) == 52
+
+
+def check_study(ended, workdir):
+    code, output = ended
+    assert code == 0, output
     with (workdir / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["label"] for row in rows] == [
-        "dense",
-        "magnitude pruning",
-        "magnitude, first layer dense",
-        "random pruning",
-    ]
+    assert [row["label"] for row in rows] == ["dense", "random pruning"]
     assert {row["seed"] for row in rows} == {"0"}
     for name in FILES[1:]:
         height, width, _ = matplotlib.image.imread(workdir / name).shape
         assert min(height, width) > 500
     lines = output.splitlines()
-    assert "4 runs in" in lines[0]
+    assert "2 runs in" in lines[0]
     assert "MB" in lines[0]
-    assert sum("/4  " in line for line in lines) == 4
+    assert sum("/2  " in line for line in lines) == 2
     assert [f"Wrote {workdir / name}" in lines for name in FILES] == 3 * [True]
     assert "WARNING" not in output
 
 
-def test_sweep_finished_runs_are_not_repeated(study, tmp_path):
-    workdir = shutil.copytree(study[0], tmp_path / "work")
-    before = {
-        path: path.stat().st_mtime_ns for path in workdir.glob("*/train.jsonl")
-    }
-    (workdir / "results.csv").unlink()
-    for name in FILES[1:]:
-        (workdir / name).unlink()
-    with sweep(workdir, "--select=(dense|sparsity-0.9_).*seed-0") as program:
-        assert program.wait() == 0, program.output
-    assert "nothing to train" in program.output
-    assert {name for name in FILES if (workdir / name).exists()} == set(FILES)
-    after = {
-        path: path.stat().st_mtime_ns for path in workdir.glob("*/train.jsonl")
-    }
-    assert after == before
+def test_sweep_command_lines_do_what_they_ask_for(tmp_path):
+    """One process for all: TensorFlow is imported once."""
+    workdir, absent = tmp_path / "work", tmp_path / "absent"
+    study = [*ARGUMENTS, f"--workdir={workdir}", TWO_RUNS]
+    tried = [*ARGUMENTS, f"--workdir={absent}"]
+    listed, *mistakes, trained, again = processes.run_each(
+        "models.sweep",
+        [
+            [*tried, "--list"],
+            *([*tried, *arguments] for arguments, _ in MISTAKES),
+            study,
+            study,
+        ],
+    )
+    check_list(listed)
+    for ended, (_, parts) in zip(mistakes, MISTAKES, strict=True):
+        check_mistake(ended, parts)
+    assert not absent.exists()
+    check_study(trained, workdir)
+    # Finished runs are not repeated, and what they give is written again.
+    code, output = again
+    assert code == 0, output
+    assert "nothing to train" in output
+    lines = output.splitlines()
+    assert [f"Wrote {workdir / name}" in lines for name in FILES] == 3 * [True]
+    for log in workdir.glob("*/train.jsonl"):
+        steps = [r["step"] for r in processes.records(log.parent)]
+        assert len(steps) == len(set(steps)) + 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)]
-)
-def test_sweep_stopped_and_started_again_continues(
-    study, tmp_path, signum, code
-):
+def test_sweep_stopped_killed_and_started_again_repeats_nothing(tmp_path):
     workdir = tmp_path / "work"
     arguments = (
         "--select=^dense.*seed-0",
@@ -92,46 +113,19 @@ def test_sweep_stopped_and_started_again_continues(
     )
     with sweep(workdir, *arguments) as program:
         program.wait_until(lambda: list(workdir.glob("*/train.jsonl")))
-        program.stop(signum)
-        assert program.wait() == code, program.output
+        program.stop(signal.SIGINT)
+        assert program.wait() == 130, program.output
     (directory,) = workdir.glob("dense*")
     saved = processes.checkpoint_steps(directory)[-1]
     assert 0 < saved < 20000
     assert "Traceback" not in program.output
-    # No worker is left behind to write.
     with sweep(workdir, *arguments) as program:
         program.wait_until(
             lambda: len(processes.records(directory)) > saved // 100 + 2
         )
-    records = processes.records(directory)
-    assert [r["step"] for r in records] == sorted(r["step"] for r in records)
-
-
-@pytest.mark.slow
-def test_sweep_two_programs_share_the_runs(tmp_path):
-    workdir = tmp_path / "work"
-    arguments = ("--select=^(dense|random).*", "--workers=1")
-    with sweep(workdir, *arguments) as first:
-        with sweep(workdir, *arguments) as second:
-            assert second.wait() == 0, second.output
-        assert first.wait() == 0, first.output
-    logs = list(workdir.glob("*/train.jsonl"))
-    assert len(logs) == 12
-    for log in logs:
-        steps = [r["step"] for r in processes.records(log.parent)]
-        # Nothing was trained twice.
-        assert len(steps) == len(set(steps)) + 1
-
-
-@pytest.mark.slow
-def test_sweep_killed_leaves_no_worker(tmp_path):
-    workdir = tmp_path / "work"
-    with sweep(
-        workdir, "--select=^dense.*seed-0", "--config.train_steps=1000000"
-    ) as program:
-        program.wait_until(lambda: list(workdir.glob("*/train.jsonl")))
         program.kill()
-    (log,) = workdir.glob("*/train.jsonl")
+    # No worker is left behind to write.
+    log = directory / "train.jsonl"
 
     def size_is_stable():
         before = log.stat().st_size
@@ -139,35 +133,22 @@ def test_sweep_killed_leaves_no_worker(tmp_path):
         return log.stat().st_size == before
 
     assert any(size_is_stable() for _ in range(5))
+    records = processes.records(directory)
+    assert [r["step"] for r in records] == sorted(r["step"] for r in records)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arguments", "parts"),
-    [
-        (["--select=nothing like it"], ["nothing like it", "dense_seed-0"]),
-        (["--select=("], ["regular expression"]),
-        (["--workers=0"], ["workers", "0"]),
-        (["more"], ["only flags", "more"]),
-        (["--workdir=gs://bucket/runs"], ["local", "gs://bucket/runs"]),
-        (["--config=configs/fashion_mnist.py:l0"], ["L0Regularization"]),
-        (["--config.sparsity.technique=None", "--config.seeds=1"], ["seeds"]),
-    ],
-)
-def test_sweep_mistake_is_one_line(tmp_path, arguments, parts):
-    with sweep(tmp_path / "work", *arguments) as program:
-        assert program.wait() == 1
-    lines = [x for x in program.output.splitlines() if x.startswith("FATAL")]
-    assert len(lines) == 1, program.output
-    assert "Traceback" not in program.output
-    for part in parts:
-        assert part in lines[0]
-    assert not (tmp_path / "work").exists()
-
-
-def test_sweep_list_prints_names_only(tmp_path):
-    with sweep(tmp_path / "work", "--list") as program:
-        assert program.wait() == 0, program.output
-    lines = program.output.splitlines()
-    assert len(lines) == len(set(lines)) == 52
-    assert not (tmp_path / "work").exists()
+def test_sweep_two_programs_share_the_runs(tmp_path):
+    workdir = tmp_path / "work"
+    arguments = ("--select=^(dense|random.*0.9_).*", "--workers=1")
+    with sweep(workdir, *arguments) as first:
+        with sweep(workdir, *arguments) as second:
+            assert second.wait() == 0, second.output
+        assert first.wait() == 0, first.output
+    logs = list(workdir.glob("*/train.jsonl"))
+    assert len(logs) == 4
+    for log in logs:
+        steps = [r["step"] for r in processes.records(log.parent)]
+        # Nothing was trained twice.
+        assert len(steps) == len(set(steps)) + 1
+    assert {name for name in FILES if (workdir / name).exists()} == set(FILES)

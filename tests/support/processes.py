@@ -123,6 +123,64 @@ def succeed(module, *arguments, **options):
         return program.output
 
 
+_EACH = """
+import contextlib, importlib, io, json, sys
+from absl import app, flags
+from absl.testing import flagsaver
+from tests.support.toy_experiment import SerialLauncher
+module = importlib.import_module(sys.argv[1])
+module.LocalLauncher = SerialLauncher
+ended = []
+for arguments in json.load(sys.stdin):
+    output = io.StringIO()
+    with (
+        flagsaver.flagsaver(),
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
+    ):
+        flags.FLAGS.unparse_flags()
+        try:
+            app.run(
+                module.main,
+                argv=[module.__name__, *arguments],
+                flags_parser=module._CONFIG.parse_flags,
+            )
+        except SystemExit as end:
+            code = end.code or 0
+            if isinstance(code, str):
+                # As the interpreter does when it ends.
+                print(code)
+                code = 1
+    ended.append((code, output.getvalue()))
+print(json.dumps(ended))
+"""
+
+
+def run_each(module, command_lines):
+    """Runs a module's `main` with each of some command lines, in one process.
+
+    Where it uses a `LocalLauncher`, runs are trained in that process.
+
+    Args:
+        module: A module in `models`.
+        command_lines: For each run the arguments.
+
+    Returns:
+        For each run the exit code and the output.
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", _EACH, module],
+        cwd=ROOT,
+        input=json.dumps(command_lines),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env={**os.environ, "KERAS_BACKEND": "tensorflow"},
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
 def checkpoint_steps(workdir):
     """The steps of the checkpoints in a work directory, oldest first."""
     folder = pathlib.Path(workdir, "checkpoints")

@@ -1,10 +1,18 @@
 """A task of the experiments that takes a second to train."""
 
+import functools
+import os
+import time
+
 import keras
 import numpy as np
+import tensorflow as tf
 
 from sos.experiments import ExperimentTask
+from sos.experiments.config import run_name
 from sos.experiments.image_classification import classification_metrics
+from sos.experiments.launchers import LocalLauncher, TrainerCache
+from sos.experiments.runs import run
 from sos.training import inputs
 
 CONFIG = {"task": "tests.support.toy_experiment:ToyExperiment"}
@@ -30,6 +38,49 @@ TECHNIQUES = {
     },
     "l0": {"technique": "L0Regularization", "penalty_weight": 0.01},
 }
+# Those of which tests have finished runs: without a technique, with masks,
+# with noise and a penalty.
+TRAINED = ("dense", "magnitude", "variational_dropout")
+# The environment variable with the files that `Broken` waits for.
+BROKEN_AFTER = "SOS_TEST_BROKEN_AFTER"
+
+
+def after_seconds(seconds):
+    """Makes a data set hand out each batch after so many seconds."""
+
+    def sleep():
+        time.sleep(seconds)
+        return np.int64(0)
+
+    def late(batch):
+        with tf.control_dependencies([tf.numpy_function(sleep, [], tf.int64)]):
+            return tf.nest.map_structure(tf.identity, batch)
+
+    return lambda dataset: dataset.map(late)
+
+
+class SerialLauncher:
+    """A `LocalLauncher` that trains in this process, one run after another."""
+
+    def __init__(self, workers=None):
+        self.workers = LocalLauncher(workers).workers
+
+    def launch(self, configs, workdir, *, progress, stop=None, **options):
+        trainers = TrainerCache()
+        for config in configs:
+            name = run_name(config)
+            progress.begin(name)
+            result = run(
+                config,
+                workdir,
+                make_trainer=trainers,
+                on_summary=[functools.partial(progress.update, name)],
+                stop=stop,
+                quiet=True,
+                **options,
+            )
+            progress.finish(name, result)
+        return {}
 
 
 class ToyExperiment(ExperimentTask):
@@ -98,6 +149,14 @@ class ToyExperiment(ExperimentTask):
         )
 
 
+class Slow(ToyExperiment):
+    """Takes a hundredth of a second for each step, and hardly computes."""
+
+    def train_dataset(self, context, step):
+        dataset = super().train_dataset(context, step)
+        return dataset.apply(after_seconds(0.01))
+
+
 class Failing(ToyExperiment):
     """Fails with a loss that is not finite."""
 
@@ -114,9 +173,12 @@ class WithoutEvaluation(ToyExperiment):
 
 
 class Broken(ToyExperiment):
-    """Has a bug."""
+    """Has a bug, which shows itself once some files are there."""
 
     def build_model(self):
+        paths = os.environ.get(BROKEN_AFTER, "").split(os.pathsep)
+        while not all(map(os.path.exists, filter(None, paths))):
+            time.sleep(0.05)
         raise ZeroDivisionError("a bug")
 
 

@@ -111,7 +111,9 @@ def test_array_batches_depend_on_the_step_alone(sharing, more, step, seed):
 
 
 @pytest.mark.parametrize(("examples", "batch_size"), [(12, 4), (13, 4), (5, 5)])
-def test_each_epoch_is_another_permutation(examples, batch_size):
+def test_array_batches_of_each_epoch_are_another_permutation(
+    examples, batch_size
+):
     per_epoch = examples // batch_size
     epochs = 6
     found = array_ids(examples, count=epochs * per_epoch, batch_size=batch_size)
@@ -128,7 +130,7 @@ def test_each_epoch_is_another_permutation(examples, batch_size):
         assert set().union(*orders) == set(range(examples))
 
 
-def test_orders_are_uniform():
+def test_array_batches_of_many_epochs_have_uniform_orders():
     """Each example is as often at each place, up to chance."""
     examples, epochs = 5, 600
     found = array_ids(examples, count=epochs, batch_size=examples)
@@ -141,7 +143,7 @@ def test_orders_are_uniform():
     assert statistic < 44.3
 
 
-def test_another_seed_is_another_order():
+def test_array_batches_of_another_seed_have_another_order():
     orders = [
         array_ids(40, count=1, batch_size=40, seed=seed)[0]
         for seed in (0, 1, 2**40, -1)
@@ -149,14 +151,14 @@ def test_another_seed_is_another_order():
     assert len({tuple(order) for order in orders}) == 4
 
 
-def test_a_step_far_ahead_is_there_at_once():
+def test_array_batches_far_ahead_are_there_at_once():
     # Ten million epochs are not to be walked through.
     (batch,) = array_ids(6, step=20_000_001, count=1, batch_size=3)
     (before,) = array_ids(6, step=20_000_000, count=1, batch_size=3)
     assert sorted(before + batch) == list(range(6))
 
 
-def test_dtypes_and_static_shapes_are_kept():
+def test_array_batches_keep_dtypes_and_static_shapes():
     arrays = {
         "image": np.zeros((10, 4, 4, 3), np.uint8),
         "label": np.zeros(10, np.int32),
@@ -221,7 +223,7 @@ ARRAY_MAKERS = {
 @pytest.mark.parametrize(
     "lengths", [{}, {"x": 0}, {"x": 3, "y": 4}, {"x": 0, "y": 2}], ids=str
 )
-def test_arrays_of_other_lengths_raise(name, lengths):
+def test_array_batches_of_other_lengths_raise(name, lengths):
     arrays = {key: np.zeros(size) for key, size in lengths.items()}
     with pytest.raises(UsageError) as error:
         ARRAY_MAKERS[name](arrays, batch_size=1, context=context())
@@ -392,7 +394,7 @@ def test_record_batches_fewer_files_than_hosts_share_records(make_shards):
     assert len({len(each) for each in found}) == 1
 
 
-@hypothesis.settings(max_examples=6)
+@hypothesis.settings(max_examples=4)
 @hypothesis.given(
     st.lists(st.integers(0, 7), min_size=1, max_size=6),
     SHARINGS,
@@ -430,11 +432,15 @@ def test_record_batches_resumed_equal_uninterrupted_ones(
         np.testing.assert_array_equal(before["seed"], after["seed"])
 
 
-@pytest.mark.parametrize(("hosts", "host"), [(1, 0), (2, 1)])
-def test_record_batches_resumed_at_every_step_are_the_same(
-    make_shards, hosts, host
+@pytest.mark.parametrize(
+    ("hosts", "host", "resumed"),
+    # In the first epoch, at its end, and in the second.
+    [(1, 0, (1, 2, 3, 4, 5)), (2, 1, (2, 4))],
+)
+def test_record_batches_resumed_at_any_step_are_the_same(
+    make_shards, hosts, host, resumed
 ):
-    shards, steps = make_shards(COUNTS), 15  # Of four or more epochs.
+    shards, steps = make_shards(COUNTS), 15  # Of three or more epochs.
 
     def batches(step):
         return take(
@@ -445,18 +451,19 @@ def test_record_batches_resumed_at_every_step_are_the_same(
         )
 
     whole = batches(0)
-    for step in range(1, steps):
+    for step in resumed:
         for before, after in zip(whole[step:], batches(step), strict=True):
             np.testing.assert_array_equal(before["id"], after["id"])
             np.testing.assert_array_equal(before["seed"], after["seed"])
 
 
-@pytest.mark.parametrize("counts", [COUNTS, (19,), (1,) * 19])
-@pytest.mark.parametrize("shuffle_buffer", [1, 100])
+@pytest.mark.parametrize(
+    ("counts", "shuffle_buffer"), [(COUNTS, 100), ((19,), 1), ((1,) * 19, 1)]
+)
 def test_record_batches_every_epoch_has_another_order(
     make_shards, counts, shuffle_buffer
 ):
-    shards, epochs, per_epoch = make_shards(counts), 30, 4
+    shards, epochs, per_epoch = make_shards(counts), 16, 4
     dataset = record_batches(
         shards, batch_size=4, shuffle_buffer=shuffle_buffer
     )
@@ -501,9 +508,9 @@ def test_record_batches_global_seed_has_no_influence(make_shards):
 def test_record_batches_other_hosts_give_the_same_augmentation(make_shards):
     shards = make_shards((4, 4, 4))
     found = []
-    for hosts in (1, 2, 3, 4):
+    for hosts in (1, 2, 4):
         # Epochs in which every host takes all of its records.
-        per_epoch = {1: 12, 2: 4, 3: 4, 4: 3}[hosts]
+        per_epoch = {1: 12, 2: 4, 4: 3}[hosts]
         epochs = [{}, {}]
         for host in range(hosts):
             dataset = record_batches(
@@ -520,7 +527,7 @@ def test_record_batches_other_hosts_give_the_same_augmentation(make_shards):
         for seeds, expected in zip(epochs, reference, strict=True):
             assert seeds.items() <= expected.items()
     # With two hosts, one has twice the records and leaves some out.
-    assert [len(epochs[0]) for epochs in found] == [12, 8, 12, 12]
+    assert [len(epochs[0]) for epochs in found] == [12, 8, 12]
 
 
 @pytest.mark.parametrize(("hosts", "host"), [(1, 0), (2, 1)])
@@ -572,7 +579,7 @@ def read_structures(path):
     )
 
 
-@pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.parametrize("hosts", [1, 4])
 def test_record_batches_records_may_be_structures(make_shards, hosts):
     shards = make_shards((4, 4, 4))
 
@@ -614,13 +621,12 @@ def test_record_batches_compressed_files_are_read(tmp_path):
     assert set(ids_of(take(dataset, 1))) == all_ids(shards)
 
 
-@hypothesis.settings(max_examples=8)
+@hypothesis.settings(max_examples=3)
 @hypothesis.given(
     st.lists(st.integers(0, 7), min_size=1, max_size=6).filter(any), SHARINGS
 )
 @hypothesis.example([1], (3, 2, 2))
 @hypothesis.example([0, 1, 0], (2, 1, 1))
-@hypothesis.example([4, 4], (2, 2, 1))
 @hypothesis.example([2, 3], (1, 1, 25))
 def test_record_eval_batches_hold_every_record_once(
     make_shards, counts, sharing
@@ -716,16 +722,16 @@ def test_list_shards_unusable_files_raise(tmp_path):
     content = bytearray(pathlib.Path(second).read_bytes())
     content[-1] ^= 1
     pathlib.Path(second).write_bytes(content)
-    with pytest.raises(
-        StorageError, match=f"{second}.*Cause: corrupted record"
-    ):
+    with pytest.raises(StorageError, match=f"{second}.*corrupted record"):
         inputs.list_shards([first, second])
 
 
 @pytest.mark.parametrize("kind", ["train", "eval"])
-@pytest.mark.parametrize(("wrong", "actual"), [(6, "4"), (2, "more than 2")])
-# With a batch that ends where the wrong number does, too.
-@pytest.mark.parametrize("batch_size", [1, 2, 6])
+@pytest.mark.parametrize(
+    ("wrong", "actual", "batch_size"),
+    # With a batch that ends where the wrong number does, and one that does not.
+    [(6, "4", 2), (6, "4", 6), (2, "more than 2", 2)],
+)
 def test_record_batches_wrong_count_raises(
     make_shards, kind, wrong, actual, batch_size
 ):
@@ -773,9 +779,7 @@ def test_input_errors_of_a_damaged_record_names_the_cause(tmp_path):
 
     dataset = tf.data.TFRecordDataset(shard.path).repeat()
     with (
-        pytest.raises(
-            StorageError, match="damaged: corrupted record at"
-        ) as error,
+        pytest.raises(StorageError, match="corrupted record at") as error,
         inputs.input_errors(),
     ):
         last(iter(dataset))
@@ -812,26 +816,20 @@ def test_batches_uneven_for_replicas_raise(name, batch_size, sharing):
     replicas = math.prod(sharing.values())
     with pytest.raises(
         UsageError,
-        match=f"positive multiple.*batch_size={batch_size} for {replicas} ",
+        match=f"batch_size={batch_size} for {replicas} ",
     ):
         MAKERS[name](ids(10), batch_size=batch_size, context=context(**sharing))
 
 
 def test_array_batches_epoch_without_a_batch_raises():
-    with pytest.raises(
-        UsageError, match="at least one batch.*10 examples, batch_size=11"
-    ):
+    with pytest.raises(UsageError, match="10 examples, batch_size=11"):
         MAKERS["array_batches"](ids(10), batch_size=11, context=context())
 
 
 def test_record_batches_epoch_without_a_batch_raises(make_shards):
-    with pytest.raises(
-        UsageError, match="at least one batch.*8 examples, batch_size=9, 1 host"
-    ):
+    with pytest.raises(UsageError, match="8 examples, batch_size=9, 1 host"):
         record_batches(make_shards((4, 4)), batch_size=9)
-    with pytest.raises(
-        UsageError, match="batch_size=4, 2 hosts of which one reads 1 examples"
-    ):
+    with pytest.raises(UsageError, match="batch_size=4, 2 hosts .* 1 examples"):
         record_batches(make_shards((7, 1)), batch_size=4, where=context(2))
 
 

@@ -15,6 +15,10 @@ from tests.support import techniques
 from tests.support.toy_task import OrderedTask
 
 BATCH = 8
+# Replicas and parts into which a batch is cut: not at all, and in both ways.
+CUTS = pytest.mark.parametrize(
+    ("replicas", "gradient_accumulation_steps"), [(1, 1), (2, 2)]
+)
 SGD = keras.optimizers.SGD
 # In every second step the second replica's examples, or the second half of the
 # parts, have no weight at all.
@@ -61,6 +65,23 @@ def shifted(penalty_weight=0.25):
             techniques.Shift(
                 layers.Dense(2, name="b"), penalty_weight=penalty_weight
             ),
+        ],
+        name="toy",
+    )
+
+
+def combined():
+    """A layer with a mask, and one with a penalty."""
+    schedule = sos.schedules.ConstantSparsity(0.5, begin_step=2, frequency=2)
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            techniques.wrap(
+                "MagnitudePruning",
+                layers.Dense(8, activation="tanh", name="a"),
+                schedule=schedule,
+            ),
+            techniques.Shift(layers.Dense(2, name="b"), penalty_weight=0.25),
         ],
         name="toy",
     )
@@ -203,7 +224,7 @@ def check_equal(run, expected, **tolerance):
 # One step.
 
 
-def test_a_step_is_that_of_the_formulas():
+def test_train_of_a_linear_model_equals_the_formulas():
     """A linear model with momentum, by hand."""
 
     def linear():
@@ -239,11 +260,8 @@ class Gathering(sos.extend.PruningWrapper):
         return tf.abs(weight.state["gradient"].value)
 
 
-@pytest.mark.parametrize(
-    ("replicas", "gradient_accumulation_steps"),
-    [(1, 1), (2, 1), (1, 2), (2, 2)],
-)
-def test_gradients_are_gathered_of_sums_over_all_examples(
+@CUTS
+def test_train_gathers_gradients_of_sums_over_all_examples(
     replicas, gradient_accumulation_steps
 ):
     """However the batch is cut: a linear model that stands still, by hand."""
@@ -296,21 +314,19 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("make_model", [dense, pruned, shifted])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_steps_are_those_of_a_plain_loop(make_model, optimizer):
-    ordered = task(make_model, OPTIMIZERS[optimizer], weight=WEIGHTED)
+def test_train_with_any_optimizer_equals_a_plain_loop(optimizer):
+    ordered = task(combined, OPTIMIZERS[optimizer], weight=WEIGHTED)
     check_equal(Run(ordered).train(5), Plain(ordered, 5))
 
 
-@pytest.mark.parametrize("make_model", [dense, pruned, shifted])
 @pytest.mark.parametrize(
     ("replicas", "gradient_accumulation_steps"), [(2, 1), (1, 4), (2, 2)]
 )
-def test_how_the_batch_is_cut_changes_nothing(
-    make_model, replicas, gradient_accumulation_steps
+def test_train_with_the_batch_cut_equals_a_plain_loop(
+    replicas, gradient_accumulation_steps
 ):
-    ordered = task(make_model, lambda: SGD(0.1, momentum=0.9), weight=WEIGHTED)
+    ordered = task(combined, lambda: SGD(0.1, momentum=0.9), weight=WEIGHTED)
     run = Run(
         ordered,
         replicas=replicas,
@@ -319,11 +335,8 @@ def test_how_the_batch_is_cut_changes_nothing(
     check_equal(run.train(5), Plain(ordered, 5))
 
 
-@pytest.mark.parametrize(
-    ("replicas", "gradient_accumulation_steps"),
-    [(1, 1), (2, 1), (1, 2), (2, 2)],
-)
-def test_a_batch_without_weight_does_no_harm(
+@CUTS
+def test_train_on_a_batch_without_weight_changes_nothing(
     replicas, gradient_accumulation_steps
 ):
     weight = np.ones(6 * BATCH, np.float32)
@@ -345,10 +358,8 @@ def test_a_batch_without_weight_does_no_harm(
     assert np.isfinite(run.totals.means()["loss"])
 
 
-@pytest.mark.parametrize(
-    ("replicas", "gradient_accumulation_steps"), [(1, 1), (2, 1), (1, 2)]
-)
-def test_embeddings_have_gradients_of_rows(
+@CUTS
+def test_train_of_embeddings_equals_a_plain_loop(
     replicas, gradient_accumulation_steps
 ):
     ids = np.random.default_rng(3).integers(10, size=(6 * BATCH, 3))
@@ -366,7 +377,7 @@ def test_embeddings_have_gradients_of_rows(
     check_equal(run.train(4), Plain(ordered, 4))
 
 
-def test_a_batch_may_be_any_structure():
+def test_train_on_batches_of_any_structure_equals_a_plain_loop():
     class Nested(OrderedTask):
         def train_dataset(self, context, step):
             return (
@@ -388,7 +399,7 @@ def test_a_batch_may_be_any_structure():
     )
 
 
-def test_another_number_of_steps_is_no_new_trace():
+def test_train_of_another_number_of_steps_traces_nothing_new():
     run = Run(task()).train(1)
     for count in (2, 3):
         run.train(count, per_call=count)
@@ -401,11 +412,8 @@ def test_another_number_of_steps_is_no_new_trace():
 # Penalties.
 
 
-@pytest.mark.parametrize(
-    ("replicas", "gradient_accumulation_steps"),
-    [(1, 1), (2, 1), (1, 4), (2, 2)],
-)
-def test_penalties_are_counted_once(replicas, gradient_accumulation_steps):
+@CUTS
+def test_train_counts_penalties_once(replicas, gradient_accumulation_steps):
     # Powers of two, so that the shares are exact.
     run = Run(
         task(shifted, lambda: SGD(0.5)),
@@ -418,11 +426,8 @@ def test_penalties_are_counted_once(replicas, gradient_accumulation_steps):
             assert techniques.shift_of(wrapper) == -0.5 * 0.25 * step
 
 
-@pytest.mark.parametrize(
-    ("replicas", "gradient_accumulation_steps"),
-    [(1, 1), (2, 1), (1, 2), (2, 2)],
-)
-def test_activity_losses_are_counted_once(
+@CUTS
+def test_train_counts_activity_losses_once(
     replicas, gradient_accumulation_steps
 ):
     """Keras divides them by the examples, so that parts have their mean."""
@@ -509,24 +514,24 @@ def test_noise_differs_between_replicas_and_steps(noise):
         (s, r, 4 * r) for s in range(3) for r in range(2)
     ]
     assert differ(by_part.values())
-    # The same in another trainer, which begins later.
-    late = outputs_at(noise, replicas=2, steps=2, start=1)
-    assert sorted(late) == [key for key in sorted(by_part) if key[0] > 0]
+    # The same in a training that begins later.
+    late = outputs_at(noise, replicas=2, steps=1, start=2)
+    assert sorted(late) == [key for key in sorted(by_part) if key[0] > 1]
     for key, value in late.items():
         np.testing.assert_array_equal(value, by_part[key])
 
 
 def test_activation_noise_differs_between_parts():
-    by_part = outputs_at(ACTIVATION_NOISE, gradient_accumulation_steps=4)
-    assert sorted(by_part) == [
-        (s, 0, 2 * i) for s in range(2) for i in range(4)
-    ]
-    assert differ(by_part.values())
-    both = outputs_at(
+    by_part = outputs_at(
         ACTIVATION_NOISE, replicas=2, gradient_accumulation_steps=2
     )
-    assert len(both) == 8
-    assert differ(both.values())
+    assert sorted(by_part) == [
+        (s, r, 4 * r + 2 * i)
+        for s in range(2)
+        for r in range(2)
+        for i in range(2)
+    ]
+    assert differ(by_part.values())
 
 
 def test_weight_noise_is_one_sample_for_a_step():
@@ -557,7 +562,6 @@ def test_dropout_differs_between_parts():
 
 
 CLIPPING = {
-    "value": {"clipvalue": 0.01},
     "norm": {"clipnorm": 0.05},
     "global_norm": {"global_clipnorm": 0.05},
     "none_is_reached": {"global_clipnorm": 1e3},
@@ -565,10 +569,8 @@ CLIPPING = {
 
 
 @pytest.mark.parametrize("name", CLIPPING)
-@pytest.mark.parametrize(
-    ("replicas", "gradient_accumulation_steps"), [(1, 2), (2, 1)]
-)
-def test_what_is_clipped_is_the_gradient_of_the_whole_batch(
+@pytest.mark.parametrize(("replicas", "gradient_accumulation_steps"), [(2, 2)])
+def test_clipping_applies_to_the_gradient_of_the_whole_batch(
     name, replicas, gradient_accumulation_steps
 ):
     ordered = task(shifted, lambda: SGD(1.0, **CLIPPING[name]), weight=WEIGHTED)
@@ -626,7 +628,9 @@ def test_clipping_leaves_out_what_has_no_gradient():
     ],
     ids=["averages", "accumulation", "loss_scaling", "gradient_scaling"],
 )
-def test_optimizers_that_do_the_engines_work_raise(make_optimizer, message):
+def test_steps_with_optimizers_that_do_the_engines_work_raise(
+    make_optimizer, message
+):
     with pytest.raises(UsageError, match=message):
         Run(task(make_optimizer=make_optimizer))
 
@@ -635,7 +639,7 @@ def test_optimizers_that_do_the_engines_work_raise(make_optimizer, message):
     ("replicas", "gradient_accumulation_steps"),
     [(1, 0), (1, 3), (1, 16), (2, 3), (2, 8)],
 )
-def test_batches_that_cannot_be_cut_raise(
+def test_steps_with_batches_that_cannot_be_cut_raise(
     replicas, gradient_accumulation_steps
 ):
     with pytest.raises(UsageError) as error:
@@ -654,7 +658,7 @@ def test_batches_that_cannot_be_cut_raise(
 # Mixed precision.
 
 
-def test_float16_raises():
+def test_steps_with_float16_raise():
     def half():
         return keras.Sequential(
             [
@@ -664,7 +668,7 @@ def test_float16_raises():
             ]
         )
 
-    with pytest.raises(UsageError, match="bfloat16.*computes in float16"):
+    with pytest.raises(UsageError, match="bfloat16.*float16"):
         Run(task(half))
 
 
@@ -676,19 +680,9 @@ def bfloat16():
     keras.config.set_dtype_policy(before)
 
 
-@pytest.mark.parametrize(
-    ("replicas", "gradient_accumulation_steps"), [(1, 1), (2, 1), (2, 2)]
-)
-@pytest.mark.parametrize("make_model", [pruned, shifted])
-def test_bfloat16_is_near_float32(
-    bfloat16, make_model, replicas, gradient_accumulation_steps
-):
-    ordered = task(make_model, lambda: SGD(0.1, clipnorm=1.0), weight=WEIGHTED)
-    run = Run(
-        ordered,
-        replicas=replicas,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-    ).train(4)
+def test_train_in_bfloat16_is_near_float32(bfloat16):
+    ordered = task(combined, lambda: SGD(0.1, clipnorm=1.0), weight=WEIGHTED)
+    run = Run(ordered, replicas=2, gradient_accumulation_steps=2).train(4)
     assert run.model(ordered.rows(0)["x"]).dtype == "bfloat16"
     for variable in run.model.trainable_variables:
         assert variable.dtype == "float32"
@@ -699,7 +693,7 @@ def test_bfloat16_is_near_float32(
     assert np.abs(first - run.values()[0]).max() > 0.02
 
 
-def test_bfloat16_with_losses_of_several_dtypes(bfloat16):
+def test_train_in_bfloat16_with_losses_of_several_dtypes_is_finite(bfloat16):
     """Keras has those of activities in bfloat16 and of weights in float32."""
 
     def active():
@@ -777,7 +771,7 @@ class VaryingMetrics(OrderedTask):
         return {**metrics, f"metric_{self.counter}": metrics["error"]}
 
 
-def test_evaluation_may_have_other_metrics():
+def test_evaluate_with_other_metrics_returns_them():
     run = Run(OtherMetrics(dense, lambda: SGD(0.1), examples(), batch_size=8))
     assert set(run.train(1).totals.means()) == {"error", "loss"}
     assert run.evaluate(2).names == ("count", "error", "loss")
@@ -785,10 +779,8 @@ def test_evaluation_may_have_other_metrics():
     assert means["count"] == means["error"]
 
 
-@pytest.mark.parametrize(
-    ("replicas", "gradient_accumulation_steps"), [(1, 1), (2, 2)]
-)
-def test_metrics_are_means_over_all_examples(
+@CUTS
+def test_metrics_of_any_cut_are_means_over_all_examples(
     replicas, gradient_accumulation_steps
 ):
     ordered = task(
@@ -821,13 +813,11 @@ def test_metrics_that_vary_between_parts_raise():
     varying = VaryingMetrics(
         dense, lambda: SGD(0.1), examples(), batch_size=BATCH
     )
-    with pytest.raises(
-        TaskError, match=r"same metrics, \['error', 'loss', 'metric_1'\]"
-    ):
+    with pytest.raises(TaskError, match=r"\['error', 'loss', 'metric_1'\]"):
         Run(varying, gradient_accumulation_steps=2).train(1)
 
 
-def test_metrics_hold_no_penalty():
+def test_metrics_with_a_large_penalty_leave_it_out():
     run = Run(task(lambda: shifted(1e6), lambda: SGD(0.0)))
     run.model.layers[0].sparse_weights[0].state["shift"].assign_add(
         tf.ones((6, 8))
@@ -841,9 +831,9 @@ def test_metrics_hold_no_penalty():
 
 @pytest.mark.parametrize(
     ("replicas", "gradient_accumulation_steps", "value"),
-    [(1, 1, np.nan), (2, 1, np.inf), (1, 2, np.inf), (2, 2, np.nan)],
+    [(1, 1, np.nan), (2, 2, np.inf)],
 )
-def test_the_step_whose_loss_is_not_finite_is_named(
+def test_first_non_finite_of_a_loss_is_its_step(
     replicas, gradient_accumulation_steps, value
 ):
     arrays = examples()
@@ -862,7 +852,7 @@ def test_the_step_whose_loss_is_not_finite_is_named(
     assert not run.steps.weights_are_finite()
 
 
-def test_a_sum_that_is_not_finite_is_named_whatever_it_weighs():
+def test_first_non_finite_of_a_sum_without_weight_is_its_step():
     arrays = examples()
     arrays["y"][2 * BATCH, 0] = np.inf
     weight = np.ones(6 * BATCH, np.float32)
@@ -872,7 +862,7 @@ def test_a_sum_that_is_not_finite_is_named_whatever_it_weighs():
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_a_penalty_that_is_not_finite_is_named(replicas):
+def test_first_non_finite_of_a_penalty_is_its_step(replicas):
     class Growing(sos.ramps.Ramp):
         def __call__(self, step):
             return tf.where(step < 2, 1.0, np.inf)
@@ -899,7 +889,7 @@ def test_a_penalty_that_is_not_finite_is_named(replicas):
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_an_activity_loss_that_is_not_finite_is_named(replicas):
+def test_first_non_finite_of_an_activity_loss_is_its_step(replicas):
     """It differs between the replicas, as examples do."""
 
     class Root(keras.regularizers.Regularizer):
@@ -920,7 +910,7 @@ def test_an_activity_loss_that_is_not_finite_is_named(replicas):
     assert run.totals.first_non_finite() == 2
 
 
-def test_weights_that_are_not_finite_are_seen():
+def test_weights_are_finite_of_any_other_number_is_false():
     run = Run(task(), replicas=2)
     assert run.steps.weights_are_finite()
     bias = run.model.weights[-1]
@@ -934,76 +924,64 @@ def test_weights_that_are_not_finite_are_seen():
 # Summaries of sparse weights.
 
 
+def every_technique():
+    """A layer of each technique of the registry, named after it."""
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            *(
+                techniques.wrap(name, layers.Dense(6, name=name.lower()))
+                for name in techniques.NAMES
+            ),
+            layers.Dense(2, name="last"),
+        ],
+        name="toy",
+    )
+
+
 @pytest.mark.parametrize("replicas", [1, 2])
-@pytest.mark.parametrize("name", techniques.NAMES)
-def test_the_summary_is_the_reports(name, replicas):
-    run = Run(task(lambda: techniques.mlp(name)), replicas=replicas).train(2)
+def test_summary_of_every_technique_equals_the_report(replicas):
+    run = Run(task(every_technique), replicas=replicas)
     for variable in run.model.variables:
         if "log_" in variable.path:
             variable.assign_add(techniques.normal(*variable.shape, scale=20.0))
-    zeros, penalties = run.steps.summary()
+    # In any order, as an evaluation may come before, between and after.
+    for _ in range(2):
+        # Penalties are not known outside of training.
+        zeros, penalties = run.steps.summary()
+        assert penalties == {}
+        with sos.SparsityUpdater(run.model, run.optimizer):
+            expected = float(sum(run.model.losses))
+            zeros, penalties = run.steps.summary()
+            assert expected > 0
+            assert sum(penalties.values()) == pytest.approx(expected, rel=1e-5)
+        assert [path.removeprefix("toy/") for path in penalties] == [
+            f"{name.lower()}/kernel"
+            for name in techniques.NAMES
+            if issubclass(
+                sos.extend.techniques()[name], sos.extend.PenalizedWrapper
+            )
+        ]
     expected = {
         row["weight"]: row["size"] - row["nonzeros"]
         for row in sos.sparsity_report(run.model).rows
         if row["technique"]
     }
     assert {p.removeprefix("toy/"): n for p, n in zeros.items()} == expected
-    assert sum(expected.values()) > 0
-    # They are not known outside of training.
-    assert penalties == {}
+    assert all(expected.values())
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
-@pytest.mark.parametrize("name", ["L0Regularization", "VariationalDropout"])
-def test_penalties_are_summarized_in_training(name, replicas):
-    run = Run(task(lambda: techniques.mlp(name)), replicas=replicas)
-
-    def total():
-        return sum(run.steps.summary()[1].values())
-
-    # In any order, as an evaluation may come before, between and after.
-    for _ in range(2):
-        assert total() == 0
-        with sos.SparsityUpdater(run.model, run.optimizer):
-            expected = float(sum(run.model.losses))
-            assert expected > 0
-            assert total() == pytest.approx(expected, rel=1e-5)
-            assert not any(
-                path.removeprefix("toy/") not in ("a/kernel", "b/kernel")
-                for path in run.steps.summary()[1]
-            )
-    assert total() == 0
-
-
-def test_a_dense_model_has_no_summary():
+def test_summary_of_a_dense_model_is_empty():
     assert Run(task()).steps.summary() == ({}, {})
-
-
-def test_techniques_may_be_mixed():
-    def mixed():
-        return keras.Sequential(
-            [
-                keras.Input((6,)),
-                techniques.wrap("FixedMask", layers.Dense(8, name="a")),
-                techniques.wrap("L0Regularization", layers.Dense(4, name="b")),
-                techniques.wrap("MagnitudePruning", layers.Dense(2, name="c")),
-            ],
-            name="toy",
-        )
-
-    run = Run(task(mixed)).train(1)
-    with sos.SparsityUpdater(run.model, run.optimizer):
-        zeros, penalties = run.steps.summary()
-    assert list(zeros.values()) == [24, 0, 4]
-    (path,) = penalties
-    assert path.endswith("b/kernel")
 
 
 # Batch normalization.
 
 
 @pytest.mark.parametrize("synchronized", [False, True])
-def test_moving_statistics_of_two_replicas(synchronized):
+def test_moving_statistics_of_two_replicas_are_the_first_ones_or_synchronized(
+    synchronized,
+):
     """Those of the first replica, as in Keras, or those of the whole batch."""
 
     def normalized():
@@ -1059,17 +1037,13 @@ def gathering():
     )
 
 
-@pytest.mark.parametrize("gradient_accumulation_steps", [1, 2])
-@pytest.mark.parametrize("make_model", [pruned, gathering])
-def test_jit_compile_changes_rounding_only(
-    make_model, gradient_accumulation_steps
-):
-    ordered = task(make_model, lambda: SGD(0.1, momentum=0.9), weight=WEIGHTED)
+def test_jit_compile_changes_rounding_only():
+    ordered = task(gathering, lambda: SGD(0.1, momentum=0.9), weight=WEIGHTED)
     plain, compiled = (
         Run(
             ordered,
             jit_compile=jit_compile,
-            gradient_accumulation_steps=gradient_accumulation_steps,
+            gradient_accumulation_steps=2,
         ).train(5)
         for jit_compile in (False, True)
     )
@@ -1104,7 +1078,7 @@ def test_jit_compile_by_default_is_off_on_a_cpu():
 
 def test_jit_compile_with_several_replicas_raises():
     with pytest.raises(
-        UsageError, match="--nojit_compile.*Received: .*with 2 replicas"
+        UsageError, match="--nojit_compile.*Received: .*2 replicas"
     ):
         Run(task(), replicas=2, jit_compile=True)
     assert not Run(task(), replicas=2).steps.jit_compile
@@ -1130,9 +1104,7 @@ def test_jit_compile_of_an_unsupported_operation_raises(training):
     with pytest.raises(UsageError, match="--nojit_compile") as error:
         run.train(1)
         run.evaluate(1)
-    assert f"cannot compile the {step} step: PrintV2 (No reg" in str(
-        error.value
-    )
+    assert f"{step} step: PrintV2" in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -1215,7 +1187,7 @@ def masks(model):
 
 
 @pytest.mark.parametrize("name", PRUNING)
-def test_masks_are_those_of_the_host(name, scope):
+def test_mask_update_compiled_equals_the_host(name, scope):
     expected = techniques.mlp(name)
     with scope():
         model = techniques.mlp(name)
@@ -1231,7 +1203,7 @@ def test_masks_are_those_of_the_host(name, scope):
     assert function.experimental_get_tracing_count() == 1
 
 
-def test_other_rankings_see_the_sparsity(scope):
+def test_mask_update_of_other_rankings_passes_the_sparsity(scope):
     ranking = techniques.Recorder()
     with scope():
         model = techniques.mlp("MagnitudePruning", ranking=ranking)
@@ -1245,7 +1217,7 @@ def test_other_rankings_see_the_sparsity(scope):
     assert ranking.log == expected
 
 
-def test_nan_scores_raise_and_change_nothing(scope):
+def test_mask_update_of_nan_scores_raises_and_changes_nothing(scope):
     with scope():
         model = techniques.mlp("MagnitudePruning")
         compiled = CompiledMaskUpdate()
@@ -1261,30 +1233,25 @@ def test_nan_scores_raise_and_change_nothing(scope):
         np.testing.assert_array_equal(mask, old)
 
 
-def test_nothing_due_does_nothing():
+def test_mask_update_of_nothing_does_nothing():
     assert CompiledMaskUpdate()({}) is None
 
 
-MODELS = {
-    **{name: [(name, {})] * 3 for name in PRUNING},
-    "gradients": [(Saliency, {})] * 3,
-    "pattern": [("MagnitudePruning", {"ranking": OneOfTwo()})] * 3,
-    "together": [("MagnitudePruning", {"ranking": Together()})] * 3,
-    "mixed": [
-        ("RandomPruning", {}),
-        ("MagnitudePruning", {"ranking": OneOfTwo()}),
-        (Saliency, {}),
-        ("MagnitudePruning", {"ranking": Together()}),
-        ("MagnitudePruning", {}),
-        ("MagnitudePruning", {"ranking": Together()}),
-    ],
-}
+# All that there may be in one model, with rankings of several weights.
+MIXED = [
+    *((name, {}) for name in PRUNING),
+    ("MagnitudePruning", {"ranking": OneOfTwo()}),
+    (Saliency, {}),
+    ("MagnitudePruning", {"ranking": Together()}),
+    ("MagnitudePruning", {}),
+    ("MagnitudePruning", {"ranking": Together()}),
+]
 
 
-def model_of(name):
+def mixed():
     keras.utils.set_random_seed(0)
     wrapped = []
-    for i, (technique, arguments) in enumerate(MODELS[name]):
+    for i, (technique, arguments) in enumerate(MIXED):
         if isinstance(technique, str):
             technique = sos.extend.techniques()[technique]
         wrapped.append(
@@ -1299,15 +1266,14 @@ def model_of(name):
     return keras.Sequential([keras.Input((6,)), *wrapped], name="toy")
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_in_training_the_bits_are_those_of_the_host(name, scope):
+def test_mask_update_compiled_in_training_has_the_bits_of_the_host(scope):
     """With weights that move, and gradients of each replica's own examples."""
 
     def trained(make_update):
         with scope():
             strategy = tf.distribute.get_strategy()
-            model = model_of(name)
-            optimizer = keras.optimizers.SGD(0.3)
+            model = mixed()
+            optimizer = keras.optimizers.SGD(0.1)
             optimizer.build(model.trainable_variables)
             variables = model.trainable_variables
 
@@ -1346,14 +1312,12 @@ def test_in_training_the_bits_are_those_of_the_host(name, scope):
     # Updates were made at 2, 4, 6, 8 and 9, of which the first is 20 %.
     zeros = [np.mean([m == 0 for m in each]) for each in on_device]
     assert zeros[0] == 0 < zeros[1] == zeros[2] < 1
-    if name != "pattern":
-        assert zeros[-1] > zeros[1]
+    assert zeros[-1] > zeros[1]
 
 
-@pytest.mark.parametrize("name", ["RandomPruning", "MagnitudePruning"])
-def test_what_is_not_due_stays(name, scope):
+def test_mask_update_of_some_layers_leaves_the_others(scope):
     with scope():
-        model = techniques.mlp(name)
+        model = techniques.mlp("RandomPruning")
         first, second = find_wrappers(model)
         compiled = CompiledMaskUpdate()
         compiled({first: 0.5})

@@ -40,19 +40,20 @@ def devices(strategy):
 # What is made. There is no accelerator where the tests run.
 
 
-def test_one_device():
+def test_make_strategy_of_one_device_takes_the_cpu():
     strategy = make_strategy("one_device")
     assert type(strategy) is tf.distribute.OneDeviceStrategy
     assert devices(strategy) == ["device:CPU:0"]
 
 
-def test_mirrored_takes_all_logical_devices():
+def test_make_strategy_mirrored_takes_all_logical_devices():
     strategy = make_strategy("mirrored")
     assert type(strategy) is tf.distribute.MirroredStrategy
     assert devices(strategy) == ["device:CPU:0", "device:CPU:1"]
 
 
-def test_several_mirrored_strategies_work_in_one_process():
+@pytest.mark.oldest
+def test_make_strategy_mirrored_twice_works_in_one_process():
     for _ in range(2):
         strategy = make_strategy("mirrored")
 
@@ -80,12 +81,14 @@ def test_several_mirrored_strategies_work_in_one_process():
         {"cluster": {"worker": ["localhost:2222"], "ps": ["localhost:2223"]}},
     ],
 )
-def test_without_other_workers_the_default_is_one_device(tf_config, config):
+def test_make_strategy_without_other_workers_takes_one_device(
+    tf_config, config
+):
     tf_config(config)
     assert type(make_strategy()) is tf.distribute.OneDeviceStrategy
 
 
-def test_several_workers_are_found_in_the_environment(tf_config):
+def test_make_strategy_finds_several_workers_in_the_environment(tf_config):
     # Not to be joined here, as the task of this one is missing.
     tf_config({"cluster": TWO_WORKERS})
     with pytest.raises(UsageError, match="The strategy multi_worker needs"):
@@ -96,7 +99,7 @@ def test_several_workers_are_found_in_the_environment(tf_config):
         make_strategy()
 
 
-def test_names_are_those_that_the_error_lists():
+def test_make_strategy_of_an_unknown_name_lists_the_valid_ones():
     with pytest.raises(UsageError) as error:
         make_strategy("tpus")
     for name in strategies.STRATEGIES:
@@ -105,17 +108,24 @@ def test_names_are_those_that_the_error_lists():
 
 
 @pytest.mark.parametrize("name", ["mirrored", "multi_worker", "one_device"])
-def test_a_tpu_goes_with_no_other_strategy(name):
+def test_make_strategy_of_a_tpu_and_another_raises(name):
     with pytest.raises(UsageError, match=f"tpu='mine' with strategy='{name}'"):
         make_strategy(name, tpu="mine")
 
 
-@pytest.mark.parametrize(
-    "arguments", [{"name": "tpu"}, {"tpu": "local"}], ids=str
-)
-def test_a_tpu_that_is_not_there(arguments):
-    with pytest.raises(UsageError, match="TPU 'local' cannot be used.*--tpu"):
-        make_strategy(**arguments)
+def test_make_strategy_without_a_tpu_raises():
+    with pytest.raises(UsageError, match="TPU 'local'.*--tpu"):
+        make_strategy(tpu="local")
+
+
+def test_make_strategy_of_the_name_tpu_takes_the_local_one(monkeypatch):
+    def fail(tpu):
+        raise ValueError(f"no TPU {tpu}")
+
+    resolvers = tf.distribute.cluster_resolver
+    monkeypatch.setattr(resolvers, "TPUClusterResolver", fail)
+    with pytest.raises(UsageError, match="TPU 'local'.*--tpu"):
+        make_strategy("tpu")
 
 
 # Mistakes in TF_CONFIG: none may end in a wait for workers.
@@ -136,9 +146,9 @@ def test_a_tpu_that_is_not_there(arguments):
     ],
 )
 @pytest.mark.parametrize("name", [None, "multi_worker"])
-def test_tf_config_that_cannot_be_read(tf_config, text, name):
+def test_make_strategy_of_an_unreadable_tf_config_raises(tf_config, text, name):
     tf_config(text)
-    with pytest.raises(UsageError, match="TF_CONFIG must be") as error:
+    with pytest.raises(UsageError, match="TF_CONFIG") as error:
         make_strategy(name)
     assert "Cause: " in str(error.value)
     assert f"Received: {text!r}" in str(error.value)
@@ -163,9 +173,11 @@ def test_tf_config_that_cannot_be_read(tf_config, text, name):
     ],
     ids=str,
 )
-def test_tf_config_that_does_not_name_this_worker(tf_config, config):
+def test_make_strategy_of_a_tf_config_without_this_worker_raises(
+    tf_config, config
+):
     tf_config(config)
-    with pytest.raises(UsageError, match="multi_worker needs.*TF_CONFIG="):
+    with pytest.raises(UsageError, match="multi_worker.*TF_CONFIG="):
         make_strategy("multi_worker")
 
 
@@ -197,13 +209,15 @@ class SeveralWorkers(tf.distribute.MultiWorkerMirroredStrategy):
         ({}, None, None, True),
     ],
 )
-def test_one_worker_is_the_chief(cluster, job, index, chief):
+def test_is_chief_of_several_workers_is_true_for_one(
+    cluster, job, index, chief
+):
     strategy = SeveralWorkers(cluster, job, index)
     assert is_chief(strategy) is chief
     assert strategies.several_processes(strategy)
 
 
-def test_input_pipelines_are_the_hosts():
+def test_input_pipelines_of_any_strategy_are_its_hosts():
     class Workers(SeveralWorkers):
         """Three workers with two devices each."""
 
@@ -218,7 +232,7 @@ def test_input_pipelines_are_the_hosts():
 
 
 @pytest.mark.parametrize("name", ["one_device", "mirrored"])
-def test_a_process_by_itself_is_the_chief(name, tf_config):
+def test_is_chief_of_a_process_by_itself_is_true(name, tf_config):
     tf_config({"cluster": TWO_WORKERS, "task": {"type": "worker", "index": 1}})
     strategy = make_strategy(name)
     assert is_chief(strategy)
@@ -270,9 +284,7 @@ ABORTED = "Collective ops is aborted by: Socket closed\nAdditional GRPC error"
 )
 def test_lost_worker_errors_become_one_class(error):
     with (
-        pytest.raises(
-            WorkerLostError, match="reached: Socket closed. Start all workers"
-        ) as raised,
+        pytest.raises(WorkerLostError, match="Socket closed") as raised,
         strategies.lost_worker_errors(),
     ):
         raise error
@@ -297,7 +309,7 @@ def test_lost_worker_errors_leaves_others_unchanged(error):
     assert raised.value is error
 
 
-def test_default_strategy_of_tensorflow_trains_and_evaluates():
+def test_trainer_under_the_default_strategy_trains_and_evaluates():
     trainer = Trainer(ToyTask(), strategy=tf.distribute.get_strategy())
     trainer.train(2)
     assert trainer.step == 2

@@ -41,7 +41,7 @@ def length(x):
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 8])
-def test_the_strategy_is_tensorflows_own(replicas):
+def test_deviceless_strategy_is_tensorflows_own(replicas):
     strategy = tpu_check.deviceless_strategy(replicas)
     assert type(strategy) is tf.distribute.TPUStrategy
     assert strategy.num_replicas_in_sync == replicas
@@ -54,7 +54,7 @@ def test_the_strategy_is_tensorflows_own(replicas):
     assert model(tf.ones((5, 3))).shape == (5, 2)
 
 
-def test_the_process_is_left_as_it_was():
+def test_deviceless_strategy_leaves_the_process_as_it_was():
     before = tf.config.get_soft_device_placement()
     tpu_check.deviceless_strategy(2)
     assert tf.config.get_soft_device_placement() == before
@@ -74,12 +74,12 @@ def test_the_process_is_left_as_it_was():
 
 
 @pytest.mark.parametrize("replicas", [0, -1, 1.5, "2", None])
-def test_a_wrong_number_of_replicas_raises(replicas):
-    with pytest.raises(UsageError, match=r"at least 1.*replicas="):
+def test_deviceless_strategy_of_a_wrong_number_raises(replicas):
+    with pytest.raises(UsageError, match="replicas="):
         tpu_check.deviceless_strategy(replicas)
 
 
-def test_soft_device_placement_is_asked_for():
+def test_deviceless_strategy_without_soft_placement_raises():
     tf.config.set_soft_device_placement(False)
     try:
         with pytest.raises(UsageError, match="soft device placement"):
@@ -89,7 +89,7 @@ def test_soft_device_placement_is_asked_for():
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
-def test_a_clean_step_passes(strategy, trace, policy):
+def test_violations_of_a_clean_step_are_none(strategy, trace, policy):
     layers = keras.layers
     with strategy.scope():
         model = keras.Sequential(
@@ -213,7 +213,7 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("name", PLANTED)
-def test_planted_violations_are_caught(trace, name):
+def test_violations_that_are_planted_are_found(trace, name):
     step, expected = PLANTED[name]
     lines = tpu_check.violations(trace(step))
     assert len(lines) == len(expected), lines
@@ -227,7 +227,7 @@ def test_planted_violations_are_caught(trace, name):
         assert "(1 node, " in line
 
 
-def test_an_input_without_a_static_batch_is_one_violation(trace):
+def test_violations_of_an_input_without_a_static_batch_are_one(trace):
     def step(x):
         # What follows from it is not listed.
         return tf.reduce_sum(tf.nn.relu(tf.matmul(x, tf.ones((6, 3)))), axis=1)
@@ -237,7 +237,7 @@ def test_an_input_without_a_static_batch_is_one_violation(trace):
     assert tpu_check.violations(trace(step, tf.TensorSpec((4, 6)))) == []
 
 
-def test_equal_violations_are_counted_in_one_line(trace):
+def test_violations_that_are_equal_are_one_line(trace):
     def step(x):
         images = [x + i for i in range(3)]
         return [tf.image.resize(y, [16, 16], "bicubic") for y in images]
@@ -249,7 +249,7 @@ def test_equal_violations_are_counted_in_one_line(trace):
     )
 
 
-def test_clusters_in_host_loops_are_checked_and_their_hosts_are_not(strategy):
+def test_violations_in_host_loops_are_those_of_clusters(strategy):
     # What an estimator does: the host reads data, and may work on strings.
     dataset = tf.data.Dataset.from_tensors(tf.zeros((4, 3))).repeat()
 
@@ -296,31 +296,31 @@ def without_cluster(x):
     return x + 1
 
 
-def test_a_function_without_a_cluster_raises():
+def test_check_without_a_cluster_raises():
     function = without_cluster.get_concrete_function(IMAGES)
     for checks in (tpu_check.check, tpu_check.violations):
-        with pytest.raises(UsageError, match="contains no TPU cluster"):
+        with pytest.raises(UsageError, match="TPU cluster"):
             checks(function)
 
 
-def test_a_cluster_of_another_strategy_raises():
+def test_check_of_another_strategy_raises():
     mirrored = techniques.two_replicas()
 
     @tf.function
     def outer():
         return mirrored.run(lambda: tf.constant(1.0))
 
-    with pytest.raises(UsageError, match="contains no TPU cluster"):
+    with pytest.raises(UsageError, match="TPU cluster"):
         tpu_check.check(outer.get_concrete_function())
 
 
 @pytest.mark.parametrize("function", [without_cluster, len, None])
-def test_a_function_that_is_not_traced_raises(function):
+def test_check_of_an_untraced_function_raises(function):
     with pytest.raises(TypeError, match="get_concrete_function"):
         tpu_check.check(function)
 
 
-def test_a_cluster_that_was_traced_cannot_be_run(strategy):
+def test_deviceless_strategy_run_raises(strategy):
     @tf.function
     def outer():
         def step():
@@ -332,7 +332,7 @@ def test_a_cluster_that_was_traced_cannot_be_run(strategy):
         outer()
 
 
-def test_the_table_is_what_it_is_said_to_be():
+def test_table_of_operations_is_what_it_is_said_to_be():
     path = pathlib.Path(tpu_check.__file__).parent / "data" / tpu_check._TABLE
     table = json.loads(path.read_text("utf-8"))
     assert len(table) == 537

@@ -1,5 +1,7 @@
+import collections
 import functools
 import signal
+import time
 
 import hypothesis
 import hypothesis.strategies as st
@@ -16,6 +18,7 @@ from sos.errors import (
     TaskError,
     UsageError,
 )
+from sos.training import strategies
 from sos.training.checkpoints import Checkpoints
 from sos.training.task import Task
 from sos.training.trainer import Action, LoopLength, Trainer
@@ -41,24 +44,74 @@ def one_device():
     return tf.distribute.OneDeviceStrategy("CPU:0")
 
 
+HOST_ARGUMENTS = ("steps_per_loop", "max_seconds_per_loop", "clock", "gather")
+TRACED_ARGUMENTS = ("gradient_accumulation_steps", "jit_compile")
+# A task that differs in these alone has the same traced functions.
+VALUES = {"seed", "schedule", "ranking", "penalty_weight"}
+# Trainers by what they were traced for, and the keys of those in use.
+POOL = collections.defaultdict(list)
+IN_USE = []
+
+
+@pytest.fixture(autouse=True)
+def pool():
+    """Takes trainers back when a test ends, so that others reset them."""
+    yield
+    while IN_USE:
+        key, trainer = IN_USE.pop()
+        POOL[key].append(trainer)
+
+
 def make_trainer(technique=None, *, replicas=1, task=None, **arguments):
-    """A trainer of a toy task; what a `Trainer` does not take is the task's."""
-    own = {
-        name: arguments.pop(name)
-        for name in (
-            "gradient_accumulation_steps",
-            "steps_per_loop",
-            "max_seconds_per_loop",
-            "jit_compile",
-            "clock",
-            "gather",
+    """A trainer of a toy task; what a `Trainer` does not take is the task's.
+
+    Tracing takes most of a test's time: a trainer that an earlier test has left
+    is reset, which `test_reset_gives_the_bits_of_a_new_trainer` shows to be as
+    good as a new one.
+    """
+    host, traced = (
+        {name: arguments.pop(name) for name in names if name in arguments}
+        for names in (HOST_ARGUMENTS, TRACED_ARGUMENTS)
+    )
+    key = None
+    if task is None and not arguments.keys() - VALUES - {
+        "batch_norm",
+        "dropout",
+        "batch_size",
+    }:
+        same = {k: v for k, v in arguments.items() if k not in VALUES}
+        key = repr((technique, replicas, sorted({**same, **traced}.items())))
+    task = task or ToyTask(technique, **arguments)
+    if POOL[key]:
+        trainer = POOL[key].pop()
+        renew(trainer, task, **host)
+    else:
+        trainer = Trainer(
+            task,
+            strategy=one_device()
+            if replicas == 1
+            else techniques.two_replicas(),
+            **traced,
+            **host,
         )
-        if name in arguments
-    }
-    return Trainer(
-        task or ToyTask(technique, **arguments),
-        strategy=one_device() if replicas == 1 else techniques.two_replicas(),
-        **own,
+    if key:
+        IN_USE.append((key, trainer))
+    return trainer
+
+
+def renew(trainer, task, *, clock=time.perf_counter, gather=None, **bounds):
+    """Resets a trainer, with other arguments of a new one."""
+    trainer.reset(task)
+    trainer._make_loop_length = functools.partial(
+        LoopLength,
+        max_steps=bounds.get("steps_per_loop", 100),
+        max_seconds=bounds.get("max_seconds_per_loop", 10.0),
+    )
+    trainer._train_loop_length = trainer._make_loop_length()
+    trainer._eval_loop_length = trainer._make_loop_length()
+    trainer._clock = clock
+    trainer._gather = functools.partial(
+        gather or strategies.gather, trainer.strategy
     )
 
 
@@ -93,7 +146,7 @@ def same_bits(values, expected):
     st.booleans(),
     st.integers(1, 20),
 )
-def test_when_an_action_is_due(every, at, at_end, last):
+def test_action_is_due_at_its_steps(every, at, at_end, last):
     action = Action(call=print, every=every, at=tuple(at), at_end=at_end)
     due = [
         step
@@ -115,7 +168,7 @@ def test_action_every_zero_steps_raises(every):
         Action(call=print, every=every)
 
 
-def test_the_first_loop_is_ignored_and_the_second_is_measured():
+def test_loop_length_ignores_the_first_loop_and_measures_the_second():
     loop_length = LoopLength(max_steps=100, max_seconds=10.0)
     assert not loop_length.traced
     assert loop_length.loop_end(0) == 1
@@ -132,7 +185,7 @@ def test_the_first_loop_is_ignored_and_the_second_is_measured():
 @hypothesis.given(
     st.integers(0, 10**9), st.integers(1, 10**4), st.floats(1e-6, 1e3)
 )
-def test_loops_stay_within_both_bounds(step, max_steps, seconds):
+def test_loop_length_stays_within_both_bounds(step, max_steps, seconds):
     loop_length = LoopLength(max_steps=max_steps, max_seconds=10.0)
     loop_length.update(0.0)
     loop_length.update(seconds)
@@ -147,7 +200,9 @@ def test_loops_stay_within_both_bounds(step, max_steps, seconds):
     ("max_steps", "max_seconds"),
     [(0, 1.0), (-1, 1.0), (1, 0.0), (1, float("nan"))],
 )
-def test_bounds_must_be_positive(max_steps, max_seconds):
+def test_loop_length_of_bounds_that_are_not_positive_raises(
+    max_steps, max_seconds
+):
     with pytest.raises(
         UsageError,
         match=f"Received: steps_per_loop={max_steps}, "
@@ -170,7 +225,7 @@ def pruned(schedule, **arguments):
     return trainer, trainer.steps.sparse_weights[0][0].ranking.log
 
 
-@pytest.mark.parametrize("steps_per_loop", [1, 7, 100])
+@pytest.mark.parametrize("steps_per_loop", [7])
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
@@ -182,7 +237,7 @@ def pruned(schedule, **arguments):
     ],
     ids=["odd_end", "ends_with_training", "every_step", "later"],
 )
-def test_masks_are_updated_at_the_steps_of_the_schedule(
+def test_train_updates_masks_at_the_steps_of_the_schedule(
     steps_per_loop, schedule, expected
 ):
     trainer, log = pruned(schedule, steps_per_loop=steps_per_loop)
@@ -191,7 +246,7 @@ def test_masks_are_updated_at_the_steps_of_the_schedule(
     assert trainer.step == 12
 
 
-def test_the_updates_are_those_of_an_updater():
+def test_train_updates_masks_as_an_updater_does():
     schedule = sos.schedules.PolynomialDecay(0.1, 0.8, 1, 9, frequency=2)
     trainer = make_trainer(
         "MagnitudePruning", schedule=schedule, steps_per_loop=100
@@ -231,7 +286,7 @@ def test_the_updates_are_those_of_an_updater():
         np.testing.assert_allclose(variable, other, rtol=1e-4, atol=1e-5)
 
 
-def test_loops_end_where_something_is_due(tmp_path):
+def test_train_ends_loops_where_something_is_due(tmp_path):
     trainer = make_trainer(steps_per_loop=10)
     checkpoints = make_checkpoints(trainer, tmp_path, keep=99)
     summaries, acted = [], []
@@ -249,7 +304,7 @@ def test_loops_end_where_something_is_due(tmp_path):
     assert acted == [5, 26]
 
 
-def test_actions_are_called_in_order_after_the_save(tmp_path):
+def test_train_calls_actions_in_order_after_the_save(tmp_path):
     trainer = make_trainer(steps_per_loop=4)
     checkpoints = make_checkpoints(trainer, tmp_path)
     done = []
@@ -282,7 +337,7 @@ def test_actions_are_called_in_order_after_the_save(tmp_path):
     ]
 
 
-def test_an_action_that_fails_ends_training_and_leaves_nothing_bound():
+def test_train_with_a_failing_action_ends_and_leaves_nothing_bound():
     trainer = make_trainer("L0Regularization")
 
     def fail(trainer):
@@ -318,7 +373,7 @@ def timed_trainer(seconds_of_step, **arguments):
     return clock.trainer
 
 
-def test_loops_are_bounded_in_seconds():
+def test_train_with_slow_steps_bounds_loops_in_seconds():
     def seconds(step):
         return 100.0 if step == 0 else 2.0 if step < 12 else 30.0
 
@@ -341,7 +396,7 @@ def test_loops_are_bounded_in_seconds():
     assert summaries[0].seconds_left is None
 
 
-def test_loops_of_fast_steps_are_bounded_in_steps():
+def test_train_with_fast_steps_bounds_loops_in_steps():
     trainer = timed_trainer(lambda step: 1e-3, steps_per_loop=6)
     summaries = []
     trainer.train(20, on_summary=[summaries.append])
@@ -373,16 +428,26 @@ def uninterrupted(technique):
     return toy_task.values(trainer)
 
 
-@hypothesis.settings(max_examples=5)
+@pytest.fixture
+def pruned_toy():
+    return toy("MagnitudePruning")
+
+
+@hypothesis.settings(
+    max_examples=4,
+    # Every example resets it.
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
 @hypothesis.given(
     st.integers(1, 12),
     st.none() | st.integers(1, 5),
     st.none() | st.integers(1, 5),
 )
-def test_how_loops_are_cut_changes_no_bit(
-    tmp_path_factory, steps_per_loop, save_every, eval_every
+def test_train_in_any_loops_gives_the_same_bits(
+    pruned_toy, tmp_path_factory, steps_per_loop, save_every, eval_every
 ):
-    trainer = toy("MagnitudePruning", steps_per_loop=steps_per_loop)
+    trainer = pruned_toy
+    renew(trainer, trainer.task, steps_per_loop=steps_per_loop)
     folder = tmp_path_factory.mktemp("cut")
     trainer.train(
         STEPS,
@@ -393,58 +458,56 @@ def test_how_loops_are_cut_changes_no_bit(
     same_bits(toy_task.values(trainer), uninterrupted("MagnitudePruning"))
 
 
-JIT_TECHNIQUES = [
-    "MagnitudePruning",
-    "VariationalDropout",
-    "L0Regularization",
-    "TrainerSaliency",
-]
-PLACEMENTS = {
-    "one": {},
-    "jit": {"jit_compile": True},
-    "two": {"replicas": 2},
-}
-
-
 @pytest.mark.parametrize(
     ("technique", "placement"),
     [
-        (technique, placement)
-        for technique in [None, *TECHNIQUES]
-        for placement in PLACEMENTS
-        if placement != "jit" or technique in JIT_TECHNIQUES
+        *(
+            pytest.param(
+                technique,
+                {},
+                marks=[pytest.mark.oldest]
+                * (technique in ("MagnitudePruning", "VariationalDropout")),
+            )
+            for technique in [None, *techniques.NAMES]
+        ),
+        # Gathered gradients, and states that replicas learn.
+        ("TrainerSaliency", {"jit_compile": True}),
+        ("TrainerSaliency", {"replicas": 2}),
+        pytest.param(
+            "L0Regularization", {"replicas": 2}, marks=pytest.mark.oldest
+        ),
     ],
+    ids=str,
 )
-def test_stopped_training_goes_on_to_the_same_bits(
+def test_train_stopped_and_restored_goes_on_to_the_same_bits(
     technique, placement, tmp_path
 ):
-    placement = PLACEMENTS[placement]
     # Between mask updates.
-    first = toy(technique, steps_per_loop=3, **placement)
-    with pytest.raises(Stopped, match="by SIGTERM at step 6, saved") as stopped:
-        first.train(
-            STEPS,
-            checkpoints=make_checkpoints(first, tmp_path),
-            stop=StopAt(first, 5),
-        )
-    assert stopped.value.step == first.step == 6
+    trainer = toy(technique, steps_per_loop=3, **placement)
+    checkpoints = make_checkpoints(trainer, tmp_path)
+    with pytest.raises(Stopped, match="SIGTERM at step 6, saved") as stopped:
+        trainer.train(STEPS, checkpoints=checkpoints, stop=StopAt(trainer, 5))
+    assert stopped.value.step == trainer.step == 6
     assert stopped.value.signal == signal.SIGTERM
-    second = toy(technique, steps_per_loop=4, **placement)
-    checkpoints = make_checkpoints(second, tmp_path)
-    assert second.restore_or_initialize(checkpoints) == 6
-    assert second.saved_step == 6
-    same_bits(toy_task.values(second), toy_task.values(first))
-    second.train(STEPS, checkpoints=checkpoints)
-    assert checkpoints.steps() == [6, 11]
+    saved = toy_task.values(trainer)
     # Continuing in the same process is like never stopping.
-    first.train(STEPS)
-    same_bits(toy_task.values(second), toy_task.values(first))
+    trainer.train(STEPS)
+    expected = toy_task.values(trainer)
+    # In another process: nothing is left but the checkpoint.
+    renew(trainer, trainer.task, steps_per_loop=4)
+    assert trainer.step == 0
+    assert trainer.restore_or_initialize(checkpoints) == 6
+    assert trainer.saved_step == 6
+    same_bits(toy_task.values(trainer), saved)
+    trainer.train(STEPS, checkpoints=checkpoints)
+    assert checkpoints.steps() == [6, 11]
+    same_bits(toy_task.values(trainer), expected)
     masks = [
         value
-        for name, value in techniques.sparse_state(second.model).items()
+        for name, value in techniques.sparse_state(trainer.model).items()
         if name.endswith(":mask")
     ]
-    if technique and second.task.overrides.get("schedule"):
+    if technique and trainer.task.overrides.get("schedule"):
         # The end of the schedule, also under XLA.
         assert [int(mask.sum()) for mask in masks] == [19, 10]
 
@@ -483,7 +546,6 @@ def traces(trainer):
     ("technique", "replicas"),
     [
         *((technique, 1) for technique in [None, *TECHNIQUES]),
-        ("TrainerSaliency", 2),
         ("L0Regularization", 2),
     ],
 )
@@ -520,29 +582,14 @@ def test_reset_takes_another_learning_rate():
     assert trainer.steps is steps
 
 
+# What else is another step is a matter of `compile_signature_test`.
 @pytest.mark.parametrize(
     ("technique", "changes"),
     [
-        (None, {"dropout": 0.5}),
-        (None, {"batch_norm": False}),
-        (None, {"batch_size": 4}),
-        (None, {"optimizer": lambda: keras.optimizers.SGD(0.1)}),
-        (
-            None,
-            {"optimizer": lambda: keras.optimizers.Adam(0.02, beta_1=0.8)},
-        ),
         ("L0Regularization", {"ramp": sos.ramps.LinearRamp(0, 20)}),
-        ("VariationalDropout", {"clip_log_alpha": 4.0}),
+        (None, {"batch_size": 4}),
     ],
-    ids=[
-        "dropout",
-        "network",
-        "batch_size",
-        "optimizer",
-        "beta",
-        "ramp",
-        "clip_log_alpha",
-    ],
+    ids=["ramp", "batch_size"],
 )
 def test_reset_traces_anew_for_another_step(technique, changes):
     trainer = toy(technique)
@@ -576,20 +623,25 @@ def test_reset_restores_another_tasks_checkpoint(tmp_path):
 # Resuming.
 
 
-def test_gathered_gradients_are_resumed_to_the_same_bits(tmp_path):
-    first, second = (toy("TrainerSaliency", replicas=2) for _ in range(2))
+def test_restore_of_gathered_gradients_goes_on_to_the_same_bits(tmp_path):
+    trainer = toy("TrainerSaliency", replicas=2)
+    checkpoints = make_checkpoints(trainer, tmp_path)
     # Masks are updated at the steps 1 and 4.
-    first.train(2, checkpoints=make_checkpoints(first, tmp_path))
-    second.restore(make_checkpoints(second, tmp_path))
-    for trainer in (first, second):
-        trainer.train(3)
-    (_, weight), *_ = second.steps.sparse_weights
+    trainer.train(2, checkpoints=checkpoints)
+    trainer.train(3)
+    expected = toy_task.values(trainer)
+    renew(trainer, trainer.task)
+    trainer.restore(checkpoints)
+    trainer.train(3)
+    (_, weight), *_ = trainer.steps.sparse_weights
     assert weight.state["gradient"].numpy().any()
-    same_bits(toy_task.values(second), toy_task.values(first))
+    same_bits(toy_task.values(trainer), expected)
 
 
-@pytest.mark.parametrize("technique", ["TrainerSaliency", "VariationalDropout"])
-def test_training_may_be_continued_in_the_same_process(technique):
+@pytest.mark.parametrize(
+    "technique", ["MagnitudePruning", "VariationalDropout"]
+)
+def test_train_in_several_calls_gives_the_same_bits(technique):
     trainer = toy(technique)
     for steps in (2, 3, 3, 8, STEPS):
         trainer.train(steps)
@@ -598,7 +650,7 @@ def test_training_may_be_continued_in_the_same_process(technique):
 
 
 @pytest.mark.parametrize("at", [4, 9])
-def test_an_interrupt_before_a_mask_update_does_not_lose_it(at):
+def test_train_interrupted_before_a_mask_update_makes_it(at):
     """Python handles Ctrl-C when the compiled loop returns."""
     trainer = toy("MagnitudePruning")
     train = trainer.steps.train
@@ -618,16 +670,16 @@ def test_an_interrupt_before_a_mask_update_does_not_lose_it(at):
     same_bits(toy_task.values(trainer), uninterrupted("MagnitudePruning"))
 
 
-def test_accumulated_gradients_are_resumed_too(tmp_path):
-    first, second = (
-        toy("VariationalDropout", gradient_accumulation_steps=2)
-        for _ in range(2)
-    )
-    first.train(4, checkpoints=make_checkpoints(first, tmp_path))
-    second.restore(make_checkpoints(second, tmp_path))
-    for trainer in (first, second):
-        trainer.train(STEPS)
-    same_bits(toy_task.values(second), toy_task.values(first))
+def test_restore_of_accumulated_gradients_goes_on_to_the_same_bits(tmp_path):
+    trainer = toy("VariationalDropout", gradient_accumulation_steps=2)
+    checkpoints = make_checkpoints(trainer, tmp_path)
+    trainer.train(4, checkpoints=checkpoints)
+    trainer.train(STEPS)
+    expected = toy_task.values(trainer)
+    renew(trainer, trainer.task)
+    trainer.restore(checkpoints)
+    trainer.train(STEPS)
+    same_bits(toy_task.values(trainer), expected)
     # And they are part of what a checkpoint is of.
     other = toy("VariationalDropout")
     with pytest.raises(
@@ -636,7 +688,7 @@ def test_accumulated_gradients_are_resumed_too(tmp_path):
         other.restore(make_checkpoints(other, tmp_path))
 
 
-def test_nothing_is_done_when_all_steps_are():
+def test_train_of_completed_steps_does_nothing():
     trainer = make_trainer("MagnitudePruning")
     trainer.train(3)
     before = toy_task.values(trainer)
@@ -653,7 +705,7 @@ def test_nothing_is_done_when_all_steps_are():
 # Stopping.
 
 
-def test_when_it_stops_it_saves_and_does_nothing_else(tmp_path):
+def test_train_asked_to_stop_saves_and_does_nothing_else(tmp_path):
     trainer = make_trainer(steps_per_loop=4)
     checkpoints = make_checkpoints(trainer, tmp_path)
     done = []
@@ -674,13 +726,13 @@ def test_when_it_stops_it_saves_and_does_nothing_else(tmp_path):
     assert done == []
 
 
-def test_without_checkpoints_it_says_that_nothing_was_saved():
+def test_train_asked_to_stop_without_checkpoints_saves_nothing():
     trainer = make_trainer()
     with pytest.raises(Stopped, match="at step 1, not saved"):
         trainer.train(9, stop=StopAt(trainer, 0))
 
 
-def test_a_request_in_the_last_loop_comes_too_late(tmp_path):
+def test_train_asked_to_stop_in_the_last_loop_finishes(tmp_path):
     trainer = make_trainer()
     checkpoints = make_checkpoints(trainer, tmp_path)
     trainer.train(2, checkpoints=checkpoints, stop=StopAt(trainer, 2))
@@ -692,7 +744,7 @@ def second_worker(row):
     return lambda strategy, values: np.array([values, row[: len(values)]])
 
 
-def test_workers_stop_together():
+def test_train_of_several_workers_stops_together():
     stopping = [0.5, float(signal.SIGTERM)]
     trainer = make_trainer(gather=second_worker(stopping))
     with pytest.raises(Stopped, match="SIGTERM at step 1"):
@@ -731,15 +783,16 @@ def spoiled(at, *, of="y", replicas=1, technique=None, **arguments):
     return make_trainer(task=task, replicas=replicas, **arguments)
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
-@pytest.mark.parametrize("technique", [None, "MagnitudePruning"])
-def test_a_loss_that_is_not_finite_names_its_step_and_saves_nothing(
+@pytest.mark.parametrize(
+    ("technique", "replicas"), [(None, 2), ("MagnitudePruning", 1)]
+)
+def test_train_of_a_loss_not_finite_names_its_step_and_saves_nothing(
     tmp_path, technique, replicas
 ):
     trainer = spoiled(7, technique=technique, replicas=replicas)
     checkpoints = make_checkpoints(trainer, tmp_path)
     summaries = []
-    with pytest.raises(NonFiniteLossError, match="in step 8; .* rate") as error:
+    with pytest.raises(NonFiniteLossError, match="step 8") as error:
         trainer.train(
             12,
             checkpoints=checkpoints,
@@ -758,7 +811,7 @@ def test_a_loss_that_is_not_finite_names_its_step_and_saves_nothing(
     assert np.isfinite(summaries[-1].metrics["loss"])
 
 
-def test_a_loss_without_any_weight_is_logged(caplog):
+def test_train_of_a_loss_without_any_weight_logs_it(caplog):
     x, y = techniques.normal(24, 6, seed=1), techniques.normal(24, 2, seed=2)
     weight = np.r_[np.ones(8), np.zeros(8), np.ones(8)].astype(np.float32)
     task = OrderedTask(
@@ -781,7 +834,7 @@ def test_a_loss_without_any_weight_is_logged(caplog):
     assert (kernels[4] != kernels[6]).all()
 
 
-def test_the_loss_of_the_last_step_is_looked_at(tmp_path):
+def test_train_of_a_last_loss_not_finite_raises(tmp_path):
     trainer = spoiled(7)
     checkpoints = make_checkpoints(trainer, tmp_path)
     with pytest.raises(NonFiniteLossError) as error:
@@ -790,7 +843,7 @@ def test_the_loss_of_the_last_step_is_looked_at(tmp_path):
     assert checkpoints.steps() == []
 
 
-def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+def test_train_of_weights_not_finite_saves_nothing(tmp_path):
     trainer = make_trainer()
     checkpoints = make_checkpoints(trainer, tmp_path)
 
@@ -798,7 +851,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
         if summary.step == 4:
             trainer.model.weights[0].assign_add(tf.fill((6, 16), np.inf))
 
-    with pytest.raises(NonFiniteLossError, match="weight .* by step 4;"):
+    with pytest.raises(NonFiniteLossError, match="weight .*step 4"):
         trainer.train(
             9, checkpoints=checkpoints, save_every=2, on_summary=[spoil]
         )
@@ -806,7 +859,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 
 
 @pytest.mark.parametrize("technique", ["MagnitudePruning", None])
-def test_a_gradient_that_is_not_finite_is_found_at_the_next_look(
+def test_train_of_a_gradient_not_finite_raises_at_the_next_look(
     tmp_path, technique
 ):
     """The root of an error of zero: a loss of zero, a gradient of NaN."""
@@ -844,8 +897,8 @@ def expected_metrics(trainer):
     }
 
 
-@pytest.mark.parametrize(("replicas", "batch_size"), [(1, 8), (2, 4), (2, 40)])
-def test_evaluation_sees_every_example_once(replicas, batch_size):
+@pytest.mark.parametrize(("replicas", "batch_size"), [(1, 8), (2, 40)])
+def test_evaluate_sees_every_example_once(replicas, batch_size):
     trainer = make_trainer(
         "L0Regularization",
         replicas=replicas,
@@ -868,7 +921,7 @@ def test_evaluation_sees_every_example_once(replicas, batch_size):
     assert trainer.evaluate().total_steps == 2
 
 
-def test_evaluation_leaves_training_as_it_was():
+def test_evaluate_leaves_training_as_it_was():
     trainer = toy("VariationalDropout", steps_per_loop=2)
     trainer.evaluate()
     trainer.train(
@@ -890,13 +943,13 @@ class StopAfter:
         return signal.SIGTERM if self._looks < 0 else None
 
 
-def test_an_evaluation_that_is_stopped_leaves_nothing_behind():
+def test_evaluate_that_is_stopped_leaves_nothing_behind():
     trainer = make_trainer("MagnitudePruning", batch_size=2, steps_per_loop=3)
     trainer.train(2)
     whole = trainer.evaluate()
     # Ten batches: 3, then 6.
     with pytest.raises(
-        Stopped, match="SIGTERM at step 2, after 6 of 10 batches of its eval"
+        Stopped, match="SIGTERM at step 2, .*6 of 10 batches"
     ) as stopped:
         trainer.evaluate(stop=StopAfter(1))
     assert (stopped.value.signal, stopped.value.step) == (signal.SIGTERM, 2)
@@ -905,22 +958,22 @@ def test_an_evaluation_that_is_stopped_leaves_nothing_behind():
     assert trainer.evaluate(stop=StopAfter(3)).metrics == whole.metrics
 
 
-def test_an_action_that_is_stopped_loses_no_step(tmp_path):
+def test_train_with_an_action_stopped_loses_no_step(tmp_path):
     trainer = make_trainer(batch_size=2, steps_per_loop=3)
     checkpoints = make_checkpoints(trainer, tmp_path)
     evaluation = Action(
         call=lambda trainer: trainer.evaluate(stop=StopAfter(0)), at=(5,)
     )
-    with pytest.raises(Stopped, match="step 5, after 1 of 10 batches"):
+    with pytest.raises(Stopped, match="step 5, .*1 of 10 batches"):
         trainer.train(9, checkpoints=checkpoints, actions=[evaluation])
     assert checkpoints.steps() == [5]
     trainer.train(9, checkpoints=checkpoints)
     assert checkpoints.steps() == [5, 9]
 
 
-def test_workers_with_other_numbers_of_evaluation_batches_raise():
+def test_evaluate_of_workers_with_other_numbers_of_batches_raises():
     trainer = make_trainer(gather=second_worker([4.0]))
-    with pytest.raises(TaskError, match=r"every host.*Received: \[3, 4\] bat"):
+    with pytest.raises(TaskError, match=r"every host.*Received: \[3, 4\]"):
         trainer.evaluate()
 
 
@@ -998,16 +1051,16 @@ def test_evaluators_can_be_stopped_between():
     task = ScoredTask("MagnitudePruning")
     trainer = make_trainer(task=task)
     # Three batches, in loops of one, one and one.
-    with pytest.raises(Stopped, match="after the evaluator 'accuracies'"):
+    with pytest.raises(Stopped, match="'accuracies'"):
         trainer.evaluate(stop=StopAfter(3))
     # After the last one there is nothing left to stop.
     assert "zeros" in trainer.evaluate(stop=StopAfter(4)).metrics
 
 
-def test_a_copy_of_another_model_raises():
+def test_evaluate_with_a_copy_of_another_model_raises():
     trainer = make_trainer(task=ScoredTask("MagnitudePruning"), replicas=2)
     trainer.task.batch_norm = True
-    with pytest.raises(TaskError, match="same variables each time.*norm/gamma"):
+    with pytest.raises(TaskError, match="norm/gamma"):
         trainer.evaluate()
 
 
@@ -1054,33 +1107,31 @@ def test_export_of_an_invalid_module_raises():
         def serving(self, model):
             return model
 
-    with pytest.raises(TaskError, match="serving` must return a tf.Module"):
+    with pytest.raises(TaskError, match="serving`.*tf.Module"):
         make_trainer(task=Served()).export("somewhere")
 
 
 # Loops of evaluation.
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
-def test_how_evaluations_are_cut_changes_no_bit(replicas):
-    arguments = {"replicas": replicas, "batch_size": 2, "batch_norm": True}
-    whole = make_trainer("L0Regularization", **arguments)
-    cut = make_trainer(
-        "L0Regularization", max_seconds_per_loop=1e-9, **arguments
+def test_evaluate_in_any_loops_gives_the_same_bits():
+    trainer = make_trainer(
+        "L0Regularization", replicas=2, batch_size=2, batch_norm=True
     )
-    assert cut.evaluate().metrics == whole.evaluate().metrics
-    assert cut.evaluate().metrics == whole.evaluate().metrics
+    whole = [trainer.evaluate().metrics for _ in range(2)]
+    renew(trainer, trainer.task, max_seconds_per_loop=1e-9)
+    assert [trainer.evaluate().metrics for _ in range(2)] == whole
 
 
-def test_workers_stop_an_evaluation_together():
+def test_evaluate_of_several_workers_stops_together():
     # The first number is the number of batches.
     stopping = [3.0, float(signal.SIGTERM)]
     trainer = make_trainer(gather=second_worker(stopping))
-    with pytest.raises(Stopped, match="after 1 of 3 batches"):
+    with pytest.raises(Stopped, match="1 of 3 batches"):
         trainer.evaluate()
 
 
-def test_the_record_of_an_evaluation():
+def test_evaluate_returns_a_summary_without_training_figures():
     trainer = make_trainer("MagnitudePruning")
     trainer.train(2)
     seconds = trainer.seconds
@@ -1099,7 +1150,7 @@ def test_the_record_of_an_evaluation():
 # Records of training.
 
 
-def test_records_tell_of_the_loop():
+def test_train_summaries_describe_their_loops():
     trainer = make_trainer("MagnitudePruning", steps_per_loop=4)
     summaries = []
     trainer.train(8, on_summary=[summaries.append])
@@ -1126,10 +1177,9 @@ def test_records_tell_of_the_loop():
     assert sum(r.seconds for r in summaries) == pytest.approx(trainer.seconds)
 
 
-@pytest.mark.parametrize("name", ["L0Regularization", "VariationalDropout"])
-def test_records_tell_penalties_as_they_stand_in_the_loss(name):
+def test_train_summaries_hold_penalties_as_in_the_loss():
     ramp = sos.ramps.LinearRamp(begin_step=0, end_step=10)
-    trainer = make_trainer(name, ramp=ramp, penalty_weight=0.01)
+    trainer = make_trainer("VariationalDropout", ramp=ramp, penalty_weight=0.01)
     # An evaluation has none, before and after.
     assert trainer.evaluate().penalty is None
     summaries, expected = [], []
@@ -1147,7 +1197,7 @@ def test_records_tell_penalties_as_they_stand_in_the_loss(name):
     assert trainer.evaluate().penalty is None
 
 
-def test_records_of_a_dense_model_have_no_sparsity():
+def test_train_summaries_of_a_dense_model_have_no_sparsity():
     trainer = make_trainer(
         optimizer=lambda: keras.optimizers.SGD(0.25, momentum=0.9)
     )
@@ -1162,7 +1212,7 @@ def test_records_of_a_dense_model_have_no_sparsity():
 # Checkpoints of a trainer.
 
 
-def test_the_duration_goes_on_after_a_restart(tmp_path):
+def test_restore_continues_the_duration(tmp_path):
     first, second = make_trainer(), make_trainer()
     first.train(3, checkpoints=make_checkpoints(first, tmp_path))
     checkpoints = make_checkpoints(second, tmp_path)
@@ -1172,7 +1222,7 @@ def test_the_duration_goes_on_after_a_restart(tmp_path):
     assert second.seconds > first.seconds
 
 
-def test_without_a_checkpoint_nothing_is_restored(tmp_path):
+def test_restore_without_a_checkpoint_returns_none(tmp_path):
     trainer = make_trainer()
     assert trainer.restore(make_checkpoints(trainer, tmp_path)) is None
     assert trainer.step == 0
@@ -1200,15 +1250,15 @@ def test_initialize_is_called_when_nothing_is_restored(replicas, tmp_path):
     assert task.calls == 1
 
 
-def test_workers_that_see_other_checkpoints_raise(tmp_path):
+def test_restore_of_workers_with_other_checkpoints_raises(tmp_path):
     trainer = make_trainer(gather=second_worker([-1.0]))
     checkpoints = make_checkpoints(trainer, tmp_path)
     trainer.save(checkpoints)
-    with pytest.raises(CheckpointError, match=r"share.*steps \[0, -1\] in"):
+    with pytest.raises(CheckpointError, match=r"\[0, -1\]"):
         trainer.restore(checkpoints)
 
 
-def test_a_checkpoint_of_another_task_raises(tmp_path):
+def test_restore_of_another_task_raises(tmp_path):
     trainer = make_trainer("MagnitudePruning")
     trainer.save(make_checkpoints(trainer, tmp_path))
     other = make_trainer("MagnitudePruning", seed=1)
@@ -1216,7 +1266,7 @@ def test_a_checkpoint_of_another_task_raises(tmp_path):
         other.restore(make_checkpoints(other, tmp_path))
 
 
-def test_a_save_that_fails_ends_training(tmp_path):
+def test_train_with_a_failing_save_ends(tmp_path):
     class Full(Checkpoints):
         def save(self, step, *arguments, **kwargs):
             if step > 2:
@@ -1231,17 +1281,17 @@ def test_a_save_that_fails_ends_training(tmp_path):
     assert (trainer.step, trainer.saved_step) == (4, 2)
 
 
-def test_changes_since_the_checkpoint_are_logged(tmp_path, caplog):
+def test_restore_after_changes_logs_them(tmp_path, caplog):
     def warnings():
         texts = [r.getMessage() for r in caplog.records]
         caplog.clear()
         return [text for text in texts if "was saved with" in text]
 
-    two = make_trainer("L0Regularization", replicas=2)
+    two = make_trainer(replicas=2)
     two.train(3, checkpoints=make_checkpoints(two, tmp_path))
     assert two.restore(make_checkpoints(two, tmp_path)) == 3
     assert warnings() == []
-    one = make_trainer("L0Regularization", jit_compile=True)
+    one = make_trainer(jit_compile=True)
     assert one.restore(make_checkpoints(one, tmp_path)) == 3
     replicas, jit_compile = warnings()
     assert "replicas=2, and training continues with replicas=1" in replicas
@@ -1249,7 +1299,7 @@ def test_changes_since_the_checkpoint_are_logged(tmp_path, caplog):
     one.train(4)
 
 
-def test_another_number_of_hosts_is_logged(tmp_path, caplog):
+def test_restore_with_another_number_of_hosts_logs_it(tmp_path, caplog):
     class TwoHosts(Checkpoints):
         def save(self, *arguments, metadata, **kwargs):
             assert metadata["hosts"] == 1
@@ -1269,32 +1319,22 @@ def test_another_number_of_hosts_is_logged(tmp_path, caplog):
 # Invalid arguments.
 
 
-def test_a_task_without_evaluation_data_cannot_be_evaluated():
+def test_evaluate_without_evaluation_data_raises():
     class TrainOnly(ToyTask):
         eval_dataset = Task.eval_dataset
 
     assert not TrainOnly().has_evaluation
     assert ToyTask().has_evaluation
-    with pytest.raises(UsageError, match="no evaluation data.*TrainOnly"):
+    with pytest.raises(UsageError, match="TrainOnly"):
         make_trainer(task=TrainOnly()).evaluate()
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"steps_per_loop": 0},
-        {"max_seconds_per_loop": 0.0},
-        {"max_seconds_per_loop": float("nan")},
-    ],
-    ids=str,
-)
-def test_loops_of_nothing_raise(arguments):
-    ((name, value),) = arguments.items()
-    with pytest.raises(ValueError, match=f"Received: .*{name}={value}"):
-        make_trainer(**arguments)
+def test_trainer_with_loops_of_nothing_raises():
+    with pytest.raises(UsageError, match="steps_per_loop=0"):
+        Trainer(ToyTask(), strategy=one_device(), steps_per_loop=0)
 
 
-def test_batches_are_checked_before_training():
+def test_trainer_with_batches_that_cannot_be_cut_raises():
     with pytest.raises(ValueError, match="gradient_accumulation_steps=3"):
         make_trainer(gradient_accumulation_steps=3)
 
