@@ -69,14 +69,13 @@ def test_training_without_the_callback_is_refused(name, how):
 
 
 @two_techniques
-@pytest.mark.parametrize("how", [fit, train_on_batch])
-def test_training_on_without_the_callback_is_refused(name, how):
+def test_training_on_without_the_callback_raises(name):
     model = compiled(name)
-    fit(model, sos.SparsityCallback())
-    check_refused(model, how)
-    fit(model, sos.SparsityCallback())
-    assert int(model.optimizer.iterations) == 8
-    check_refused(model, how)
+    for steps in (4, 8):
+        fit(model, sos.SparsityCallback())
+        assert int(model.optimizer.iterations) == steps
+        check_refused(model, fit)
+        check_refused(model, train_on_batch)
 
 
 @two_techniques
@@ -108,8 +107,10 @@ def test_an_interrupted_fit_leaves_no_way_around_the_callback(name):
     assert int(model.optimizer.iterations) == 2 + 4
 
 
-@pytest.mark.parametrize("name", PENALIZED)
-@pytest.mark.parametrize("validated", [False, True])
+@pytest.mark.parametrize(
+    ("name", "validated"),
+    [("L0Regularization", False), ("VariationalDropout", True)],
+)
 def test_evaluation_after_an_interrupted_fit_has_no_penalty(name, validated):
     model = compiled(name, penalty_weight=1e3)
     model.optimizer.learning_rate = 0.0
@@ -148,16 +149,25 @@ def test_clocks_are_bound_while_a_compiled_step_runs_only(name):
 
 
 @pytest.mark.parametrize("name", techniques.NAMES)
-def test_evaluate_and_predict_need_no_callback(name):
-    model = compiled(name)
-    x, y = techniques.batch()
-    for trained in (False, True):
+def test_ordinary_fits_evaluate_and_predict_warn_of_nothing(no_warnings, name):
+    settings = {"penalty_weight": 1.0} if name in PENALIZED else {}
+    model = compiled(name, **settings)
+    x, y = techniques.batch(8)
+
+    def check():
+        """Needs no callback, and has no penalty."""
         loss = model.evaluate(x, y, verbose=0)
         outputs = model.predict(x, verbose=0)
         assert loss == pytest.approx(((outputs - y) ** 2).mean(), rel=1e-5)
         np.testing.assert_allclose(outputs, model(x), rtol=1e-5, atol=1e-6)
-        if not trained:
-            fit(model, sos.SparsityCallback())
+
+    check()
+    for epochs in (2, 1):
+        fit(
+            model, sos.SparsityCallback(), epochs=epochs, validation_data=(x, y)
+        )
+        check()
+    assert int(model.optimizer.iterations) == 12
 
 
 # Validation.
@@ -203,15 +213,6 @@ def test_training_goes_on_after_a_validation():
     )
     ramp = [min(max((t - 1) / 4, 0), 1) for t in range(8)]
     assert techniques.shift_of(layer) == pytest.approx(-sum(ramp), rel=1e-6)
-
-
-def test_evaluation_outside_of_fit_has_no_penalty_after_it():
-    model = compiled("VariationalDropout", penalty_weight=1.0)
-    x, y = techniques.batch()
-    fit(model, sos.SparsityCallback())
-    loss = model.evaluate(x, y, verbose=0)
-    expected = ((model.predict(x, verbose=0) - y) ** 2).mean()
-    assert loss == pytest.approx(expected, rel=1e-5)
 
 
 # Updates.
@@ -336,17 +337,6 @@ def test_tensorboard_gets_every_weight(tmp_path):
 # Several fits.
 
 
-@pytest.mark.parametrize("name", techniques.NAMES)
-def test_ordinary_training_gives_no_warning(no_warnings, name):
-    model = compiled(name)
-    for epochs in (2, 1):
-        x, y = techniques.batch(8)
-        fit(
-            model, sos.SparsityCallback(), epochs=epochs, validation_data=(x, y)
-        )
-    assert int(model.optimizer.iterations) == 12
-
-
 def test_initial_epoch_changes_no_step():
     model, recorder = recording(techniques.Staircase(0, 7, 2))
     model.compile("sgd", "mse")
@@ -417,8 +407,8 @@ def gan(name="MagnitudePruning", **settings):
     return model
 
 
-@needy_techniques
-def test_a_model_with_another_optimizer_raises_after_one_epoch(name):
+@two_techniques
+def test_fit_with_another_optimizer_raises_after_one_epoch(name):
     model = gan(name)
     with pytest.raises(
         RuntimeError,
@@ -672,15 +662,14 @@ def test_penalties_in_no_loss_give_a_warning_in_each_fit(name):
             fit(model, sos.SparsityCallback(), epochs=2)
 
 
-@pytest.mark.parametrize("name", PENALIZED)
-def test_penalties_in_the_loss_give_no_warning(no_warnings, name):
-    model = distiller(WithPenalties, name)
+def test_fit_with_the_penalties_in_its_own_loss_warns_of_nothing(no_warnings):
+    model = distiller(WithPenalties, "L0Regularization")
     for _ in range(2):
         fit(model, sos.SparsityCallback())
-    fit(
-        distiller(keras.distillation.Distiller, name, penalty_weight=0.0),
-        sos.SparsityCallback(),
+    model = distiller(
+        keras.distillation.Distiller, "VariationalDropout", penalty_weight=0.0
     )
+    fit(model, sos.SparsityCallback())
 
 
 def test_penalties_of_frozen_layers_give_no_warning(no_warnings):
@@ -726,9 +715,10 @@ def test_an_interrupted_fit_is_continued_without_a_warning(no_warnings):
 # Averages of weights.
 
 
-@pytest.mark.parametrize("swapped", [False, True])
-@pytest.mark.parametrize("overwrite", [None, 3])
-def test_moving_averages_keep_masks_and_sparsity(
+@pytest.mark.parametrize(
+    ("swapped", "overwrite"), [(False, 3), (True, None), (True, 3)]
+)
+def test_fit_with_moving_averages_keeps_masks_and_sparsity(
     no_warnings, swapped, overwrite
 ):
     model = techniques.mlp("MagnitudePruning", schedule=LATE)

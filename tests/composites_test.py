@@ -152,7 +152,7 @@ def assert_moments(found, mean, variance, bias=0.0):
 
 
 @pytest.mark.parametrize("make", COMPOSITES)
-def test_equal_tokens_get_noise_of_their_own(make):
+def test_composite_of_equal_tokens_draws_noise_for_each(make):
     model = sparsify(plain_model(make))
     for path in weights(model):
         make_noisy(model, path)
@@ -190,7 +190,7 @@ def replicas(model, strategy, inputs):
     "make",
     [mha, *(pytest.param(c, marks=pytest.mark.slow) for c in COMPOSITES[1:])],
 )
-def test_equal_tokens_on_two_replicas_get_noise_of_their_own(make):
+def test_composite_of_equal_tokens_on_replicas_draws_noise_for_each(make):
     strategy = techniques.two_replicas()
     with strategy.scope():
         model = sparsify(plain_model(make))
@@ -231,9 +231,14 @@ def attention_moments(model, value_variance, output_variance):
 @pytest.mark.parametrize(
     "dtype, loaded, jit_compile",
     [
-        pytest.param("float32", False, False, id="float32"),
         pytest.param("float32", True, False, id="loaded"),
-        pytest.param("mixed_bfloat16", False, False, id="bfloat16"),
+        pytest.param(
+            "mixed_bfloat16",
+            False,
+            False,
+            id="bfloat16",
+            marks=pytest.mark.slow,
+        ),
         pytest.param("mixed_float16", False, False, id="float16"),
         pytest.param("float32", True, True, id="jit", marks=pytest.mark.slow),
         pytest.param("mixed_bfloat16", True, True, id="jit bfloat16"),
@@ -291,7 +296,9 @@ def slope_squares(model, x, end):
     return np.float64(outputs), np.float64(slopes) ** 2
 
 
-@pytest.mark.parametrize("make", [encoder, decoder])
+@pytest.mark.parametrize(
+    "make", [encoder, pytest.param(decoder, marks=pytest.mark.slow)]
+)
 def test_block_has_the_moments_of_the_theory(make):
     """The last kernel is added to the residual stream, linear to the end."""
     plain = plain_model(make)

@@ -221,8 +221,14 @@ def test_causal_lm_stripped_is_plain_with_the_same_tokens(gpt2, tmp_path):
     np.testing.assert_array_equal(
         hub_models.generate(greedy(plain), prompt), tokens
     )
+
+
+@pytest.mark.slow
+def test_causal_lm_stripped_loads_without_sos(gpt2, tmp_path):
     if gpt2.technique is not sos.MagnitudePruning:
-        return
+        pytest.skip("What is stripped is the same for all.")
+    plain = sos.strip(gpt2.sparse)
+    tokens = hub_models.generate(gpt2.sparse, hub_models.prompt())
     plain.save(tmp_path / "plain.keras")
     done = subprocess.run(
         [sys.executable, "-c", LOAD, str(tmp_path / "plain.keras")],

@@ -180,8 +180,8 @@ class FixedPattern(rankings.Ranking):
         ]
 
 
-def undecided_everywhere(ranking, scores, sparsity):
-    """What host, eager and compiled code find, which must be the same."""
+def undecided_everywhere(ranking, scores, sparsity, jit_compile=True):
+    """What host, eager and traced code find, which must be the same."""
     sparsities = [sparsity] * len(scores)
 
     def on_device(scores):
@@ -192,7 +192,7 @@ def undecided_everywhere(ranking, scores, sparsity):
         return rankings.undecided_device(ranking, scores, masks)
 
     tensors = [tf.constant(score) for score in scores]
-    compiled = tf.function(on_device, jit_compile=True)
+    compiled = tf.function(on_device, jit_compile=jit_compile)
     found = [bool(one) for one in compiled(tensors)]
     for inputs in (scores, tensors):
         masks = ranking.masks(inputs, sparsities)
@@ -229,7 +229,10 @@ UNDECIDED = {
 @pytest.mark.parametrize("case", UNDECIDED)
 def test_undecided_finds_masks_that_follow_positions_alone(case):
     ranking, scores, sparsity, expected = UNDECIDED[case]
-    assert undecided_everywhere(ranking, scores, sparsity) == expected
+    # XLA takes most of the time.
+    jit_compile = case in ("all equal", "empty", "cut within")
+    found = undecided_everywhere(ranking, scores, sparsity, jit_compile)
+    assert found == expected
 
 
 @pytest.mark.parametrize(

@@ -236,9 +236,16 @@ def checkpoint(model, path, *, optimizer=True):
     return tf.train.Checkpoint(**items).save(str(path))
 
 
-@pytest.mark.parametrize("optimizer", [False, True])
-@pytest.mark.parametrize("make", [recurrent, block])
-@pytest.mark.parametrize("technique", techniques.TECHNIQUES)
+# Every technique, and each model with and without an optimizer.
+@pytest.mark.parametrize(
+    ("technique", "make", "optimizer"),
+    [(technique, recurrent, True) for technique in techniques.TECHNIQUES]
+    + [
+        (sos.MagnitudePruning, block, False),
+        (sos.VariationalDropout, block, True),
+        (sos.VariationalDropout, recurrent, False),
+    ],
+)
 def test_command_on_a_checkpoint(technique, make, optimizer, tmp_path, capsys):
     sparse = sparse_of(make(), technique)
     prefix = checkpoint(sparse, tmp_path / "ckpt", optimizer=optimizer)

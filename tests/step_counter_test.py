@@ -40,7 +40,9 @@ def data(size=8):
 def test_step_without_an_optimizer_raises():
     counter = StepCounter()
     assert not counter.bound
-    with pytest.raises(RuntimeError, match="no training step.*SparsityCallback"):
+    with pytest.raises(
+        RuntimeError, match="no training step.*SparsityCallback"
+    ):
         _ = counter.step
     optimizer = keras.optimizers.SGD()
     counter.bind(optimizer)
