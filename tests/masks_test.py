@@ -22,7 +22,7 @@ DTYPES = {
 COMPILED_SIZES = {
     "float16": (40,),
     "bfloat16": (40,),
-    "float32": (0, 1, 7, 40),
+    "float32": (0, 1, 2, 7, 40),
     "float64": (40,),
 }
 
@@ -130,7 +130,9 @@ def test_top_k_mask_device_in_eager_steps_equals_a_stable_sort(case):
 @hypothesis.given(scores_and_k(sizes=COMPILED_SIZES))
 def test_top_k_masks_device_compiled_equals_the_hosts(case):
     scores, k = case
-    found, nans = masks.top_k_masks_device([tf.constant(scores)], [k])
+    # As a tensor: Python numbers would be traced, and compiled, one by one.
+    counts = tf.constant([k], tf.int32)
+    found, nans = masks.top_k_masks_device([tf.constant(scores)], counts)
     assert found[0].dtype == tf.uint8
     assert nans.numpy().tolist() == [0]
     np.testing.assert_array_equal(found[0], oracle(scores, k))
