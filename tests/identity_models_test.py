@@ -115,9 +115,14 @@ def test_model_under_ones_equals_dense(make, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize(
-    "make", [chain, shared_layer, shared_in_submodels, nested]
+    ("make", "jit_compile"),
+    [
+        (chain, True),
+        (shared_layer, False),
+        (shared_in_submodels, False),
+        (nested, True),
+    ],
 )
 def test_model_under_ones_in_traced_steps_equals_dense(
     make, jit_compile, tmp_path

@@ -79,9 +79,13 @@ def greedy(model):
 # A causal language model from `sparsify` to `strip`.
 
 
+# One technique of each family, as others of it run the same code.
 @pytest.fixture(
     scope="module",
-    params=slow_except([sos.MagnitudePruning], techniques.TECHNIQUES),
+    params=slow_except(
+        [sos.MagnitudePruning],
+        [sos.MagnitudePruning, sos.VariationalDropout, sos.L0Regularization],
+    ),
 )
 def gpt2(request):
     """A language model, and a sparse one made of it that was trained."""
@@ -399,10 +403,20 @@ def check_class_fit_file_and_strip(name, technique, tmp_path, copy=True):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "technique",
-    [sos.MagnitudePruning, sos.VariationalDropout, sos.L0Regularization],
+    ("name", "technique"),
+    # Each model once, and each technique with several of them.
+    [
+        (
+            name,
+            (
+                sos.MagnitudePruning,
+                sos.VariationalDropout,
+                sos.L0Regularization,
+            )[i % 3],
+        )
+        for i, name in enumerate(ONE_OF_A_KIND)
+    ],
 )
-@pytest.mark.parametrize("name", ONE_OF_A_KIND)
 def test_model_sparse_keeps_class_through_fit_file_and_strip(
     name, technique, tmp_path
 ):
@@ -419,8 +433,7 @@ def test_model_whose_parts_cannot_be_copied_is_made_sparse_in_place(tmp_path):
 @pytest.mark.parametrize(
     "technique",
     slow_except(
-        [sos.MagnitudePruning],
-        [sos.MagnitudePruning, sos.VariationalDropout, sos.L0Regularization],
+        [sos.MagnitudePruning], [sos.MagnitudePruning, sos.VariationalDropout]
     ),
 )
 def test_masked_lm_whose_head_shares_the_table_of_tokens(technique, tmp_path):

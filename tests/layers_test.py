@@ -175,12 +175,9 @@ def test_wrapped_layer_trains_evaluates_and_is_saved(technique, name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "technique", [sos.VariationalDropout, sos.L0Regularization]
-)
-def test_all_layers_train_in_a_trace(technique):
-    """Side by side: a trace takes long, and that of masks is a slow test of
-    `identity_test.py`."""
+def test_all_layers_train_in_a_trace():
+    """Under variational dropout; `identity_test.py` has them under masks."""
+    technique = sos.VariationalDropout
     keras.utils.set_random_seed(0)
     inputs, outputs, wrappers = [], [], []
     arrays = []

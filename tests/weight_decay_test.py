@@ -136,7 +136,7 @@ def test_weight_decay_without_a_penalty_gives_no_sparsity(name, make):
     means = []
     for decay in (0.0, 100.0):
         model = techniques.mlp(name, penalty_weight=0.0)
-        model.compile(make(decay), "mse")
+        model.compile(make(decay), "mse", run_eagerly=True)
         x, y = techniques.batch(16)
         model.fit(
             x, y, batch_size=2, verbose=0, callbacks=[sos.SparsityCallback()]
