@@ -28,7 +28,7 @@ export KERAS_BACKEND := tensorflow
 
 .DELETE_ON_ERROR:
 .PHONY: help study study-full test test-slow test-oldest soak lint format \
-	bench lock wheel clean
+	bench lock bazel-query wheel clean
 
 help:  ## list the targets
 	@echo "Usage: make TARGET [VARIABLE=value]"
@@ -100,8 +100,9 @@ lock:  ## pin every dependency anew (ARGS=--upgrade for the newest versions)
 	"$$tmp/bin/python" -m pip --disable-pip-version-check \
 		install --quiet uv && \
 	compile() { "$$tmp/bin/uv" pip compile --quiet --universal \
-		--python-version 3.11 --extra test --no-emit-index-url \
-		--no-emit-find-links --custom-compile-command "make lock" "$$@" \
+		--python-version 3.11 --extra study --extra test --extra docs \
+		--no-emit-index-url --no-emit-find-links \
+		--custom-compile-command "make lock" "$$@" \
 		$(ARGS) setup.py >/dev/null; } && \
 	compile --output-file requirements.txt && \
 	cp requirements.txt requirements-tf2.20.txt && \
@@ -109,6 +110,9 @@ lock:  ## pin every dependency anew (ARGS=--upgrade for the newest versions)
 	compile --no-annotate --constraint "$$tmp/oldest" \
 		--output-file requirements-tf2.20.txt
 	@echo "Wrote requirements.txt and requirements-tf2.20.txt"
+
+bazel-query:  ## read BUILD with Bazel (ARGS="'deps(//:models)'")
+	@$(PYTHON) .ci/bazel_query.py $(ARGS)
 
 wheel: $(READY)  ## build the wheel into dist/
 	@$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

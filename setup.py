@@ -7,8 +7,10 @@ from setuptools import find_packages, setup
 
 ROOT = pathlib.Path(__file__).resolve().parent
 
-# tests/build_test.py reads these two lists: every third-party module that a
-# source file imports has to be declared here.
+# tests/build_test.py reads these lists: every third-party module that a source
+# file imports has to be declared here.
+
+# What `sos` imports, except `sos.experiments`.
 INSTALL_REQUIRES = [
     # The backend. TensorFlow 2.20 is the newest release for TPUs, 2.21 the
     # newest for CPUs and GPUs; both are supported.
@@ -26,14 +28,19 @@ INSTALL_REQUIRES = [
     # Flags and logging of the command-line programs. The upper limit is
     # tensorflow-model-optimization's.
     "absl-py>=1.2,<2",
-    # Configuration files of the experiments.
-    "ml-collections>=1.0,<2",
-    # Figures of the experiments.
-    "matplotlib>=3.8,<4",
     # Tables in the terminal.
     "rich>=13,<16",
 ]
 
+# What `sos.experiments` and the programs of a checkout also import.
+STUDY_REQUIRES = [
+    # Configuration files.
+    "ml-collections>=1.0,<2",
+    # Figures.
+    "matplotlib>=3.8,<4",
+]
+
+# What the tests import besides all of the above.
 TEST_REQUIRES = [
     "pytest>=8,<10",
     # Runs the tests in several processes.
@@ -48,11 +55,24 @@ TEST_REQUIRES = [
     # Only on test machines, as it brings tensorflow-text and clients of model
     # hubs. Its models change from one minor release to the next.
     "keras-hub>=0.32,<0.33",
+    # Runs the notebook.
+    "nbclient>=0.10,<1",
+    "nbformat>=5.10,<6",
+    "ipykernel>=6.29,<8",
     # Style checks. The limits keep the formatter's output stable.
     "ruff>=0.17,<0.18",
     # Builds the wheel in the tests and the editable installation without
     # fetching a build tool for each.
     "setuptools>=77",
+]
+
+# What builds the documentation site.
+DOCS_REQUIRES = [
+    "mkdocs-material>=9.6,<10",
+    # The API reference, from docstrings.
+    "mkdocstrings[python]>=0.29,<2",
+    # Pages from notebooks.
+    "mkdocs-jupyter>=0.25,<1",
 ]
 
 
@@ -98,7 +118,12 @@ setup(
     include_package_data=False,
     python_requires=">=3.11",
     install_requires=INSTALL_REQUIRES,
-    extras_require={"test": TEST_REQUIRES},
+    extras_require={
+        "study": STUDY_REQUIRES,
+        "test": STUDY_REQUIRES + TEST_REQUIRES,
+        "docs": DOCS_REQUIRES,
+    },
+    entry_points={"console_scripts": ["sos = sos.__main__:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

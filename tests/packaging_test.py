@@ -4,6 +4,7 @@ import ast
 import email
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -66,7 +67,7 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """The Python of an environment that has the wheel and what it needs."""
+    """The Python of an environment with the wheel and its core dependencies."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=True)
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
@@ -123,16 +124,21 @@ def test_wheel_carries_the_licences(wheel):
     assert any("Copyright (c) 2017 Zalando SE" in text for text in texts)
 
 
-def test_metadata(wheel):
+def test_metadata_names_core_dependencies_and_extras(wheel):
     metadata = _metadata(wheel)
     assert metadata["Name"] == "state-of-sparsity"
     assert metadata["Version"] == _version()
     assert metadata["Requires-Python"] == ">=3.11"
-    required = [
-        r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r
-    ]
+    required = metadata.get_all("Requires-Dist")
+    core = {re.match(r"[\w-]+", r).group() for r in required if ";" not in r}
+    assert core == {
+        *("tensorflow", "keras", "tf-keras", "tensorflow-model-optimization"),
+        *("numpy", "absl-py", "rich"),
+    }
     assert any(r.startswith("tensorflow<2.22,>=2.20") for r in required)
-    assert not any(r.startswith(("pytest", "keras-hub")) for r in required)
+    study = [r for r in required if r.endswith('extra == "study"')]
+    test = [r for r in required if r.endswith('extra == "test"')]
+    assert study and {r.replace("study", "test") for r in study} < set(test)
 
 
 def test_installed_package_works_outside_the_checkout(installed, tmp_path):
@@ -150,11 +156,26 @@ def test_installed_package_works_outside_the_checkout(installed, tmp_path):
     assert shape == "(6000, 28, 28, 1)"
 
 
-def test_examples_of_the_readme_work_with_the_wheel(installed, tmp_path):
-    # -P: or `tests` would be the first place where modules are looked for.
-    output = _run(
-        *(installed, "-P", ROOT / "tests" / "readme_test.py"),
-        ROOT / "README.md",
-        cwd=tmp_path,
+def test_first_example_of_the_readme_works_without_extras(installed, tmp_path):
+    readme = (ROOT / "README.md").read_text("utf-8")
+    block = re.search(
+        r"^```python\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE
     )
-    assert "examples work." in output
+    example = tmp_path / "example.py"
+    example.write_text(block.group(1), "utf-8")
+    _run(installed, example, cwd=tmp_path, KERAS_BACKEND="tensorflow")
+
+
+def test_experiments_without_their_extra_name_it(installed, tmp_path):
+    program = (
+        "import sos\n"
+        "try: import sos.experiments\n"
+        "except ImportError as error: print(error)"
+    )
+    output = _run(installed, "-c", program, cwd=tmp_path)
+    assert "pip install 'state-of-sparsity[study]'" in output
+
+
+def test_console_script_prints_its_help(installed, tmp_path):
+    script = installed.with_name("sos")
+    assert "--threshold" in _run(script, "report", "--help", cwd=tmp_path)

@@ -1,5 +1,14 @@
 """Experiments: configs, runs, sweeps, and what is made of their results."""
 
+try:
+    import matplotlib as matplotlib
+    import ml_collections as ml_collections
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"`sos.experiments` cannot import {error.name}. Install what it needs: "
+        "pip install 'state-of-sparsity[study]'"
+    ) from error
+
 from sos.experiments.config import base_config, parse_argument
 from sos.experiments.image_classification import ImageClassification
 from sos.experiments.results import collect
