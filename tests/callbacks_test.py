@@ -148,6 +148,7 @@ def test_clocks_are_bound_while_a_compiled_step_runs_only(name):
     assert not any(watch.bound)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("name", techniques.NAMES)
 def test_ordinary_fits_evaluate_and_predict_warn_of_nothing(no_warnings, name):
     settings = {"penalty_weight": 1.0} if name in PENALIZED else {}
@@ -320,6 +321,7 @@ def test_history_has_the_sparsity():
     np.testing.assert_allclose(history["sparsity"], [0.25, 0.5])
 
 
+@pytest.mark.oldest
 def test_tensorboard_gets_every_weight(tmp_path):
     schedule = sos.schedules.PolynomialDecay(
         0.0, 0.5, 0, 8, power=1, frequency=4

@@ -251,6 +251,7 @@ def test_masks_with_fewer_zeros_after_the_end_are_left_alone_with_a_warning():
 # Files.
 
 
+@pytest.mark.oldest
 def test_backup_and_restore_resumes_silently(no_warnings, tmp_path):
     class Interrupt(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):

@@ -13,6 +13,8 @@ from keras import layers
 
 from sos import keras_compat
 
+pytestmark = pytest.mark.oldest
+
 
 def test_all_layers_has_the_layers_inside_of_a_layer_once():
     attention = layers.MultiHeadAttention(2, 4)

@@ -136,6 +136,7 @@ def test_layer_that_assigns_to_a_sampled_weight_raises(technique):
         techniques.train(around(name, layer), CASES[name].arrays())
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("technique, name", each_case())
 def test_wrapped_layer_trains_evaluates_and_is_saved(technique, name, tmp_path):
     keras.utils.set_random_seed(0)

@@ -126,6 +126,7 @@ def test_top_k_mask_device_in_eager_steps_equals_a_stable_sort(case):
     np.testing.assert_array_equal(mask, oracle(scores, k))
 
 
+@pytest.mark.oldest
 @hypothesis.settings(max_examples=300)
 @hypothesis.given(scores_and_k(sizes=COMPILED_SIZES))
 def test_top_k_masks_device_compiled_equals_the_hosts(case):

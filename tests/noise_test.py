@@ -28,6 +28,7 @@ def test_keys_differ_by_seed_name_and_step_and_repeat():
     np.testing.assert_array_equal(key(3, "b", 7), key(3, "b", 7))
 
 
+@pytest.mark.oldest
 def test_text_id_is_the_same_in_every_process():
     # Unlike `hash`: the number is BLAKE2s's for the empty text.
     assert noise.text_id("") == 1188227382
@@ -54,6 +55,7 @@ def test_uniform_and_normal_have_their_distributions():
     assert noise.normal(tf.constant([0, 4]), key()).shape == (0, 4)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("function", [noise.uniform, noise.normal])
 def test_numbers_are_the_same_with_and_without_xla(function):
     compiled = tf.function(function, jit_compile=True)

@@ -130,6 +130,7 @@ def test_it_sees_the_dense_gradient_of_the_last_step():
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.oldest
 def test_replicas_agree_on_the_mean_gradient():
     cpus = tf.config.list_logical_devices("CPU")
     if len(cpus) < 2:

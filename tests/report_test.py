@@ -216,6 +216,7 @@ def numbers(rows):
     )
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("technique", techniques.TECHNIQUES)
 def test_command_on_a_keras_file(technique, tmp_path, capsys):
     sparse = sparse_of(recurrent(), technique)

@@ -90,6 +90,7 @@ def name(inner):
     return repr(schedules.Schedule(inner))
 
 
+@pytest.mark.oldest
 def test_import_leaves_the_environment_alone():
     # `event_file_test.py` has a process in which the user made a choice.
     code = (

@@ -251,6 +251,7 @@ def test_without_copy_variables_are_shared(make):
     )
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("technique", techniques.TECHNIQUES)
 @pytest.mark.parametrize("make", [functional, nested, recurrent, subclassed])
 def test_all_techniques_train_save_and_strip(make, technique, tmp_path):
@@ -396,6 +397,7 @@ def test_frozen_layers_stay_frozen():
     assert len(sparse.trainable_variables) == 2
 
 
+@pytest.mark.oldest
 def test_a_compiled_model_is_taken():
     model = sequential()
     model.compile("sgd", "mse")
@@ -817,6 +819,7 @@ def test_stripped_models_are_plain_and_equal(make, tmp_path):
     assert find_wrappers(sparse_of(plain))
 
 
+@pytest.mark.oldest
 def test_stripped_models_load_without_sos(tmp_path):
     model = transformer()
     inputs = inputs_of(model)

@@ -703,6 +703,7 @@ def check_replicas(model, before):
             assert mask.sum() == mask.size // 2
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("name", TECHNIQUES)
 def test_updater_of_two_replicas_keeps_them_equal(name):
     strategy, model, optimizer = mirrored(name)

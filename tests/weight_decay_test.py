@@ -196,6 +196,7 @@ def test_weight_decay_that_comes_back_warns(how):
 # What is private of Keras.
 
 
+@pytest.mark.oldest
 def test_exclude_from_weight_decay_does_what_keras_does():
     variables = [keras.Variable(np.ones(2)) for _ in range(3)]
     found, expected = DecayOnly(), DecayOnly()
@@ -212,6 +213,7 @@ def test_exclude_from_weight_decay_does_what_keras_does():
     assert values == pytest.approx([1.0, 1.0, 0.95**2])
 
 
+@pytest.mark.oldest
 def test_inner_optimizers_of_each_kind_are_found():
     a, b = DecayOnly(), DecayOnly()
     for optimizer, inner in (

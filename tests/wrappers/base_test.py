@@ -213,6 +213,7 @@ CHANGED = {
 }
 
 
+@pytest.mark.oldest
 @all_techniques
 def test_file_keeps_every_bit_and_setting(name, tmp_path):
     model = techniques.mlp(name)
@@ -237,6 +238,7 @@ def test_file_keeps_every_bit_and_setting(name, tmp_path):
                 assert getattr(new, setting) == CHANGED[setting]
 
 
+@pytest.mark.oldest
 @all_techniques
 def test_weights_file_restores_into_another_model(name, tmp_path):
     model, other = techniques.mlp(name), techniques.mlp(name, seed=1)
@@ -250,6 +252,7 @@ def test_weights_file_restores_into_another_model(name, tmp_path):
     np.testing.assert_array_equal(model(x), other(x))
 
 
+@pytest.mark.oldest
 @all_techniques
 def test_loaded_model_trains_on_as_the_saved_one(name, tmp_path):
     model = techniques.mlp(name)
@@ -314,6 +317,7 @@ def test_mixed_precision_trains(name):
         assert (old != new.numpy()).any()
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize(
     "name", ["MagnitudePruning", "VariationalDropout", "L0Regularization"]
 )

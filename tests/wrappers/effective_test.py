@@ -84,6 +84,7 @@ def test_table_under_dropout_has_noise_for_each_look_up_and_one_for_reads():
     assert len(np.unique(outputs, axis=0)) == 3
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("technique", techniques.TECHNIQUES)
 def test_frozen_model_in_a_loop_has_equal_outputs_and_computes_once(technique):
     sparse = tied(technique)
