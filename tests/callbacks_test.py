@@ -64,7 +64,7 @@ def train_on_batch(model):
 
 @needy_techniques
 @pytest.mark.parametrize("how", [fit, train_on_batch])
-def test_training_without_the_callback_is_refused(name, how):
+def test_training_without_the_callback_raises(name, how):
     check_refused(compiled(name), how)
 
 
@@ -79,7 +79,7 @@ def test_training_on_without_the_callback_raises(name):
 
 
 @two_techniques
-def test_compiling_again_does_not_bypass_the_callback(name):
+def test_fit_compiled_again_still_needs_the_callback(name):
     model = compiled(name)
     fit(model, sos.SparsityCallback())
     model.compile(keras.optimizers.SGD(0.1), "mse")
@@ -94,7 +94,7 @@ class Interrupt(keras.callbacks.Callback):
 
 
 @two_techniques
-def test_an_interrupted_fit_leaves_no_way_around_the_callback(name):
+def test_fit_after_an_interrupted_one_still_needs_the_callback(name):
     model = compiled(name)
     with pytest.raises(KeyboardInterrupt):
         fit(model, sos.SparsityCallback(), Interrupt())
@@ -141,7 +141,7 @@ class Watch(keras.callbacks.Callback):
 
 
 @two_techniques
-def test_clocks_are_bound_while_a_compiled_step_runs_only(name):
+def test_step_counters_between_batches_are_unbound(name):
     model, watch = compiled(name), Watch()
     fit(model, sos.SparsityCallback(), watch)
     assert watch.bound
@@ -240,7 +240,9 @@ def recording(schedule):
         (techniques.Staircase(3, 100, 6), [3, 9]),
     ],
 )
-def test_updates_in_fit_land_at_the_ends_of_blocks(block, ends, schedule, due):
+def test_updates_in_fit_land_at_the_ends_of_executions(
+    block, ends, schedule, due
+):
     model, recorder = recording(schedule)
     model.compile("sgd", "mse", steps_per_execution=block)
     landed = []
@@ -261,7 +263,7 @@ def test_updates_in_fit_land_at_the_ends_of_blocks(block, ends, schedule, due):
     ]
 
 
-def test_blocks_longer_than_the_frequency_are_refused():
+def test_steps_per_execution_above_the_frequency_raises():
     model, recorder = recording(techniques.Staircase(frequency=2))
     model.compile("sgd", "mse", steps_per_execution=3)
     with pytest.raises(ValueError, match="every 2 steps.*steps_per_execution"):
@@ -312,7 +314,7 @@ def test_epochs_end_without_another_call_of_the_model():
     assert len(calls) == before + 1  # The callback forces a trace for each fit.
 
 
-def test_history_has_the_sparsity():
+def test_history_of_a_fit_has_the_sparsity():
     schedule = sos.schedules.PolynomialDecay(
         0.0, 0.5, 0, 8, power=1, frequency=4
     )
@@ -322,7 +324,7 @@ def test_history_has_the_sparsity():
 
 
 @pytest.mark.oldest
-def test_tensorboard_gets_every_weight(tmp_path):
+def test_callback_with_a_log_dir_writes_every_weight(tmp_path):
     schedule = sos.schedules.PolynomialDecay(
         0.0, 0.5, 0, 8, power=1, frequency=4
     )
@@ -420,7 +422,7 @@ def test_fit_with_another_optimizer_raises_after_one_epoch(name):
     assert int(model.own.iterations) == 4
 
 
-def test_the_optimizer_that_counts_can_be_named(no_warnings):
+def test_callback_with_the_optimizer_that_counts_trains(no_warnings):
     schedule = sos.schedules.PolynomialDecay(0.0, 0.75, 0, 8, frequency=2)
     model = gan(schedule=schedule)
     callback = sos.SparsityCallback(optimizer=model.own)
@@ -430,11 +432,11 @@ def test_the_optimizer_that_counts_can_be_named(no_warnings):
     assert int(model.optimizer.iterations) == 0
 
 
-def test_masks_that_never_change_need_no_optimizer_that_counts(no_warnings):
+def test_fit_of_fixed_masks_needs_no_optimizer_that_counts(no_warnings):
     fit(gan("FixedMask"), sos.SparsityCallback())
 
 
-def test_an_optimizer_that_stops_later_raises_after_that_epoch():
+def test_fit_whose_optimizer_stops_later_raises_after_that_epoch():
     model = gan()
     model.own = model.optimizer
     model.run_eagerly = True
@@ -448,7 +450,7 @@ def test_an_optimizer_that_stops_later_raises_after_that_epoch():
         fit(model, sos.SparsityCallback(), Replace(), epochs=3)
 
 
-def test_an_epoch_shorter_than_the_accumulation_does_not_raise(no_warnings):
+def test_fit_of_epochs_shorter_than_the_accumulation_trains(no_warnings):
     model = techniques.mlp("MagnitudePruning")
     optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=6)
     model.compile(optimizer, "mse")
@@ -456,7 +458,7 @@ def test_an_epoch_shorter_than_the_accumulation_does_not_raise(no_warnings):
     assert int(optimizer.iterations) == 2
 
 
-def test_overflows_through_a_whole_epoch_do_not_raise(no_warnings):
+def test_fit_of_overflows_through_a_whole_epoch_raises_nothing(no_warnings):
     policy = keras.DTypePolicy("mixed_float16")
     layer = techniques.wrap(
         "MagnitudePruning", keras.layers.Dense(2, dtype=policy)
@@ -470,7 +472,7 @@ def test_overflows_through_a_whole_epoch_do_not_raise(no_warnings):
     assert int(optimizer.iterations) == 0
 
 
-def test_a_model_without_an_optimizer_raises():
+def test_fit_without_an_optimizer_raises():
     model = compiled("MagnitudePruning")
     model.optimizer = None
     with pytest.raises(TypeError, match="compiled without an optimizer"):
@@ -480,7 +482,7 @@ def test_a_model_without_an_optimizer_raises():
 # Two updaters.
 
 
-def test_two_callbacks_are_refused():
+def test_fit_with_two_callbacks_raises():
     for callbacks in (
         [sos.SparsityCallback(), sos.SparsityCallback()],
         [sos.SparsityCallback()] * 2,
@@ -492,7 +494,7 @@ def test_two_callbacks_are_refused():
 
 
 @two_techniques
-def test_the_callback_inside_a_driver_is_refused(name):
+def test_callback_inside_an_updater_raises(name):
     model = compiled(name)
     with sos.SparsityUpdater(model, model.optimizer):
         with pytest.raises(RuntimeError, match="'a', 'b'.*one at a time"):
@@ -503,7 +505,7 @@ def test_the_callback_inside_a_driver_is_refused(name):
 
 
 @two_techniques
-def test_a_driver_that_starts_during_fit_is_refused(name):
+def test_updater_started_during_fit_raises(name):
     model = compiled(name)
     updater = sos.SparsityUpdater(model, keras.optimizers.SGD())
 
@@ -547,7 +549,7 @@ def fit_scored(scores, *callbacks):
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_restored_weights_of_a_less_sparse_epoch_give_a_warning(last):
+def test_fit_that_restores_a_less_sparse_epoch_warns(last):
     callbacks = [
         sos.SparsityCallback(),
         stopping(restore_best_weights=True),
@@ -560,7 +562,7 @@ def test_restored_weights_of_a_less_sparse_epoch_give_a_warning(last):
     assert sos.sparsity_report(model).sparsity == 0.375
 
 
-def test_restored_weights_that_are_dense_give_a_warning():
+def test_fit_that_restores_dense_weights_warns():
     model = compiled("MagnitudePruning", schedule=LATE)
     dense = model.get_weights()
     restore = keras.callbacks.LambdaCallback(
@@ -570,7 +572,9 @@ def test_restored_weights_that_are_dense_give_a_warning():
         fit(model, sos.SparsityCallback(), restore, epochs=2)
 
 
-def test_weights_restored_from_after_the_schedule_give_no_warning(no_warnings):
+def test_fit_that_restores_weights_from_after_the_schedule_warns_of_nothing(
+    no_warnings,
+):
     for settings in (
         {"restore_best_weights": True},
         {"restore_best_weights": True, "start_from_epoch": 1},
@@ -579,7 +583,7 @@ def test_weights_restored_from_after_the_schedule_give_no_warning(no_warnings):
         fit_scored([4, 1, 2, 3], stopping(**settings), sos.SparsityCallback())
 
 
-def test_training_that_stops_before_the_end_of_the_schedule_gives_a_warning():
+def test_fit_that_stops_before_the_end_of_the_schedule_warns():
     for schedule, reached in (
         (
             sos.schedules.PolynomialDecay(
@@ -608,12 +612,12 @@ def checkpoint(directory, **settings):
     )
 
 
-def test_a_checkpoint_of_a_less_sparse_epoch_gives_a_warning(tmp_path):
+def test_checkpoint_of_a_less_sparse_epoch_warns(tmp_path):
     with pytest.warns(SparsityWarning, match="epoch 1, with 37.50% zeros"):
         fit_scored([1, 2, 3], checkpoint(tmp_path), sos.SparsityCallback())
 
 
-def test_a_checkpoint_from_after_the_schedule_gives_no_warning(
+def test_checkpoint_from_after_the_schedule_warns_of_nothing(
     no_warnings, tmp_path
 ):
     for scores, settings in (
@@ -624,7 +628,7 @@ def test_a_checkpoint_from_after_the_schedule_gives_no_warning(
         fit_scored(scores, callback, sos.SparsityCallback())
 
 
-def test_a_list_of_callbacks_can_be_used_again(no_warnings):
+def test_callback_list_used_again_trains(no_warnings):
     model = compiled("MagnitudePruning", schedule=LATE)
     callbacks = keras.callbacks.CallbackList(
         [sos.SparsityCallback()], add_history=True, model=model
@@ -657,7 +661,7 @@ def distiller(cls, name, **settings):
 
 
 @pytest.mark.parametrize("name", PENALIZED)
-def test_penalties_in_no_loss_give_a_warning_in_each_fit(name):
+def test_fit_with_the_penalties_in_no_loss_warns_each_time(name):
     model = distiller(keras.distillation.Distiller, name)
     for _ in range(2):
         with pytest.warns(SparsityWarning, match=r"'a', 'b' have no effect"):
@@ -674,14 +678,14 @@ def test_fit_with_the_penalties_in_its_own_loss_warns_of_nothing(no_warnings):
     fit(model, sos.SparsityCallback())
 
 
-def test_penalties_of_frozen_layers_give_no_warning(no_warnings):
+def test_fit_with_penalties_of_frozen_layers_warns_of_nothing(no_warnings):
     model = compiled("L0Regularization")
     model.layers[0].trainable = False
     model.compile("sgd", "mse")
     fit(model, sos.SparsityCallback())
 
 
-def test_penalties_that_a_regularizer_replaced_give_a_warning():
+def test_fit_with_penalties_replaced_by_a_regularizer_warns():
     model = compiled("L0Regularization")
     for variable in model.trainable_variables:
         variable.regularizer = keras.regularizers.L2(1e-3)
@@ -690,7 +694,7 @@ def test_penalties_that_a_regularizer_replaced_give_a_warning():
 
 
 @pytest.mark.parametrize("eager", [False, True])
-def test_penalties_that_are_only_read_give_a_warning(eager):
+def test_fit_with_penalties_that_are_only_read_warns(eager):
     class Logging(keras.distillation.Distiller):
         def compute_loss(self, *args, training=True, **kwargs):
             sum(self.student.losses)
@@ -706,7 +710,7 @@ def test_penalties_that_are_only_read_give_a_warning(eager):
         fit(model, sos.SparsityCallback(), read, validation_data=(x, y))
 
 
-def test_an_interrupted_fit_is_continued_without_a_warning(no_warnings):
+def test_fit_after_an_interrupted_one_warns_of_nothing(no_warnings):
     model = compiled("L0Regularization")
     with pytest.raises(KeyboardInterrupt):
         fit(model, sos.SparsityCallback(), Interrupt())

@@ -696,7 +696,7 @@ def test_direct_reads_of_a_sparse_weight_see_its_zeros():
 
 
 @pytest.mark.parametrize("sizes", [(0.0, 0.0), (0.5, 0.25)])
-def test_two_techniques_on_one_layer_both_apply(sizes, tmp_path):
+def test_layer_under_two_techniques_has_both(sizes, tmp_path):
     keras.utils.set_random_seed(0)
     dense = keras.Sequential(
         [keras.Input((5, 3)), layers.LSTM(4), layers.Dense(2)]

@@ -176,7 +176,7 @@ def test_wrapped_layer_trains_evaluates_and_is_saved(technique, name, tmp_path):
 
 
 @pytest.mark.slow
-def test_all_layers_train_in_a_trace():
+def test_wrapped_layers_in_one_trace_train():
     """Under variational dropout; `identity_test.py` has them under masks."""
     technique = sos.VariationalDropout
     keras.utils.set_random_seed(0)

@@ -81,7 +81,7 @@ def test_streams_of_neighbouring_keys_are_independent():
     assert np.abs(correlation).max() < 5 / np.sqrt(20_000)
 
 
-def test_labels_nest_and_close():
+def test_noise_scopes_nest_and_close():
     assert noise.current_noise_scope() == ""
     with sos.noise_scope("a"):
         first = noise.current_noise_scope()
@@ -95,7 +95,7 @@ def test_labels_nest_and_close():
         assert len({"", first, nested, noise.current_noise_scope()}) == 4
 
 
-def test_labels_belong_to_one_thread():
+def test_noise_scope_belongs_to_one_thread():
     seen = []
     with sos.noise_scope("here"):
         thread = threading.Thread(
@@ -166,7 +166,7 @@ def test_replicas_draw_for_themselves(name):
 
 
 @pytest.mark.parametrize("name", NOISY)
-def test_call_label_separates_the_uses_of_an_embedding(name):
+def test_noise_scope_separates_the_uses_of_an_embedding(name):
     layer = techniques.wrap(name, keras.layers.Embedding(50, 20))
     layer.build((None,))
     techniques.bind(layer)

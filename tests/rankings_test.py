@@ -129,7 +129,7 @@ def test_per_tensor_ranking_keeps_the_largest_where_nothing_would_be_left(
     assert rank(rankings.PerTensorRanking(), sparsity=1.0) == nothing
 
 
-def test_a_subclass_without_the_constructor_keeps_one():
+def test_ranking_without_the_constructor_keeps_one():
     assert techniques.Recorder().keep_count(36, 0.99) == 1
 
 

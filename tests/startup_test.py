@@ -160,7 +160,7 @@ def test_quiet_interrupted_in_an_interactive_session_raises():
         (["python"], [""], None),
     ],
 )
-def test_only_commands_of_the_package_set_the_log_level(
+def test_import_by_commands_of_the_package_sets_the_log_level(
     orig_argv, argv, expected
 ):
     program = LOAD.replace("'startup', ", "'sos.startup', ", 1)
@@ -186,7 +186,7 @@ def programs():
                     yield name.replace("/", ".")
 
 
-def test_the_walk_finds_the_programs():
+def test_programs_in_the_folders_are_found():
     found = set(programs())
     assert {"sos.sparsity_report", "models.train"} <= found
     assert {"benchmarks.mask_update", "tests.support.soak"} <= found
@@ -221,7 +221,7 @@ def test_program_started_writes_no_lines_of_tensorflow(program):
     assert done.stderr == ""
 
 
-def test_the_report_command_writes_no_lines_of_tensorflow(tmp_path):
+def test_report_command_writes_no_lines_of_tensorflow(tmp_path):
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     model.save(tmp_path / "model.keras")
     done = run("-m", "sos.sparsity_report", tmp_path / "model.keras")
@@ -244,7 +244,7 @@ def test_import_in_a_script_changes_nothing_that_tensorflow_prints():
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_a_command_interrupted_while_it_imports_ends_with_one_line():
+def test_command_interrupted_while_it_imports_ends_with_one_line():
     with subprocess.Popen(
         [sys.executable, "-m", "sos.sparsity_report", "nowhere"],
         cwd=ROOT,

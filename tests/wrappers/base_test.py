@@ -92,13 +92,13 @@ def test_penalty_grows_with_its_weight(name):
 
 
 @penalized_techniques
-def test_penalty_is_zero_while_nothing_drives(name):
+def test_penalty_without_an_updater_is_zero(name):
     model = techniques.mlp(name)
     assert [float(loss) for loss in model.losses] == [0.0, 0.0]
 
 
 @penalized_techniques
-def test_the_penalties_of_weights_are_those_in_the_loss(name):
+def test_weighted_penalties_are_those_in_the_loss(name):
     ramp = sos.ramps.LinearRamp(begin_step=2, end_step=6)
     layer = keras.layers.Bidirectional(keras.layers.SimpleRNN(2))
     model = keras.Sequential(
@@ -144,7 +144,7 @@ def test_penalty_of_a_shared_layer_is_counted_once(name):
 
 
 @all_techniques
-def test_scalar_inputs_of_wrong_rank_are_refused_by_the_layer(name):
+def test_wrapper_called_with_a_wrong_rank_raises_as_the_layer(name):
     wrapper = techniques.wrap(name, keras.layers.Conv2D(8, 3))
     with pytest.raises(ValueError, match="ndim"):
         wrapper(np.ones((1, 2, 3), np.float32))
@@ -170,7 +170,7 @@ def test_training_repeats_within_a_step_only_and_evaluation_always(name):
 
 
 @all_techniques
-def test_training_without_a_driver_raises_where_one_is_needed(name):
+def test_training_without_an_updater_raises_where_one_is_needed(name):
     wrapper = techniques.wrap(name, keras.layers.Dense(5, name="here"))
     wrapper.build((None, 4))
     x = techniques.normal(3, 4)
@@ -215,7 +215,7 @@ CHANGED = {
 
 @pytest.mark.oldest
 @all_techniques
-def test_file_keeps_every_bit_and_setting(name, tmp_path):
+def test_file_keeps_every_bit_and_hyperparameter(name, tmp_path):
     model = techniques.mlp(name)
     disturb(model)
     for setting, value in CHANGED.items():
@@ -429,7 +429,7 @@ def test_rematerialisation_changes_no_gradient(name, how, compiled):
 # The wrapped layer.
 
 
-def test_only_layers_of_this_keras_are_wrapped():
+def test_wrapper_of_something_else_raises():
     with pytest.raises(TypeError, match="wraps Keras 3 layers.*Received"):
         techniques.wrap("FixedMask", lambda x: x)
 
@@ -451,7 +451,7 @@ def test_include_chooses_weights():
             ).build((None, 4, 2))
 
 
-def test_layer_without_matrices_is_refused():
+def test_wrapper_of_a_layer_without_matrices_raises():
     wrapper = techniques.wrap("FixedMask", keras.layers.BatchNormalization())
     with pytest.raises(ValueError, match="nothing to make sparse.*rank 2"):
         wrapper.build((None, 3))
@@ -487,7 +487,7 @@ def test_scales_and_biases_of_rank_2_stay_dense():
 
 
 @all_techniques
-def test_quantizing_is_refused(name):
+def test_quantize_of_a_wrapper_raises(name):
     wrapper = techniques.wrap(name, keras.layers.Dense(3))
     wrapper.build((None, 4))
     before = wrapper.layer.kernel.numpy()
@@ -686,7 +686,7 @@ class CumulativeByGradient(ByGradient):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("cumulative", [False, True])
-def test_a_mask_is_set_and_the_gradients_begin_anew(
+def test_assign_mask_sets_it_and_gradients_begin_anew(
     cumulative, replicas, compiled
 ):
     technique = CumulativeByGradient if cumulative else ByGradient
@@ -720,7 +720,7 @@ def test_a_mask_is_set_and_the_gradients_begin_anew(
             np.testing.assert_array_equal(variable, value)
 
 
-def test_a_mask_is_set_for_one_weight_alone():
+def test_assign_mask_of_one_weight_leaves_others_alone():
     layer = keras.layers.Bidirectional(keras.layers.SimpleRNN(2))
     wrapper = techniques.wrap("MagnitudePruning", layer)
     wrapper.build((None, 3, 4))

@@ -96,7 +96,7 @@ def test_hyperparameters_belong_to_one_layer():
     assert b.penalty_weight == 2.0
 
 
-def test_set_all_changes_those_that_have_the_hyperparameter():
+def test_set_hyperparameters_changes_the_layers_that_have_it():
     model = keras.Sequential(
         [
             keras.Input((4,)),
@@ -149,7 +149,7 @@ class Scaled(sos.extend.SparseWrapper):
         return weight.value * self.hyperparameter("factor")
 
 
-def test_a_technique_of_ones_own_gets_hyperparameters():
+def test_registered_technique_gets_hyperparameters():
     wrapper = Scaled(keras.layers.Dense(2, use_bias=False), factor=2.0)
     x = np.ones((1, 3), np.float32)
     double = wrapper(x).numpy()
