@@ -266,7 +266,7 @@ def test_updates_in_fit_land_at_the_ends_of_executions(
 def test_steps_per_execution_above_the_frequency_raises():
     model, recorder = recording(techniques.Staircase(frequency=2))
     model.compile("sgd", "mse", steps_per_execution=3)
-    with pytest.raises(ValueError, match="every 2 steps.*steps_per_execution"):
+    with pytest.raises(ValueError, match="2 steps.*steps_per_execution"):
         fit(model, sos.SparsityCallback())
     assert not recorder.log
 
@@ -416,7 +416,7 @@ def test_fit_with_another_optimizer_raises_after_one_epoch(name):
     model = gan(name)
     with pytest.raises(
         RuntimeError,
-        match=r"stood still at step 0 .*4 calls.*SparsityCallback\(optimizer=",
+        match=r"step 0.*4 .*SparsityCallback\(optimizer=",
     ):
         fit(model, sos.SparsityCallback(), epochs=3)
     assert int(model.own.iterations) == 4
@@ -446,7 +446,7 @@ def test_fit_whose_optimizer_stops_later_raises_after_that_epoch():
             if epoch == 1:
                 model.own = keras.optimizers.SGD(0.1)
 
-    with pytest.raises(RuntimeError, match="stood still at step 4"):
+    with pytest.raises(RuntimeError, match="step 4"):
         fit(model, sos.SparsityCallback(), Replace(), epochs=3)
 
 
@@ -475,7 +475,7 @@ def test_fit_of_overflows_through_a_whole_epoch_raises_nothing(no_warnings):
 def test_fit_without_an_optimizer_raises():
     model = compiled("MagnitudePruning")
     model.optimizer = None
-    with pytest.raises(TypeError, match="compiled without an optimizer"):
+    with pytest.raises(TypeError, match="optimizer"):
         fit(model, sos.SparsityCallback())
 
 
@@ -497,7 +497,7 @@ def test_fit_with_two_callbacks_raises():
 def test_callback_inside_an_updater_raises(name):
     model = compiled(name)
     with sos.SparsityUpdater(model, model.optimizer):
-        with pytest.raises(RuntimeError, match="'a', 'b'.*one at a time"):
+        with pytest.raises(RuntimeError, match="'a', 'b'"):
             fit(model, sos.SparsityCallback())
         assert all(wrapper.step_counter.bound for wrapper in model.layers)
     fit(model, sos.SparsityCallback())
@@ -556,7 +556,7 @@ def test_fit_that_restores_a_less_sparse_epoch_warns(last):
     ]
     if not last:
         callbacks.reverse()
-    message = r"37.50% zeros.*75.00% zeros \(target 75.00%\).*start_from_epoch"
+    message = "37.50%.*75.00%.*75.00%.*start_from_epoch"
     with pytest.warns(SparsityWarning, match=message):
         model = fit_scored([1, 2, 3, 4], *callbacks)
     assert sos.sparsity_report(model).sparsity == 0.375
@@ -568,7 +568,7 @@ def test_fit_that_restores_dense_weights_warns():
     restore = keras.callbacks.LambdaCallback(
         on_train_end=lambda logs: model.set_weights(dense)
     )
-    with pytest.warns(SparsityWarning, match="have 0.00% zeros.*75.00%"):
+    with pytest.warns(SparsityWarning, match="0.00%.*75.00%"):
         fit(model, sos.SparsityCallback(), restore, epochs=2)
 
 
@@ -595,7 +595,7 @@ def test_fit_that_stops_before_the_end_of_the_schedule_warns():
     ):
         model = compiled("MagnitudePruning", schedule=schedule)
         callbacks = [Scores(1, 2, 3), stopping(patience=0)]
-        message = f"stopped before.* {reached} zeros .target 50.00%"
+        message = f"{reached}.*50.00%"
         with pytest.warns(SparsityWarning, match=message):
             fit(model, *callbacks, sos.SparsityCallback(), epochs=3)
         assert int(model.optimizer.iterations) == 8
@@ -613,7 +613,7 @@ def checkpoint(directory, **settings):
 
 
 def test_checkpoint_of_a_less_sparse_epoch_warns(tmp_path):
-    with pytest.warns(SparsityWarning, match="epoch 1, with 37.50% zeros"):
+    with pytest.warns(SparsityWarning, match="epoch 1.*37.50%"):
         fit_scored([1, 2, 3], checkpoint(tmp_path), sos.SparsityCallback())
 
 
@@ -664,7 +664,7 @@ def distiller(cls, name, **settings):
 def test_fit_with_the_penalties_in_no_loss_warns_each_time(name):
     model = distiller(keras.distillation.Distiller, name)
     for _ in range(2):
-        with pytest.warns(SparsityWarning, match=r"'a', 'b' have no effect"):
+        with pytest.warns(SparsityWarning, match="'a', 'b'"):
             fit(model, sos.SparsityCallback(), epochs=2)
 
 

@@ -50,7 +50,7 @@ def test_tensors_elsewhere_are_ranked_there():
 
 def test_per_tensor_ranking_refuses_bad_input():
     ranking = rankings.PerTensorRanking()
-    with pytest.raises(ValueError, match="1 tensors and 2 sparsities"):
+    with pytest.raises(ValueError, match="1 .*2 sparsities"):
         ranking.masks([np.ones(3, np.float32)], [0.5, 0.5])
     with pytest.raises(ValueError, match="NaN"):
         ranking.masks([tf.constant([1.0, np.nan])], [0.5])
@@ -135,7 +135,7 @@ def test_ranking_without_the_constructor_keeps_one():
 
 @pytest.mark.parametrize("min_kept", [-1, 0.5, None, True])
 def test_min_kept_must_be_a_count(min_kept):
-    with pytest.raises(ValueError, match="`min_kept` must be.*Received"):
+    with pytest.raises(ValueError, match="`min_kept`.*Received"):
         rankings.PerTensorRanking(min_kept=min_kept)
 
 
@@ -254,5 +254,5 @@ def test_undecided_compares_values_of_one_dtype_alone():
 
 
 def test_base_ranking_says_what_to_override():
-    with pytest.raises(NotImplementedError, match="TopBlocks must override"):
+    with pytest.raises(NotImplementedError, match="TopBlocks"):
         TopBlocks().masks([], [])

@@ -153,7 +153,7 @@ def test_register_of_a_name_that_is_taken_raises():
     clash = type(
         "MovementPruning", (sos.extend.PruningWrapper,), {"__module__": "x"}
     )
-    with pytest.raises(ValueError, match=r"'MovementPruning' is registered"):
+    with pytest.raises(ValueError, match="'MovementPruning'"):
         sos.extend.register(clash)
     assert sos.extend.techniques()["MovementPruning"] is MovementPruning
 
@@ -173,7 +173,7 @@ def test_technique_without_scores_raises():
 
     try:
         model = sos.sparsify(model_of(2), Lacking, schedule=SCHEDULE)
-        with pytest.raises(NotImplementedError, match="Lacking must override"):
+        with pytest.raises(NotImplementedError, match="Lacking"):
             fit(model)
     finally:
         from sos import registry

@@ -94,7 +94,7 @@ def test_masks_that_are_not_dense_are_left_alone_on_start():
         wrapper.set_masks(masks[-1:])
     optimizer = keras.optimizers.SGD()
     optimizer.iterations.assign(100)
-    with pytest.warns(SparsityWarning, match="3.12% zeros.*no update"):
+    with pytest.warns(SparsityWarning, match="3.12%"):
         with sos.SparsityUpdater(model, optimizer):
             pass
     for wrapper, mask in zip(model.layers, masks, strict=True):
@@ -315,7 +315,7 @@ def test_update_masks_of_the_user_brings_dense_masks_up_to_date():
 def test_forgotten_last_step_raises_at_the_end():
     model, _ = model_with_record(techniques.Staircase(frequency=10))
     optimizer = keras.optimizers.SGD()
-    with pytest.raises(RuntimeError, match="2 steps after.*updater.step()"):
+    with pytest.raises(RuntimeError, match=r"2 steps.*updater\.step\(\)"):
         with sos.SparsityUpdater(model, optimizer) as updater:
             move(optimizer)
             updater.step()
@@ -361,7 +361,7 @@ def test_update_at_the_end_may_share_an_execution_with_another():
 def test_steps_per_execution_above_the_frequency_raises():
     model, _ = model_with_record(techniques.Staircase(frequency=3))
     optimizer = keras.optimizers.SGD()
-    with pytest.raises(ValueError, match="every 3 steps"):
+    with pytest.raises(ValueError, match="3 steps.*steps_per_execution"):
         sos.SparsityUpdater(model, optimizer, steps_per_execution=4).start()
     assert not any(w.step_counter.bound for w in model.layers)
 
@@ -389,7 +389,7 @@ def test_updater_of_an_optimizer_that_goes_back_raises():
     move(optimizer, 1)
     updater.step()
     optimizer.iterations.assign(0)
-    with pytest.raises(RuntimeError, match="back from step 1 to 0"):
+    with pytest.raises(RuntimeError, match="1 to 0"):
         updater.step()
     updater.stop()
 
@@ -420,7 +420,7 @@ def test_custom_loop_without_an_updater_raises_and_evaluation_does_not(name):
 def test_updater_of_an_optimizer_that_never_moves_raises_at_the_end():
     model, _ = model_with_record(techniques.Staircase())
     trained, given = keras.optimizers.SGD(), keras.optimizers.SGD()
-    with pytest.raises(RuntimeError, match="stood still at step 0.*3 calls"):
+    with pytest.raises(RuntimeError, match="step 0.*3"):
         with sos.SparsityUpdater(model, given) as updater:
             for _ in range(3):
                 move(trained)
@@ -600,7 +600,7 @@ def test_updater_of_a_loop_without_the_penalties_warns(name, jit_compile):
     optimizer.build(model.trainable_variables)
     without = loop_step(model, optimizer, penalties=False)
     updater = sos.SparsityUpdater(model, optimizer)
-    with pytest.warns(SparsityWarning, match=r"'a', 'b' have no effect"):
+    with pytest.warns(SparsityWarning, match="'a', 'b'"):
         with updater:
             without(*techniques.batch())
             # An evaluation.
@@ -647,11 +647,9 @@ def test_updater_with_no_steps_per_execution_raises(steps):
 
 def test_wrong_arguments_raise():
     model, _ = model_with_record(techniques.Staircase())
-    with pytest.raises(TypeError, match="Keras 3 model or layer.*model='m'"):
+    with pytest.raises(TypeError, match="model='m'"):
         sos.SparsityUpdater("m", keras.optimizers.SGD())
-    with pytest.raises(
-        TypeError, match="Keras 3 optimizer.*Received: optimizer"
-    ):
+    with pytest.raises(TypeError, match="Received: optimizer"):
         sos.SparsityUpdater(model, "sgd")
     dense = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     with pytest.raises(ValueError, match="holds no sparse layer"):

@@ -178,7 +178,5 @@ def test_pruned_weights_stay_out_of_the_outputs_and_get_no_gradient():
 
 @pytest.mark.parametrize("seed", [0.5, "a", None, 2**40, -(2**31) - 1])
 def test_seed_must_be_an_integer(seed):
-    with pytest.raises(
-        ValueError, match="`seed` must be a 32-bit integer.*Rec"
-    ):
+    with pytest.raises(ValueError, match="`seed`.*Received"):
         wrap(seed=seed)
