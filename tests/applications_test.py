@@ -128,6 +128,8 @@ def test_unknown_model_is_trained_saved_loaded_and_stripped(
         layer.name for layer in model.layers
     ]
     assert plain.count_params() == model.count_params()
+    if make not in MODELS[:2]:
+        return  # It is a plain model of Keras, whose file takes seconds.
     plain.save(tmp_path / "plain.keras")
     plain = keras.models.load_model(tmp_path / "plain.keras")
     np.testing.assert_array_equal(plain(x[:4], training=False), outputs)
