@@ -13,11 +13,13 @@ from sos import keras_uses as keras_uses
 from sos.advice import SparsityWarning
 from sos.callbacks import SparsityCallback
 from sos.export import export_model
+from sos.model_masks import get_masks, set_masks
 from sos.noise import noise_scope
 from sos.report import sparsity_report
-from sos.surgery import sparsify, strip
+from sos.surgery import prune, sparsify, strip
 from sos.updater import SparsityUpdater, set_hyperparameters
 from sos.version import __version__
+from sos.wrappers.base import sparse_layers
 from sos.wrappers.effective import frozen, sampled
 from sos.wrappers.fixed_mask import FixedMask
 from sos.wrappers.l0 import L0Regularization
@@ -38,11 +40,15 @@ __all__ = [
     "export_model",
     "extend",
     "frozen",
+    "get_masks",
     "noise_scope",
+    "prune",
     "ramps",
     "sampled",
     "schedules",
     "set_hyperparameters",
+    "set_masks",
+    "sparse_layers",
     "sparsify",
     "sparsity_report",
     "strip",

@@ -84,15 +84,41 @@ def reduced(state: tuple) -> tuple:
     return (keras.layers.Layer._unpickle_model, *state[1:])
 
 
-def accept_training(layer: keras.layers.Layer) -> None:
+def accept_training(layer: keras.layers.Layer) -> dict[str, Any]:
     """Lets Keras hand `training` to a layer whose `call` was replaced.
 
     Keras reads the signature of `call` when the layer is made.
+
+    Returns:
+        What it changed, for `restore_call`.
     """
+    before = {name: getattr(layer, name) for name in _CALL_ATTRIBUTES}
+    before["_call_has_context_arg"] = dict(layer._call_has_context_arg)
     layer._call_signature = with_training(layer._call_signature)
     layer.call_signature_parameters = list(layer._call_signature.parameters)
     layer._call_has_training_arg = True
     layer._call_has_context_arg["training"] = True
+    return before
+
+
+# What Keras knows of the arguments of a layer's `call`.
+_CALL_ATTRIBUTES = (
+    "_call_signature",
+    "call_signature_parameters",
+    "_call_has_training_arg",
+    "_call_has_context_arg",
+)
+
+
+def restore_call(layer: keras.layers.Layer, before: dict[str, Any]) -> None:
+    """Undoes `accept_training`.
+
+    Args:
+        layer: The layer.
+        before: What `accept_training` returned.
+    """
+    for name, value in before.items():
+        setattr(layer, name, value)
 
 
 def with_training(signature: inspect.Signature) -> inspect.Signature:
@@ -137,6 +163,42 @@ def unlocked(layer: keras.layers.Layer) -> Iterator[None]:
     finally:
         if locked:
             layer._tracker.lock()
+
+
+def remove_sublayer(layer: keras.layers.Layer, name: str) -> None:
+    """Removes an attribute that is a layer, also from what Keras tracks.
+
+    Args:
+        layer: The layer that has the attribute, built or not.
+        name: The attribute's name.
+    """
+    inner = getattr(layer, name)
+    delattr(layer, name)
+    layer._tracker.untrack(inner)
+
+
+def uncompile(model: keras.Model) -> None:
+    """Makes a model as it was before `compile`, without optimizer and metrics.
+
+    Args:
+        model: A model, compiled or not.
+    """
+    for name in (*_FUNCTIONS, "generate_function"):
+        if getattr(model, name, None) is not None:
+            setattr(model, name, None)
+    if not model.compiled:
+        return
+    for name in ("optimizer", "_compile_config", "_compiled_trainable_state"):
+        if name in vars(model):
+            delattr(model, name)
+    model.compiled = False
+    model.loss = None
+    model._compile_loss = None
+    model._compile_metrics = None
+    model._loss_tracker = None
+
+
+_FUNCTIONS = ("train_function", "test_function", "predict_function")
 
 
 @contextmanager

@@ -13,9 +13,14 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from sos import keras_compat, uses
+from sos.errors import UsageError
 from sos.files import atomic_write
 from sos.multiply_adds import uses_by_variable
-from sos.wrappers.base import find_wrappers
+from sos.wrappers.base import (
+    check_keras_layer,
+    find_wrappers,
+    weights_by_path,
+)
 from sos.wrappers.selection import dense_reasons
 from sos.wrappers.sparse_layer import owners, plain_class
 
@@ -193,13 +198,9 @@ def sparsity_report(
         TypeError: If `model` is not one of Keras 3.
         ValueError: If it is not built.
     """
-    if not isinstance(model, keras.layers.Layer):
-        raise TypeError(
-            "`sparsity_report` takes a Keras 3 model or layer. Received: "
-            f"{model!r} of type {type(model).__module__}.{type(model).__name__}"
-        )
+    check_keras_layer(model, "sparsity_report")
     if not model.built:
-        raise ValueError(
+        raise UsageError(
             f"The model {model.name!r} is not built, so that it has no weights "
             "to report. Give it an `Input` or call it on a batch first."
         )
@@ -222,10 +223,14 @@ def _report(
 ) -> SparsityReport:
     sparse = {}
     state = set()
+    paths = {
+        id(weight.variable): path
+        for path, weight in weights_by_path(model).items()
+    }
     for wrapper in find_wrappers(model):
         state |= {id(v) for v in keras_compat.own_variables(wrapper)}
         for weight, value in wrapper.evaluation_weights().items():
-            sparse[id(weight.variable)] = (wrapper, weight, value)
+            sparse[id(weight.variable)] = (wrapper, value)
     whole = _sampled_as_a_whole(model)
     recorded = getattr(model, "sparsity_reasons", None)
     trainable = {id(v) for v in model.trainable_weights}
@@ -234,9 +239,7 @@ def _report(
     for variable in model.weights:
         if id(variable) in state:
             continue
-        wrapper, weight, value = sparse.get(
-            id(variable), (None, None, variable)
-        )
+        wrapper, value = sparse.get(id(variable), (None, variable))
         reason = None if recorded is None else recorded.get(variable)
         if wrapper is not None:
             samples = wrapper.samples_outputs and id(variable) in whole
@@ -248,9 +251,9 @@ def _report(
                 else "not trainable"
             )
             reason = reasons.get(id(variable), unwrapped)
-        path = weight.path if weight is not None else variable.path
-        # Whether Keras puts it there depends on how the model was made.
-        path = path.removeprefix(f"{model.name}/")
+        path = paths.get(
+            id(variable), variable.path.removeprefix(f"{model.name}/")
+        )
         size = int(np.prod(variable.shape))
         nonzeros = int(np.count_nonzero(keras.ops.convert_to_numpy(value)))
         if wrapper is not None and size and not nonzeros:

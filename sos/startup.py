@@ -85,14 +85,17 @@ def quiet() -> Iterator[None]:
 
 
 def _command_starts() -> bool:
-    """Returns whether `python -m sos.NAME` is starting."""
+    """Returns whether `sos`, `python -m sos` or `-m sos.NAME` is starting."""
+    package = __name__.partition(".")[0]
     # `runpy` replaces "-m" by the path of the module once it has found it, for
     # which it imports the package. Until then, the name of the module is the
     # last argument of the interpreter.
-    if sys.argv[:1] != ["-m"]:
-        return False
-    module = sys.orig_argv[-len(sys.argv) :][0].removeprefix("-m")
-    return module.partition(".")[0] == __name__.partition(".")[0]
+    if sys.argv[:1] == ["-m"]:
+        module = sys.orig_argv[-len(sys.argv) :][0].removeprefix("-m")
+        return module.partition(".")[0] == package
+    # The script that is installed with the package.
+    name = os.path.basename(sys.argv[0]) if sys.argv else ""
+    return name in (package, f"{package}.exe")
 
 
 def _wanted() -> bool:

@@ -1,18 +1,31 @@
 """Makes whole models sparse, and plain again."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from sos import keras_compat
+from sos.advice import warn
+from sos.arguments import check_number, listed
 from sos.copying import copy_model
 from sos.errors import ArgumentError, UsageError
+from sos.masks import keep_count
 from sos.plan import Assignment, Reasons, Rules, make_plan
-from sos.wrappers.base import SparseWrapper, core, find_wrappers
+from sos.rankings import PerTensorRanking, undecided
+from sos.wrappers.base import (
+    SparseWrapper,
+    check_keras_layer,
+    core,
+    find_wrappers,
+)
+from sos.wrappers.fixed_mask import FixedMask
 from sos.wrappers.sparse_layer import (
     as_plain,
     attach,
     bind,
+    detach,
     graph_classes,
     owners,
     plain_weights,
@@ -93,8 +106,202 @@ def sparsify(
     >>> [layer.techniques[0].target_sparsity() for layer in sparse.layers]
     [0.9, 0.5]
     """
-    _check_model(model)
+    _check_model(model, "sparsify")
     plan, reasons = make_plan(model, technique, rules, hyperparameters)
+    sparse, _ = _make_sparse(model, plan, reasons, copy)
+    return sparse
+
+
+def prune(
+    model: keras.Model,
+    sparsity: float,
+    *,
+    rules: Rules | None = None,
+    copy: bool = True,
+) -> keras.Model:
+    """Prunes a trained model at once, by magnitude.
+
+    In each weight of rank 2 or more, except biases, the elements of the
+    smallest magnitude get a mask of 0: of n elements exactly
+    `round(n * (1 - sparsity))` are kept, but at least one; of equal ones those
+    that come first. The masks never change, whatever is trained
+    (`sos.FixedMask`). Weights under a mask of 0 count as zeros in every call;
+    `layer.kernel` still holds their values, which `sos.set_masks` can bring
+    back.
+
+    To prune step by step while the model trains, which loses less accuracy, use
+    `sos.sparsify` with "MagnitudePruning".
+
+    Args:
+        model: A Keras 3 model that is built.
+        sparsity: Fraction of zeros in each weight, in [0, 1).
+        rules: Exceptions, with keys as for `sos.sparsify`. The values are None
+            to leave the weights dense, or `{"sparsity": number}`.
+        copy: Whether the result gets copies of the layers and weights. If not,
+            `model` itself becomes sparse.
+
+    Returns:
+        A model of the class of `model`. Evaluate it, fine-tune it with
+        `callbacks=[sos.SparsityCallback()]`, save it or `sos.strip` it.
+
+    Raises:
+        TypeError: If `model` is not a Keras 3 model or cannot be copied, or if
+            a rule is of a wrong type.
+        UsageError: If `model` is not built or sparse already, a sparsity is out
+            of range, a weight is NaN, a rule matches no weight, two rules match
+            one weight, or nothing is left to prune. Nothing is changed then.
+
+    Warns:
+        SparsityWarning: If the magnitudes of a weight are all equal, so that it
+            stays dense, or a weight keeps its last element although its
+            sparsity leaves none.
+
+    Example:
+    >>> import keras, sos
+    >>> model = keras.Sequential(
+    ...     [
+    ...         keras.Input((16,)),
+    ...         keras.layers.Dense(8, name="hidden"),
+    ...         keras.layers.Dense(4, name="logits"),
+    ...     ]
+    ... )
+    >>> pruned = sos.prune(model, 0.75, rules={"logits": {"sparsity": 0.5}})
+    >>> for path, mask in sos.get_masks(pruned).items():
+    ...     print(path, f"keeps {mask.sum()} of {mask.size}")
+    hidden/kernel keeps 32 of 128
+    logits/kernel keeps 16 of 32
+    """
+    _check_model(model, "prune")
+    sparsity = check_number(
+        "sparsity", sparsity, "[0, 1)", ", the fraction of zeros"
+    )
+    plan, reasons = make_plan(model, FixedMask, rules, {"sparsity": sparsity})
+    sparsities: dict[int, float] = {}
+    paths: dict[int, str] = {}
+    for assignment in plan:
+        value = _sparsity_of_rule(assignment)
+        sparsities.update(dict.fromkeys(assignment.paths, value))
+        paths.update(assignment.paths)
+        # Otherwise the mask would be drawn at random.
+        assignment.arguments = {}
+    variables = {
+        position: variable
+        for position, (_, variable) in enumerate(owners(model))
+        if position in paths
+    }
+    masks, unranked = _magnitude_masks(variables, sparsities, paths)
+    sparse, weights = _make_sparse(model, plan, reasons, copy)
+    for position, mask in masks.items():
+        weights[position].state["mask"].assign(mask)
+    # Last, as a warning may be an error.
+    _warn_of_masks(masks, sparsities, paths, unranked)
+    return sparse
+
+
+def _sparsity_of_rule(assignment: Assignment) -> float:
+    """Returns the sparsity to which `prune` prunes some weights of a layer."""
+    weights = list(assignment.paths.values())
+    if assignment.technique is not FixedMask or set(assignment.arguments) != {
+        "sparsity"
+    }:
+        raise UsageError(
+            'A rule of `prune` must be None or {"sparsity": number}. For the '
+            f"weights {weights} one asks for: "
+            f"technique={assignment.technique.__name__}, "
+            f"{assignment.arguments}. For other techniques use `sos.sparsify`."
+        )
+    return check_number(
+        "sparsity",
+        assignment.arguments["sparsity"],
+        "[0, 1)",
+        f", the fraction of zeros, also in the rule for {weights}",
+    )
+
+
+def _magnitude_masks(
+    variables: dict[int, keras.Variable],
+    sparsities: dict[int, float],
+    paths: dict[int, str],
+) -> tuple[dict[int, Any], set[int]]:
+    """Ranks weights by their magnitudes.
+
+    Args:
+        variables: The weights, by any key.
+        sparsities: Their sparsities.
+        paths: Their paths.
+
+    Returns:
+        The masks, and the keys of those that are all ones because the
+        magnitudes are all equal.
+
+    Raises:
+        UsageError: If a weight is NaN.
+    """
+    scores = {
+        key: keras.ops.abs(keras_compat.stored_value(variable))
+        for key, variable in variables.items()
+    }
+    invalid = [
+        paths[key]
+        for key, score in scores.items()
+        if keras.ops.any(keras.ops.isnan(score))
+    ]
+    if invalid:
+        raise UsageError(
+            "`prune` needs weights with a magnitude, and NaN has none. Find "
+            "the step at which the weights became NaN "
+            "(`keras.callbacks.TerminateOnNaN` stops there). Received: NaN in "
+            f"{listed(invalid)}"
+        )
+    ranking = PerTensorRanking()
+    ordered = list(scores.values())
+    masks = ranking.masks(ordered, [sparsities[key] for key in scores])
+    found = dict(zip(scores, masks, strict=True))
+    equal = undecided(ranking, ordered, masks)
+    unranked = {key for key, same in zip(scores, equal, strict=True) if same}
+    for key in unranked:
+        found[key] = np.ones(variables[key].shape, "uint8")
+    return found, unranked
+
+
+def _warn_of_masks(
+    masks: dict[int, Any],
+    sparsities: dict[int, float],
+    paths: dict[int, str],
+    unranked: set[int],
+) -> None:
+    for key, mask in masks.items():
+        size = int(np.prod(mask.shape))
+        if key in unranked:
+            warn(
+                f"The magnitudes of {paths[key]} are all equal, so that "
+                "`sos.prune` has no order in which to prune its elements: it "
+                "stays dense. Load or train the weights before you prune, or "
+                "leave it dense by a rule."
+            )
+        elif size and not keep_count(size, sparsities[key]):
+            warn(
+                f"A sparsity of {sparsities[key]:.6g} leaves none of the "
+                f"{size} elements of {paths[key]}: it keeps 1. Lower its "
+                "sparsity, or leave it dense by a rule."
+            )
+
+
+def _make_sparse(
+    model: keras.Model, plan: Sequence[Assignment], reasons: Reasons, copy: bool
+) -> tuple[keras.Model, dict[int, SparseWeight]]:
+    """Carries out a plan.
+
+    Args:
+        model: The model of the plan.
+        plan: From `make_plan`.
+        reasons: From `make_plan`.
+        copy: As for `sparsify`.
+
+    Returns:
+        The sparse model, and its sparse weights by their position in
+        `sparse_layer.owners`.
+    """
     sparse = copy_model(model) if copy else model
     before = list(owners(model))
     after = list(owners(sparse))
@@ -103,13 +310,19 @@ def sparsify(
         reason = reasons.get(old)
         if reason is not None:
             sparse_reasons.add(new, reason)
-    weights = [
-        weight for assignment in plan for weight in _attach(after, assignment)
-    ]
-    bind(sparse, weights)
+    weights: dict[int, SparseWeight] = {}
+    try:
+        for assignment in plan:
+            new = _attach(after, assignment)
+            weights.update(zip(assignment.paths, new, strict=True))
+        bind(sparse, weights.values())
+    except BaseException:
+        # The model may be the user's own, not a copy.
+        detach(sparse)
+        raise
     sparse.sparsity_reasons = sparse_reasons
     _forget_traces(sparse)
-    return sparse
+    return sparse, weights
 
 
 def _attach(
@@ -136,36 +349,49 @@ def _forget_traces(model: keras.Model) -> None:
             inner.generate_function = None
 
 
-def strip(model: keras.Model) -> keras.Model:
+def strip(
+    model: keras.layers.Layer, *, copy: bool = True
+) -> keras.layers.Layer:
     """Makes a plain Keras model with the zeros in place.
 
     Its outputs are the evaluation outputs of the sparse model, and nothing in
-    it or in a file that it is saved to refers to `sos`.
+    it or in a file that it is saved to refers to `sos`. A model without sparse
+    layers stays as it is.
 
     Args:
-        model: A model with sparse layers, or one such layer.
+        model: A model with sparse layers, or one such layer, or a plain one.
+        copy: Whether the result gets copies of the layers and weights. If not,
+            `model` itself becomes plain: its weights get their zeros, and the
+            variables of the techniques are gone. That needs layers that
+            `sos.sparsify` or `sos.prune` made sparse; a wrapper in a model
+            cannot be replaced.
 
     Returns:
-        A new model, or layer, of the kind that was made sparse. It is not
-        compiled.
+        A new model, or layer, of the kind that was made sparse; `model` itself
+        with `copy=False`. What was sparse is not compiled: compile it again
+        before training, as an optimizer may know variables that are gone.
 
     Raises:
         TypeError: If `model` is not a Keras 3 model or layer.
-        UsageError: If it holds no sparse layer, or holds one inside a layer or
-            model of a class of its own, which cannot be put together again
-            without it.
+        UsageError: If a sparse layer is held by a layer or model of a class of
+            its own, which cannot be put together again without it. With
+            `copy=False`, if there are wrappers, or the model is being trained.
+            Nothing is changed then.
+
+    Example:
+    >>> import keras, sos
+    >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(8)])
+    >>> plain = sos.strip(sos.prune(model, 0.75))
+    >>> type(plain.layers[0]).__name__, sos.sparsity_report(plain).rows[0][
+    ...     "sparsity"
+    ... ]
+    ('Dense', 0.75)
     """
-    if not isinstance(model, keras.layers.Layer):
-        raise ArgumentError(
-            "`strip` takes a Keras 3 model or layer. "
-            f"Received: model={model!r} of type {type(model).__name__}"
-        )
-    if not find_wrappers(model):
-        raise UsageError(
-            f"The model {model.name!r} holds no sparse layer, so there is "
-            "nothing to strip. Make it sparse with `sos.sparsify` or with the "
-            "wrappers first."
-        )
+    check_keras_layer(model, "strip")
+    techniques = find_wrappers(model)
+    if not copy:
+        _strip_in_place(model, techniques)
+        return model
     _check_wrappers(model)
     with as_plain(keras_compat.all_layers(model)):
         plain = copy_model(model, replace=core)
@@ -173,14 +399,60 @@ def strip(model: keras.Model) -> keras.Model:
         plain_weights(core(model)), plain_weights(core(plain)), strict=True
     )
     values = {
-        id(weight.variable): value
-        for technique in find_wrappers(model)
-        for weight, value in technique.evaluation_weights().items()
+        id(variable): value
+        for variable, value in _evaluation_values(techniques)
     }
     for old, new in pairs:
         if id(old) in values:
             new.assign(values[id(old)])
     return plain
+
+
+def _strip_in_place(
+    model: keras.layers.Layer, techniques: Sequence[SparseWrapper]
+) -> None:
+    wrappers = [t.name for t in techniques if not t.attached]
+    if wrappers:
+        raise UsageError(
+            f"The wrappers {wrappers} cannot be replaced in place: other "
+            "layers refer to them. Use `strip(model, copy=True)`, or make "
+            "models sparse with `sos.sparsify`. Received: copy=False"
+        )
+    training = [t.layer.name for t in techniques if t.step_counter.bound]
+    if training:
+        raise UsageError(
+            f"The layers {training} are being trained. Leave the scope of "
+            "`sos.SparsityUpdater`, or wait for the end of `fit`, before "
+            "`strip(model, copy=False)`, or copy the model. "
+            "Received: copy=False"
+        )
+    values = _evaluation_values(techniques)
+    layers = [
+        layer
+        for layer in keras_compat.all_layers(model)
+        if not isinstance(layer, SparseWrapper)
+    ]
+    detach(model)
+    for variable, value in values:
+        variable.assign(value)
+    if not techniques:
+        return
+    for layer in layers:
+        if "sparsity_reasons" in vars(layer):
+            del layer.sparsity_reasons
+        if isinstance(layer, keras.Model):
+            keras_compat.uncompile(layer)
+
+
+def _evaluation_values(
+    techniques: Sequence[SparseWrapper],
+) -> list[tuple[keras.Variable, Any]]:
+    """Returns the sparse weights with their values in evaluation."""
+    return [
+        (weight.variable, value)
+        for technique in techniques
+        for weight, value in technique.evaluation_weights().items()
+    ]
 
 
 def _check_wrappers(layer: keras.layers.Layer) -> None:
@@ -202,7 +474,7 @@ def _check_wrappers(layer: keras.layers.Layer) -> None:
         _check_wrappers(inner)
 
 
-def _check_model(model: Any) -> None:
+def _check_model(model: Any, function: str) -> None:
     if not isinstance(model, keras.Model):
         module = type(model).__module__
         advice = (
@@ -213,15 +485,15 @@ def _check_model(model: Any) -> None:
             "TF_USE_LEGACY_KERAS, is one of Keras 2."
         )
         raise ArgumentError(
-            f"`sparsify` takes a model of Keras 3 ({keras.__version__} here). "
-            f"{advice} Received: {model!r} of type "
+            f"`{function}` takes a model of Keras 3 "
+            f"({keras.__version__} here). {advice} Received: {model!r} of type "
             f"{module}.{type(model).__name__}"
         )
     if not model.built:
         raise UsageError(
             f"The model {model.name!r} is not built, so that its weights are "
             "not known. Give it an `Input`, or call it on a batch, before "
-            "`sparsify`."
+            f"`{function}`."
         )
     if find_wrappers(model):
         raise UsageError(

@@ -230,3 +230,56 @@ def test_stored_value_of_a_layer_in_mixed_precision_is_not_cast():
 
     Reader(dtype="mixed_bfloat16")(np.ones((1, 2)))
     assert found == {"stored": tf.float32, "read": tf.bfloat16}
+
+
+def test_remove_sublayer_leaves_no_trace_in_a_built_layer():
+    layer = layers.Dense(2)
+    layer.build((None, 3))
+    children = set(layer._trackable_children())
+    weights = list(layer.weights)
+    inner = layers.Dense(4)
+    inner.build((None, 3))
+    with keras_compat.unlocked(layer):
+        layer.inner = inner
+    assert len(layer.weights) == 4
+    keras_compat.remove_sublayer(layer, "inner")
+    assert not hasattr(layer, "inner")
+    assert keras_compat.sublayers(layer) == []
+    assert set(layer._trackable_children()) == children
+    assert [id(v) for v in layer.weights] == [id(v) for v in weights]
+
+
+def test_restore_call_undoes_accept_training():
+    class Plain(layers.Layer):
+        def call(self, inputs):
+            return inputs
+
+    layer, other = Plain(), Plain()
+    before = keras_compat.accept_training(layer)
+    assert layer._call_has_training_arg
+    keras_compat.restore_call(layer, before)
+    for name in before:
+        assert getattr(layer, name) == getattr(other, name)
+
+
+def test_uncompile_makes_a_model_as_before_compile():
+    def make():
+        return keras.Sequential([keras.Input((3,)), layers.Dense(2)])
+
+    model, other = make(), make()
+    x, y = np.ones((4, 3)), np.ones((4, 2))
+    model.compile("adam", "mse", metrics=["mae"])
+    model.fit(x, y, verbose=0)
+    model.evaluate(x, y, verbose=0)
+    model.predict(x, verbose=0)
+    keras_compat.uncompile(model)
+    names = ("compiled", "loss", "metrics", "train_function", "test_function")
+    for name in names:
+        assert getattr(model, name) == getattr(other, name)
+    assert not hasattr(model, "optimizer")
+    assert model.get_compile_config() == other.get_compile_config()
+    with pytest.raises(ValueError, match="compile"):
+        model.fit(x, y, verbose=0)
+    model.compile("sgd", "mse")
+    model.fit(x, y, verbose=0)
+    keras_compat.uncompile(make())

@@ -1,6 +1,5 @@
 import csv
 import importlib
-import runpy
 import sys
 
 import keras
@@ -10,7 +9,7 @@ import tensorflow as tf
 from keras import layers
 
 import sos
-from sos import report_command
+from sos.__main__ import main
 from tests.support import techniques
 
 
@@ -187,13 +186,13 @@ def test_report_of_something_else_raises():
 
 
 def run(capsys, *arguments):
-    report_command.main([str(argument) for argument in arguments])
+    main(["report", *map(str, arguments)])
     return capsys.readouterr().out
 
 
 def fails(capsys, *arguments):
     with pytest.raises(SystemExit) as error:
-        report_command.main([str(argument) for argument in arguments])
+        main(["report", *map(str, arguments)])
     assert error.value.code == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
@@ -317,7 +316,7 @@ def test_command_on_what_it_cannot_read_exits_with_one_line(tmp_path, capsys):
     assert "neither a .keras file nor a TensorFlow" in fails(capsys, text)
     fake = tmp_path / "fake.keras"
     fake.write_text("text")
-    assert "fake.keras is damaged or no `.keras` file" in fails(capsys, fake)
+    assert "fake.keras is damaged or not a .keras file" in fails(capsys, fake)
     fake = tmp_path / "fake.index"
     fake.write_text("text")
     assert "cannot be read as a checkpoint" in fails(capsys, fake)
@@ -327,7 +326,7 @@ def test_command_on_what_it_cannot_read_exits_with_one_line(tmp_path, capsys):
     assert "--threshold must be a finite number" in nan
     assert "No module named" in fails(capsys, plain, "--import=no_such_module")
     with pytest.raises(SystemExit) as error:
-        report_command.main([str(plain), "--threshold=high"])
+        main(["report", str(plain), "--threshold=high"])
     assert error.value.code == 2
     assert "invalid float value: 'high'" in capsys.readouterr().err
 
@@ -358,20 +357,3 @@ def test_command_with_import_knows_classes_of_the_user(
         "--import" in message and "Could not locate class 'OwnDense'" in message
     )
     assert "own_dense/kernel" in run(capsys, path, "--import", "own_classes")
-
-
-def test_import_of_the_commands_module_keeps_the_function():
-    function = sos.sparsity_report
-    with pytest.raises(ImportError, match="is a function.*python -m"):
-        importlib.import_module("sos.sparsity_report")
-    assert sos.sparsity_report is function
-    assert sos.sparsity_report(recurrent()).rows
-
-
-def test_command_is_a_module(tmp_path, capsys, monkeypatch):
-    recurrent().save(tmp_path / "model.keras")
-    monkeypatch.setattr(
-        sys, "argv", ["sparsity_report", str(tmp_path / "model.keras")]
-    )
-    runpy.run_module("sos.sparsity_report", run_name="__main__")
-    assert "Sparsity of small" in capsys.readouterr().out

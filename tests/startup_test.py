@@ -152,8 +152,10 @@ def test_quiet_interrupted_in_an_interactive_session_raises():
 @pytest.mark.parametrize(
     ("orig_argv", "argv", "expected"),
     [
-        (["python", "-m", "sos.sparsity_report"], ["-m"], "2"),
-        (["python", "-msos.sparsity_report", "x"], ["-m", "x"], "2"),
+        (["python", "-m", "sos", "report", "x"], ["-m", "report", "x"], "2"),
+        (["python", "-msos", "x"], ["-m", "x"], "2"),
+        (["python", "-m", "sos.training.main"], ["-m"], "2"),
+        (["python", "/usr/bin/sos", "x"], ["/usr/bin/sos", "x"], "2"),
         (["python", "-m", "sosage", "x"], ["-m", "x"], None),
         (["python", "-m", "theirs", "sos"], ["-m", "sos"], None),
         (["python", "sos.py"], ["sos.py"], None),
@@ -188,7 +190,7 @@ def programs():
 
 def test_programs_in_the_folders_are_found():
     found = set(programs())
-    assert {"sos.sparsity_report", "models.train"} <= found
+    assert {"sos.__main__", "models.train"} <= found
     assert {"benchmarks.mask_update", "tests.support.soak"} <= found
 
 
@@ -224,7 +226,7 @@ def test_program_started_writes_no_lines_of_tensorflow(program):
 def test_report_command_writes_no_lines_of_tensorflow(tmp_path):
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     model.save(tmp_path / "model.keras")
-    done = run("-m", "sos.sparsity_report", tmp_path / "model.keras")
+    done = run("-m", "sos", "report", tmp_path / "model.keras")
     assert done.returncode == 0, done.stderr
     assert done.stdout
     assert done.stderr == ""
@@ -246,7 +248,7 @@ def test_import_in_a_script_changes_nothing_that_tensorflow_prints():
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_command_interrupted_while_it_imports_ends_with_one_line():
     with subprocess.Popen(
-        [sys.executable, "-m", "sos.sparsity_report", "nowhere"],
+        [sys.executable, "-m", "sos", "report", "nowhere"],
         cwd=ROOT,
         env=environment(),
         stderr=subprocess.PIPE,

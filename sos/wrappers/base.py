@@ -46,6 +46,10 @@ class SparseWrapper(keras.layers.Layer):
         name: Name of the layer; by default that of the wrapped layer.
         **kwargs: `trainable`, as for any layer.
 
+    Attributes:
+        techniques: The wrapper itself in a tuple, as layers that are sparse in
+            place have their techniques.
+
     Raises:
         TypeError: If `layer` is not a Keras 3 layer.
         ValueError: If a regular expression is wrong or, when the layer is
@@ -221,7 +225,7 @@ class SparseWrapper(keras.layers.Layer):
         )
 
     def weights_changed(self) -> None:
-        """Called after the dense weights were set from another model."""
+        """Called once the weights and the technique's variables are there."""
 
     def target_sparsity(self) -> float | None:
         """The sparsity that the technique is to reach, None where unknown."""
@@ -512,8 +516,10 @@ class SparseWrapper(keras.layers.Layer):
         return technique
 
     def __getattr__(self, name: str) -> Any:
-        """Returns the layer that the technique is part of, as `layer`."""
-        # Not a property: Keras follows all attributes that it can list.
+        """Returns the layer that the technique is part of, and `techniques`."""
+        # Not properties: Keras follows all attributes that it can list.
+        if name == "techniques":
+            return (self,)
         if name == "layer" and "_owner" in vars(self):
             return self._owner.layer
         raise AttributeError(
@@ -589,6 +595,89 @@ def find_wrappers(layer: keras.layers.Layer) -> list[SparseWrapper]:
             (order[id(w.variable)] for w in wrapper.sparse_weights), default=-1
         ),
     )
+
+
+def sparse_layers(model: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """Returns the layers of a model that hold techniques.
+
+    These are the layers that `sos.sparsify` made sparse in place, and wrappers.
+    All of them have the attributes `techniques` and `sparse_weights`. Each
+    sparse weight belongs to one of them.
+
+    Args:
+        model: A model or layer, built.
+
+    Returns:
+        The layers, each once, in the order of their weights; none of a model
+        without techniques.
+
+    Raises:
+        TypeError: If `model` is not a Keras 3 model or layer.
+
+    Example:
+    >>> import keras, sos
+    >>> model = keras.Sequential(
+    ...     [
+    ...         keras.Input((16,)),
+    ...         keras.layers.Dense(8, name="hidden"),
+    ...         keras.layers.Dense(4, name="logits"),
+    ...     ]
+    ... )
+    >>> pruned = sos.prune(model, 0.5, rules={"logits": None})
+    >>> for layer in sos.sparse_layers(pruned):
+    ...     print(layer.name, [w.path for w in layer.sparse_weights])
+    hidden ['hidden/kernel']
+    """
+    check_keras_layer(model, "sparse_layers")
+    layers = {}
+    for technique in find_wrappers(model):
+        layer = technique.layer if technique.attached else technique
+        layers.setdefault(id(layer), layer)
+    return list(layers.values())
+
+
+def weights_by_path(model: keras.layers.Layer) -> dict[str, SparseWeight]:
+    """Returns the sparse weights of a model by their paths in the report.
+
+    Args:
+        model: A model or layer, built.
+
+    Returns:
+        The weights by path, in the order of the model's weights. A path has no
+        name of the model in front. Equal ones of two nested models end in `#2`
+        and so on.
+    """
+    order = {id(v): i for i, v in enumerate(model.weights)}
+    weights = sorted(
+        (w for t in find_wrappers(model) for w in t.sparse_weights),
+        key=lambda weight: order[id(weight.variable)],
+    )
+    paths = selection.unique(
+        {
+            # Whether Keras puts it there depends on how the model was made.
+            i: weight.path.removeprefix(f"{model.name}/")
+            for i, weight in enumerate(weights)
+        }
+    )
+    return {paths[i]: weight for i, weight in enumerate(weights)}
+
+
+def check_keras_layer(layer: Any, function: str) -> None:
+    """Raises if an argument `model` is not a Keras 3 model or layer.
+
+    Args:
+        layer: The argument.
+        function: Name of the function that received it.
+
+    Raises:
+        ArgumentError: If it is anything else.
+    """
+    if not isinstance(layer, keras.layers.Layer):
+        cls = type(layer)
+        raise ArgumentError(
+            f"`{function}` takes a Keras 3 model or layer. Received: "
+            f"model={layer!r} of type {cls.__module__}.{cls.__name__}"
+        )
 
 
 def _check_layer(layer: Any, technique: str) -> None:

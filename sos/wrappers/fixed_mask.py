@@ -22,7 +22,7 @@ class FixedMask(MaskedWrapper):
     By default the weights that are zero when the layer is wrapped stay zero,
     which is what fine-tuning a stripped model needs. With `sparsity` the mask
     is drawn at random; below 1 it keeps at least one weight of each tensor.
-    `set_masks` sets any other.
+    `sos.set_masks` sets any other, and `sos.prune` one of magnitudes.
 
     A warning names a weight that keeps its last element only for that reason,
     and one that is trained although all its elements were zero and stay so.

@@ -81,7 +81,7 @@ class MaskedWrapper(SparseWrapper):
                 f"Received: {len(masks)} masks"
             )
         arrays = [
-            _check_mask(weight, mask)
+            check_mask(weight, mask)
             for weight, mask in zip(weights, masks, strict=True)
         ]
         for weight, array in zip(weights, arrays, strict=True):
@@ -108,9 +108,26 @@ def _masked_table(value: tf.Tensor, mask: tf.Tensor) -> tuple:
     return value * tf.cast(mask, value.dtype), grad
 
 
-def _check_mask(weight: SparseWeight, mask: Any) -> Any:
-    """Returns a mask as a uint8 array; raises `UsageError` if it is wrong."""
-    array = keras.ops.convert_to_numpy(mask)
+def check_mask(weight: SparseWeight, mask: Any) -> np.ndarray:
+    """Checks the mask of a weight.
+
+    Args:
+        weight: The weight.
+        mask: What is to be its mask.
+
+    Returns:
+        The mask as a uint8 array.
+
+    Raises:
+        UsageError: If it does not hold zeros and ones, or has another shape.
+    """
+    try:
+        array = keras.ops.convert_to_numpy(mask)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"The mask of {weight.path} must be an array of zeros and ones. "
+            f"Received: {mask!r}"
+        ) from error
     shape = tuple(weight.variable.shape)
     if array.shape != shape or not ((array == 0) | (array == 1)).all():
         raise UsageError(
@@ -455,7 +472,7 @@ def update_masks(updates: dict[PruningWrapper, float]) -> None:
             )
             if not isinstance(ranking, PerTensorRanking):
                 masks = [
-                    _check_mask(weight, mask)
+                    check_mask(weight, mask)
                     for (_, weight, _), mask in zip(ranked, masks, strict=True)
                 ]
         except ValueError as error:

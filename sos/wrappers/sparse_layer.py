@@ -43,7 +43,11 @@ class Owner:
 class _Record:
     """What a sparse layer knows beyond its own class."""
 
-    def __init__(self) -> None:
+    def __init__(self, plain_call: dict[str, Any]) -> None:
+        #: How Keras called the layer before, for `keras_compat.restore_call`.
+        self.plain_call = plain_call
+        #: The layer's own `build`, if another one stands before it.
+        self.plain_build: Any = None
         #: Sparse weights in the layer and below, by `id` of the variable.
         self.weights: dict[int, SparseWeight] = {}
         #: Techniques of weights that the layer owns.
@@ -70,8 +74,12 @@ class SparseLayer:
 
     @property
     def sparse_weights(self) -> tuple[SparseWeight, ...]:
-        """The sparse weights of the layer and of the layers in it."""
-        return tuple(vars(self)[_RECORD].weights.values())
+        """The weights of these techniques."""
+        return tuple(
+            weight
+            for technique in self.techniques
+            for weight in technique.sparse_weights
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Builds what is not built, as its weights get techniques."""
@@ -246,6 +254,27 @@ def bind(layer: keras.layers.Layer, weights: Iterable[SparseWeight]) -> None:
     _bind(layer, by_id, {})
 
 
+def detach(layer: keras.layers.Layer) -> None:
+    """Gives all layers of a model their own classes back, without techniques.
+
+    The inverse of `attach` and `bind`. Dense weights keep their values.
+
+    Args:
+        layer: A layer or model, in no wrapper.
+    """
+    for inner in keras_compat.all_layers(layer):
+        record = vars(inner).get(_RECORD)
+        if record is None:
+            continue
+        for index in range(len(record.techniques)):
+            keras_compat.remove_sublayer(inner, f"technique_{index}")
+        if record.plain_build is not None:
+            object.__setattr__(inner, "build", record.plain_build)
+        object.__delattr__(inner, _RECORD)
+        inner.__class__ = inner.plain_class
+        keras_compat.restore_call(inner, record.plain_call)
+
+
 def complete(layer: keras.layers.Layer) -> None:
     """Attaches the techniques of a configuration, once the weights are there.
 
@@ -336,7 +365,7 @@ def apply_configs(
     """
     record = make_sparse(layer)
     record.pending, record.adapters = configs, adapters
-    build = layer.build
+    record.plain_build = build = layer.build
 
     @functools.wraps(build)
     def build_and_complete(*args: Any, **kwargs: Any) -> None:
@@ -400,7 +429,10 @@ def serialize_wrapped(layer: keras.layers.Layer) -> dict[str, Any]:
         inner
         for inner in keras_compat.all_layers(layer)
         if _RECORD in vars(inner)
-        and not any(w.technique.attached for w in inner.sparse_weights)
+        and not any(
+            weight.technique.attached
+            for weight in vars(inner)[_RECORD].weights.values()
+        )
     ]
     with as_plain(wrapped):
         return keras.saving.serialize_keras_object(layer)
@@ -420,9 +452,10 @@ def make_sparse(layer: keras.layers.Layer) -> _Record:
                     f"has an attribute `{name}` of its own, which sparse "
                     "layers use for another purpose. Rename it."
                 )
-        object.__setattr__(layer, _RECORD, _Record())
-        layer.__class__ = _sparse_class(type(layer))
-        keras_compat.accept_training(layer)
+        sparse_class = _sparse_class(type(layer))
+        record = _Record(keras_compat.accept_training(layer))
+        object.__setattr__(layer, _RECORD, record)
+        layer.__class__ = sparse_class
     return vars(layer)[_RECORD]
 
 

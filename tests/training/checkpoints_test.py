@@ -15,7 +15,7 @@ import tensorflow as tf
 from absl import logging
 
 import sos
-from sos import report_command
+from sos.__main__ import main
 from sos.errors import CheckpointError, UsageError
 from sos.training import checkpoints as checkpoints_module
 from sos.training.checkpoints import (
@@ -199,7 +199,7 @@ def test_the_metadata_says_what_it_is(make, trained):
 
 def test_the_report_command_reads_it(make, trained, capsys):
     trained.save(make(), 3)
-    report_command.main([os.path.join(make().path(3), "variables")])
+    main(["report", os.path.join(make().path(3), "variables")])
     printed = capsys.readouterr().out
     for path, mask in techniques.sparse_state(trained.model).items():
         # It knows the layers by their places alone.

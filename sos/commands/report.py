@@ -1,11 +1,12 @@
-"""The command that prints the sparsity of a saved model or a checkpoint."""
+"""Prints the sparsity of a saved model or a checkpoint."""
 
 import argparse
 import importlib
 import math
 import re
+import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,7 +15,8 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.protobuf import trackable_object_graph_pb2
 
-from sos import startup
+from sos.errors import UsageError, reason
+from sos.files import storage_errors
 from sos.report import FIELDS, SparsityReport, sparsity_report
 from sos.updater import set_hyperparameters
 from sos.wrappers.base import find_wrappers
@@ -24,16 +26,12 @@ from sos.wrappers.variational_dropout import VariationalDropout, log_alpha_of
 _DEFAULT_THRESHOLD = 3.0
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints the report of a file.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the command.
 
     Args:
-        arguments: The command line; by default that of the process.
+        parser: The parser of the command.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m sos.sparsity_report",
-        description="Prints the sparsity of a saved model or a checkpoint.",
-    )
     parser.add_argument(
         "file",
         metavar="FILE",
@@ -58,63 +56,71 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="MODULE",
         help="import a module that registers classes of your own first",
     )
-    options = parser.parse_args(arguments)
-    with startup.quiet():
-        tf.config.list_physical_devices()
-    try:
-        report = _report(options)
-        if options.csv is not None:
+
+
+def run(options: argparse.Namespace) -> SparsityReport:
+    """Returns the report of a file, and writes the CSV file.
+
+    Args:
+        options: The arguments of the command.
+
+    Raises:
+        UsageError: If an argument is wrong or the file cannot be read.
+        StorageError: If the CSV file cannot be written.
+    """
+    report = _report(options)
+    if options.csv is not None:
+        with storage_errors(f"The table could not be written to {options.csv}"):
             report.save_csv(options.csv)
-    except _CommandError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    print(report)
-
-
-class _CommandError(Exception):
-    """What the user is told in one line."""
+    return report
 
 
 def _report(options: argparse.Namespace) -> SparsityReport:
     threshold = options.threshold
     if threshold is not None and not math.isfinite(threshold):
-        raise _CommandError(
+        raise UsageError(
             f"--threshold must be a finite number. Received: {threshold}"
         )
     for module in options.modules:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise _CommandError(f"--import {module}: {error}") from error
+            raise UsageError(f"--import {module}: {error}") from error
     path = options.file
     if path.suffix == ".keras" and path.is_file():
         return _report_of_model(path, threshold)
     prefix = _checkpoint_prefix(path)
+    # Whatever is wrong with a file, it is not a bug of this program.
     try:
         return SparsityReport(path.name, _Checkpoint(prefix).rows(threshold))
-    except (tf.errors.OpError, ValueError) as error:
+    except Exception as error:
         _fail(f"{prefix} cannot be read as a checkpoint", error)
 
 
 def _fail(message: str, error: Exception) -> NoReturn:
-    text = str(error).strip() or type(error).__name__
     # Keras puts the whole configuration before the point.
-    unknown = re.search(r"Could not locate .*", text)
-    line = unknown.group() if unknown else text.splitlines()[0]
-    raise _CommandError(f"{message}: {line[:300]}") from error
+    unknown = re.search(r"Could not locate .*", str(error))
+    line = unknown.group() if unknown else reason(error)
+    if isinstance(error, LookupError | AttributeError | AssertionError):
+        # Such as a name alone.
+        line = f"{type(error).__name__}: {line}"
+    raise UsageError(f"{message}: {line[:300]}") from error
 
 
 def _report_of_model(path: Path, threshold: float | None) -> SparsityReport:
-    if path.is_file() and not zipfile.is_zipfile(path):
-        raise _CommandError(
-            f"{path} is damaged or no `.keras` file: it is no zip archive"
-        )
-    try:
-        model = keras.models.load_model(path, compile=False)
-    except (TypeError, ValueError, OSError, KeyError) as error:
-        _fail(
-            f"{path} cannot be loaded (if it holds classes of your own, name "
-            "the module that registers them with --import)",
-            error,
+    _check_archive(path)
+    with warnings.catch_warnings(record=True) as caught:
+        try:
+            model = keras.models.load_model(path, compile=False)
+        except Exception as error:
+            _fail(
+                f"{path} cannot be loaded (if it holds classes of your own, "
+                "name the module that registers them with --import)",
+                error,
+            )
+    for warning in caught:
+        warnings.warn_explicit(
+            warning.message, warning.category, warning.filename, warning.lineno
         )
     if threshold is not None and any(
         isinstance(wrapper, VariationalDropout)
@@ -124,20 +130,36 @@ def _report_of_model(path: Path, threshold: float | None) -> SparsityReport:
     return sparsity_report(model)
 
 
+def _check_archive(path: Path) -> None:
+    """Raises if a file is not a zip archive, or its checksums are wrong.
+
+    Keras reads the weights piece by piece, which checks no checksum.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:
+        _fail(f"{path} is damaged or not a .keras file", error)
+    if damaged is not None:
+        raise UsageError(
+            f"{path} is damaged: its member {damaged!r} has a wrong checksum"
+        )
+
+
 def _checkpoint_prefix(path: Path) -> str:
     if path.is_dir():
         latest = tf.train.latest_checkpoint(str(path))
         if latest is None:
-            raise _CommandError(f"there is no checkpoint in {path}")
+            raise UsageError(f"there is no checkpoint in {path}")
         return latest
     prefix = path.with_suffix("") if path.suffix == ".index" else path
     if prefix.with_name(f"{prefix.name}.index").is_file():
         return str(prefix)
     if path.exists():
-        raise _CommandError(
+        raise UsageError(
             f"{path} is neither a .keras file nor a TensorFlow checkpoint"
         )
-    raise _CommandError(f"there is no file, directory or checkpoint {path}")
+    raise UsageError(f"there is no file, directory or checkpoint {path}")
 
 
 class _Checkpoint:
