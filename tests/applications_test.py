@@ -49,7 +49,7 @@ CASES = {
         sos.VariationalDropout,
         sos.L0Regularization,
     ],
-    "MobileNetV3Small": [sos.MagnitudePruning, sos.VariationalDropout],
+    "MobileNetV3Small": [sos.MagnitudePruning],
     "EfficientNetV2B0": [sos.MagnitudePruning],
     "ResNet50": [sos.VariationalDropout],
     "ConvNeXtTiny": [sos.VariationalDropout],

@@ -509,9 +509,15 @@ def test_rematerialisation_under_ones_equals_dense(mode, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "policy", ["mixed_bfloat16", "mixed_float16", "float64"]
+    ("policy", "eager"),
+    [
+        ("mixed_bfloat16", True),
+        ("mixed_float16", True),
+        ("float64", True),
+        # With a scaled loss, whose steps are the longest.
+        pytest.param("mixed_float16", False, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("eager", EAGER_OR_TRACED)
 def test_dtype_policy_under_ones_equals_dense(policy, eager, tmp_path):
     keras.utils.set_random_seed(0)
     before = keras.config.dtype_policy()
