@@ -20,6 +20,10 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 # One process for each of two cores; more of them wait for each other, as
 # TensorFlow is itself multi-threaded.
 JOBS ?= 2
+# Neighbouring tests share models, so that each process gets a part in order.
+PYTEST = $(RUN) -m pytest --numprocesses=$(JOBS) --dist=worksteal
+# The oldest TensorFlow that is supported has an environment of its own.
+OLDEST = VENV="$(VENV)-tf2.20" REQUIREMENTS=requirements-tf2.20.txt
 
 # TensorFlow's start-up notes would drown everything else.
 export TF_CPP_MIN_LOG_LEVEL ?= 2
@@ -27,13 +31,14 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 export KERAS_BACKEND := tensorflow
 
 .DELETE_ON_ERROR:
-.PHONY: help docs study study-full test test-slow test-oldest soak lint format \
+.PHONY: help study study-full environment environment-oldest test \
+	test-slow test-oldest test-oldest-here compatibility soak lint format \
 	bench lock bazel-query wheel clean
 
 help:  ## list the targets
 	@echo "Usage: make TARGET [VARIABLE=value]"
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' \
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' \
 		$(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "Variables: PYTHON, VENV ($(VENV)), REQUIREMENTS, ARGS, JOBS,"
@@ -65,17 +70,28 @@ study-full: $(READY)  ## run the long study on a residual network (days)
 
 study-full: WORKDIR = runs/fashion_mnist_full
 
+environment: $(READY)  ## make the virtual environment
+
 test: $(READY)  ## run the fast tests (ARGS="-k name" picks some)
-	@$(RUN) -m pytest -m "not slow" --numprocesses=$(JOBS) $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: $(READY)  ## run the slow tests
-	@$(RUN) -m pytest -m slow $(ARGS) || { status=$$?; \
+	@$(PYTEST) -m slow $(ARGS) || { status=$$?; \
 		test $$status -eq 5 || exit $$status; \
 		echo "No slow tests to run."; }
 
-test-oldest:  ## run the fast tests with TensorFlow 2.20, as on a TPU
-	@$(MAKE) --no-print-directory test VENV="$(VENV)-tf2.20" \
-		REQUIREMENTS=requirements-tf2.20.txt
+# Only what may depend on the version of TensorFlow.
+test-oldest:  ## run tests marked `oldest` with TensorFlow 2.20, as on a TPU
+	@$(MAKE) --no-print-directory $(OLDEST) test-oldest-here
+
+test-oldest-here: $(READY)
+	@$(PYTEST) -m "oldest and not slow" $(ARGS)
+
+environment-oldest:  ## make the virtual environment with TensorFlow 2.20
+	@$(MAKE) --no-print-directory $(OLDEST) environment
+
+compatibility: $(READY)  ## make docs/compatibility.md anew and compare it
+	@$(RUN) -m tests.support.compatibility $(ARGS)
 
 soak: $(READY)  ## kill training 50 times and compare the weights (ARGS=)
 	@$(RUN) -m tests.support.soak $(ARGS)

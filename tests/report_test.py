@@ -58,7 +58,7 @@ def sparse_of(model, technique, **kwargs):
     return sparse
 
 
-def test_numbers_by_hand():
+def test_report_of_a_sparse_model_has_the_numbers_by_hand():
     model = recurrent()
     model.layers[0].trainable = False
     sparse = sparse_of(model, sos.MagnitudePruning, rules={"recurrent": None})
@@ -108,7 +108,7 @@ def test_numbers_by_hand():
     assert set(totals) == set(report.rows[0])
 
 
-def test_numbers_of_a_plain_model():
+def test_report_of_a_plain_model_has_its_numbers():
     model = recurrent()
     model.get_layer("last").kernel.assign(np.eye(4)[:, :2])
     report = sos.sparsity_report(model)
@@ -119,21 +119,21 @@ def test_numbers_of_a_plain_model():
 
 
 @pytest.mark.parametrize("technique", techniques.TECHNIQUES)
-def test_nonzeros_are_those_of_the_stripped_model(technique):
+def test_report_nonzeros_are_those_of_the_stripped_model(technique):
     sparse = sparse_of(recurrent(), technique)
     rows = sos.sparsity_report(sparse).rows
     for row, weight in zip(rows, sos.strip(sparse).weights, strict=True):
         assert row["nonzeros"] == np.count_nonzero(weight.numpy())
 
 
-def test_a_threshold_changes_the_report():
+def test_report_after_a_change_of_the_threshold_differs():
     sparse = sparse_of(recurrent(), sos.VariationalDropout)
     before = sos.sparsity_report(sparse).sparsity
     sos.set_hyperparameters(sparse, threshold=-20.0)
     assert before < sos.sparsity_report(sparse).sparsity == 1.0
 
 
-def test_csv_equals_the_rows_and_is_atomic(tmp_path):
+def test_save_csv_writes_the_rows_or_nothing(tmp_path):
     report = sos.sparsity_report(sparse_of(recurrent(), sos.MagnitudePruning))
     path = tmp_path / "new" / "report.csv"
     report.save_csv(path)
@@ -152,7 +152,7 @@ def test_csv_equals_the_rows_and_is_atomic(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["report.csv"]
 
 
-def test_text_has_a_line_for_each_matrix():
+def test_report_as_text_has_a_line_for_each_matrix():
     report = sos.sparsity_report(
         sparse_of(recurrent(), sos.MagnitudePruning, rules={"last": None})
     )
@@ -167,7 +167,7 @@ def test_text_has_a_line_for_each_matrix():
     assert f"{report.sparsity:.2%} of the weights made sparse" in lines[-1]
 
 
-def test_long_paths_stay_in_one_piece():
+def test_report_as_text_keeps_long_paths_in_one_piece():
     inputs = keras.Input((5, 4))
     name = "a_rather_long_name_of_a_transformer_encoder_block"
     layer = layers.MultiHeadAttention(2, 3, name=name)
@@ -175,7 +175,7 @@ def test_long_paths_stay_in_one_piece():
     assert f"{name}/attention_output/kernel" in str(sos.sparsity_report(model))
 
 
-def test_errors():
+def test_report_of_something_else_raises():
     with pytest.raises(TypeError, match="takes a Keras 3 model"):
         sos.sparsity_report("model")
     with pytest.raises(ValueError, match="not built"):
@@ -215,8 +215,9 @@ def numbers(rows):
     )
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("technique", techniques.TECHNIQUES)
-def test_command_on_a_keras_file(technique, tmp_path, capsys):
+def test_command_on_a_keras_file_prints_the_report(technique, tmp_path, capsys):
     sparse = sparse_of(recurrent(), technique)
     sparse.save(tmp_path / "model.keras")
     report = sos.sparsity_report(sparse)
@@ -235,10 +236,19 @@ def checkpoint(model, path, *, optimizer=True):
     return tf.train.Checkpoint(**items).save(str(path))
 
 
-@pytest.mark.parametrize("optimizer", [False, True])
-@pytest.mark.parametrize("make", [recurrent, block])
-@pytest.mark.parametrize("technique", techniques.TECHNIQUES)
-def test_command_on_a_checkpoint(technique, make, optimizer, tmp_path, capsys):
+# Every technique, and each model with and without an optimizer.
+@pytest.mark.parametrize(
+    ("technique", "make", "optimizer"),
+    [(technique, recurrent, True) for technique in techniques.TECHNIQUES]
+    + [
+        (sos.MagnitudePruning, block, False),
+        (sos.VariationalDropout, block, True),
+        (sos.VariationalDropout, recurrent, False),
+    ],
+)
+def test_command_on_a_checkpoint_has_the_numbers_of_the_model(
+    technique, make, optimizer, tmp_path, capsys
+):
     sparse = sparse_of(make(), technique)
     prefix = checkpoint(sparse, tmp_path / "ckpt", optimizer=optimizer)
     rows = rows_of(capsys, tmp_path, prefix)
@@ -247,7 +257,9 @@ def test_command_on_a_checkpoint(technique, make, optimizer, tmp_path, capsys):
     assert f"{report.sparsity:.2%} of the weights" in run(capsys, prefix)
 
 
-def test_command_on_a_layer_under_two_techniques(tmp_path, capsys):
+def test_command_on_a_layer_under_two_techniques_has_its_numbers(
+    tmp_path, capsys
+):
     sparse = sparse_of(
         recurrent(),
         sos.MagnitudePruning,
@@ -281,7 +293,7 @@ def test_command_finds_checkpoints_by_other_names(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", ["keras", "checkpoint"])
-def test_command_takes_a_threshold(kind, tmp_path, capsys):
+def test_command_with_a_threshold_counts_by_it(kind, tmp_path, capsys):
     sparse = sparse_of(recurrent(), sos.VariationalDropout, threshold=1.0)
     path = tmp_path / "model.keras"
     if kind == "keras":
@@ -295,7 +307,7 @@ def test_command_takes_a_threshold(kind, tmp_path, capsys):
         assert found == numbers(sos.sparsity_report(sparse).rows)
 
 
-def test_command_refuses_what_it_cannot_read(tmp_path, capsys):
+def test_command_on_what_it_cannot_read_exits_with_one_line(tmp_path, capsys):
     missing = fails(capsys, tmp_path / "no.keras")
     assert "there is no file, directory or checkpoint" in missing
     assert "there is no checkpoint in" in fails(capsys, tmp_path)
@@ -328,7 +340,9 @@ class OwnDense(keras.layers.Dense):
 """
 
 
-def test_command_imports_classes_of_ones_own(tmp_path, capsys, monkeypatch):
+def test_command_with_import_knows_classes_of_the_user(
+    tmp_path, capsys, monkeypatch
+):
     (tmp_path / "own_classes.py").write_text(OWN_CLASS)
     monkeypatch.syspath_prepend(tmp_path)
     own_classes = importlib.import_module("own_classes")

@@ -40,9 +40,7 @@ def data(size=8):
 def test_step_without_an_optimizer_raises():
     counter = StepCounter()
     assert not counter.bound
-    with pytest.raises(
-        RuntimeError, match="no training step.*SparsityCallback"
-    ):
+    with pytest.raises(RuntimeError, match="SparsityCallback"):
         _ = counter.step
     optimizer = keras.optimizers.SGD()
     counter.bind(optimizer)
@@ -64,7 +62,7 @@ def test_step_counter_whose_owner_is_gone_is_unbound():
     del owner
     gc.collect()
     assert not counter.bound
-    with pytest.raises(RuntimeError, match="no training step"):
+    with pytest.raises(RuntimeError, match="SparsityCallback"):
         _ = counter.step
 
 

@@ -95,14 +95,14 @@ def test_masks_that_are_not_dense_are_left_alone_on_start():
         wrapper.set_masks(masks[-1:])
     optimizer = keras.optimizers.SGD()
     optimizer.iterations.assign(100)
-    with pytest.warns(SparsityWarning, match="3.12% zeros.*no update"):
+    with pytest.warns(SparsityWarning, match="3.12%"):
         with sos.SparsityUpdater(model, optimizer):
             pass
     for wrapper, mask in zip(model.layers, masks, strict=True):
         np.testing.assert_array_equal(techniques.state(wrapper, "mask"), mask)
 
 
-def test_updates_are_tfmots():
+def test_updates_of_a_schedule_are_those_of_tfmot():
     """Updated at t if `should_prune` at t, from the weights after t steps."""
     inner = sos.schedules.PolynomialDecay(0.1, 0.8, 1, 9, frequency=2)
     model, _ = model_with_record(inner, names=("only",))
@@ -197,7 +197,7 @@ def test_step_does_nothing_while_the_optimizer_stands_still():
         (5, 5, None),
     ],
 )
-def test_the_next_update_is_that_of_any_layer(start, until, expected):
+def test_next_update_of_several_layers_is_the_first(start, until, expected):
     model, _ = model_with_record(techniques.Staircase(2, 4, 2))
     model.layers[1].schedule = techniques.Staircase(4, 10, 3)
     optimizer = keras.optimizers.SGD()
@@ -206,13 +206,13 @@ def test_the_next_update_is_that_of_any_layer(start, until, expected):
         assert updater.next_update(until) == expected
 
 
-def test_without_schedules_there_is_no_next_update():
+def test_next_update_without_schedules_is_none():
     model = techniques.mlp("L0Regularization")
     with sos.SparsityUpdater(model, keras.optimizers.SGD()) as updater:
         assert updater.next_update(1_000_000) is None
 
 
-def test_the_next_update_goes_with_a_schedule_that_was_replaced():
+def test_next_update_of_a_replaced_schedule_follows_it():
     model, _ = model_with_record(techniques.Staircase(2, 9, 2))
     with sos.SparsityUpdater(model, keras.optimizers.SGD()) as updater:
         sos.set_hyperparameters(model, schedule=techniques.Staircase(5, 9, 2))
@@ -241,7 +241,7 @@ def test_schedules_without_a_configuration_are_told_apart(config):
 
 
 @pytest.mark.parametrize("step", [0, 4, 5])
-def test_what_is_up_to_date_is_left_alone_at_the_start(step):
+def test_start_up_to_date_updates_nothing(step):
     model, recorder = model_with_record(techniques.Staircase(0, 8, 2))
     optimizer = keras.optimizers.SGD()
     optimizer.iterations.assign(step)
@@ -273,7 +273,7 @@ def test_gathered_gradients_survive_a_start_that_is_up_to_date():
         updater.stop()
 
 
-def test_masks_may_be_updated_by_something_else():
+def test_update_masks_of_the_user_is_called_at_each_update():
     model, recorder = model_with_record(techniques.Staircase(2, 6, 2))
     first, second = model.layers
     second.schedule = techniques.Staircase(3, 6, 3)
@@ -297,7 +297,7 @@ def test_masks_may_be_updated_by_something_else():
         assert techniques.state(wrapper, "mask").numpy().all()
 
 
-def test_something_else_also_brings_dense_masks_up_to_date():
+def test_update_masks_of_the_user_brings_dense_masks_up_to_date():
     model = techniques.mlp(
         "MagnitudePruning",
         schedule=sos.schedules.PolynomialDecay(0.0, 0.9, 0, 20),
@@ -316,7 +316,7 @@ def test_something_else_also_brings_dense_masks_up_to_date():
 def test_forgotten_last_step_raises_at_the_end():
     model, _ = model_with_record(techniques.Staircase(frequency=10))
     optimizer = keras.optimizers.SGD()
-    with pytest.raises(RuntimeError, match="2 steps after.*updater.step()"):
+    with pytest.raises(RuntimeError, match=r"2 steps.*updater\.step\(\)"):
         with sos.SparsityUpdater(model, optimizer) as updater:
             move(optimizer)
             updater.step()
@@ -335,7 +335,7 @@ def test_passed_over_updates_raise():
     updater.stop()
 
 
-def test_one_update_within_a_block_lands_at_its_end():
+def test_update_within_an_execution_lands_at_its_end():
     model, recorder = model_with_record(techniques.Staircase(1, 9, 4))
     optimizer = keras.optimizers.SGD()
     with sos.SparsityUpdater(
@@ -347,7 +347,7 @@ def test_one_update_within_a_block_lands_at_its_end():
     assert techniques.recorded(recorder.log) == [1, 5, 9]
 
 
-def test_the_end_may_share_a_block_with_another_update():
+def test_update_at_the_end_may_share_an_execution_with_another():
     model, recorder = model_with_record(techniques.Staircase(0, 7, 4))
     optimizer = keras.optimizers.SGD()
     with sos.SparsityUpdater(
@@ -359,15 +359,15 @@ def test_the_end_may_share_a_block_with_another_update():
     assert techniques.recorded(recorder.log) == [0, 4, 7]
 
 
-def test_blocks_longer_than_the_frequency_are_refused():
+def test_steps_per_execution_above_the_frequency_raises():
     model, _ = model_with_record(techniques.Staircase(frequency=3))
     optimizer = keras.optimizers.SGD()
-    with pytest.raises(ValueError, match="every 3 steps"):
+    with pytest.raises(ValueError, match="3 steps.*steps_per_execution"):
         sos.SparsityUpdater(model, optimizer, steps_per_execution=4).start()
     assert not any(w.step_counter.bound for w in model.layers)
 
 
-def test_an_error_in_the_loop_is_not_hidden():
+def test_updater_with_an_error_in_the_loop_raises_it():
     model, _ = model_with_record(techniques.Staircase())
     optimizer = keras.optimizers.SGD()
     with pytest.raises(KeyError), sos.SparsityUpdater(model, optimizer):
@@ -382,7 +382,7 @@ def test_step_before_start_raises():
         sos.SparsityUpdater(model, keras.optimizers.SGD()).step()
 
 
-def test_optimizer_that_goes_back_raises():
+def test_updater_of_an_optimizer_that_goes_back_raises():
     model, _ = model_with_record(techniques.Staircase())
     optimizer = keras.optimizers.SGD()
     updater = sos.SparsityUpdater(model, optimizer)
@@ -390,13 +390,13 @@ def test_optimizer_that_goes_back_raises():
     move(optimizer, 1)
     updater.step()
     optimizer.iterations.assign(0)
-    with pytest.raises(RuntimeError, match="back from step 1 to 0"):
+    with pytest.raises(RuntimeError, match="1 to 0"):
         updater.step()
     updater.stop()
 
 
 @pytest.mark.parametrize("name", TECHNIQUES)
-def test_custom_loop_needs_a_driver_and_evaluation_does_not(name):
+def test_custom_loop_without_an_updater_raises_and_evaluation_does_not(name):
     model = techniques.mlp(name)
     optimizer = keras.optimizers.SGD(0.1)
     optimizer.build(model.trainable_variables)
@@ -418,10 +418,10 @@ def test_custom_loop_needs_a_driver_and_evaluation_does_not(name):
         model(x, training=False)
 
 
-def test_an_optimizer_that_never_moves_raises_at_the_end():
+def test_updater_of_an_optimizer_that_never_moves_raises_at_the_end():
     model, _ = model_with_record(techniques.Staircase())
     trained, given = keras.optimizers.SGD(), keras.optimizers.SGD()
-    with pytest.raises(RuntimeError, match="stood still at step 0.*3 calls"):
+    with pytest.raises(RuntimeError, match="step 0.*3"):
         with sos.SparsityUpdater(model, given) as updater:
             for _ in range(3):
                 move(trained)
@@ -429,7 +429,7 @@ def test_an_optimizer_that_never_moves_raises_at_the_end():
     assert not any(w.step_counter.bound for w in model.layers)
 
 
-def test_an_optimizer_that_accumulates_may_stand_still():
+def test_updater_of_an_optimizer_that_accumulates_ends():
     model, _ = model_with_record(techniques.Staircase())
     optimizer = keras.optimizers.SGD(gradient_accumulation_steps=4)
     with sos.SparsityUpdater(model, optimizer) as updater:
@@ -438,7 +438,7 @@ def test_an_optimizer_that_accumulates_may_stand_still():
 
 
 @pytest.mark.parametrize("used", [True, False])
-def test_an_optimizer_that_only_overflows_may_stand_still(used):
+def test_updater_of_an_optimizer_that_only_overflows_ends(used):
     model, _ = model_with_record(techniques.Staircase())
     optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD())
     optimizer.build(model.trainable_variables)
@@ -463,7 +463,7 @@ def test_fixed_masks_need_no_optimizer_that_moves():
         updater.step()
 
 
-def test_an_optimizer_restored_to_a_smaller_step_may_end():
+def test_updater_of_an_optimizer_restored_to_a_smaller_step_ends():
     model, _ = model_with_record(techniques.Staircase())
     optimizer = keras.optimizers.SGD()
     with sos.SparsityUpdater(model, optimizer) as updater:
@@ -535,7 +535,7 @@ def test_gradients_are_not_there_before_the_first_step():
 # Two updaters of one layer.
 
 
-def test_a_second_driver_is_refused_until_the_first_stops():
+def test_updater_of_the_same_layers_raises_until_the_first_stops():
     model, _ = model_with_record(techniques.Staircase())
     part = keras.Sequential([keras.Input((6,)), model.layers[0]])
     first = sos.SparsityUpdater(model, keras.optimizers.SGD())
@@ -555,7 +555,7 @@ def test_a_second_driver_is_refused_until_the_first_stops():
     second.stop()
 
 
-def test_a_driver_that_could_not_start_is_in_nobodys_way():
+def test_updater_that_could_not_start_leaves_layers_to_others():
     model, _ = model_with_record(techniques.Staircase())
 
     def fail(updates):
@@ -591,15 +591,17 @@ def loop_step(model, optimizer, penalties):
     return step
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize("name", ["L0Regularization", "VariationalDropout"])
-def test_a_loop_without_the_penalties_gives_a_warning(name, jit_compile):
+@pytest.mark.parametrize(
+    ("name", "jit_compile"),
+    [("L0Regularization", True), ("VariationalDropout", False)],
+)
+def test_updater_of_a_loop_without_the_penalties_warns(name, jit_compile):
     model = techniques.mlp(name)
     optimizer = keras.optimizers.SGD(0.1)
     optimizer.build(model.trainable_variables)
     without = loop_step(model, optimizer, penalties=False)
     updater = sos.SparsityUpdater(model, optimizer)
-    with pytest.warns(SparsityWarning, match=r"'a', 'b' have no effect"):
+    with pytest.warns(SparsityWarning, match="'a', 'b'"):
         with updater:
             without(*techniques.batch())
             # An evaluation.
@@ -634,7 +636,7 @@ def test_penalties_are_the_same_to_the_bit_for_being_watched():
 
 
 @pytest.mark.parametrize("steps", [0, -1])
-def test_blocks_of_no_steps_are_refused(steps):
+def test_updater_with_no_steps_per_execution_raises(steps):
     model, _ = model_with_record(techniques.Staircase())
     with pytest.raises(
         ValueError, match=f"Received: steps_per_execution={steps}"
@@ -644,13 +646,11 @@ def test_blocks_of_no_steps_are_refused(steps):
         )
 
 
-def test_wrong_arguments_are_refused():
+def test_wrong_arguments_raise():
     model, _ = model_with_record(techniques.Staircase())
-    with pytest.raises(TypeError, match="Keras 3 model or layer.*model='m'"):
+    with pytest.raises(TypeError, match="model='m'"):
         sos.SparsityUpdater("m", keras.optimizers.SGD())
-    with pytest.raises(
-        TypeError, match="Keras 3 optimizer.*Received: optimizer"
-    ):
+    with pytest.raises(TypeError, match="Received: optimizer"):
         sos.SparsityUpdater(model, "sgd")
     dense = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     with pytest.raises(ValueError, match="has no sparse layer"):
@@ -662,7 +662,7 @@ def test_wrong_arguments_are_refused():
         sos.SparsityUpdater(unbuilt, keras.optimizers.SGD())
 
 
-def test_a_schedule_of_ones_own_drives():
+def test_updater_of_a_users_schedule_follows_it():
     class Odd(sos.schedules.PruningSchedule):
         def __call__(self, step):
             return step % 2 == 1, tf.cast(step, tf.float32) / 1000
@@ -702,8 +702,9 @@ def check_replicas(model, before):
             assert mask.sum() == mask.size // 2
 
 
+@pytest.mark.oldest
 @pytest.mark.parametrize("name", TECHNIQUES)
-def test_custom_loop_on_two_replicas(name):
+def test_updater_of_two_replicas_keeps_them_equal(name):
     strategy, model, optimizer = mirrored(name)
     before = [v.numpy() for v in model.trainable_variables]
     inner = techniques.train_step(model, optimizer).python_function
@@ -720,8 +721,10 @@ def test_custom_loop_on_two_replicas(name):
     check_replicas(model, before)
 
 
-@pytest.mark.parametrize("name", TECHNIQUES)
-def test_fit_on_two_replicas(name):
+# One of each kind: the loop above has all of them on replicas.
+@pytest.mark.oldest
+@pytest.mark.parametrize("name", ["MagnitudePruning", "VariationalDropout"])
+def test_fit_on_two_replicas_keeps_them_equal(name):
     strategy, model, optimizer = mirrored(name)
     before = [v.numpy() for v in model.trainable_variables]
     with strategy.scope():

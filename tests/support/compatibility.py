@@ -442,7 +442,7 @@ def dense_row(name):
     cells = [cell if cell.startswith("no (") else "yes" for cell in cells]
     report = sos.sparsity_report(sos.sparsify(make(), "FixedMask"))
     reasons = [
-        f"`{row['weight'].rpartition('/')[2]}`: {row['note']}"
+        f"`{row['weight'].rpartition('/')[2]}`: {row['reason']}"
         for row in report.rows
         if not row["weight"].startswith("beside")
     ]

@@ -389,7 +389,7 @@ def test_end_of_the_schedule_with_equal_scores_is_named():
     assert "last update of its schedule: it stays dense" in last
 
 
-def test_one_shot_pruning_of_equal_scores_says_that_it_stays_dense():
+def test_update_of_equal_scores_that_is_the_only_one_warns_of_it():
     model = zero_model(sos.schedules.ConstantSparsity(0.5, 0, end_step=0))
 
     def start():

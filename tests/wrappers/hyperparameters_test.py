@@ -60,7 +60,7 @@ def test_seed_changes_the_noise_without_a_new_trace():
     [-1e-9, float("nan"), "much", "1", True, None, [1.0], -np.inf, np.inf],
 )
 def test_penalty_weight_must_be_a_finite_number_from_0_on(value):
-    with pytest.raises(ValueError, match="`penalty_weight` must be a finite"):
+    with pytest.raises(ValueError, match="`penalty_weight`"):
         penalized(penalty_weight=value)
     wrapper = penalized(penalty_weight=0.5)
     wrapper.build((None, 2))
@@ -71,7 +71,7 @@ def test_penalty_weight_must_be_a_finite_number_from_0_on(value):
 
 @pytest.mark.parametrize("value", [2**40, 2**31, -(2**31), 0.5, "1"])
 def test_seed_must_be_a_32_bit_integer(value):
-    with pytest.raises(ValueError, match="`seed` must be a 32-bit integer"):
+    with pytest.raises(ValueError, match="`seed`"):
         penalized(seed=value)
 
 
@@ -96,7 +96,7 @@ def test_hyperparameters_belong_to_one_layer():
     assert b.penalty_weight == 2.0
 
 
-def test_set_all_changes_those_that_have_the_hyperparameter():
+def test_set_hyperparameters_changes_the_layers_that_have_it():
     model = keras.Sequential(
         [
             keras.Input((4,)),
@@ -149,7 +149,7 @@ class Scaled(sos.extend.SparseWrapper):
         return weight.value * self.hyperparameter("factor")
 
 
-def test_a_technique_of_ones_own_gets_hyperparameters():
+def test_registered_technique_gets_hyperparameters():
     wrapper = Scaled(keras.layers.Dense(2, use_bias=False), factor=2.0)
     x = np.ones((1, 3), np.float32)
     double = wrapper(x).numpy()

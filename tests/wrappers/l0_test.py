@@ -171,7 +171,7 @@ def test_gates_are_one_sample_per_step_for_the_whole_batch():
     assert (gates == 0).mean() == pytest.approx(zero, abs=0.07)
 
 
-def test_a_label_does_not_change_weight_gates():
+def test_noise_scope_around_weight_gates_changes_nothing():
     wrapper = wrap(keras.layers.Dense(4), (None, 3), log_alpha=0.0)
     techniques.bind(wrapper)
     x = techniques.normal(2, 3)
@@ -240,7 +240,7 @@ def inputs_for(name, shape):
 
 @pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("training", [True, False])
-def test_with_open_gates_it_is_the_plain_layer(name, training):
+def test_layer_with_open_gates_is_the_plain_one(name, training):
     layer, shape = PLAIN[name]()
     wrapper = wrap(layer, (None, *shape), log_alpha=1e5)
     techniques.bind(wrapper)

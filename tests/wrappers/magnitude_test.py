@@ -150,7 +150,7 @@ def test_mixed_precision_ranks_the_stored_float32(policy):
     assert wrapper(np.ones((1, 1), np.float32)).dtype == policy[6:]
 
 
-def test_wrong_arguments_are_refused():
+def test_wrong_arguments_raise():
     dense = keras.layers.Dense(2)
     with pytest.raises(TypeError, match="Received: schedule=0.9"):
         sos.MagnitudePruning(dense, schedule=0.9)

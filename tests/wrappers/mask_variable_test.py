@@ -137,7 +137,7 @@ def trained(seed):
     return model
 
 
-def test_a_soft_update_of_masks_raises():
+def test_mask_updated_by_fractions_raises():
     online, target = trained(0), trained(1)
     pairs = zip(online.get_weights(), target.get_weights(), strict=True)
     with pytest.raises(UsageError, match="average their `trainable_variables`"):

@@ -47,13 +47,13 @@ def test_masks_are_cumulative_and_exact(sparsities, seed):
         before = mask
 
 
-def test_nothing_comes_back_when_the_sparsity_falls():
+def test_random_masks_of_falling_sparsity_stay_as_they_are():
     wrapper = wrap()
     sparse = prune(wrapper, 0.8)
     np.testing.assert_array_equal(prune(wrapper, 0.3), sparse)
 
 
-def test_what_set_masks_pruned_stays_pruned_and_counts():
+def test_random_masks_after_set_masks_keep_its_zeros():
     wrapper = wrap()
     first = np.ones((20, 10))
     first[:5] = 0
@@ -77,7 +77,7 @@ def test_masks_depend_on_seed_and_weight_but_not_on_values():
     np.testing.assert_array_equal(prune(again, 0.5), masks[0, "a"])
 
 
-def test_the_seed_can_be_changed_without_a_new_trace():
+def test_seed_changed_in_a_trace_has_effect():
     wrapper = wrap()
     (weight,) = wrapper.sparse_weights
     traces = []
@@ -104,7 +104,7 @@ def test_the_seed_can_be_changed_without_a_new_trace():
     assert np.abs(flat - np.eye(4)).max() < 5 / np.sqrt(200)
 
 
-def test_the_seed_is_saved(tmp_path):
+def test_seed_in_a_file_is_kept(tmp_path):
     model = keras.Sequential([keras.Input((20,)), wrap(seed=5)])
     model.layers[0].seed = 9
     assert model.layers[0].get_config()["seed"] == 9
@@ -147,7 +147,7 @@ def test_masks_are_uniform():
     assert 1e-3 < scipy.stats.chi2.sf(statistic, 199) < 1 - 1e-3
 
 
-def test_what_an_update_drops_is_uniform_among_what_is_left():
+def test_random_masks_drop_uniformly_among_what_is_left():
     wrapper = wrap()
     ones = np.ones((20, 10))
     dropped = left = 0
@@ -178,7 +178,5 @@ def test_pruned_weights_stay_out_of_the_outputs_and_get_no_gradient():
 
 @pytest.mark.parametrize("seed", [0.5, "a", None, 2**40, -(2**31) - 1])
 def test_seed_must_be_an_integer(seed):
-    with pytest.raises(
-        ValueError, match="`seed` must be a 32-bit integer.*Rec"
-    ):
+    with pytest.raises(ValueError, match="`seed`.*Received"):
         wrap(seed=seed)

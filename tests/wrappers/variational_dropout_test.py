@@ -309,7 +309,7 @@ def inputs_for(name, shape):
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_without_variance_it_is_the_plain_layer(name):
+def test_layer_without_variance_is_the_plain_one(name):
     layer, shape = PLAIN[name]()
     shape = (None, *shape)
     wrapper = wrap(layer, shape, log_sigma2=-1e7, clip_log_alpha=None)
@@ -591,7 +591,7 @@ def test_evaluation_removes_by_log_alpha_unclipped():
     assert wrapper(one).numpy().tolist() == [[1.0, -2.0, 0.5, 0.0]]
 
 
-def test_a_weight_at_the_threshold_is_removed():
+def test_weight_at_the_threshold_is_removed():
     layer = keras.layers.Dense(1, use_bias=False)
     wrapper = wrap(layer, (None, 1), log_sigma2=3.0)
     layer.kernel.assign([[1.0]])  # log(1 + epsilon) is 0 in float32
@@ -599,7 +599,7 @@ def test_a_weight_at_the_threshold_is_removed():
     assert wrapper(np.ones((1, 1), np.float32)).numpy() == 0.0
 
 
-def test_a_weight_of_nan_stays_one_in_evaluation():
+def test_weight_of_nan_in_evaluation_stays_nan():
     layer = keras.layers.Dense(2, use_bias=False)
     wrapper = wrap(layer, (None, 2), log_sigma2=-10.0)
     layer.kernel.assign([[1.0, np.nan], [1e-9, 2.0]])
