@@ -31,7 +31,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 export KERAS_BACKEND := tensorflow
 
 .DELETE_ON_ERROR:
-.PHONY: help study study-full environment environment-oldest test \
+.PHONY: help docs study study-full environment environment-oldest test \
 	test-slow test-oldest test-oldest-here compatibility soak lint format \
 	bench lock bazel-query wheel clean
 

@@ -103,7 +103,8 @@ def test_deps_are_what_the_sources_import(name):
         expected = {"@pypi//pytest", ":tests/support"}
     for path in target["srcs"]:
         expected.update(_imported(path))
-    assert target["deps"] == sorted(expected - {f":{name}"})
+    deps = sorted(expected - {f":{name}"})
+    assert target["deps"] == deps, f"deps of {name!r} in BUILD must be {deps}"
 
 
 @pytest.mark.parametrize("name", TARGETS)
