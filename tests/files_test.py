@@ -92,7 +92,7 @@ def test_atomic_directory_is_replaced_as_a_whole(tmp_path):
 # directory: one process for both, as it takes seconds to start.
 PROGRAM = """
 import os, pathlib, sys, time
-from sos.files import atomic_directory, only_process
+from sos.files import atomic_directory, lock_directory
 
 rename = pathlib.Path.rename
 
@@ -114,7 +114,7 @@ for renames in range(3):
     if (child := os.fork()) == 0:
         kill_after(renames)
     assert os.waitpid(child, 0)[1] == 9
-with only_process('.'):
+with lock_directory('.'):
     print('mine', flush=True)
     time.sleep(600)
 """
@@ -172,21 +172,23 @@ def test_atomic_directory_leaves_others_that_are_being_written(tmp_path):
 # One process at a time.
 
 
-def test_only_process_where_another_works_raises_until_it_ends(other):
+def test_lock_directory_where_another_works_raises_until_it_ends(other):
     root, process = other
     with (
         pytest.raises(DirectoryInUseError, match=str(root)),
-        only_process(root),
+        lock_directory(root),
     ):
         pass
     # However it ends, its claim ends with it.
     process.kill()
     process.wait()
-    with only_process(root):
+    with lock_directory(root):
         pass
 
 
-def test_only_process_without_file_locks_raises_nothing(tmp_path, monkeypatch):
+def test_lock_directory_without_file_locks_raises_nothing(
+    tmp_path, monkeypatch
+):
     def flock(file, operation):
         raise OSError(code, "flock")
 
@@ -199,21 +201,21 @@ def test_only_process_without_file_locks_raises_nothing(tmp_path, monkeypatch):
         pass
 
 
-def test_only_process_without_a_local_directory_raises_nothing(tmp_path):
+def test_lock_directory_without_a_local_directory_raises_nothing(tmp_path):
     for path in ("ram://somewhere", tmp_path / "not there"):
         with lock_directory(path), lock_directory(path):
             pass
 
 
-def test_only_process_with_an_error_inside_raises_that_error(tmp_path):
-    with pytest.raises(FileNotFoundError), only_process(tmp_path):
+def test_lock_directory_with_an_error_inside_raises_that_error(tmp_path):
+    with pytest.raises(FileNotFoundError), lock_directory(tmp_path):
         raise FileNotFoundError
 
 
-def test_only_process_unwritable_lock_raises_storage_error(tmp_path):
+def test_lock_directory_unwritable_lock_raises_storage_error(tmp_path):
     (tmp_path / ".train.lock").mkdir()
     with pytest.raises(StorageError, match=r"\.train\.lock.*dir"):
-        with only_process(tmp_path):
+        with lock_directory(tmp_path):
             pass
 
 

@@ -249,6 +249,7 @@ def test_hyperparameters_returns_copies():
 
 @pytest.mark.parametrize("technique", techniques.TECHNIQUES)
 def test_defaults_of_each_technique_are_valid(technique):
+    chosen = dict.fromkeys(technique.needs_one_of[:1], 0.5)
     values = {
         name: 0.5 if default is sos.extend.REQUIRED else default
         for name, default in sos.extend.hyperparameters(technique).items()

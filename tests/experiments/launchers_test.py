@@ -153,7 +153,7 @@ def test_local_launcher_worker_killed_stopped_and_stopped_with_its_parent(
 
     def disturb():
         try:
-            with only_process(run_directory(held, tmp_path), "run"):
+            with lock_directory(run_directory(held, tmp_path), "run"):
                 wait_until(lambda: last_step(killed, tmp_path))
                 send_to_workers(signal.SIGKILL)
                 wait_until(lambda: finished_step(good))

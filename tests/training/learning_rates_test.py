@@ -343,24 +343,6 @@ def test_make_learning_rate_of_invalid_train_steps_raises(train_steps):
         make_learning_rate(EXAMPLES["cosine"], train_steps=train_steps)
 
 
-@pytest.mark.parametrize(
-    "documented",
-    [
-        learning_rates,
-        make_learning_rate,
-        learning_rates.WarmupPiecewise,
-        learning_rates.InverseSquareRoot,
-    ],
-)
-def test_docstring_example_runs(documented):
-    example = inspect.cleandoc(documented.__doc__).split("```")[1]
-    names = {**vars(learning_rates), "make_optimizer": make_optimizer}
-    exec(example, names)
-    if "resnet" in names:
-        assert float(names["resnet"](75_068)) == np.float32(0.4)
-        assert float(names["resnet"](75_069)) == np.float32(0.04)
-
-
 # Compiled steps.
 
 

@@ -562,7 +562,7 @@ def test_train_with_profile_steps_profiles_them(program, trained):
 
 
 def test_run_in_a_directory_in_use_ends_with_an_error(copy):
-    with only_process(copy.workdir):
+    with lock_directory(copy.workdir):
         assert copy("train") == 1
         assert "Another process (train) is working in" in copy.error
         # These may look on.

@@ -412,20 +412,6 @@ def test_with_multipliers_takes_an_optimizer_of_the_user():
     np.testing.assert_array_equal(variable, [0.5, 2.5])
 
 
-@pytest.mark.parametrize("documented", [optimizers, with_multipliers])
-def test_docstring_example_runs(documented):
-    model = techniques.mlp("L0Regularization")
-    names = {
-        **vars(optimizers),
-        "make_learning_rate": make_learning_rate,
-        "model": model,
-        "layer": model.layers[0].layer,
-    }
-    example = inspect.cleandoc(documented.__doc__).split("```")[1]
-    exec(example, names)
-    names["optimizer"].build(model.trainable_variables)
-
-
 # Configs.
 
 

@@ -46,22 +46,24 @@ EVAL = make_summary(
 # Console.
 
 
-def test_describe_has_everything_with_the_loss_in_front():
-    assert describe(FULL) == (
+def test_format_summary_has_everything_with_the_loss_in_front():
+    assert format_summary(FULL) == (
         "step 12,000/32,000  loss 2.303  accuracy 0.5125  learning rate 0.1  "
         "sparsity 45.67%  penalty 12.5  1,234 examples/s  1:02:05 left"
     )
 
 
-def test_describe_leaves_out_what_is_not_known():
-    assert describe(make_summary()) == "step 200/32,000  loss 2.5"
-    assert "penalty" not in describe(make_summary(penalty=0.0))
-    assert "sparsity 0.00%" in describe(make_summary(sparsity=0.0))
-    assert "loss nan" in describe(make_summary(metrics={"loss": math.nan}))
+def test_format_summary_leaves_out_what_is_not_known():
+    assert format_summary(make_summary()) == "step 200/32,000  loss 2.5"
+    assert "penalty" not in format_summary(make_summary(penalty=0.0))
+    assert "sparsity 0.00%" in format_summary(make_summary(sparsity=0.0))
+    assert "loss nan" in format_summary(
+        make_summary(metrics={"loss": math.nan})
+    )
 
 
-def test_describe_of_an_evaluation_names_it_so():
-    assert describe(EVAL) == (
+def test_format_summary_of_an_evaluation_names_it_so():
+    assert format_summary(EVAL) == (
         "eval  step 12,000/32,000  accuracy 0.5  sparsity 45.67%  took 1:15"
     )
 
