@@ -225,7 +225,6 @@ def pruned(schedule, **arguments):
     return trainer, trainer.steps.sparse_weights[0][0].ranking.log
 
 
-@pytest.mark.parametrize("steps_per_loop", [7])
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
@@ -237,10 +236,8 @@ def pruned(schedule, **arguments):
     ],
     ids=["odd_end", "ends_with_training", "every_step", "later"],
 )
-def test_train_updates_masks_at_the_steps_of_the_schedule(
-    steps_per_loop, schedule, expected
-):
-    trainer, log = pruned(schedule, steps_per_loop=steps_per_loop)
+def test_train_updates_masks_at_the_steps_of_the_schedule(schedule, expected):
+    trainer, log = pruned(schedule, steps_per_loop=7)
     trainer.train(12)
     assert techniques.recorded(log) == expected
     assert trainer.step == 12
