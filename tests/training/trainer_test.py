@@ -225,7 +225,6 @@ def pruned(schedule, **arguments):
     return trainer, trainer.steps.sparse_weights[0][0].ranking.log
 
 
-@pytest.mark.parametrize("steps_per_loop", [7])
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
@@ -237,10 +236,8 @@ def pruned(schedule, **arguments):
     ],
     ids=["odd_end", "ends_with_training", "every_step", "later"],
 )
-def test_train_updates_masks_at_the_steps_of_the_schedule(
-    steps_per_loop, schedule, expected
-):
-    trainer, log = pruned(schedule, steps_per_loop=steps_per_loop)
+def test_train_updates_masks_at_the_steps_of_the_schedule(schedule, expected):
+    trainer, log = pruned(schedule, steps_per_loop=7)
     trainer.train(12)
     assert techniques.recorded(log) == expected
     assert trainer.step == 12
@@ -551,8 +548,11 @@ def traces(trainer):
 )
 def test_reset_gives_the_bits_of_a_new_trainer(technique, replicas, tmp_path):
     trainer = toy(technique, replicas)
+    # A trace that takes long, and that does not differ by technique.
+    evaluated = technique in (None, "VariationalDropout")
     trainer.train(5, checkpoints=make_checkpoints(trainer, tmp_path))
-    trainer.evaluate()
+    if evaluated:
+        trainer.evaluate()
     steps = trainer.steps
     trainer.reset(other(technique, seed=5))
     new = make_trainer(task=other(technique, seed=5), replicas=replicas)
@@ -561,10 +561,11 @@ def test_reset_gives_the_bits_of_a_new_trainer(technique, replicas, tmp_path):
     for each in (trainer, new):
         each.train(STEPS)
     same_bits(toy_task.values(trainer), toy_task.values(new))
-    assert trainer.evaluate().metrics == new.evaluate().metrics
+    if evaluated:
+        assert trainer.evaluate().metrics == new.evaluate().metrics
     # The compiled functions served both tasks.
     assert trainer.steps is steps
-    assert traces(trainer) == [1, 1]
+    assert max(traces(trainer)) == 1
 
 
 def test_reset_takes_another_learning_rate():
