@@ -47,6 +47,7 @@ class ExperimentTask(Task):
     ...     @classmethod
     ...     def default_config(cls):
     ...         config = super().default_config()
+    ...         config.train_steps = 100
     ...         config.model.units = 8
     ...         config.sparsity.technique = "MagnitudePruning"
     ...         config.sparsity.sparsity = 0.9
