@@ -511,8 +511,7 @@ class RelativeSchedule(Schedule):
         Raises:
             UsageError: If `sparsity` is out of range.
         """
-        sparsity = _check_sparsity("sparsity", sparsity)
-        return _relative(self._name, **{**self._numbers, "sparsity": sparsity})
+        return make_schedule(**{**self.get_config(), "sparsity": sparsity})
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments."""
@@ -521,7 +520,7 @@ class RelativeSchedule(Schedule):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "RelativeSchedule":
         """Creates a schedule from the result of `get_config`."""
-        return _relative(**config)
+        return make_schedule(**config)
 
     def __eq__(self, other: object) -> bool:
         return (

@@ -184,7 +184,11 @@ def test_registered_layer_under_dropout_has_noise_for_each_example(registry):
     sos.extend.register_use(Scaled)(scaled_use(2))
     sos.extend.check_use(Scaled(), values((2, 3)))
     sparse = sos.VariationalDropout(
-        Scaled(), penalty_weight=0.0, initial_log_sigma2=-2.0, include="kernel"
+        Scaled(),
+        penalty_weight=0.0,
+        initial_log_sigma2=-2.0,
+        threshold=100.0,  # Evaluation removes no weight.
+        include="kernel",
     )
     inputs = tf.ones((2000, 3))
     sparse(inputs)
