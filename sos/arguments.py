@@ -66,7 +66,9 @@ def is_json(value: Any) -> bool:
     return True
 
 
-def changed(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+def non_defaults(
+    values: dict[str, Any], defaults: dict[str, Any]
+) -> dict[str, Any]:
     """Returns the values that differ from their defaults."""
     return {
         name: value
@@ -78,17 +80,17 @@ def changed(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def received(values: dict[str, Any]) -> str:
+def format_arguments(values: dict[str, Any]) -> str:
     """Formats arguments for a message: a=1, b='c'."""
     return ", ".join(f"{name}={value!r}" for name, value in values.items())
 
 
-def quoted(names: Iterable[str]) -> str:
+def format_names(names: Iterable[str]) -> str:
     """Formats names for a message: `a`, `b`, `c`."""
     return ", ".join(f"`{name}`" for name in names)
 
 
-def listed(values: Iterable[Any]) -> str:
+def format_values(values: Iterable[Any]) -> str:
     """Formats values for a message: 'a', 'b', 1."""
     return ", ".join(map(repr, values))
 

@@ -12,7 +12,7 @@ from sos.event_file import EventFile
 from sos.held_masks import mask_zeros
 from sos.report import report_without_costs
 from sos.updater import SparsityUpdater
-from sos.wrappers.masked import lay_out_schedules
+from sos.wrappers.masked import resolve_schedules
 
 
 class SparsityCallback(keras.callbacks.Callback):
@@ -147,7 +147,7 @@ class SparsityCallback(keras.callbacks.Callback):
         if self._started:
             return
         updater = self._updater
-        lay_out_schedules(
+        resolve_schedules(
             updater.pruning_wrappers(),
             self._train_steps(epoch),
             start=updater.iterations,

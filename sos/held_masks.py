@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from sos.advice import warn
-from sos.arguments import listed
+from sos.arguments import format_values
 from sos.masks import keep_count
 from sos.rankings import PerTensorRanking, Ranking
 from sos.schedules import Schedule
@@ -232,7 +232,7 @@ def _last_sparsity(schedule: Schedule, step: int) -> float:
 
 def _describe(entries: list[tuple[_Group, int, int]]) -> str:
     names = [w.name for group, _, _ in entries for w in group.wrappers]
-    text = listed(names[:3])
+    text = format_values(names[:3])
     if len(names) > 3:
         text += f" and {len(names) - 3} more"
     return f"The masks of {text} have {_percent(entries, 1)} zeros,"

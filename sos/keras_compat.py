@@ -80,7 +80,7 @@ def copy_remat_mode(
     target._remat_mode = source._remat_mode
 
 
-def reduced(state: tuple) -> tuple:
+def pickle_state(state: tuple) -> tuple:
     """Returns the state of a layer for `pickle`, without the layer's class.
 
     A generated class cannot be found by its name.
@@ -91,7 +91,7 @@ def reduced(state: tuple) -> tuple:
     return (keras.layers.Layer._unpickle_model, *state[1:])
 
 
-def accept_training(layer: keras.layers.Layer) -> dict[str, Any]:
+def add_training_argument(layer: keras.layers.Layer) -> dict[str, Any]:
     """Makes Keras pass `training` to a layer whose `call` was replaced.
 
     Keras reads the signature of `call` only when a layer is created.
@@ -121,11 +121,11 @@ _CALL_ATTRIBUTES = (
 
 
 def restore_call(layer: keras.layers.Layer, before: dict[str, Any]) -> None:
-    """Undoes `accept_training`.
+    """Undoes `add_training_argument`.
 
     Args:
         layer: The layer.
-        before: Result of `accept_training`.
+        before: Result of `add_training_argument`.
     """
     for name, value in before.items():
         setattr(layer, name, value)
@@ -157,7 +157,7 @@ def training_of_call(layer: keras.layers.Layer) -> bool:
     return bool(training)
 
 
-def is_after_shapes() -> bool:
+def only_infers_shapes() -> bool:
     """Returns whether Keras only infers the shapes of a call's outputs."""
     with keras.SymbolicScope() as scope:
         return scope.original_scope is not None
@@ -270,7 +270,7 @@ class SubstitutionScope(keras.StatelessScope):
         self._outer = None
         self._outer_substitution = None
 
-    def hand_on_losses(self, layer: keras.layers.Layer) -> None:
+    def forward_losses(self, layer: keras.layers.Layer) -> None:
         """Returns collected losses to the layers that added them.
 
         Call it after the scope is closed.

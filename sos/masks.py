@@ -227,7 +227,7 @@ def all_equal_device(scores: tf.Tensor) -> tf.Tensor:
     return (lowest == highest) & is_number
 
 
-def refuse_nan(count: int, where: str = "") -> None:
+def check_not_nan(count: int, where: str = "") -> None:
     """Raises an error if there are NaN scores, which have no rank.
 
     Args:
@@ -271,7 +271,7 @@ def top_k_mask_host(scores: np.ndarray, k: int) -> np.ndarray:
     keys = ordered_integers_host(scores).reshape(-1)
     infinity = _infinity_bits(_numpy_dtype(scores))
     if size and (keys.max() > infinity or keys.min() < -infinity):
-        refuse_nan(np.count_nonzero(np.abs(keys) > infinity))
+        check_not_nan(np.count_nonzero(np.abs(keys) > infinity))
     if k == 0:
         return np.zeros(scores.shape, np.uint8)
     if k == size:

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from sos.arguments import listed
+from sos.arguments import format_values
 from sos.errors import ArgumentError, UsageError
 from sos.wrappers.base import check_keras_layer, weights_by_path
 from sos.wrappers.effective import effective_value
@@ -107,8 +107,8 @@ def _check(weights: dict[str, SparseWeight], path: Any, mask: Any) -> Any:
     if path not in weights:
         raise UsageError(
             f"The model has no sparse weight {path!r}. Its sparse weights: "
-            f"{listed(weights) or 'none'}. `sos.sparsity_report` prints all "
-            "weights with their techniques."
+            f"{format_values(weights) or 'none'}. `sos.sparsity_report` "
+            "prints all weights with their techniques."
         )
     technique = weights[path].technique
     if not isinstance(technique, MaskedWrapper):

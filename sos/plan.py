@@ -97,7 +97,7 @@ def make_plan(
     if technique is None and hyperparameters:
         raise ArgumentError(
             "Hyperparameters need a `technique`. Received: technique=None, "
-            f"{arguments.received(hyperparameters)}"
+            f"{arguments.format_arguments(hyperparameters)}"
         )
     default = None
     if technique is not None:
@@ -380,10 +380,10 @@ def _check_names(technique: type, values: dict[str, Any]) -> None:
     if unknown:
         raise ArgumentError(
             f"{technique.__name__} has no hyperparameter "
-            f"{arguments.quoted(unknown)}. "
+            f"{arguments.format_names(unknown)}. "
             f"Valid hyperparameters: {list(known)}"
             + (f"; objects: {objects}" if objects else "")
-            + f". Received: {arguments.received(unknown)}"
+            + f". Received: {arguments.format_arguments(unknown)}"
         )
 
 
@@ -400,6 +400,6 @@ def _check_complete(
     ]
     if missing:
         raise ArgumentError(
-            f"{technique.__name__} needs {arguments.quoted(missing)}. "
-            f"Received: {arguments.received(received) or 'nothing'}"
+            f"{technique.__name__} needs {arguments.format_names(missing)}. "
+            f"Received: {arguments.format_arguments(received) or 'nothing'}"
         )

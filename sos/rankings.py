@@ -14,9 +14,9 @@ from sos.masks import (
     Scores,
     all_equal,
     all_equal_device,
+    check_not_nan,
     keep_count,
     ordered_integers_device,
-    refuse_nan,
     top_k_mask_device,
     top_k_mask_host,
     top_k_masks_device,
@@ -190,7 +190,7 @@ def _device_masks(
     """Ranks eager tensors on their device; raises `ValueError` for NaNs."""
     masks, nans = top_k_masks_device(scores, tf.constant(counts, tf.int32))
     for score, nan in zip(scores, nans.numpy(), strict=True):
-        refuse_nan(int(nan), f" in a tensor of shape {score.shape}")
+        check_not_nan(int(nan), f" in a tensor of shape {score.shape}")
     return masks
 
 

@@ -18,12 +18,12 @@ import numpy as np
 import tensorflow as tf
 
 from sos.arguments import (
-    changed,
     check_integer,
     check_number,
-    listed,
-    quoted,
-    received,
+    format_arguments,
+    format_names,
+    format_values,
+    non_defaults,
 )
 from sos.errors import ArgumentError, UsageError
 
@@ -616,8 +616,8 @@ def make_schedule(
     """
     if schedule not in NAMES:
         raise UsageError(
-            f"`schedule` must be one of {listed(NAMES)} or a schedule, such as "
-            "`sos.schedules.PolynomialDecay(0.0, 0.9, begin_step=1000, "
+            f"`schedule` must be one of {format_values(NAMES)} or a schedule, "
+            "such as `sos.schedules.PolynomialDecay(0.0, 0.9, begin_step=1000, "
             f"end_step=5000)`. Received: schedule={schedule!r}"
         )
     numbers = {
@@ -642,12 +642,12 @@ def make_schedule(
                 f"begin_step={begin_step}, end_step={end_step}"
             )
     if schedule == "constant":
-        excess = changed(polynomial, make_schedule.__kwdefaults__)
+        excess = non_defaults(polynomial, make_schedule.__kwdefaults__)
         if excess:
             raise UsageError(
-                f"{quoted(excess)} do not fit a constant schedule. Leave them "
-                "out, or choose schedule='polynomial'. "
-                f"Received: schedule='constant', {received(excess)}"
+                f"{format_names(excess)} do not fit a constant schedule. "
+                "Leave them out, or choose schedule='polynomial'. "
+                f"Received: schedule='constant', {format_arguments(excess)}"
             )
         if frequency is not None:
             return _constant(**numbers)

@@ -8,7 +8,7 @@ import numpy as np
 
 from sos import keras_compat
 from sos.advice import warn
-from sos.arguments import check_number, listed
+from sos.arguments import check_number, format_values
 from sos.copying import copy_model
 from sos.errors import ArgumentError, UsageError
 from sos.masks import keep_count
@@ -250,7 +250,7 @@ def _magnitude_masks(
         raise UsageError(
             "`prune` cannot rank NaN. Find the step at which the weights "
             "became NaN (`keras.callbacks.TerminateOnNaN` stops there). "
-            f"Received: NaN in {listed(invalid)}"
+            f"Received: NaN in {format_values(invalid)}"
         )
     ranking = PerTensorRanking()
     values = list(scores.values())

@@ -8,14 +8,14 @@ import keras
 import tensorflow as tf
 
 from sos.advice import warn
-from sos.arguments import check_integer, listed
+from sos.arguments import check_integer, format_values
 from sos.held_masks import HeldMasks
 from sos.schedules import as_schedule
 from sos.weight_decay import decayed_techniques, exclude_techniques
 from sos.wrappers.base import SparseWrapper, find_wrappers
 from sos.wrappers.masked import (
     PruningWrapper,
-    lay_out_schedules,
+    resolve_schedules,
     update_masks,
 )
 from sos.wrappers.penalized import PenalizedWrapper
@@ -159,7 +159,7 @@ class SparsityUpdater:
                 `steps_per_execution`, or it needs `train_steps`.
             ValueError: If a technique needs gradients before the first step.
         """
-        lay_out_schedules(
+        resolve_schedules(
             self._wrappers,
             self._train_steps,
             start=self.iterations,
@@ -274,7 +274,7 @@ class SparsityUpdater:
             raise RuntimeError(
                 "The masks and penalties of these layers are updated by "
                 "another `sos.SparsityUpdater`, which has not stopped: "
-                f"{listed(w.name for w in taken[:3])}"
+                f"{format_values(w.name for w in taken[:3])}"
                 f"{' and more' * (len(taken) > 3)}. Use one at a time: "
                 "`sos.SparsityCallback` with `fit`, or one "
                 "`with sos.SparsityUpdater(model, optimizer)` around a loop. "
@@ -354,7 +354,7 @@ class SparsityUpdater:
         if decayed:
             warn(
                 f"The weight decay of the optimizer {self.optimizer.name!r} "
-                f"acts on {listed(v.path for v in decayed[:3])}"
+                f"acts on {format_values(v.path for v in decayed[:3])}"
                 f"{' and more' * (len(decayed) > 3)}, which removes weights "
                 "even without a penalty. These variables are excluded when "
                 "training begins: call `optimizer.exclude_from_weight_decay`, "
@@ -465,7 +465,7 @@ class SparsityUpdater:
 
 
 def _names(wrappers: list[SparseWrapper]) -> str:
-    shown = listed(wrapper.name for wrapper in wrappers[:3])
+    shown = format_values(wrapper.name for wrapper in wrappers[:3])
     more = len(wrappers) - 3
     return f"{shown} and {more} more" if more > 0 else shown
 

@@ -81,7 +81,7 @@ def test_accept_training_of_a_layer_lets_models_hand_it_on():
             return inputs
 
     layer = Quiet()
-    keras_compat.accept_training(layer)
+    keras_compat.add_training_argument(layer)
 
     def call(inputs, training=None):
         given.append(training)
@@ -145,7 +145,7 @@ def test_is_after_shapes_in_symbolic_calls_alone():
 
     class Watch(layers.Layer):
         def call(self, inputs):
-            seen.append(keras_compat.is_after_shapes())
+            seen.append(keras_compat.only_infers_shapes())
             return inputs
 
     watch = Watch()
@@ -301,7 +301,7 @@ def test_set_mask_reaches_the_next_layer():
 def test_reduced_state_of_a_layer_makes_it_again():
     layer = layers.Dense(2, name="dense")
     layer.build((None, 3))
-    function, *arguments = keras_compat.reduced(layer.__reduce__())
+    function, *arguments = keras_compat.pickle_state(layer.__reduce__())
     again = function(*arguments[0])
     assert (type(again), again.name) == (layers.Dense, "dense")
     np.testing.assert_array_equal(again.kernel, layer.kernel)
@@ -383,7 +383,7 @@ def test_restore_call_undoes_accept_training():
             return inputs
 
     layer, other = Plain(), Plain()
-    before = keras_compat.accept_training(layer)
+    before = keras_compat.add_training_argument(layer)
     assert layer._call_has_training_arg
     keras_compat.restore_call(layer, before)
     for name in before:

@@ -12,7 +12,7 @@ from sos.errors import ReportedError, UsageError
 from sos.experiments import config as config_lib
 from sos.training.task import Task
 from sos.wrappers.base import find_wrappers
-from sos.wrappers.masked import lay_out_schedules
+from sos.wrappers.masked import resolve_schedules
 
 
 class ExperimentTask(Task):
@@ -129,7 +129,7 @@ class ExperimentTask(Task):
             arguments["seed"] = self.config.seed
         try:
             sparse = sos.sparsify(model, copy=False, **arguments)
-            lay_out_schedules(find_wrappers(sparse), self.config.train_steps)
+            resolve_schedules(find_wrappers(sparse), self.config.train_steps)
             return sparse
         except ReportedError as error:
             raise UsageError(f"`config.sparsity`: {error}") from error

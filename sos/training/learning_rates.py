@@ -25,7 +25,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from sos.arguments import check_integer, check_number, listed
+from sos.arguments import check_integer, check_number, format_values
 from sos.errors import UsageError
 
 # Intervals of valid numbers.
@@ -115,7 +115,7 @@ def defaults(schedule: str) -> dict[str, Any]:
     """
     if not isinstance(schedule, str) or schedule not in _DEFAULTS:
         raise UsageError(
-            f"`schedule` must be one of {listed(names())}. "
+            f"`schedule` must be one of {format_values(names())}. "
             f"Received: schedule={schedule!r}"
         )
     return dict(_DEFAULTS[schedule])
@@ -176,7 +176,7 @@ def make_learning_rate(
     if unknown:
         raise UsageError(
             f"The learning rate schedule {name!r} has the entries "
-            f"{listed(valid)}. Received: {listed(unknown)}"
+            f"{format_values(valid)}. Received: {format_values(unknown)}"
         )
     entries = {**valid, **entries}
     train_steps = check_integer("train_steps", train_steps, minimum=1)

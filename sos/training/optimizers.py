@@ -10,7 +10,7 @@ from typing import Any
 import keras
 
 from sos import keras_compat
-from sos.arguments import listed
+from sos.arguments import format_values
 from sos.errors import UsageError
 from sos.weight_decay import technique_variables as technique_variables
 
@@ -85,8 +85,8 @@ def make_optimizer(
             else ""
         )
         raise UsageError(
-            f"The optimizer {name!r} has the arguments {listed(valid)}."
-            f"{advice} Received: {listed(unknown)}"
+            f"The optimizer {name!r} has the arguments {format_values(valid)}."
+            f"{advice} Received: {format_values(unknown)}"
         )
     optimizer_class = _classes()[name.lower()]
     if _is_real(learning_rate):
@@ -145,7 +145,8 @@ def defaults(name: str) -> dict[str, Any]:
     key = name.lower() if isinstance(name, str) else None
     if key not in classes:
         raise UsageError(
-            f"`name` must be one of {listed(classes)}. Received: name={name!r}"
+            f"`name` must be one of {format_values(classes)}. Received: "
+            f"name={name!r}"
         )
     return _arguments(classes[key])
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from sos import keras_compat
 from sos.errors import UsageError, reason
-from sos.masks import nan_count, refuse_nan, top_k_mask_device
+from sos.masks import check_not_nan, nan_count, top_k_mask_device
 from sos.noise import noise_scope
 from sos.rankings import PerTensorRanking, Ranking, undecided_device
 from sos.training.strategies import several_processes
@@ -637,7 +637,7 @@ class CompiledMaskUpdate:
             0
         ].numpy()
         for (_, weight), (nans, _, _) in zip(pairs, statistics, strict=True):
-            refuse_nan(int(nans), f" of {weight.path}")
+            check_not_nan(int(nans), f" of {weight.path}")
         for (wrapper, weight), (_, undecided, any_left) in zip(
             pairs, statistics, strict=True
         ):

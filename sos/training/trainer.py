@@ -49,7 +49,7 @@ from sos.weight_decay import exclude_techniques
 from sos.wrappers.base import find_wrappers
 from sos.wrappers.masked import (
     PruningWrapper,
-    lay_out_schedules,
+    resolve_schedules,
     update_masks,
 )
 
@@ -744,7 +744,7 @@ class Trainer:
             yield None
             return
         # From step 0, so that a resumed training has the same schedules.
-        lay_out_schedules(find_wrappers(self.model), train_steps)
+        resolve_schedules(find_wrappers(self.model), train_steps)
         updater = SparsityUpdater(
             self.model, self.optimizer, update_masks=self._update_masks
         )

@@ -258,7 +258,7 @@ class PruningWrapper(MaskedWrapper):
         }
         if not isinstance(schedule, str):
             # Without the defaults of a subclass.
-            numbers = arguments.changed(numbers, self._number_defaults())
+            numbers = arguments.non_defaults(numbers, self._number_defaults())
         schedule = self._make_schedule(schedule, numbers)
         ranking = PerTensorRanking() if ranking is None else ranking
         if not isinstance(ranking, Ranking):
@@ -326,13 +326,14 @@ class PruningWrapper(MaskedWrapper):
         """Creates a schedule from a name or object, and numbers."""
         if isinstance(schedule, str):
             # Compared with the defaults of a subclass.
-            changed = arguments.changed(numbers, cls._number_defaults())
+            changed = arguments.non_defaults(numbers, cls._number_defaults())
             if numbers.get("sparsity") is None:
                 raise ArgumentError(
                     f"{cls.__name__} needs `sparsity`, the fraction of zeros "
                     "to end with, such as `sparsity=0.9`, or a schedule "
                     "object. "
-                    f"Received: {arguments.received(changed) or 'neither'}"
+                    "Received: "
+                    f"{arguments.format_arguments(changed) or 'neither'}"
                 )
             if schedule == "constant":
                 numbers = {
@@ -346,9 +347,10 @@ class PruningWrapper(MaskedWrapper):
         excess = {k: v for k, v in numbers.items() if k != "sparsity"}
         if excess:
             raise ArgumentError(
-                f"A `schedule` object excludes {arguments.quoted(excess)}: "
-                f"give {cls.__name__} the schedule or its numbers. "
-                f"Received: {arguments.received(excess)}, schedule={schedule}"
+                "A `schedule` object excludes "
+                f"{arguments.format_names(excess)}: "
+                f"give {cls.__name__} the schedule or its numbers. Received: "
+                f"{arguments.format_arguments(excess)}, schedule={schedule}"
             )
         return (
             schedule if sparsity is None else schedule.with_sparsity(sparsity)
@@ -478,7 +480,7 @@ def _sum_over_replicas(gradient: tf.Tensor) -> tf.Tensor:
     return context.all_reduce(tf.distribute.ReduceOp.SUM, gradient)
 
 
-def lay_out_schedules(
+def resolve_schedules(
     wrappers: Sequence[SparseWrapper],
     train_steps: int | None,
     *,

@@ -157,14 +157,15 @@ class PenalizedWrapper(SparseWrapper):
                 "`penalty_weight` and `num_examples` exclude each other: "
                 "`num_examples` sets the penalty weight to "
                 f"{cls.default_penalty:g} / num_examples. "
-                f"Received: {arguments.received(values)}"
+                f"Received: {arguments.format_arguments(values)}"
             )
         if weight is None:
             raise ArgumentError(
                 f"{cls.__name__} needs `num_examples`, the number of training "
                 "examples, for the default penalty weight "
                 f"{cls.default_penalty:g} / num_examples, or another "
-                f"`penalty_weight`. Received: {arguments.received(values)}"
+                "`penalty_weight`. Received: "
+                f"{arguments.format_arguments(values)}"
             )
         return weight
 
@@ -175,7 +176,7 @@ class PenalizedWrapper(SparseWrapper):
         if not takes_steps(values["ramp"]):
             # Without the default steps of a subclass.
             defaults = arguments.defaults(cls, SparseWrapper)
-            steps = arguments.changed(steps, defaults)
+            steps = arguments.non_defaults(steps, defaults)
         return make_ramp(values["ramp"], **steps)
 
     def penalty(self, weight: SparseWeight) -> tf.Tensor:

@@ -130,7 +130,7 @@ class SparseLayer:
 
     def __reduce__(self) -> tuple:
         """Returns the state for `pickle` and `copy.deepcopy`."""
-        return keras_compat.reduced(super().__reduce__())
+        return keras_compat.pickle_state(super().__reduce__())
 
     def save_own_variables(self, store: Any) -> None:
         """Saves the layer's own variables.
@@ -451,7 +451,7 @@ def make_sparse(layer: keras.layers.Layer) -> _Record:
                     "use. Rename it."
                 )
         sparse_class = _sparse_class(type(layer))
-        record = _Record(keras_compat.accept_training(layer))
+        record = _Record(keras_compat.add_training_argument(layer))
         object.__setattr__(layer, _RECORD, record)
         layer.__class__ = sparse_class
     return vars(layer)[_RECORD]
@@ -550,7 +550,7 @@ def _call(layer: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         training = keras_compat.training_of_call(layer)
     # While Keras infers shapes no updater is bound, and `training` may be true
     # by the default of a `call`.
-    training = training and not keras_compat.is_after_shapes()
+    training = training and not keras_compat.only_infers_shapes()
     scope = EffectiveWeights(
         record.weights, bool(training), whole=is_unit(layer)
     )
@@ -564,7 +564,7 @@ def _call(layer: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
             if compute_once or isinstance(layer, keras.layers.RNN):
                 scope.compute_all()
             outputs = plain.call(layer, *args, **kwargs)
-    scope.hand_on_losses(layer)
+    scope.forward_losses(layer)
     return outputs
 
 
