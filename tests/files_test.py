@@ -198,12 +198,12 @@ def test_where_there_are_no_claims_nothing_is_refused(tmp_path):
             pass
 
 
-def test_only_process_within_its_scope_raises_what_the_scope_raises(tmp_path):
+def test_lock_directory_within_its_scope_raises_what_the_scope_raises(tmp_path):
     with pytest.raises(FileNotFoundError), lock_directory(tmp_path):
         raise FileNotFoundError
 
 
-def test_only_process_unwritable_lock_raises_storage_error(tmp_path):
+def test_lock_directory_unwritable_lock_raises_storage_error(tmp_path):
     (tmp_path / ".train.lock").mkdir()
     with pytest.raises(StorageError, match="lock .* could not be taken: .*dir"):
         with lock_directory(tmp_path):
