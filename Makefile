@@ -85,7 +85,7 @@ test-oldest:  ## run tests marked `oldest` with TensorFlow 2.20, as on a TPU
 	@$(MAKE) --no-print-directory $(OLDEST) test-oldest-here
 
 test-oldest-here: $(READY)
-	@$(PYTEST) -m "oldest and not slow" $(ARGS)
+	@$(PYTEST) -m oldest $(ARGS)
 
 environment-oldest:  ## make the virtual environment with TensorFlow 2.20
 	@$(MAKE) --no-print-directory $(OLDEST) environment

@@ -1,7 +1,6 @@
 """Hyperparameters as plain numbers and names, as configs give them."""
 
 import copy
-import doctest
 import itertools
 import json
 import pickle
@@ -14,9 +13,8 @@ import pytest
 from hypothesis import strategies as st
 
 import sos
-from sos import arguments, ramps, registry, schedules, surgery
+from sos import arguments, ramps, registry, schedules
 from sos.errors import UsageError
-from sos.wrappers import masked, penalized
 from sos.wrappers.base import find_wrappers
 from tests.support import techniques
 
@@ -302,27 +300,6 @@ def test_defaults_are_written_down_once_in_effect():
     )
     for name, default in ramps.make_ramp.__kwdefaults__.items():
         assert constructor[name] == default
-
-
-@pytest.mark.parametrize(
-    "module",
-    [masked, penalized, ramps, registry, schedules, surgery],
-    ids=lambda module: module.__name__,
-)
-def test_examples_in_docstrings_run(module):
-    names = [
-        name
-        for name in vars(module)
-        if getattr(vars(module)[name], "__module__", "") == module.__name__
-    ]
-    finder = doctest.DocTestFinder(recurse=False)
-    runner = doctest.DocTestRunner()
-    for name in names:
-        value = vars(module)[name]
-        for test in finder.find(value, name, globs=dict(vars(module))):
-            runner.run(test)
-    assert runner.summarize(verbose=False).failed == 0
-    assert runner.tries > 0
 
 
 # Numbers and names are the objects that they describe.

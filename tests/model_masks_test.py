@@ -1,16 +1,12 @@
 """Masks by path, and the layers that hold techniques."""
 
-import doctest
-
 import keras
 import numpy as np
 import pytest
 from keras import layers, ops
 
 import sos
-from sos import model_masks
 from sos.errors import UsageError
-from sos.wrappers import base
 from tests.support import techniques
 
 
@@ -318,13 +314,3 @@ def test_sparse_layers_wrappers_have_themselves_as_technique(tmp_path):
 
 def test_sparse_layers_plain_model_has_none():
     assert sos.sparse_layers(mlp()) == []
-
-
-# Examples.
-
-
-@pytest.mark.parametrize("module", [model_masks, base])
-def test_examples_of_masks_and_sparse_layers_run(module):
-    result = doctest.testmod(module)
-    assert result.attempted > 0
-    assert result.failed == 0
