@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 
+from sos import keras_compat
 from sos.advice import warn
 from sos.errors import ArgumentError, UsageError
 from sos.event_file import EventFile
@@ -163,8 +164,10 @@ class SparsityCallback(keras.callbacks.Callback):
         epochs, batches = params.get("epochs"), params.get("steps")
         if epochs is None or batches is None:
             return None
-        accumulated = self._updater.optimizer.gradient_accumulation_steps or 1
-        return (epochs - first_epoch) * batches // accumulated
+        per_step = keras_compat.gradient_accumulation_steps(
+            self._updater.optimizer
+        )
+        return (epochs - first_epoch) * batches // per_step
 
     def on_train_batch_begin(
         self, batch: int, logs: dict[str, Any] | None = None

@@ -372,6 +372,19 @@ def inner_optimizers(
     return [optimizer] if inner is None else list(inner)
 
 
+def gradient_accumulation_steps(optimizer: keras.optimizers.Optimizer) -> int:
+    """Returns the number of batches per step of an optimizer.
+
+    Args:
+        optimizer: Any optimizer. One that scales the loss takes its number of
+            steps from its inner optimizer.
+    """
+    inner = getattr(optimizer, "inner_optimizer", None)
+    if inner is not None:
+        return gradient_accumulation_steps(inner)
+    return optimizer.gradient_accumulation_steps or 1
+
+
 def exclude_from_weight_decay(
     optimizer: keras.optimizers.Optimizer, variables: Iterable[keras.Variable]
 ) -> None:

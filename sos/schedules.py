@@ -468,6 +468,13 @@ class RelativeSchedule(Schedule):
                     f"which is unknown. {_TRAIN_STEPS} Or pass an `end_step`. "
                     f"Received: {self!r}, train_steps=None"
                 )
+            if train_steps == 0:
+                raise UsageError(
+                    "The training makes no optimizer step: it has fewer "
+                    "batches than the optimizer accumulates "
+                    "(`gradient_accumulation_steps`), or none. Train for more "
+                    "epochs, or pass an `end_step`. Received: train_steps=0"
+                )
             train_steps = check_integer("train_steps", train_steps, minimum=1)
             end = start + round(_END * train_steps)
             begin = max(numbers["begin_step"], start)

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from sos import keras_compat
 from sos.advice import warn
 from sos.arguments import check_integer, format_values
 from sos.held_masks import HeldMasks
@@ -309,7 +310,7 @@ class SparsityUpdater:
         if progress != self._mark:
             self._mark, self._calls = progress, 0
             return
-        patience = self.optimizer.gradient_accumulation_steps or 1
+        patience = keras_compat.gradient_accumulation_steps(self.optimizer)
         needed = any(wrapper.needs_step for wrapper in self._wrappers)
         if self._calls < patience or not needed:
             return

@@ -828,9 +828,14 @@ def test_fit_with_long_executions_updates_once_in_each(batches, steps):
     exact(model)
 
 
-def test_fit_with_accumulation_counts_steps_of_the_optimizer():
+@pytest.mark.parametrize("scales_loss", [False, True])
+def test_fit_with_accumulation_counts_steps_of_the_optimizer(scales_loss):
     model = over_fit()
     optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=3)
+    if scales_loss:
+        optimizer = keras.optimizers.LossScaleOptimizer(
+            optimizer, initial_scale=1.0
+        )
     model.compile(optimizer, "mse")
     fit(model, sos.SparsityCallback(), batches=6, epochs=4)
     assert int(model.optimizer.iterations) == 8
