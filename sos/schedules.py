@@ -378,7 +378,8 @@ class RelativeSchedule(Schedule):
     `make_schedule`.
 
     Raises:
-        UsageError: If a step or sparsity is read before it is known.
+        UsageError: As for `make_schedule`; later, if a step or sparsity is read
+            before it is known.
 
     Example:
     >>> import sos
@@ -402,14 +403,15 @@ class RelativeSchedule(Schedule):
         power: float = 3.0,
     ):
         self._name = schedule
-        self._numbers = {
-            "sparsity": sparsity,
-            "initial_sparsity": initial_sparsity,
-            "begin_step": begin_step,
-            "end_step": end_step,
-            "frequency": frequency,
-            "power": power,
-        }
+        self._numbers = _check_numbers(
+            schedule,
+            sparsity=sparsity,
+            initial_sparsity=initial_sparsity,
+            begin_step=begin_step,
+            end_step=end_step,
+            frequency=frequency,
+            power=power,
+        )
 
     @property
     def inner(self) -> PruningSchedule:
@@ -621,6 +623,35 @@ def make_schedule(
     >>> make_schedule(sparsity=0.9).over(train_steps=1000).end_step
     750
     """
+    numbers = _check_numbers(
+        schedule,
+        sparsity=sparsity,
+        initial_sparsity=initial_sparsity,
+        begin_step=begin_step,
+        end_step=end_step,
+        frequency=frequency,
+        power=power,
+    )
+    if numbers["frequency"] is not None:
+        if schedule == "constant":
+            names = ("sparsity", "begin_step", "frequency")
+            return _constant(**{name: numbers[name] for name in names})
+        if numbers["end_step"] is not None:
+            return _polynomial(**numbers)
+    return _relative(schedule, **numbers)
+
+
+def _check_numbers(
+    schedule: str,
+    *,
+    sparsity: float,
+    initial_sparsity: float,
+    begin_step: int,
+    end_step: int | None,
+    frequency: int | None,
+    power: float,
+) -> dict[str, Any]:
+    """Returns the checked arguments of `make_schedule`, without the name."""
     if schedule not in NAMES:
         raise UsageError(
             f"`schedule` must be one of {format_values(NAMES)} or a schedule, "
@@ -656,11 +687,7 @@ def make_schedule(
                 "Leave them out, or choose schedule='polynomial'. "
                 f"Received: schedule='constant', {format_arguments(excess)}"
             )
-        if frequency is not None:
-            return _constant(**numbers)
-    elif frequency is not None and end_step is not None:
-        return _polynomial(**numbers, **polynomial)
-    return _relative(schedule, **numbers, **polynomial)
+    return {**numbers, **polynomial}
 
 
 def _check_sparsity(name: str, value: Any) -> float:

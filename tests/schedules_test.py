@@ -546,6 +546,23 @@ def test_relative_schedule_of_unknown_length_raises_when_it_is_read():
 
 
 @pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"sparsity": 90}, "sparsity=90"),
+        ({"sparsity": 0.9, "begin_step": -1}, "begin_step=-1"),
+        ({"sparsity": 0.9, "schedule": "linear"}, "schedule='linear'"),
+        (
+            {"sparsity": 0.9, "schedule": "constant", "end_step": 4},
+            "end_step=4",
+        ),
+    ],
+)
+def test_relative_schedule_of_invalid_numbers_raises(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        schedules.RelativeSchedule(**arguments)
+
+
+@pytest.mark.parametrize(
     "numbers, steps, message",
     [
         ({}, 0, "train_steps=0"),
