@@ -362,12 +362,13 @@ def strip(
         copy: Whether the result gets copies of the layers and weights. If not,
             `model` itself becomes plain: its weights get their zeros, and the
             variables of the techniques are removed. This needs layers that
-            `sos.sparsify` or `sos.prune` made sparse, not wrappers.
+            `sos.sparsify` or `sos.prune` made sparse, not wrappers. Compile it
+            again, and models that contain it: their optimizers and compiled
+            functions may refer to the removed variables.
 
     Returns:
         A model or layer of the original class; `model` itself with
-        `copy=False`. It is not compiled if it was sparse, as an optimizer may
-        refer to variables of techniques.
+        `copy=False`. Then it is not compiled if it was sparse.
 
     Raises:
         TypeError: If `model` is not a Keras 3 model or layer.

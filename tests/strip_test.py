@@ -242,6 +242,42 @@ def test_strip_in_place_submodel_leaves_the_rest_sparse():
     assert len(sos.get_masks(model)) == 8
 
 
+def test_strip_in_place_sublayer_leaves_outer_layers_without_its_masks(
+    tmp_path,
+):
+    @keras.saving.register_keras_serializable("strip_test")
+    class Outer(keras.Model):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.inner = layers.Dense(6, name="inner")
+            self.logits = layers.Dense(4, name="logits")
+
+        def build(self, input_shape):
+            self.inner.build(input_shape)
+            self.logits.build(input_shape)
+
+        def call(self, x):
+            # The outer layer's own call reads the weight, too.
+            return self.logits(self.inner(x) + x @ self.inner.kernel)
+
+    model = Outer()
+    model.build((None, 6))
+    sos.prune(model, 0.75, copy=False)
+    inputs = techniques.normal(3, 6)
+    expected = outputs(model, inputs)
+    sos.strip(model.inner, copy=False)
+    assert_same(outputs(model, inputs), expected)
+    assert list(sos.get_masks(model)) == ["logits/kernel"]
+    model.inner.kernel.assign(keras.ops.ones((6, 6)))
+    for _ in range(2):
+        dense = inputs @ np.ones((6, 6), "float32")
+        np.testing.assert_allclose(
+            model(inputs), model.logits(2 * dense), rtol=1e-5
+        )
+        model.save(tmp_path / "model.keras")
+        model = keras.models.load_model(tmp_path / "model.keras")
+
+
 @pytest.mark.parametrize("copy", [True, False])
 def test_strip_again_changes_nothing(copy):
     plain = sos.strip(sparse_of(mlp, "FixedMask"))

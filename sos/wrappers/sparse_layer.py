@@ -47,14 +47,42 @@ class _Record:
         self.plain_call = plain_call
         #: The layer's original `build`, if it was replaced.
         self.plain_build: Any = None
-        #: Sparse weights of the layer and its sublayers, by variable `id`.
-        self.weights: dict[int, SparseWeight] = {}
+        self._weights: dict[int, SparseWeight] = {}
         #: Techniques of weights that the layer owns.
         self.techniques: list[Any] = []
         #: Configurations of techniques whose weights are not built yet.
         self.pending: list[dict[str, Any]] = []
         #: LoRA adapters for these weights, by the position of the sublayer.
         self.adapters: dict[str, list] = {}
+
+    @property
+    def weights(self) -> dict[int, SparseWeight]:
+        """Sparse weights of the layer and its sublayers, by variable `id`.
+
+        A sublayer has no reference to this layer, so `detach` of it leaves its
+        weights here. They are dropped when they are read.
+        """
+        self._weights = {
+            key: weight
+            for key, weight in self._weights.items()
+            if _is_attached(weight)
+        }
+        return self._weights
+
+    def add_weights(self, weights: Mapping[int, SparseWeight]) -> None:
+        """Adds sparse weights by variable `id`."""
+        self._weights.update(weights)
+
+
+def _is_attached(weight: SparseWeight) -> bool:
+    """Returns whether a weight's technique was not removed by `detach`."""
+    technique = weight.technique
+    if not technique.attached:
+        return True  # A wrapper.
+    record = vars(technique.layer).get(_RECORD)
+    return record is not None and any(
+        technique is other for other in record.techniques
+    )
 
 
 class SparseLayer:
@@ -507,7 +535,7 @@ def _bind(
         by_id.update(_bind(inner, weights, results))
     calls_only = type(layer) in graph_classes() or is_technique(layer)
     if by_id and not calls_only:
-        make_sparse(layer).weights.update(by_id)
+        make_sparse(layer).add_weights(by_id)
     return by_id
 
 
@@ -542,18 +570,17 @@ def _call(layer: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     training = kwargs.get("training")
     if "training" not in _call_parameters(plain):
         kwargs.pop("training", None)
+    weights = record.weights
     outer = keras_compat.substitution_scope()
     in_unit = isinstance(outer, EffectiveWeights) and outer.whole
-    if not record.weights or in_unit and outer.holds(record.weights):
+    if not weights or in_unit and outer.holds(weights):
         return plain.call(layer, *args, **kwargs)
     if training is None:
         training = keras_compat.training_of_call(layer)
     # While Keras infers shapes no updater is bound, and `training` may be true
     # by the default of a `call`.
     training = training and not keras_compat.only_infers_shapes()
-    scope = EffectiveWeights(
-        record.weights, bool(training), whole=is_unit(layer)
-    )
+    scope = EffectiveWeights(weights, bool(training), whole=is_unit(layer))
     with scope:
         outputs = None
         if training:
