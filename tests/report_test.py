@@ -325,6 +325,8 @@ def test_command_on_what_it_cannot_read_exits_with_one_line(tmp_path, capsys):
     nan = fails(capsys, plain, "--threshold=nan")
     assert "--threshold must be a finite number" in nan
     assert "No module named" in fails(capsys, plain, "--import=no_such_module")
+    assert "--import ''" in fails(capsys, plain, "--import=")
+    assert "--import '.x'" in fails(capsys, plain, "--import=.x")
     with pytest.raises(SystemExit) as error:
         main(["report", str(plain), "--threshold=high"])
     assert error.value.code == 2

@@ -85,10 +85,11 @@ def _report(options: argparse.Namespace) -> SparsityReport:
             f"--threshold must be a finite number. Received: {threshold}"
         )
     for module in options.modules:
+        # A module may raise any error while it is imported.
         try:
             importlib.import_module(module)
-        except ImportError as error:
-            raise UsageError(f"--import {module}: {error}") from error
+        except Exception as error:
+            _fail(f"--import {module!r} failed", error)
     path = options.file
     if path.suffix == ".keras" and path.is_file():
         return _report_of_model(path, threshold)
