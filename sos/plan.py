@@ -120,12 +120,13 @@ def make_plan(
         else:
             choice_of[position] = choice
     if not choice_of:
-        shown = {_shown(model, key): rule for key, rule in pairs}
+        shown = ", ".join(f"{_shown(model, key)}: {r!r}" for key, r in pairs)
+        name = getattr(technique, "__name__", technique)
         raise UsageError(
             f"Nothing in the model {model.name!r} is left to make sparse. "
             "Its trainable weights of rank 2 or more: "
             f"{[weight.path for weight in weights.values()]}. "
-            f"Received: technique={technique!r}, rules={shown}"
+            f"Received: technique={name}, rules={{{shown}}}"
         )
     return _assign(weights, choice_of), reasons
 
@@ -228,8 +229,9 @@ def _raise_unmatched(
     if not any(key is part for part in parts):
         example = "`model.get_layer(name)`" if is_layer else "`layer.kernel`"
         raise UsageError(
-            f"The key of a rule must be part of the model {model.name!r} that "
-            f"is passed to `sparsify`, such as {example}. Received: {shown}"
+            f"The key of a rule must be part of the model {model.name!r} "
+            f"itself, such as {example}; that of a copy, or of another model, "
+            f"is not. Received: {shown}"
         )
     if is_layer:
         raise UsageError(f"The rule {shown} contains none of {valid}")
@@ -268,12 +270,19 @@ def _as_pairs(
         raise ArgumentError(
             "`rules` must be a dictionary from regular expressions on weight "
             "paths, or layers, to None, a technique or a dictionary of "
-            "hyperparameters, or a list of such pairs, as in "
-            f'`[("embedding", None)]`. Received: rules={rules!r}'
+            "hyperparameters; or a list of such pairs, as in "
+            '`[("embedding", None)]`, whose keys can also be variables. '
+            f"Received: rules={rules!r}"
         )
     seen: list[Key] = []
     for key, _ in pairs:
-        if not isinstance(key, keras.layers.Layer | keras.Variable):
+        if not isinstance(key, str | keras.layers.Layer | keras.Variable):
+            raise ArgumentError(
+                "A key of `rules` must be a regular expression on weight "
+                "paths, a layer or a variable of the model. "
+                f"Received: {key!r} of type {type(key).__name__}"
+            )
+        if isinstance(key, str):
             selection.check_expression(key, "a key of `rules`")
         # Variables compare element by element.
         if any(

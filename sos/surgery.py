@@ -83,7 +83,8 @@ def sparsify(
 
     Raises:
         TypeError: If `model` is not a Keras 3 model or cannot be copied, or if
-            a hyperparameter is unknown, missing or excluded by another.
+            a hyperparameter is unknown, missing or excluded by another, or a
+            rule is of a wrong type.
         UsageError: If `model` is not built or already sparse, a hyperparameter
             is out of range, a rule matches no weight or its key is not part of
             `model`, two rules match one weight, or all weights stay dense.
@@ -148,8 +149,9 @@ def prune(
         TypeError: If `model` is not a Keras 3 model or cannot be copied, or if
             a rule is of a wrong type.
         UsageError: If `model` is not built or sparse already, a sparsity is out
-            of range, a weight is NaN, a rule matches no weight, two rules match
-            one weight, or nothing is left to prune. Then nothing changes.
+            of range, a weight is NaN, a rule matches no weight or its key is
+            not part of `model`, two rules match one weight, or nothing is left
+            to prune. Then nothing changes.
 
     Warns:
         SparsityWarning: If the magnitudes of a weight are all equal, and it

@@ -697,8 +697,8 @@ MAGNITUDE = {"technique": sos.MagnitudePruning, "schedule": SCHEDULE}
         (
             sequential,
             {**MAGNITUDE, "rules": [(1, None)]},
-            UsageError,
-            "regular expression.*Received: 1",
+            TypeError,
+            "regular expression.*layer.*variable.*Received: 1",
         ),
         (
             sequential,
