@@ -376,7 +376,8 @@ def strip(
         TypeError: If `model` is not a Keras 3 model or layer.
         UsageError: If a subclassed layer or model contains a wrapper, which
             only its own code could replace. With `copy=False`, if there are
-            wrappers, or the model is being trained. Then nothing changes.
+            wrappers, the model is being trained, or `sos.frozen` or
+            `sos.sampled` is open. Then nothing changes.
 
     Example:
     >>> import keras, sos
@@ -417,6 +418,14 @@ def _strip_in_place(
             f"The wrappers {wrappers} cannot be replaced in place: other "
             "layers refer to them. Use `strip(model, copy=True)`, or make "
             "models sparse with `sos.sparsify`. Received: copy=False"
+        )
+    if keras_compat.substitution_scope() is not None:
+        # Assignments inside keep the values of masked elements.
+        raise UsageError(
+            "`strip` cannot change weights inside `sos.frozen`, `sos.sampled` "
+            "or the call of a sparse layer. Close the scope before "
+            "`strip(model, copy=False)`, or copy the model. "
+            "Received: copy=False"
         )
     training = [t.layer.name for t in techniques if t.step_counter.bound]
     if training:

@@ -232,6 +232,19 @@ def test_strip_in_place_weights_and_checkpoints_are_those_of_a_plain_model(
     assert not any("technique" in name for name in names)
 
 
+def test_strip_in_place_inside_frozen_raises():
+    model = sparse_of(mlp, "FixedMask")
+    inputs = techniques.normal(3, 6)
+    expected = outputs(model, inputs)
+    with (
+        sos.frozen(model),
+        pytest.raises(UsageError, match=r"sos\.frozen.*copy=False"),
+    ):
+        sos.strip(model, copy=False)
+    assert_same(outputs(model, inputs), expected)
+    assert_same(outputs(sos.strip(model, copy=False), inputs), expected)
+
+
 def test_strip_in_place_submodel_leaves_the_rest_sparse():
     model = sparse_of(branches, "FixedMask")
     inputs = techniques.normal(3, 5, 6)
