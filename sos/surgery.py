@@ -123,8 +123,8 @@ def prune(
 ) -> keras.Model:
     """Prunes a trained model at once, by magnitude.
 
-    In each weight of rank 2 or more, except biases, the elements of the
-    smallest magnitude get a mask of 0. Of n elements exactly
+    In each trainable weight of rank 2 or more, except biases, the elements of
+    the smallest magnitude get a mask of 0. Of n elements exactly
     `round(n * (1 - sparsity))` are kept, but at least one; among equal
     magnitudes the first. The masks do not change in training (`sos.FixedMask`).
     Pruned elements are zero in every call. `layer.kernel` still has their

@@ -43,9 +43,11 @@ class SparsityUpdater:
     Args:
         model: A model with sparse layers, built.
         optimizer: The optimizer that trains it.
-        train_steps: Number of optimizer steps of the training, for pruning
-            schedules without an `end_step` (`sos.MagnitudePruning`); otherwise
-            None.
+        train_steps: Number of optimizer steps of the training, from the
+            optimizer's present step, for pruning schedules without an
+            `end_step` (`sos.MagnitudePruning`); otherwise None. A
+            `tf.train.Checkpoint` does not contain the steps of a schedule: to
+            resume from one, pass an `end_step`.
         steps_per_execution: Largest number of optimizer steps between two calls
             of `step`.
         update_masks: Function that ranks weights and sets masks. It takes the
