@@ -683,8 +683,8 @@ def _check_numbers(
         excess = non_defaults(polynomial, make_schedule.__kwdefaults__)
         if excess:
             raise UsageError(
-                f"{format_names(excess)} do not fit a constant schedule. "
-                "Leave them out, or choose schedule='polynomial'. "
+                f"A constant schedule takes no {format_names(excess)}. "
+                "Choose schedule='polynomial' to use these numbers. "
                 f"Received: schedule='constant', {format_arguments(excess)}"
             )
     return {**numbers, **polynomial}

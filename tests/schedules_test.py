@@ -446,11 +446,11 @@ def test_make_schedule_of_numpy_numbers_equals_python_numbers():
         ),
         (
             {"schedule": "constant"},
-            "`end_step` do not fit.*schedule='constant', end_step=10",
+            "`end_step`.*schedule='constant', end_step=10",
         ),
         (
             {"schedule": "constant", "end_step": None, "power": 1.0},
-            "`power` do not fit.*power=1.0",
+            "`power`.*power=1.0",
         ),
         ({"schedule": "cubic"}, "'polynomial', 'constant'.*schedule='cubic'"),
     ],
