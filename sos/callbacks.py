@@ -12,8 +12,9 @@ from sos.errors import ArgumentError, UsageError
 from sos.event_file import EventFile
 from sos.held_masks import mask_zeros
 from sos.report import report_without_costs
+from sos.schedules import Schedule
 from sos.updater import SparsityUpdater
-from sos.wrappers.masked import resolve_schedules
+from sos.wrappers.masked import PruningWrapper, resolve_schedules
 
 
 class SparsityCallback(keras.callbacks.Callback):
@@ -148,6 +149,7 @@ class SparsityCallback(keras.callbacks.Callback):
         if self._started:
             return
         updater = self._updater
+        schedules = [(w, w.schedule) for w in updater.pruning_wrappers()]
         resolve_schedules(
             updater.pruning_wrappers(),
             self._train_steps(epoch),
@@ -155,7 +157,7 @@ class SparsityCallback(keras.callbacks.Callback):
             steps_per_execution=self.model.steps_per_execution,
         )
         updater.start()
-        self._guard_train_function()
+        self._guard_train_function(schedules)
         self._started = True
 
     def _train_steps(self, first_epoch: int) -> int | None:
@@ -217,13 +219,21 @@ class SparsityCallback(keras.callbacks.Callback):
         if not self._last_callback.listed:
             self._last_callback.on_train_end(logs)
 
-    def _guard_train_function(self) -> None:
+    def _guard_train_function(
+        self, schedules: list[tuple[PruningWrapper, Schedule]]
+    ) -> None:
         """Binds the step counters only while the training function runs.
 
         So evaluation has no penalties in its loss, and a later `fit` without
         this callback raises an error, although it would reuse the compiled
         function. (`on_train_end` does not run if an error or Ctrl-C ends
         `fit`.)
+
+        Args:
+            schedules: Techniques and their schedules from before this `fit`.
+                They get them back if its first execution fails, as the next
+                `fit` may have another length (smaller batches, after an
+                out-of-memory error).
         """
         model = self.model
         # Without the guard of an interrupted `fit`.
@@ -252,6 +262,11 @@ class SparsityCallback(keras.callbacks.Callback):
             updater.resume()
             try:
                 return train_function(iterator)
+            except BaseException:
+                if not self._trained:
+                    for wrapper, schedule in schedules:
+                        wrapper.schedule = schedule
+                raise
             finally:
                 updater.pause()
 

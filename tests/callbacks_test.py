@@ -843,6 +843,18 @@ def test_fit_with_accumulation_counts_steps_of_the_optimizer(scales_loss):
     exact(model)
 
 
+def test_fit_after_one_that_failed_at_once_lays_out_the_schedule():
+    model = over_fit()
+    x, _ = techniques.batch(4)
+    with pytest.raises(ValueError, match="7"):
+        model.fit(
+            x, np.zeros((4, 7)), verbose=0, callbacks=[sos.SparsityCallback()]
+        )
+    fit(model, sos.SparsityCallback(), batches=8)
+    assert steps_of(model) == (0, 6, 1)
+    exact(model)
+
+
 def test_fit_with_fewer_batches_than_accumulated_ones_raises():
     model = over_fit()
     optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=9)
