@@ -185,8 +185,11 @@ def programs():
         for path in sorted((ROOT / folder).rglob("*.py")):
             if '\nif __name__ == "__main__":' in path.read_text("utf-8"):
                 name = path.relative_to(ROOT).with_suffix("").as_posix()
-                # It runs in an environment without TensorFlow.
-                if name != "benchmarks/tpu_compile_worker":
+                # They do not import TensorFlow themselves.
+                if name not in (
+                    "benchmarks/tpu_compile_worker",
+                    "tests/support/examples",
+                ):
                     yield name.replace("/", ".")
 
 

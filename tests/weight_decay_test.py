@@ -177,7 +177,7 @@ def test_weight_decay_that_comes_back_warns(how):
     model.compile(optimizer, "mse")
 
     class Change(keras.callbacks.Callback):
-        def on_train_begin(self, logs=None):
+        def on_epoch_begin(self, epoch, logs=None):
             if how == "exclude":
                 # Keras forgets what was excluded before.
                 optimizer.exclude_from_weight_decay(var_names=["bias"])

@@ -48,7 +48,7 @@ def test_expand_technique_replaces_all_of_sparsity():
     ("overrides", "part"),
     [
         ([], "at least one"),
-        ([{"seed": 1}, {"seed": 1, "label": "x"}], "twice"),
+        ([{"seed": 1}, {"seed": 1, "label": "x"}], "'seed': 1"),
         ([{"seeds": 1}], "'seeds'"),
     ],
 )

@@ -170,7 +170,7 @@ def test_options_default_to_train_and_eval():
         ({"eval_timeout": -1.0}, "`eval_timeout`.*-1.0"),
         (
             {"keep_checkpoint_every_n_steps": 1500},
-            "1500 and 1000",
+            "keep_checkpoint_every_n_steps=1500, save_checkpoints_steps=1000",
         ),
         ({"keep_checkpoint_steps": (0, 21)}, r"=20.*=\[0, 21\]"),
         ({"keep_checkpoint_steps": (-1,)}, r"=20.*=\[-1\]"),

@@ -293,7 +293,7 @@ def test_check_evaluators_of_invalid_ones_raises(evaluators, text):
         ({"loss": 1.0, "bleu": 2.0}, r": \['loss'\]$"),
     ],
 )
-def test_check_figures_of_invalid_ones_raises(figures, text):
+def test_check_evaluator_metrics_of_invalid_ones_raises(figures, text):
     check_raises(
         lambda: task_lib.check_evaluator_metrics(
             ToyTask(), "bleu", figures, {"loss": 0.5}
@@ -302,8 +302,8 @@ def test_check_figures_of_invalid_ones_raises(figures, text):
     )
 
 
-def test_check_figures_of_arrays_returns_python_floats():
-    figures = task_lib.check_figures(
+def test_check_evaluator_metrics_of_arrays_returns_python_floats():
+    figures = task_lib.check_evaluator_metrics(
         ToyTask(), "a", {"x": np.float32(0.5), "y": tf.constant(2)}, {}
     )
     assert figures == {"x": 0.5, "y": 2.0}

@@ -44,7 +44,7 @@ def one_device():
     return tf.distribute.OneDeviceStrategy("CPU:0")
 
 
-HOST_ARGUMENTS = ("steps_per_loop", "max_seconds_per_loop", "clock", "gather")
+HOST_ARGUMENTS = ("steps_per_loop", "max_seconds_per_loop", "timer", "gather")
 TRACED_ARGUMENTS = ("gradient_accumulation_steps", "jit_compile")
 # A task that differs in these alone has the same traced functions.
 VALUES = {"seed", "schedule", "ranking", "penalty_weight"}
@@ -99,7 +99,7 @@ def make_trainer(technique=None, *, replicas=1, task=None, **arguments):
     return trainer
 
 
-def renew(trainer, task, *, clock=time.perf_counter, gather=None, **bounds):
+def renew(trainer, task, *, timer=time.perf_counter, gather=None, **bounds):
     """Resets a trainer, with other arguments of a new one."""
     trainer.reset(task)
     trainer._make_loop_length = functools.partial(
@@ -109,7 +109,7 @@ def renew(trainer, task, *, clock=time.perf_counter, gather=None, **bounds):
     )
     trainer._train_loop_length = trainer._make_loop_length()
     trainer._eval_loop_length = trainer._make_loop_length()
-    trainer._clock = clock
+    trainer._timer = timer
     trainer._gather = functools.partial(
         gather or strategies.gather, trainer.strategy
     )
@@ -351,8 +351,8 @@ def test_train_with_a_failing_action_ends_and_leaves_nothing_bound():
     assert trainer.step == 5
 
 
-class Clock:
-    """A clock that moves with the steps of its trainer and not by itself."""
+class Timer:
+    """A timer that moves with the steps of its trainer and not by itself."""
 
     def __init__(self, seconds_of_step):
         self.trainer = None
@@ -365,9 +365,9 @@ class Clock:
 
 def timed_trainer(seconds_of_step, **arguments):
     """A trainer whose steps take a known time."""
-    clock = Clock(seconds_of_step)
-    clock.trainer = make_trainer(timer=clock, **arguments)
-    return clock.trainer
+    timer = Timer(seconds_of_step)
+    timer.trainer = make_trainer(timer=timer, **arguments)
+    return timer.trainer
 
 
 def test_train_with_slow_steps_bounds_loops_in_seconds():
@@ -1029,7 +1029,7 @@ def test_evaluators_follow_the_task_after_a_reset():
     ("names", "message"),
     [
         (("loss", "zeros"), r"\['accuracies'\].*Received: \['loss'\]"),
-        (("same", "same"), r"\['zeros'\].*\['accuracy', 'loss', 'same'\] are"),
+        (("same", "same"), r"\['zeros'\].*\['accuracy', 'loss', 'same'\]"),
     ],
 )
 def test_evaluators_with_names_that_are_taken_raise(names, message):
@@ -1295,7 +1295,7 @@ def test_restore_after_changes_logs_them(tmp_path, caplog):
     one = make_trainer(jit_compile=True)
     assert one.restore(make_checkpoints(one, tmp_path)) == 3
     replicas, jit_compile = warnings()
-    assert "replicas=2, and training continues with replicas=1" in replicas
+    assert "replicas=2, and training resumes with replicas=1" in replicas
     assert "jit_compile=False, and training contin" in jit_compile
     one.train(4)
 
@@ -1313,7 +1313,7 @@ def test_restore_with_another_number_of_hosts_logs_it(tmp_path, caplog):
     trainer.save(checkpoints)
     trainer.restore(checkpoints)
     (text,) = [r.getMessage() for r in caplog.records]
-    assert "hosts=2, and training continues with hosts=1" in text
+    assert "hosts=2, and training resumes with hosts=1" in text
     assert "the order of the examples may differ" in text
 
 

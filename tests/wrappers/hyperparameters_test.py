@@ -60,7 +60,9 @@ def test_seed_changes_the_noise_without_a_new_trace():
     [-1e-9, float("nan"), "much", "1", True, None, [1.0], -np.inf, np.inf],
 )
 def test_penalty_weight_must_be_a_finite_number_from_0_on(value):
-    with pytest.raises(ValueError, match="`penalty_weight`"):
+    # Without any, the weight follows from `num_examples`.
+    error = TypeError if value is None else ValueError
+    with pytest.raises(error, match="`penalty_weight`"):
         penalized(penalty_weight=value)
     wrapper = penalized(penalty_weight=0.5)
     wrapper.build((None, 2))
