@@ -1296,7 +1296,7 @@ def test_restore_after_changes_logs_them(tmp_path, caplog):
     assert one.restore(make_checkpoints(one, tmp_path)) == 3
     replicas, jit_compile = warnings()
     assert "replicas=2, and training resumes with replicas=1" in replicas
-    assert "jit_compile=False, and training contin" in jit_compile
+    assert "jit_compile=False, and training resumes" in jit_compile
     one.train(4)
 
 
