@@ -110,7 +110,7 @@ def test_sweep_progress_names_what_was_finished_before(toy_configs):
         shown.add(config, make_result())
     with shown:
         pass
-    assert "6 of 6 runs were finished before" in console.file.getvalue()
+    assert "6 of 6 runs are already finished" in console.file.getvalue()
 
 
 def test_sweep_progress_time_left_is_that_of_the_steps_left(toy_configs):
