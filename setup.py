@@ -103,7 +103,7 @@ setup(
     version=read_version(),
     description=(
         "Train sparse Keras 3 models: magnitude pruning, random pruning, "
-        "variational dropout and L0 regularisation, compared like for like."
+        "variational dropout and L0 regularization, compared like for like."
     ),
     long_description=read_readme(),
     long_description_content_type="text/markdown",

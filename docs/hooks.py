@@ -39,6 +39,8 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
             rf"\]\((\.\./)?(docs/)?{re.escape(source)}", f"]({name}", markdown
         )
     markdown = re.sub(r"\]\(docs/", "](", markdown)
+    # A note for the tests, not for readers.
+    markdown = markdown.replace("```python\n# slow\n", "```python\n")
     return re.sub(r"\]\((\w+)\.ipynb\)(?!{)", r"](\1.md)", markdown)
 
 

@@ -111,12 +111,14 @@ def _run(arguments: Sequence[str]) -> None:
     disk_use = sweeps.estimate_disk_use(
         configs, workdir, workers=launcher.workers, **options
     )
-    progress.console.print(
-        f"{len(configs)} runs in {workdir}. Their checkpoints will need "
-        f"{disk_use.final_bytes / 1e6:,.0f} MB, and up to "
-        f"{disk_use.temporary_bytes / 1e6:,.0f} MB more during training.",
-        soft_wrap=True,
-    )
+    text = f"{len(configs)} runs in {workdir}."
+    if disk_use.final_bytes or disk_use.temporary_bytes:
+        text += (
+            f" Their checkpoints will need {disk_use.final_bytes / 1e6:,.0f} MB"
+            f", and up to {disk_use.temporary_bytes / 1e6:,.0f} MB more during "
+            "training."
+        )
+    progress.console.print(text, soft_wrap=True)
     try:
         with StopRequest() as stop:
             sweeps.run_sweep(

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import math
 import re
+import sys
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -84,6 +85,10 @@ def _report(options: argparse.Namespace) -> SparsityReport:
         raise UsageError(
             f"--threshold must be a finite number. Received: {threshold}"
         )
+    if options.modules:
+        # The console script does not search the working directory by itself,
+        # as `python -m` does.
+        sys.path.append("")
     for module in options.modules:
         # A module may raise any error while it is imported.
         try:

@@ -211,6 +211,7 @@ class _Pool:
         self._stopping = False
         # Names of runs that were stopped and saved, and have not resumed.
         self._stopped: set[str] = set()
+        self._finished: set[str] = set()
 
     @property
     def busy(self) -> bool:
@@ -260,11 +261,15 @@ class _Pool:
         # A signal to all processes may have stopped workers already.
         running |= self._stopped
         self._stop_workers()
-        raise Stopped(
-            signum,
-            None,
-            f"{len(self._stopped)} of {len(running)} runs in progress saved",
-        )
+        unfinished = running - self._finished
+        if running and not unfinished:
+            message = "the runs in progress finished"
+        else:
+            message = (
+                f"{len(self._stopped)} of {len(unfinished)} runs in progress "
+                "saved"
+            )
+        raise Stopped(signum, None, message)
 
     def _stop_workers(self) -> None:
         """Lets all workers save their runs and end."""
@@ -331,6 +336,7 @@ class _Pool:
         worker.run = None
         if kind == "finished":
             self._stopped.discard(run.name)
+            self._finished.add(run.name)
             self._progress.finish(run.name, content)
         elif kind == "in_use":
             self._runs_in_use.append(run)

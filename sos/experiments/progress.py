@@ -16,6 +16,8 @@ from sos.training.reporting import ProgressBar, Summary, format_duration
 
 # Seconds between two lines if the output is not a terminal.
 _LINE_INTERVAL = 15.0
+# Steps after which the time left is estimated, if 1 % of all steps is more.
+_STEPS_TO_ESTIMATE = 1000
 
 
 class SweepProgress:
@@ -166,7 +168,9 @@ class SweepProgress:
     def seconds_left(self) -> float | None:
         """Estimates the time left in seconds; None while it is unknown."""
         steps = self._completed_steps() - self._steps_before
-        if steps < 1:
+        # The first steps take long, as functions are traced.
+        enough = (self._total_steps() - self._steps_before) // 100
+        if steps < min(max(enough, 1), _STEPS_TO_ESTIMATE):
             return None
         elapsed = self._timer() - self._begin
         return elapsed / steps * (self._total_steps() - self._completed_steps())

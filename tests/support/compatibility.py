@@ -84,26 +84,30 @@ TEXT = """\
 
 `python -m tests.support.compatibility --write` writes this page. It makes every
 layer of Keras that has weights, and KerasHub models of tiny configurations,
-sparse with `sos.sparsify`, and trains them for one step in `fit` with
-`sos.SparsityCallback`.
+sparse with `sos.sparsify`, and trains each for one step in `fit` with
+`sos.SparsityCallback`. The columns:
 
-**Masks, VD, L0**: a technique of each family (`MagnitudePruning`, for
-`RandomPruning` and `FixedMask` too; `VariationalDropout`; `L0Regularization`).
-They work if the model keeps its class, the loss is finite, every weight that is
-made sparse can have zeros, and the outputs in evaluation are equal, bit for
-bit, to those of the model from `sos.strip` and of the model loaded from a
-`.keras` file.
+- **Masks**, **VD**, **L0**: `MagnitudePruning` (for `RandomPruning` and
+  `FixedMask` too), `VariationalDropout` and `L0Regularization`. A technique
+  works if the model keeps its class, the loss is finite, every weight that is
+  made sparse can have zeros, and the outputs in evaluation are equal, bit for
+  bit, to those of the model from `sos.strip` and of the model loaded from a
+  `.keras` file.
+- **Multiply-adds**: whether `sos.sparsity_report` knows how many each weight
+  takes part in, for inputs of known sizes.
 
-In training VD and L0 sample. *each* means that every example, and every
-position of it, gets a sample of its own; *step* that all examples of a step
-share one sample of the weight. Exceptions are named after that. L0 samples
-weights once a step, as its authors do, except rows that are looked up.
-`sos.extend.register_use` says what a layer of your own does with a weight, so
-that VD samples it for each. *refused* means that, at this point, `sos` raises
-an error that says what to do instead.
+The entries:
 
-**Multiply-adds**: whether `sos.sparsity_report` knows how many each weight
-takes part in, for inputs of known sizes.
+- *yes*: it works.
+- *each*: it works, and in training every example, and every position of it,
+  gets a noise sample of its own.
+- *step*: it works, and in training all examples of a step share one sample of
+  the weight. L0 does so as its authors do, except for rows that are looked up.
+  For VD, `sos.extend.register_use` turns *step* into *each* in a layer of your
+  own.
+- *refused*: `sos` raises an error, in the call in parentheses, that says what to
+  do instead.
+- After a semicolon: the weights for which it differs.
 
 Keras {keras}, KerasHub {keras_hub}.
 
