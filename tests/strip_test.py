@@ -98,7 +98,7 @@ def assert_same(received, expected):
 
 
 def state_of(layer):
-    """What Keras and TensorFlow know of a layer and those in it."""
+    """Returns what Keras and TensorFlow track of a layer and its sublayers."""
     found = []
     for inner in layer._flatten_layers():
         signature = str(inner._call_signature)
