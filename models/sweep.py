@@ -112,12 +112,17 @@ def _run(arguments: Sequence[str]) -> None:
         configs, workdir, workers=launcher.workers, **options
     )
     text = f"{len(configs)} runs in {workdir}."
-    if disk_use.final_bytes or disk_use.temporary_bytes:
+    kept, further = (
+        f"{size / 1e6:,.0f} MB"
+        for size in (disk_use.final_bytes, disk_use.temporary_bytes)
+    )
+    if further != "0 MB":
         text += (
-            f" Their checkpoints will need {disk_use.final_bytes / 1e6:,.0f} MB"
-            f", and up to {disk_use.temporary_bytes / 1e6:,.0f} MB more during "
-            "training."
+            f" Their checkpoints will need {kept}, and up to {further} more "
+            "during training."
         )
+    elif kept != "0 MB":
+        text += f" Their checkpoints will need {kept}."
     progress.console.print(text, soft_wrap=True)
     try:
         with StopRequest() as stop:

@@ -105,8 +105,8 @@ The entries:
   the weight. L0 does so as its authors do, except for rows that are looked up.
   For VD, `sos.extend.register_use` turns *step* into *each* in a layer of your
   own.
-- *refused*: `sos` raises an error, in the call in parentheses, that says what to
-  do instead.
+- *refused*: the call in parentheses raises an error that says what to do
+  instead.
 - After a semicolon: the weights for which it differs.
 
 Keras {keras}, KerasHub {keras_hub}.
