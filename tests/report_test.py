@@ -324,6 +324,10 @@ def test_command_on_what_it_cannot_read_exits_with_one_line(tmp_path, capsys):
     assert "holds no masks" in fails(capsys, plain)
     nan = fails(capsys, plain, "--threshold=nan")
     assert "--threshold must be a finite number" in nan
+    masked = tmp_path / "masked.keras"
+    sos.prune(recurrent(), 0.5).save(masked)
+    unused = fails(capsys, masked, "--threshold=2")
+    assert "variational dropout" in unused and "--threshold=2.0" in unused
     assert "No module named" in fails(capsys, plain, "--import=no_such_module")
     assert "--import ''" in fails(capsys, plain, "--import=")
     assert "--import '.x'" in fails(capsys, plain, "--import=.x")

@@ -97,13 +97,22 @@ def _report(options: argparse.Namespace) -> SparsityReport:
             _fail(f"--import {module!r} failed", error)
     path = options.file
     if path.suffix == ".keras" and path.is_file():
-        return _report_of_model(path, threshold)
-    prefix = _checkpoint_prefix(path)
-    # Damaged files raise many kinds of errors.
-    try:
-        return SparsityReport(path.name, _Checkpoint(prefix).rows(threshold))
-    except Exception as error:
-        _fail(f"{prefix} cannot be read as a checkpoint", error)
+        report = _report_of_model(path, threshold)
+    else:
+        prefix = _checkpoint_prefix(path)
+        # Damaged files raise many kinds of errors.
+        try:
+            rows = _Checkpoint(prefix).rows(threshold)
+        except Exception as error:
+            _fail(f"{prefix} cannot be read as a checkpoint", error)
+        report = SparsityReport(path.name, rows)
+    techniques = {row["technique"] for row in report.rows}
+    if threshold is not None and VariationalDropout.__name__ not in techniques:
+        raise UsageError(
+            "--threshold needs weights under variational dropout, which "
+            f"{path} does not have. Received: --threshold={threshold}"
+        )
+    return report
 
 
 def _fail(message: str, error: Exception) -> NoReturn:
