@@ -57,17 +57,14 @@ CASES = {
 
 
 def cases():
-    """The encoder, and others of which the fast tests have one."""
+    """All models; the fast tests have the encoder only."""
     result = []
     for make in MODELS:
         for technique in CASES[make.__name__]:
-            fast = make is encoder or (
-                make is MODELS[1] and technique is sos.MagnitudePruning
-            )
             case = pytest.param(
                 make,
                 technique,
-                marks=[pytest.mark.slow] * (not fast),
+                marks=[pytest.mark.slow] * (make is not encoder),
                 id=f"{make.__name__}-{technique.__name__}",
             )
             result.append(case)

@@ -51,9 +51,15 @@ def _has_examples(path, slow):
 
 
 # One process, as importing TensorFlow takes longer than most examples.
-def test_examples_of_all_pages_run(tmp_path):
-    pages = [path for path in PAGES if _has_examples(path, slow=False)]
+def test_examples_of_all_pages_but_the_readme_run(tmp_path):
+    pages = [path for path in PAGES[1:] if _has_examples(path, slow=False)]
     result = _run_examples(pages, tmp_path)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.slow
+def test_examples_of_the_readme_run(tmp_path):
+    result = _run_examples([README], tmp_path)
     assert result.returncode == 0, result.stdout
 
 

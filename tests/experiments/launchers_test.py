@@ -73,6 +73,7 @@ def test_trainer_cache_shared_run_has_the_bits_of_one_alone(
 # Worker processes, each of which imports TensorFlow: two jobs show everything.
 
 
+@pytest.mark.slow
 def test_local_launcher_two_workers_train_all_runs_until_a_bug(
     toy_configs, finished, tmp_path, monkeypatch
 ):

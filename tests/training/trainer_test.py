@@ -38,6 +38,8 @@ class TrainerSaliency(sos.extend.PruningWrapper):
 
 
 TECHNIQUES = [*techniques.NAMES, "TrainerSaliency"]
+# Techniques whose masks are trained with as those of magnitude pruning are.
+SIMILAR = ("FixedMask", "RandomPruning")
 
 
 def one_device():
@@ -462,8 +464,9 @@ def test_train_in_any_loops_gives_the_same_bits(
             pytest.param(
                 technique,
                 {},
-                marks=[pytest.mark.oldest]
-                * (technique in ("MagnitudePruning", "VariationalDropout")),
+                marks=pytest.mark.slow
+                if technique in (None, *SIMILAR, "L0Regularization")
+                else pytest.mark.oldest,
             )
             for technique in [None, *techniques.NAMES]
         ),
@@ -542,7 +545,16 @@ def traces(trainer):
 @pytest.mark.parametrize(
     ("technique", "replicas"),
     [
-        *((technique, 1) for technique in [None, *TECHNIQUES]),
+        # The fast tests have masks, noise and gathered gradients.
+        *(
+            pytest.param(
+                technique,
+                1,
+                marks=[pytest.mark.slow]
+                * (technique in (None, *SIMILAR, "L0Regularization")),
+            )
+            for technique in [None, *TECHNIQUES]
+        ),
         ("L0Regularization", 2),
     ],
 )
