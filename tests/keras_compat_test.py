@@ -73,7 +73,7 @@ def test_kernel_of_a_layer_without_adapters_is_its_variable():
     assert keras_compat.kernel(layer) is layer.kernel
 
 
-def test_accept_training_of_a_layer_lets_models_hand_it_on():
+def test_add_training_argument_of_a_layer_lets_models_hand_it_on():
     given = []
 
     class Quiet(layers.Layer):
@@ -140,7 +140,7 @@ def test_training_of_call_is_that_of_the_call_around():
     assert found == [False, True, True]
 
 
-def test_is_after_shapes_in_symbolic_calls_alone():
+def test_only_infers_shapes_in_symbolic_calls_alone():
     seen = []
 
     class Watch(layers.Layer):
@@ -298,7 +298,7 @@ def test_set_mask_reaches_the_next_layer():
     )
 
 
-def test_reduced_state_of_a_layer_makes_it_again():
+def test_pickle_state_of_a_layer_makes_it_again():
     layer = layers.Dense(2, name="dense")
     layer.build((None, 3))
     function, *arguments = keras_compat.pickle_state(layer.__reduce__())
@@ -377,7 +377,7 @@ def test_remove_sublayer_leaves_no_trace_in_a_built_layer():
     assert [id(v) for v in layer.weights] == [id(v) for v in weights]
 
 
-def test_restore_call_undoes_accept_training():
+def test_restore_call_undoes_add_training_argument():
     class Plain(layers.Layer):
         def call(self, inputs):
             return inputs

@@ -39,39 +39,19 @@ USES = {
     "subclassed model",
 }
 
-# Every layer under variational dropout, which differs by how a layer uses its
-# weight. The slow tests add all of one technique with masks and of L0. Other
-# techniques with masks run the code of the first for all layers but one, and
-# `identity_test.py` has every layer under `FixedMask`.
+# In the fast tests, one layer for each use of a weight. The slow tests add all
+# layers of three techniques; others with masks run the code of the first.
 FAST = {
     sos.MagnitudePruning: USES,
     sos.RandomPruning: {"Dense"},
     sos.FixedMask: {"Dense"},
+    sos.VariationalDropout: USES,
     sos.L0Regularization: USES,
 }
 SLOW = {sos.RandomPruning: set(), sos.FixedMask: set()}
 
 # Traced in the fast tests, beside those of `test_all_layers_train_in_a_trace`.
 TRACED = {"Dense", "LSTM masked", "own layer"}
-
-RARE = {
-    "ConvLSTM1D",
-    "ConvLSTM2D",
-    "ConvLSTM3D",
-    "GRUCell",
-    "GroupQueryAttention",
-    "LSTMCell",
-    "Pipeline",
-    "RNN",
-    "ReversibleEmbedding",
-    "ReversibleEmbedding untied",
-    "STFTSpectrogram",
-    "SimpleRNNCell",
-    "SpectralNormalization",
-    "SpectralNormalization Conv2D",
-    "StackedRNNCells",
-    "direct read",
-}
 
 
 def around(name, layer):
@@ -104,13 +84,15 @@ def is_refused(technique, name):
 def each_case():
     cases = []
     for technique in techniques.TECHNIQUES:
-        fast = FAST.get(technique, CASES.keys() - RARE)
+        fast = FAST.get(technique, USES)
         for name in fast | SLOW.get(technique, CASES.keys()):
             if not is_refused(technique, name):
                 case = pytest.param(
                     technique,
                     name,
-                    marks=[pytest.mark.slow] * (name not in fast),
+                    marks=pytest.mark.oldest
+                    if name in fast
+                    else pytest.mark.slow,
                     id=f"{technique.__name__}-{name}",
                 )
                 cases.append(case)
@@ -136,7 +118,6 @@ def test_layer_that_assigns_to_a_sampled_weight_raises(technique):
         techniques.train(around(name, layer), CASES[name].arrays())
 
 
-@pytest.mark.oldest
 @pytest.mark.parametrize("technique, name", each_case())
 def test_wrapped_layer_trains_evaluates_and_is_saved(technique, name, tmp_path):
     keras.utils.set_random_seed(0)

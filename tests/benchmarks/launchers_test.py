@@ -1,8 +1,11 @@
+import pytest
+
 from benchmarks import launchers
 from tests.support import benchmarks
 from tests.support.toy_experiment import SerialLauncher
 
 
+@pytest.mark.slow
 def test_launchers_prints_one_report_of_all_ways(monkeypatch):
     monkeypatch.setattr(launchers, "LocalLauncher", SerialLauncher)
     report = benchmarks.run(

@@ -1,6 +1,9 @@
+import pytest
+
 from tests.support import benchmarks
 
 
+@pytest.mark.slow
 def test_mask_update_prints_one_report_of_all_contestants():
     report = benchmarks.run("mask_update", "--model=convnet", "--repeats=1")
     assert report["tensors"] == 5

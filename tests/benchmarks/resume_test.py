@@ -1,6 +1,9 @@
+import pytest
+
 from tests.support import benchmarks
 
 
+@pytest.mark.slow
 def test_resume_prints_one_report_of_all_contestants():
     report = benchmarks.run(
         "resume", "--model=small", "--records=100", "--repeats=1"
