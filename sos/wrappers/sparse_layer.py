@@ -180,7 +180,8 @@ class SparseLayer:
             super().load_own_variables(store)
 
 
-keras.saving.register_keras_serializable("sos", "SparseLayer")(SparseLayer)
+_register = keras.saving.register_keras_serializable("sos", "SparseLayer")
+_register(SparseLayer)
 
 
 def plain_class(layer: keras.layers.Layer) -> type:
@@ -558,8 +559,12 @@ def _sparse_class(plain: type) -> type:
             "__module__": __name__,
         },
     )
-    # All are registered by one name: each has the `from_config` for all.
-    return keras.saving.register_keras_serializable("sos", "SparseLayer")(new)
+    # All have one name, and that name means the mixin, whose `from_config` is
+    # that of all: libraries such as KerasHub look for subclasses of a class
+    # among the registered ones.
+    _register(new)
+    _register(SparseLayer)
+    return new
 
 
 def _call(layer: Any, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -181,7 +181,7 @@ def check_lost(worker):
     assert worker.wait(PROMPT) == 1
     print(f"noticed after {time.monotonic() - begin:.1f} s")
     (error,) = [x for x in worker.output.splitlines() if x.startswith("FATAL")]
-    assert "A worker of this job ended" in error
+    assert "Another worker ended" in error
     assert "Start all workers again" in error
     assert "Traceback" not in worker.output
 

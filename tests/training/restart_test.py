@@ -98,7 +98,7 @@ def fail_on_a_full_disk(workdir):
     error = program.output[program.output.index("FATAL") :]
     assert re.search(r"The checkpoint of step \d+ could not be written", error)
     # The path, the reason, and nothing of the operation that failed.
-    assert error.count("File too large. The newest one is of step") == 1
+    assert error.count("File too large. The newest checkpoint is of step") == 1
     assert "node" not in error
     assert "Free disk space" in error
     assert contents(workdir) == before

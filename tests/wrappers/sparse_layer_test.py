@@ -286,3 +286,12 @@ def test_report_time_distributed_composite_is_sampled_as_a_whole():
     sparse = sos.sparsify(model, "VariationalDropout", penalty_weight=1.0)
     notes = [row["reason"] for row in sos.sparsity_report(sparse).rows]
     assert notes == ["sampled as a whole", "rank 1", "", "rank 1"]
+
+
+def test_sparse_classes_are_no_registered_subclasses():
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    sparse = sos.sparsify(model, "FixedMask", sparsity=0.5)
+    cls = type(sparse.layers[0])
+    assert keras.saving.get_registered_name(cls) == "sos>SparseLayer"
+    # KerasHub takes any of them that derives from the class it looks for.
+    assert cls not in keras.saving.get_custom_objects().values()
