@@ -1,9 +1,10 @@
-"""What all tests share.
+"""Configuration of all tests.
 
-A quiet TensorFlow on a CPU that counts as two devices, for MirroredStrategy;
-patient Hypothesis.
+TensorFlow is quiet and sees the CPU as two devices, for MirroredStrategy;
+Hypothesis has no deadline; imported modules are not garbage-collected.
 """
 
+import gc
 import os
 import signal
 
@@ -34,3 +35,10 @@ hypothesis.settings.register_profile(
     "sos", deadline=None, derandomize=True, print_blob=True
 )
 hypothesis.settings.load_profile("sos")
+
+
+def pytest_collection_finish():
+    # A full collection would visit the objects of every imported module, some
+    # in memory that the machine has reclaimed since, which takes up to a minute.
+    gc.collect()
+    gc.freeze()

@@ -181,7 +181,7 @@ class FixedPattern(rankings.Ranking):
 
 
 def undecided_everywhere(ranking, scores, sparsity, jit_compile=True):
-    """What host, eager and traced code find, which must be the same."""
+    """Results of host, eager and traced code, which must be equal."""
     sparsities = [sparsity] * len(scores)
 
     def on_device(scores):
