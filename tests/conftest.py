@@ -38,7 +38,7 @@ hypothesis.settings.load_profile("sos")
 
 
 def pytest_collection_finish():
-    # A full collection would visit the objects of every imported module, some
-    # in memory that the machine has reclaimed since, which takes up to a minute.
+    # A full collection would visit the objects of every imported module. Where
+    # the machine has reclaimed their memory since, it can take a minute.
     gc.collect()
     gc.freeze()
