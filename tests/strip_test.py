@@ -164,6 +164,8 @@ def test_strip_in_place_leaves_nothing_of_the_techniques(
     assert len(sos.get_masks(sos.prune(model, 0.5, copy=False))) > 1
 
 
+# A full collection can take long at the end of many tests.
+@pytest.mark.slow
 def test_strip_in_place_frees_the_variables_of_the_techniques():
     sparse = sparse_of(mlp, "VariationalDropout")
     references = [
