@@ -16,33 +16,7 @@ from sos.errors import UsageError
 from sos.wrappers import sparse_layer
 from sos.wrappers.base import find_wrappers
 from tests.support import techniques
-
-
-def mlp():
-    keras.utils.set_random_seed(0)
-    return keras.Sequential(
-        [
-            keras.Input((6,)),
-            layers.Dense(8, activation="relu", name="first"),
-            layers.Dense(4, name="last"),
-        ],
-        name="net",
-    )
-
-
-def branches():
-    """A shared layer, a nested model, attention and a recurrent layer."""
-    keras.utils.set_random_seed(0)
-    inputs = keras.Input((5, 6))
-    shared = layers.Dense(6, name="shared")
-    inner_inputs = keras.Input((5, 6))
-    inner = keras.Model(
-        inner_inputs, layers.Dense(6, name="deep")(inner_inputs), name="inner"
-    )
-    x = shared(inner(shared(inputs)))
-    x = layers.MultiHeadAttention(2, 3, name="attention")(x, x)
-    x = layers.LSTM(4, name="lstm")(x)
-    return keras.Model(inputs, layers.Dense(2, name="head")(x), name="net")
+from tests.support.small_models import branches, mlp
 
 
 @keras.saving.register_keras_serializable(package="strip_test")
