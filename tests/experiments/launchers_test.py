@@ -158,10 +158,15 @@ def test_local_launcher_worker_killed_stopped_and_stopped_with_its_parent(
                 wait_until(lambda: last_step(killed, tmp_path))
                 send_to_workers(signal.SIGKILL)
                 wait_until(lambda: finished_step(good))
-            wait_until(lambda: last_step(stopped, tmp_path))
-            send_to_workers(signal.SIGTERM)
-            # The worker that takes its place goes on with it.
-            wait_until(lambda: finished_step(held))
+            # The worker that takes its place trains `held`, unless that was
+            # found in use a moment ago; otherwise it goes on with `stopped`.
+            while not finished_step(held):
+                step = last_step(stopped, tmp_path)
+                wait_until(
+                    lambda step=step: last_step(stopped, tmp_path) > step
+                    or finished_step(held)
+                )
+                send_to_workers(signal.SIGTERM)
             steps.append(last_step(stopped, tmp_path))
             wait_until(lambda: last_step(stopped, tmp_path) > steps[0])
             # As Ctrl-C does, which reaches all processes of a group.
