@@ -148,12 +148,12 @@ def _report(
         return
     paths = [workdir / results.TABLE]
     results.write_table(paths[-1], runs)
-    # A task may lack this metric.
-    if all("accuracy" in run.result.metrics for run in runs):
-        paths.append(workdir / results.TRADEOFF)
-        figures.save_tradeoff(paths[-1], runs)
-    paths.append(workdir / results.LAYERWISE)
-    figures.save_layerwise(paths[-1], runs, _LAYERWISE_SPARSITY.value)
+    study = figures.Study(runs, _LAYERWISE_SPARSITY.value)
+    for spec in figures.FIGURES:
+        figure = spec.draw(study)
+        if figure is not None:
+            paths.append(workdir / f"{spec.name}.png")
+            figures.save_png(figure, paths[-1])
     progress.console.print(summary_table(runs))
     progress.console.print()
     for path in paths:

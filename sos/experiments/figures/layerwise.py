@@ -1,0 +1,156 @@
+"""The sparsity of each layer."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sos.experiments.figures.curves import (
+    Curve,
+    draw_bars,
+    group_curves,
+    marker_style,
+    seeds_caption,
+)
+from sos.experiments.figures.style import (
+    SPARSITIES,
+    STYLE,
+    log_axis,
+    new_figure,
+)
+from sos.experiments.results import FinishedRun
+from sos.experiments.runs import Result
+
+# Density at which a layer without weights is drawn, the end of the axis.
+_LEAST_DENSITY = 1e-3
+# The names of more layers are drawn at an angle.
+_MAX_HORIZONTAL_NAMES = 8
+
+
+def draw_layerwise(runs: Iterable[FinishedRun], sparsity: float) -> Figure:
+    """Draws the sparsity of each layer, a curve for each label.
+
+    Draws those runs of each label whose mean sparsity over seeds is nearest to
+    `sparsity`; the legend shows their sparsity. With several seeds, the points
+    are means, and bars extend from the lowest to the highest value. Layers are
+    in the order of the network. Densities below a thousandth are drawn as a
+    thousandth.
+
+    Args:
+        runs: Finished runs.
+        sparsity: Overall sparsity at which to compare, in [0, 1].
+
+    Returns:
+        The figure.
+    """
+    curves = [
+        dataclasses.replace(curve, points=[_nearest(curve.points, sparsity)])
+        for curve in group_curves(runs)
+        if not curve.dense
+    ]
+    sizes = {
+        weight.path: weight.size
+        for curve in curves
+        for result in curve.points[0]
+        for weight in result.weights
+    }
+    with matplotlib.rc_context(STYLE):
+        long = len(sizes) > _MAX_HORIZONTAL_NAMES
+        width = max(6.4, 1.0 + 0.36 * len(sizes))
+        figure, axes = new_figure(width, 5.6 if long else 4.8)
+        log_axis(axes, "y", SPARSITIES)
+        for i, curve in enumerate(curves):
+            # Side by side, to not hide each other.
+            shift = 0.15 * (i - (len(curves) - 1) / 2)
+            _draw_profile(axes, curve, sizes, shift, 4.5 if long else 5.5)
+        _end_at_a_tick(axes)
+        axes.set_ylabel("Sparsity of the layer (density on a log scale)")
+        axes.set_xlabel("Layer, with its number of weights")
+        axes.set_xlim(-0.5, max(len(sizes), 1) - 0.5)
+        axes.grid(visible=False, axis="x")
+        _name_layers(axes, sizes)
+        if sizes:
+            caption = seeds_caption(curves)
+            figure.legend(
+                loc="outside upper center",
+                ncols=3 if long else 2,
+                title="Overall sparsity in brackets"
+                + (f". {caption}" if caption else ""),
+            )
+    return figure
+
+
+def _draw_profile(
+    axes: Axes,
+    curve: Curve,
+    sizes: Mapping[str, int],
+    shift: float,
+    markersize: float,
+) -> None:
+    (group,) = curve.points
+    densities: dict[str, list[float]] = {}
+    for result in group:
+        for weight in result.weights:
+            density = max(1 - weight.sparsity, _LEAST_DENSITY)
+            densities.setdefault(weight.path, []).append(density)
+    if not densities:
+        return
+    positions = {path: i + shift for i, path in enumerate(sizes)}
+    x = [positions[path] for path in densities]
+    y = [np.mean(values) for values in densities.values()]
+    draw_bars(axes, curve, x, y, along="y", values=densities.values())
+    overall = np.mean([result.sparsity for result in group])
+    axes.plot(
+        x,
+        y,
+        color=curve.colour,
+        linestyle=curve.line,
+        **marker_style(curve),
+        markersize=markersize,
+        linewidth=1.0,
+        label=f"{curve.label} ({overall:.1%})",
+        zorder=3,
+    )
+
+
+def _nearest(
+    points: Iterable[Sequence[Result]], sparsity: float
+) -> Sequence[Result]:
+    """Returns the results of the point with the nearest mean sparsity."""
+    return min(
+        points,
+        key=lambda group: abs(
+            np.mean([result.sparsity for result in group]) - sparsity
+        ),
+    )
+
+
+def _end_at_a_tick(axes: Axes) -> None:
+    """Moves the upper end of the y axis to a tick."""
+    bottom, _ = axes.get_ylim()
+    ticks = axes.get_yticks()
+    # The least density that is drawn; infinite without curves.
+    least = axes.dataLim.y0
+    top = max((tick for tick in ticks if tick <= least), default=ticks[-1])
+    labels = [f"{100 * (1 - tick):.4g}%" for tick in ticks]
+    labels[-1] = f"≥ {labels[-1]}"
+    axes.set_yticks(ticks, labels)
+    # Leaves room for half a marker.
+    axes.set_ylim(bottom, 0.93 * top)
+
+
+def _name_layers(axes: Axes, sizes: Mapping[str, int]) -> None:
+    horizontal = len(sizes) <= _MAX_HORIZONTAL_NAMES
+    labels = []
+    for path, size in sizes.items():
+        count = f"{size:,}" if size < 10_000 else f"{size / 1000:,.0f}k"
+        separator = "\n" if horizontal else "  "
+        labels.append(f"{path.removesuffix('/kernel')}{separator}{count}")
+    axes.set_xticks(range(len(labels)), labels)
+    if not horizontal:
+        axes.tick_params(axis="x", labelrotation=55, labelsize=7.5)
+        for label in axes.get_xticklabels():
+            label.set(ha="right", rotation_mode="anchor")

@@ -1,0 +1,81 @@
+"""One style for all figures: colours, markers and axes."""
+
+from collections.abc import Sequence
+
+from matplotlib import ticker
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+import sos
+
+# Colours that people with any kind of colour blindness can distinguish (Okabe
+# and Ito 2008), each with a marker for prints in grey.
+COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
+# For variants of one technique, such as those with other rules.
+LINES = ("-", (0, (4, 1.5)), (0, (1.5, 1.5)))
+DENSE_COLOUR = "#444444"
+# Colours that figures in a page of HTML take from its theme, and its CSS
+# variables.
+INK, GRID, PAPER = "#222222", "#e4e4e4", "#fffffe"
+CSS_COLOURS = {INK: "--ink", GRID: "--grid", PAPER: "--paper"}
+# Ticks in percent. Both figures draw density on a log scale, where 90, 95 and
+# 98 % sparsity are as far apart as 50, 75 and 90 %.
+SPARSITIES = (0, 30, 50, 70, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9)
+STYLE = {
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.labelsize": 10,
+    "axes.linewidth": 0.8,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.family": ["DejaVu Sans"],  # It comes with matplotlib.
+    "font.size": 9,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "legend.handlelength": 2.4,
+    "legend.title_fontsize": 8,
+    "lines.markeredgecolor": PAPER,
+    "lines.markeredgewidth": 0.7,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.width": 0.8,
+    "ytick.major.width": 0.8,
+}
+
+
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """Makes a figure of one plot; the size is in inches."""
+    # Without pyplot, which holds figures and may need a display.
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def log_axis(axes: Axes, name: str, percents: Sequence[float]) -> None:
+    """Sets a log scale of 1 - p with ticks of p, the highest last."""
+    axes.set(**{f"{name}scale": "log"})
+    axis = axes.xaxis if name == "x" else axes.yaxis
+    axis.set_inverted(True)
+    axis.set_major_locator(ticker.FixedLocator([1 - p / 100 for p in percents]))
+    axis.set_major_formatter(lambda value, _: f"{100 * (1 - value):.4g}%")
+    axis.set_minor_locator(ticker.NullLocator())
+
+
+def technique_style(technique: str | None) -> tuple[str, str]:
+    """Returns the colour and the marker of a technique, in every figure.
+
+    Args:
+        technique: Its name; None for models that are sparse by rules alone.
+    """
+    registered = list(sos.extend.techniques())
+    index = len(registered)
+    if technique in registered:
+        index = registered.index(technique)
+    return COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
