@@ -11,7 +11,10 @@ import sos
 from configs import fashion_mnist
 from sos.errors import StorageError
 from sos.experiments import figures, sweeps
+from sos.experiments.config import plain, run_name
+from sos.experiments.results import FinishedRun
 from sos.experiments.runs import WeightSparsity
+from tests.support.results import make_result
 
 # Matplotlib warns of what it cannot draw.
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
@@ -57,11 +60,14 @@ def results():
         if wanted.technique == "L0Regularization":
             layers = (0.2 + 0.1 * seed, 1.0, 0.5)
         runs.append(
-            make_run(
-                expanded,
-                sparsity=sparsity if wanted.technique else None,
-                accuracy=0.88 - 0.1 * sparsity + 0.02 * seed,
-                weights=_weights(layers),
+            FinishedRun(
+                name=run_name(expanded),
+                config=plain(expanded),
+                result=make_result(
+                    sparsity=sparsity if wanted.technique else None,
+                    accuracy=0.88 - 0.1 * sparsity + 0.02 * seed,
+                    weights=_weights(layers),
+                ),
             )
         )
     return runs
