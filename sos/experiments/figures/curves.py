@@ -1,12 +1,18 @@
 """Runs, grouped into curves."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
 from matplotlib.axes import Axes
 
-from sos.experiments.figures.style import DENSE_STYLE, Style, technique_style
+from sos.experiments.figures.style import (
+    DENSE_STYLE,
+    Style,
+    branch_style,
+    technique_style,
+)
 from sos.experiments.results import FinishedRun
 
 
@@ -36,7 +42,7 @@ def group_curves(runs: Iterable[FinishedRun]) -> list[Curve]:
     for run in runs:
         label_points = points.setdefault(run.label, {})
         label_points.setdefault(run.point, []).append(run)
-    variants: dict[str | None, int] = {}
+    variants: collections.Counter[tuple] = collections.Counter()
     curves = []
     for label, groups in points.items():
         groups = list(groups.values())
@@ -44,9 +50,15 @@ def group_curves(runs: Iterable[FinishedRun]) -> list[Curve]:
         if run.result.sparsity is None:
             style = DENSE_STYLE
         else:
-            variant = variants.get(run.technique, 0)
-            variants[run.technique] = variant + 1
-            style = technique_style(run.technique, variant)
+            # The technique of a branch may be that of its trunk, or one that
+            # only keeps its mask.
+            key = (run.branch, None if run.branch else run.technique)
+            style = (
+                branch_style(run.branch, variants[key])
+                if run.branch
+                else technique_style(run.technique, variants[key])
+            )
+            variants[key] += 1
         curves.append(Curve(label=label, points=groups, style=style))
     return curves
 

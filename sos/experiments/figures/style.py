@@ -17,6 +17,12 @@ _COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
 # For variants of one technique, such as those with other rules.
 _LINES = ("-", (0, (4, 1.5)), (0, (1.5, 1.5)))
+# Those of branches, which are drawn beside techniques: far from the colours of
+# these (7B5CD6 to 8C564B differ from them by 11 or more in CIELAB, also as seen
+# by the colour-blind), and light enough for a dark page.
+_BRANCH_COLOURS = ("#7B5CD6", "#D4A6C8", "#9C2E6E", "#999933", "#8C564B")
+_BRANCH_MARKERS = ("*", "d", "<", "p", ">", "8")
+_BRANCH_LINES = ((0, (6, 1.5, 1.2, 1.5)), (0, (3, 1.2, 1.2, 1.2)), (0, (1, 1)))
 # Colours that figures in a page of HTML take from its theme, and its CSS
 # variables.
 INK, GRID, PAPER, DENSE = "#222222", "#e4e4e4", "#fffffe", "#444444"
@@ -104,6 +110,32 @@ def technique_style(technique: str | None, variant: int = 0) -> Style:
         marker=_MARKERS[index % len(_MARKERS)],
         filled=variant == 0,
         line=_LINES[variant % len(_LINES)],
+    )
+
+
+def branch_style(name: str, variant: int = 0) -> Style:
+    """Returns the style of a branch, the same in every figure.
+
+    Args:
+        name: The name with which the branch is registered.
+        variant: Number of the variant, such as one with other options. Those
+            from 1 on are lighter, with open markers and other lines.
+    """
+    registered = (
+        "scratch",
+        "augmented_init",
+        "lottery_ticket",
+        "random_mask",
+        "transferred_profile",
+    )
+    index = len(registered)
+    if name in registered:
+        index = registered.index(name)
+    return Style(
+        colour=_lighter(_BRANCH_COLOURS[index % len(_BRANCH_COLOURS)], variant),
+        marker=_BRANCH_MARKERS[index % len(_BRANCH_MARKERS)],
+        filled=variant == 0,
+        line=_BRANCH_LINES[variant % len(_BRANCH_LINES)],
     )
 
 

@@ -4,10 +4,8 @@ import pytest
 
 from configs import fashion_mnist
 from sos.experiments import sweeps
-from sos.experiments.config import plain, run_name
-from sos.experiments.results import FinishedRun
 from tests.support.figures import weights
-from tests.support.results import make_result
+from tests.support.results import make_run
 
 
 @pytest.fixture(scope="package")
@@ -32,14 +30,11 @@ def runs():
         if wanted.technique == "L0Regularization":
             layers = (0.2 + 0.1 * seed, 1.0, 0.5)
         found.append(
-            FinishedRun(
-                name=run_name(expanded),
-                config=plain(expanded),
-                result=make_result(
-                    sparsity=sparsity if wanted.technique else None,
-                    accuracy=0.88 - 0.1 * sparsity + 0.02 * seed,
-                    weights=weights(layers),
-                ),
+            make_run(
+                expanded,
+                sparsity=sparsity if wanted.technique else None,
+                accuracy=0.88 - 0.1 * sparsity + 0.02 * seed,
+                weights=weights(layers),
             )
         )
     return found
