@@ -35,6 +35,8 @@ FEW_SEEDS = (
     "sparsities with two seeds each contains it in 9 of 10."
 )
 
+#: Topic of the findings that are not the paper's.
+BEST = "Best technique"
 # From this sparsity on, sparsity is high.
 _HIGH = 0.9
 
@@ -47,15 +49,17 @@ class Finding:
 
     Attributes:
         statement: The statement.
+        topic: What it is about, to group findings.
         verdict: Whether it holds for these runs.
         measured: What `estimate` is, in points of percent.
         estimate: The mean difference; None if the statement is not tested.
         interval: Its 95 % interval; None without several seeds.
         evidence: The numbers behind the verdict.
-        paper: What the paper found, if it differs between its two models.
+        paper: What the paper found, where its models or techniques differ.
     """
 
     statement: str
+    topic: str = ""
     verdict: Verdict
     measured: str
     estimate: float | None = None
@@ -86,10 +90,14 @@ def findings(
     """
     study = _Study(runs, eval_examples)
     return [
-        *_best_techniques(study),
-        *_techniques(study),
-        *_layers(study),
-        *_branches(study),
+        dataclasses.replace(finding, topic=topic)
+        for topic, find in (
+            (BEST, _best_techniques),
+            ("Techniques", _techniques),
+            ("Sparsity of layers", _layers),
+            ("The mask without its weights", _branches),
+        )
+        for finding in find(study)
     ]
 
 
@@ -324,14 +332,12 @@ def _best_technique(study: _Study, sparsity: float) -> Finding | None:
     }
     total = compared[others[0]].total
     close = [o for o in others if compared[o].verdict() != "holds"]
-    evidence = ", ".join(
-        f"{label} {means[label]:.1f} %" for label in (best, *others)
-    )
-    evidence += "."
+    numbers = [f"{label} {means[label]:.1f} %" for label in (best, *others)]
+    evidence = f"Means: {'; '.join(numbers)}."
     if total.interval is None:
         evidence += " One seed gives no interval."
     elif close:
-        evidence += f" Not clearly below the best: {', '.join(close)}."
+        evidence += f" Not clearly below the best: {'; '.join(close)}."
     return Finding(
         statement=f"At {_percent(sparsity)} sparsity, {best} is best",
         verdict="undecided" if close else "holds",
@@ -409,7 +415,7 @@ def _density_of_ends(run: FinishedRun) -> float | None:
 
 
 def _branches(study: _Study) -> list[Finding]:
-    scratch = study.branches("scratch", multiplier=1)
+    scratch = study.branches("scratch", multiplier=1, learning_rate="scale")
     longer = study.branches("scratch", learning_rate="scale")
     longer = [run for run in longer if run not in scratch]
     augmented = study.branches("augmented_init", multiplier=1)
@@ -449,7 +455,6 @@ def _branches(study: _Study) -> list[Finding]:
             "The trunk's mask is better than a random one with the same "
             "sparsity of each layer",
             "accuracy, scratch-e minus random mask",
-            paper="Not part of it.",
         ),
     ]
 

@@ -1,4 +1,4 @@
-"""Tables of a study for readers."""
+"""Accuracy by technique and sparsity, as a table for readers."""
 
 import dataclasses
 import statistics
@@ -9,36 +9,56 @@ from sos.experiments.results import FinishedRun
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
-    """A table of texts.
+class Cell:
+    """Accuracies in percent of runs that differ only in their seeds."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        text = f"{self.mean:.1f}"
+        if self.low == self.high:
+            return text
+        return f"{text} ({self.low:.1f}–{self.high:.1f})"
+
+
+@dataclasses.dataclass(frozen=True)
+class AccuracyTable:
+    """Accuracy by technique and sparsity.
 
     Attributes:
-        headings: Headings of the columns.
-        rows: The rows; the first text of each is its heading.
+        sparsities: Headings of the columns, as texts.
+        rows: A label, and a cell or None for each sparsity.
     """
 
-    headings: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    sparsities: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[Cell | None]]]
 
     def markdown(self) -> str:
         """Returns the table in Markdown."""
-        lines = [self.headings, ["---", *["---:"] * (len(self.headings) - 1)]]
-        return "\n".join(
-            "| " + " | ".join(row) + " |" for row in [*lines, *self.rows]
-        )
+        rows = [
+            ["", *self.sparsities],
+            ["---", *["---:"] * len(self.sparsities)],
+            *(
+                [label, *(str(c or "") for c in cells)]
+                for label, cells in self.rows
+            ),
+        ]
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def accuracy_table(runs: Iterable[FinishedRun]) -> Table:
+def accuracy_table(runs: Iterable[FinishedRun]) -> AccuracyTable:
     """Returns the accuracy by technique and sparsity.
 
     Args:
         runs: Finished runs, in the order of the table.
 
     Returns:
-        A table with a row for each label, and columns for dense networks and
-        the sparsities of the study. A cell has the mean over seeds and, of
-        several, the range, in percent. Between two points of a technique
-        accuracy is linear in the logarithm of the density.
+        A table with a row for each label that has accuracies, and columns for
+        dense networks and the sparsities of the study. A cell has the mean over
+        seeds and the range. Between two points of a technique, accuracy is
+        linear in the logarithm of the density.
     """
     runs = list(runs)
     sparsities = comparisons.target_sparsities(runs)
@@ -48,22 +68,21 @@ def accuracy_table(runs: Iterable[FinishedRun]) -> Table:
     rows = []
     for label, group in labels.items():
         dense = [
-            accuracy
-            for run in group
-            if run.result.sparsity is None
-            and (accuracy := comparisons.accuracy(run)) is not None
+            comparisons.accuracy(r) for r in group if r.result.sparsity is None
         ]
         values = comparisons.by_sparsity(group, sparsities)
-        cells = [dense, *([*values.get(s, {}).values()] for s in sparsities)]
-        rows.append([label, *map(_mean_and_range, cells)])
-    headings = ["technique", "dense", *(f"{100 * s:.4g} %" for s in sparsities)]
-    return Table(headings, rows)
+        columns = [
+            [accuracy for accuracy in dense if accuracy is not None],
+            *([*values.get(s, {}).values()] for s in sparsities),
+        ]
+        if any(columns):
+            rows.append((label, [*map(_cell, columns)]))
+    return AccuracyTable(
+        ["dense", *(f"{100 * s:.4g} %" for s in sparsities)], rows
+    )
 
 
-def _mean_and_range(values: Sequence[float]) -> str:
+def _cell(values: Sequence[float]) -> Cell | None:
     if not values:
-        return ""
-    text = f"{statistics.fmean(values):.1f}"
-    if len(values) == 1:
-        return text
-    return f"{text} ({min(values):.1f}–{max(values):.1f})"
+        return None
+    return Cell(statistics.fmean(values), min(values), max(values))

@@ -41,7 +41,10 @@ _CURVES = {
 }
 _SPARSITIES = (0.5, 0.9, 0.98)
 _BRANCHES = {
-    "scratch-e": (-0.02, {"name": "scratch", "multiplier": 1}),
+    "scratch-e": (
+        -0.02,
+        {"name": "scratch", "multiplier": 1, "learning_rate": "scale"},
+    ),
     "scratch-b": (
         -0.01,
         {"name": "scratch", "multiplier": 2, "learning_rate": "scale"},
