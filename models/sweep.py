@@ -7,12 +7,14 @@ For example, the study on Fashion-MNIST with fewer steps:
 
 Each run has its own directory in the work directory. If the sweep is stopped
 and started again, it skips finished runs and resumes those in progress. It
-writes results.csv, layerwise.png and, for a task with the metric accuracy,
-tradeoff.png.
+writes results.csv, figures and report.html, which has all of them.
 """
 
 import os
 import pathlib
+import shlex
+import sys
+import traceback
 from collections.abc import Sequence
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -29,10 +31,11 @@ from absl import app, flags
 
 from models.config_flag import ConfigFlag
 from sos.errors import UsageError
-from sos.experiments import figures, results, sweeps
-from sos.experiments.config import run_name
+from sos.experiments import figures, report, results, sweeps
+from sos.experiments.config import resolve, run_name
 from sos.experiments.launchers import LocalLauncher
 from sos.experiments.progress import SweepProgress, summary_table
+from sos.experiments.task import make_task
 from sos.training import main as training_main
 from sos.training.signals import StopRequest
 
@@ -102,7 +105,8 @@ def _run(arguments: Sequence[str]) -> None:
         return
     workdir = pathlib.Path(_WORKDIR.value).expanduser()
     results.check_outputs(
-        workdir, [f"{spec.name}.png" for spec in figures.FIGURES]
+        workdir,
+        [report.REPORT, *(f"{spec.name}.png" for spec in figures.FIGURES)],
     )
     progress = SweepProgress()
     launcher = LocalLauncher(_WORKERS.value)
@@ -144,19 +148,39 @@ def _run(arguments: Sequence[str]) -> None:
 def _report(
     progress: SweepProgress, workdir: pathlib.Path, names: Sequence[str]
 ) -> None:
-    """Writes the table and the figures of the finished runs."""
+    """Writes the table, the figures and the report of the finished runs."""
     runs = results.collect(workdir, names)
     if not runs:
         return
     paths = [workdir / results.TABLE]
     results.write_table(paths[-1], runs)
+    progress.console.print(summary_table(runs))
     study = figures.Study(runs, _LAYERWISE_SPARSITY.value)
+    drawn = []
     for spec in figures.FIGURES:
-        figure = spec.draw(study)
+        # A fault in one figure, which may be due to a user's task, must not
+        # lose the others.
+        try:
+            figure = spec.draw(study)
+        except Exception:
+            traceback.print_exc()
+            progress.console.print(
+                f"The figure {spec.name} could not be drawn; see above.",
+                soft_wrap=True,
+            )
+            continue
         if figure is not None:
+            drawn.append((spec, figure))
             paths.append(workdir / f"{spec.name}.png")
             figures.save_png(figure, paths[-1])
-    progress.console.print(summary_table(runs))
+    paths.append(workdir / report.REPORT)
+    report.write_report(
+        paths[-1],
+        study,
+        drawn,
+        command=shlex.join(["python", "-m", "models.sweep", *sys.argv[1:]]),
+        eval_examples=make_task(resolve(runs[0].config)).eval_examples,
+    )
     progress.console.print()
     for path in paths:
         progress.console.print(f"Wrote {path}", soft_wrap=True)

@@ -34,6 +34,9 @@ class ExperimentTask(Task):
             nor the model's graph uses it. Hyperparameters that are a
             `sos.extend.Hyperparameter` or belong to a pruning schedule
             qualify.
+        eval_examples: Number of evaluation examples, if known. Conclusions of
+            a study compare differences to the standard error that it gives an
+            accuracy.
 
     Raises:
         UsageError: If `config.parent` is set, and the task does not override
@@ -65,6 +68,7 @@ class ExperimentTask(Task):
     """
 
     runtime_entries: tuple[str, ...] = ()
+    eval_examples: int | None = None
 
     def __init__(self, config: ml_collections.ConfigDict) -> None:
         if (

@@ -13,7 +13,7 @@ ARGUMENTS = (
     "--config=configs/fashion_mnist.py:dense,train_steps=6",
     "--config.batch_size=32",
 )
-FILES = ("results.csv", "tradeoff.png", "layerwise.png")
+FILES = ("results.csv", "tradeoff.png", "layerwise.png", "report.html")
 TWO_RUNS = "--select=^(dense|random_pruning_sparsity-0.9)_seed-0"
 # What is wrong, and what the error has to name.
 MISTAKES = [
@@ -62,14 +62,16 @@ def check_study(ended, workdir):
         rows = list(csv.DictReader(file))
     assert [row["label"] for row in rows] == ["dense", "random pruning"]
     assert {row["seed"] for row in rows} == {"0"}
-    for name in FILES[1:]:
+    for name in FILES[1:-1]:
         height, width, _ = matplotlib.image.imread(workdir / name).shape
         assert min(height, width) > 500
     lines = output.splitlines()
     assert "2 runs in" in lines[0]
     assert "MB" in lines[0]
     assert sum("/2  " in line for line in lines) == 2
-    assert [f"Wrote {workdir / name}" in lines for name in FILES] == 3 * [True]
+    assert [f"Wrote {workdir / name}" in lines for name in FILES] == len(
+        FILES
+    ) * [True]
     assert "WARNING" not in output
 
 
@@ -97,7 +99,9 @@ def test_sweep_command_lines_do_what_they_ask_for(tmp_path):
     assert code == 0, output
     assert "nothing to train" in output
     lines = output.splitlines()
-    assert [f"Wrote {workdir / name}" in lines for name in FILES] == 3 * [True]
+    assert [f"Wrote {workdir / name}" in lines for name in FILES] == len(
+        FILES
+    ) * [True]
     for log in workdir.glob("*/train.jsonl"):
         steps = [r["step"] for r in processes.records(log.parent)]
         assert len(steps) == len(set(steps)) + 1
