@@ -38,6 +38,12 @@ STUDY_REQUIRES = [
     "ml-collections>=1.0,<2",
     # Figures.
     "matplotlib>=3.8,<4",
+    # The page of a study.
+    "jinja2>=3.1,<4",
+    # Tables of results: filters, means over seeds.
+    "pandas>=2.2,<4",
+    # Writes and reads tables as Parquet files.
+    "pyarrow>=18,<27",
 ]
 
 # What the tests import besides all of the above.
@@ -55,6 +61,8 @@ TEST_REQUIRES = [
     # Only on test machines, as it brings tensorflow-text and clients of model
     # hubs. Its models change from one minor release to the next.
     "keras-hub>=0.32,<0.33",
+    # Drives the system's Chromium, to test the page of a study.
+    "playwright>=1.55,<2",
     # Runs the notebook.
     "nbclient>=0.10,<1",
     "nbformat>=5.10,<6",

@@ -101,7 +101,9 @@ def _run(arguments: Sequence[str]) -> None:
         print(*map(run_name, configs), sep="\n")
         return
     workdir = pathlib.Path(_WORKDIR.value).expanduser()
-    results.check_outputs(workdir)
+    results.check_outputs(
+        workdir, [f"{spec.name}.png" for spec in figures.FIGURES]
+    )
     progress = SweepProgress()
     launcher = LocalLauncher(_WORKERS.value)
     # This process builds the networks to estimate their size. It must leave the

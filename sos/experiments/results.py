@@ -2,9 +2,10 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,6 @@ from sos.experiments.runs import Result, read_config, read_result
 from sos.files import atomic_write, storage_errors
 
 TABLE = "results.csv"
-TRADEOFF = "tradeoff.png"
-LAYERWISE = "layerwise.png"
 # First columns of every table. Other files are not replaced.
 _FIRST_COLUMNS = ("name", "label")
 
@@ -31,11 +30,16 @@ class FinishedRun:
         name: Name of the directory.
         config: The complete config.
         result: The result.
+        directory: Path of the directory.
+        parent: The run that this one started from; None if it started from
+            none, or that one is not finished in the same work directory.
     """
 
     name: str
     config: Mapping[str, Any]
     result: Result
+    directory: str
+    parent: "FinishedRun | None" = dataclasses.field(default=None, repr=False)
 
     @property
     def label(self) -> str:
@@ -48,36 +52,75 @@ class FinishedRun:
         return self.config["sparsity"]["technique"]
 
     @property
+    def branch(self) -> str | None:
+        """Name of the branch; None for a run that starts from no other."""
+        # Runs of older versions have no such entry.
+        return self.config.get("branch", {}).get("name")
+
+    @property
+    def target_sparsity(self) -> float | None:
+        """The sparsity that the technique, or that of the parent, had to reach.
+
+        None if it has no required hyperparameter `sparsity`, as techniques
+        with a penalty.
+        """
+        sparsity = self.config["sparsity"]
+        value = None
+        if "sparsity" in config_lib.required_hyperparameters(sparsity):
+            value = sparsity["sparsity"]
+        elif self.parent is not None:
+            value = self.parent.target_sparsity
+        # A technique may take another form of sparsity, such as "2:4".
+        return value if isinstance(value, float | int) else None
+
+    @property
     def point(self) -> tuple:
-        """Key that is equal for runs that differ only in their seeds."""
+        """Key that is equal for runs that differ only in their seeds.
+
+        The parents of such runs may differ in their seeds, too.
+        """
         values = config_lib.flatten(self.config)
         for name in ("seed", *config_lib.IGNORED_ENTRIES):
             values.pop(name, None)
-        return (self.label, *(f"{k}={v}" for k, v in sorted(values.items())))
+        if self.parent is not None:
+            values["parent"] = self.parent.point
+        # Without None: the default of entries that older runs lack.
+        return (
+            self.label,
+            *(f"{k}={v}" for k, v in sorted(values.items()) if v is not None),
+        )
 
     @property
     def hyperparameters(self) -> str:
-        """Values of the required hyperparameters, for tables."""
+        """Values of the required hyperparameters, for tables.
+
+        If there are none, those of the parent.
+        """
         sparsity = self.config["sparsity"]
+        names = config_lib.required_hyperparameters(sparsity)
+        if not names and self.parent is not None:
+            return self.parent.hyperparameters
         return ", ".join(
-            config_lib.format_value(sparsity[name])
-            for name in config_lib.required_hyperparameters(sparsity)
+            config_lib.format_value(sparsity[name]) for name in names
         )
 
 
 def collect(
-    workdir: str | os.PathLike, names: Collection[str] | None = None
+    workdir: str | os.PathLike | Iterable[str | os.PathLike],
+    names: Collection[str] | None = None,
 ) -> list[FinishedRun]:
-    """Reads the finished runs in a directory.
+    """Reads the finished runs in one or several directories.
 
     Args:
-        workdir: Directory of the runs; may be a `gs://` path.
+        workdir: Directory of the runs, or several; may be `gs://` paths.
         names: Names of the runs to read; by default all.
 
     Returns:
         A list of `sos.experiments.results.FinishedRun`, with `label`, `config`
         and `result`, ordered by technique (dense runs first, then in the order
-        of registration), label, hyperparameters and seed.
+        of registration, branches of other runs last), label, hyperparameters
+        and seed. A run that several directories contain is there once, from
+        the first of them.
 
     Raises:
         StorageError: If a file is damaged or cannot be read.
@@ -96,22 +139,47 @@ def collect(
     ...     print(run.label, run.result.step)
     magnitude pruning 2
     """
-    workdir = os.path.expanduser(os.fspath(workdir))
+    if isinstance(workdir, str | os.PathLike):
+        workdir = [workdir]
+    runs: dict[str, FinishedRun] = {}
+    for path in workdir:
+        for run in _collect(os.path.expanduser(os.fspath(path)), names):
+            runs.setdefault(run.name, run)
+    return sorted(runs.values(), key=_order)
+
+
+def _collect(
+    workdir: str, names: Collection[str] | None
+) -> Iterator[FinishedRun]:
+    """Yields the finished runs in a directory."""
     if names is None:
         names = []
         if tf.io.gfile.isdir(workdir):
             names = [n.rstrip("/") for n in tf.io.gfile.listdir(workdir)]
-    runs = []
-    for name in names:
+
+    @functools.cache
+    def read(name: str) -> FinishedRun | None:
         directory = os.path.join(workdir, name)
         config, result = read_config(directory), read_result(directory)
-        if config is not None and result is not None:
-            run = FinishedRun(name=name, config=config, result=result)
-            if run.technique not in (None, *sos.extend.techniques()):
-                # The user's: importing the task registers it.
-                config_lib.load_task(config["task"])
-            runs.append(run)
-    return sorted(runs, key=_order)
+        if config is None or result is None:
+            return None
+        if config["sparsity"]["technique"] not in (
+            None,
+            *sos.extend.techniques(),
+        ):
+            # The user's: importing the task registers it.
+            config_lib.load_task(config["task"])
+        # A name, or the path of a directory that may have moved since.
+        parent = os.path.basename((config["parent"] or "").rstrip("/"))
+        return FinishedRun(
+            name=name,
+            config=config,
+            result=result,
+            directory=directory,
+            parent=read(parent) if parent else None,
+        )
+
+    return filter(None, map(read, names))
 
 
 def _order(run: FinishedRun) -> tuple:
@@ -120,9 +188,11 @@ def _order(run: FinishedRun) -> tuple:
         sparsity[name] for name in config_lib.required_hyperparameters(sparsity)
     ]
     return (
+        run.branch is not None,
         [None, *sos.extend.techniques()].index(run.technique),
         run.label,
         hyperparameters,
+        () if run.parent is None else _order(run.parent),
         run.config["seed"],
         run.name,
     )
@@ -181,20 +251,21 @@ def write_table(path: Path, runs: Sequence[FinishedRun]) -> None:
         writer.writerows(table)
 
 
-def check_outputs(workdir: Path) -> None:
-    """Checks that a table and figures would replace only such files.
+def check_outputs(workdir: Path, names: Iterable[str]) -> None:
+    """Checks that the table and further files would replace only such files.
 
     Args:
-        workdir: Directory of the runs, the table and the figures.
+        workdir: Directory of the runs and of the files.
+        names: Names of the files that are written besides the table.
 
     Raises:
         StorageError: If another file would be replaced.
     """
     _check_table(workdir / TABLE)
-    for name in (TRADEOFF, LAYERWISE):
+    for name in names:
         path = workdir / name
         if path.exists() and not (workdir / TABLE).exists():
-            raise _foreign_file_error(path, "a figure of runs")
+            raise _foreign_file_error(path, "a figure or report of runs")
 
 
 def _check_table(path: Path) -> None:

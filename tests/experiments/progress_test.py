@@ -1,3 +1,4 @@
+import dataclasses
 import io
 
 import pytest
@@ -5,23 +6,14 @@ from rich.console import Console
 
 from sos.experiments import progress
 from sos.experiments.config import plain, resolve, run_name
-from sos.experiments.results import FinishedRun
 from sos.training.reporting import Summary
-from tests.support.results import make_result
+from tests.support.results import make_result, make_run
 
 
 def _text(table, width=80):
     console = Console(file=io.StringIO(), width=width)
     console.print(table)
     return console.file.getvalue()
-
-
-def _finished(config, **changes):
-    return FinishedRun(
-        name=run_name(config),
-        config=plain(config),
-        result=make_result(**changes),
-    )
 
 
 def _summary(step, **changes):
@@ -38,7 +30,7 @@ def _summary(step, **changes):
 
 def test_summary_table_has_the_mean_over_seeds(toy_configs):
     runs = [
-        _finished(
+        make_run(
             config,
             sparsity=0.9 + 0.002 * config.seed,
             accuracy=0.8 + 0.03 * config.seed,
@@ -58,7 +50,7 @@ def test_summary_table_has_the_mean_over_seeds(toy_configs):
 
 
 def test_summary_table_of_one_seed_is_plain(toy_configs):
-    runs = [_finished(config) for config in toy_configs[::2]]
+    runs = [make_run(config) for config in toy_configs[::2]]
     text = _text(progress.summary_table(runs))
     assert "±" not in text
     assert "seeds" not in text
@@ -66,14 +58,14 @@ def test_summary_table_of_one_seed_is_plain(toy_configs):
 
 
 def test_summary_table_some_seeds_missing(toy_configs):
-    runs = [_finished(config) for config in toy_configs[:3]]
+    runs = [make_run(config) for config in toy_configs[:3]]
     text = _text(progress.summary_table(runs))
     assert "mean of 1 to 2 seeds" in text
     assert text.count("±") == 1 + 2
 
 
 def test_summary_table_task_without_accuracy(toy_configs):
-    runs = [_finished(toy_configs[0], metrics={"bleu": 27.0}, sparsity=None)]
+    runs = [make_run(toy_configs[0], metrics={"bleu": 27.0}, sparsity=None)]
     assert "dense" in _text(progress.summary_table(runs))
 
 
@@ -150,7 +142,8 @@ def test_run_title_hyperparameter_may_be_a_text(toy_configs, monkeypatch):
     config = plain(toy_configs[2])
     config["sparsity"]["sparsity"] = "2:4"
     assert progress.run_title(config) == "magnitude pruning 2:4, seed 0"
-    run = FinishedRun(name="x", config=config, result=make_result())
+    run = make_run(toy_configs[2])
+    run = dataclasses.replace(run, config=config)
     assert run.hyperparameters == "2:4"
 
 

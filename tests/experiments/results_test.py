@@ -81,6 +81,67 @@ def test_point_is_the_same_for_seeds_and_whatever_is_kept(finished):
     assert first.point == second.point == kept.point != other.point
 
 
+@pytest.fixture
+def with_branches(copy):
+    """A directory with a branch of each pruned run; its trunk, the branch."""
+
+    def read():
+        runs = {run.label: run for run in results.collect(copy)}
+        return runs["magnitude pruning"], runs["scratch-e"]
+
+    for run in results.collect(copy)[2:4]:
+        config = {
+            **run.config,
+            "sparsity": {"technique": "FixedMask", "rules": []},
+            "branch": {"name": "scratch", "multiplier": 1},
+            "label": "scratch-e",
+            # Its place when the branch was trained.
+            "parent": f"/elsewhere/{run.name}",
+            "seed": run.config["seed"] + 1000,
+        }
+        directory = shutil.copytree(
+            copy / run.name, copy / f"branch_{run.config['seed']}"
+        )
+        (directory / "config.json").write_text(json.dumps(config))
+    return copy, read
+
+
+def test_collect_branch_has_its_parent_and_its_target(with_branches):
+    copy, read = with_branches
+    trunk, branch = read()
+    assert branch.parent == trunk
+    assert (trunk.branch, branch.branch) == (None, "scratch")
+    assert branch.target_sparsity == trunk.target_sparsity == 0.8
+    assert branch.hyperparameters == trunk.hyperparameters == "0.8"
+    assert branch.directory == str(copy / branch.name)
+    assert results.collect(copy)[-1] == branch
+
+
+def test_point_of_branches_is_the_same_for_seeds_of_parents(with_branches):
+    copy, _ = with_branches
+    *_, first, second = results.collect(copy)
+    assert first.parent.name != second.parent.name
+    assert first.point == second.point != first.parent.point
+
+
+def test_collect_branch_without_its_parent_is_read(with_branches):
+    copy, read = with_branches
+    shutil.rmtree(copy / read()[0].name)
+    shutil.rmtree(copy / results.collect(copy)[2].name)
+    branch = results.collect(copy)[-1]
+    assert branch.parent is branch.target_sparsity is None
+    assert branch.hyperparameters == ""
+
+
+def test_collect_several_directories_has_each_run_once(finished, copy):
+    runs = results.collect(finished)
+    shutil.rmtree(copy / runs[0].name)
+    assert results.collect([copy, finished]) == [
+        dataclasses.replace(run, directory=str(directory / run.name))
+        for run, directory in zip(runs, [finished] + 5 * [copy], strict=True)
+    ]
+
+
 def test_collect_damaged_result_raises(copy):
     run = results.collect(copy)[3]
     (copy / run.name / "result.json").write_text("{")
@@ -149,18 +210,16 @@ def test_write_table_without_room_raises_and_keeps_the_file(
     assert path.read_text() == before
 
 
-@pytest.mark.parametrize(
-    "name", ["results.csv", "tradeoff.png", "layerwise.png"]
-)
+@pytest.mark.parametrize("name", ["results.csv", "tradeoff.png"])
 def test_check_outputs_files_of_something_else_raise(tmp_path, name):
-    results.check_outputs(tmp_path)
+    results.check_outputs(tmp_path, ["tradeoff.png"])
     (tmp_path / name).write_text("mine")
     with pytest.raises(StorageError, match=name):
-        results.check_outputs(tmp_path)
+        results.check_outputs(tmp_path, ["tradeoff.png"])
     assert os.listdir(tmp_path) == [name]
 
 
 def test_check_outputs_own_files_pass(finished, tmp_path):
     results.write_table(tmp_path / "results.csv", results.collect(finished))
     shutil.copy(tmp_path / "results.csv", tmp_path / "tradeoff.png")
-    results.check_outputs(tmp_path)
+    results.check_outputs(tmp_path, ["tradeoff.png"])

@@ -1,5 +1,7 @@
 """Results of runs, as if they had been trained."""
 
+from sos.experiments.config import plain, run_name
+from sos.experiments.results import FinishedRun
 from sos.experiments.runs import Result
 
 
@@ -16,4 +18,15 @@ def make_result(accuracy=0.85, **changes):
             "versions": {"sos": "0"},
             **changes,
         }
+    )
+
+
+def make_run(config, *, parent=None, **changes):
+    """A finished run of a resolved config, with changes to its result."""
+    return FinishedRun(
+        name=run_name(config),
+        config=plain(config),
+        result=make_result(**changes),
+        directory=f"runs/{run_name(config)}",
+        parent=parent,
     )
