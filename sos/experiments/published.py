@@ -30,7 +30,7 @@ class Reference:
         title: Model and data set.
         metric: Name of the metric of runs that is comparable with the scores.
         scale: Factor from this metric to a score.
-        score: What a score is, with its unit.
+        score: Name of the score, with its unit.
         collapsed: Scores below this one are those of runs that learned nothing.
     """
 
@@ -51,7 +51,7 @@ REFERENCES = {
             title="ResNet-50 on ImageNet",
             metric="accuracy",
             scale=100,
-            score="top-1 accuracy in percent",
+            score="top-1 accuracy (%)",
             collapsed=1.0,
         ),
         Reference(
@@ -125,6 +125,11 @@ class PublishedPoint:
     collapsed: int
     settings: str
     source: str
+
+    @property
+    def nonuniform(self) -> bool:
+        """Whether layers have different sparsities by hand."""
+        return self.label.startswith("non-uniform")
 
 
 def get_reference(name: str) -> Reference:

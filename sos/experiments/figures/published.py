@@ -1,0 +1,340 @@
+"""The published results of the paper, alone and with the runs of a study."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sos.experiments import published
+from sos.experiments.comparison import scored_runs
+from sos.experiments.figures.curves import Curve, draw_bars, group_curves
+from sos.experiments.figures.style import (
+    DENSE_STYLE,
+    INK,
+    STYLE,
+    Style,
+    branch_style,
+    log_axis,
+    new_figure,
+    technique_style,
+)
+from sos.experiments.published import PublishedPoint, PublishedScore, Reference
+from sos.experiments.results import FinishedRun
+
+_SPARSITIES = (0, 30, 50, 60, 70, 80, 90, 95, 98, 99)
+# Lowest score of the axis, by model. Lower ones are counted in a note.
+_LOWEST = {"resnet50": 36.0, "transformer": 8.0}
+# Variants of branches, by the end of their labels, with their lines.
+_LONG, _HELD = "scratch-b", "hold"
+_LONG_LINE = (0, (4, 1.5))
+
+T = TypeVar("T", PublishedPoint, PublishedScore)
+
+
+def draw_all_scores(model: str) -> Figure:
+    """Draws all published scores of a model against sparsity.
+
+    Each score of a technique is a faint point, and lines join those that no
+    other score of the technique exceeds at this sparsity or a higher one. What
+    was repeated (dense models, scratch runs, lottery tickets) is drawn as its
+    mean and standard deviation. A note counts the scores below the axis.
+
+    Args:
+        model: One of `sos.experiments.published.REFERENCES`.
+
+    Returns:
+        The figure.
+
+    Raises:
+        UsageError: If there is no such model.
+    """
+    reference = published.get_reference(model)
+    techniques = _by_label(
+        s for s in published.load(model) if s.technique and not s.branch
+    )
+    points = _by_label(published.best(model))
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _new_axes(reference)
+        _draw_dense(axes, points["dense"])
+        # The longest first, not to cover the others.
+        for scores in sorted(techniques.values(), key=len, reverse=True):
+            _draw_scores(axes, scores)
+        for series in points.values():
+            if series[0].nonuniform:
+                _draw_line(axes, series)
+            elif series[0].branch and _HELD not in series[0].label:
+                _draw_means(axes, series, linestyle="")
+        _set_limits(axes, reference)
+        axes.legend(
+            loc="lower left",
+            title="In brackets: number of scores",
+            alignment="left",
+        )
+        figure.supxlabel(_below(techniques, reference), fontsize=7.5)
+    return figure
+
+
+def draw_branches(model: str) -> Figure:
+    """Draws the published scratch runs and lottery tickets of a model.
+
+    Means and standard deviations, beside the best magnitude pruning, whose
+    masks they have, and dense models. Means are without collapsed runs.
+
+    Args:
+        model: One of `sos.experiments.published.REFERENCES`.
+
+    Returns:
+        The figure.
+
+    Raises:
+        UsageError: If there is no such model.
+    """
+    reference = published.get_reference(model)
+    points = _by_label(published.best(model))
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _new_axes(reference)
+        _draw_dense(axes, points["dense"])
+        _draw_line(axes, points["magnitude pruning"])
+        drawn = [
+            series
+            for label, series in points.items()
+            if series[0].branch and _HELD not in label
+        ]
+        for series in drawn:
+            _draw_means(axes, series)
+        axes.legend(loc="lower left")
+        figure.supxlabel(_repeats(drawn, reference), fontsize=7.5)
+    return figure
+
+
+def draw_runs(
+    model: str, runs: Iterable[FinishedRun], metric: str | None = None
+) -> Figure:
+    """Draws runs over the best published scores of a model.
+
+    Published results are thin. With several seeds, the points of the runs are
+    means, and bars extend from the lowest to the highest value.
+
+    Args:
+        model: One of `sos.experiments.published.REFERENCES`.
+        runs: Finished runs.
+        metric: Name of their metric; by default that of the model.
+
+    Returns:
+        The figure.
+
+    Raises:
+        UsageError: If there is no such model, or no run has the metric.
+    """
+    reference = published.get_reference(model)
+    scored = scored_runs(runs, reference, metric)
+    scores = {run.directory: score for run, score in scored}
+    points = _by_label(published.best(model))
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _new_axes(reference)
+        _draw_dense(axes, points["dense"])
+        for series in points.values():
+            if series[0].technique and _HELD not in series[0].label:
+                _draw_line(axes, series, markersize=3.5, alpha=0.5)
+        for curve in group_curves(run for run, _ in scored):
+            _draw_curve(axes, curve, scores)
+        _set_limits(axes, reference, min(scores.values()))
+        axes.legend(loc="lower left", ncols=2)
+    return figure
+
+
+def _by_label(items: Iterable[T]) -> dict[str, list[T]]:
+    groups: dict[str, list[T]] = {}
+    for item in items:
+        groups.setdefault(item.label, []).append(item)
+    return groups
+
+
+def _new_axes(reference: Reference) -> tuple[Figure, Axes]:
+    figure, axes = new_figure(7.0, 5.0)
+    log_axis(axes, "x", _SPARSITIES)
+    axes.set_xlabel("Sparsity (density on a log scale)")
+    axes.set_ylabel(reference.score[0].upper() + reference.score[1:])
+    axes.set_title(reference.title, fontsize=10)
+    return figure, axes
+
+
+def _set_limits(
+    axes: Axes, reference: Reference, lowest: float = math.inf
+) -> None:
+    lowest = min(_LOWEST[reference.name], lowest - 1)
+    axes.set_ylim(lowest, axes.dataLim.y1 + 0.02 * (axes.dataLim.y1 - lowest))
+
+
+def _style(item: PublishedPoint | PublishedScore) -> Style:
+    if not item.technique:
+        return DENSE_STYLE
+    if not item.branch:
+        variant = int(item.label.startswith("non-uniform"))
+        return technique_style(item.technique, variant)
+    style = branch_style(item.branch)
+    if _LONG in item.label:
+        return dataclasses.replace(style, filled=False, line=_LONG_LINE)
+    return style
+
+
+def _draw_dense(axes: Axes, points: Sequence[PublishedPoint]) -> None:
+    (dense,) = points
+    axes.axhline(
+        dense.score,
+        color=DENSE_STYLE.colour,
+        linestyle=DENSE_STYLE.line,
+        linewidth=1.2,
+        zorder=1.6,
+        label=f"dense ({dense.runs})",
+    )
+    axes.axhspan(
+        dense.score - dense.sd,
+        dense.score + dense.sd,
+        color=DENSE_STYLE.colour,
+        alpha=0.15,
+        linewidth=0,
+        zorder=1.5,
+    )
+
+
+def _draw_scores(axes: Axes, scores: Sequence[PublishedScore]) -> None:
+    style = _style(scores[0])
+    axes.plot(
+        [1 - score.sparsity for score in scores],
+        [score.score for score in scores],
+        color=style.colour,
+        linestyle="",
+        marker="o",
+        markersize=2.2,
+        markeredgewidth=0,
+        alpha=0.25,
+        zorder=1.8,
+    )
+    front = pareto_front(scores)
+    axes.plot(
+        [1 - score.sparsity for score in front],
+        [score.score for score in front],
+        **style.plot_arguments,
+        markersize=4,
+        markevery=0.03,
+        linewidth=1.5,
+        zorder=3,
+        label=f"{scores[0].label} ({len(scores):,})",
+    )
+
+
+def pareto_front(scores: Iterable[PublishedScore]) -> list[PublishedScore]:
+    """Returns the scores that none at the same or a higher sparsity exceeds.
+
+    Args:
+        scores: Scores.
+
+    Returns:
+        Those on the front, by falling sparsity.
+    """
+    front: list[PublishedScore] = []
+    for score in sorted(scores, key=lambda s: (-s.sparsity, -s.score)):
+        if not front or score.score > front[-1].score:
+            front.append(score)
+    return front
+
+
+def _draw_line(
+    axes: Axes, points: Sequence[PublishedPoint], **arguments: float
+) -> None:
+    axes.plot(
+        [1 - point.sparsity for point in points],
+        [point.score for point in points],
+        **_style(points[0]).plot_arguments,
+        **{"markersize": 5, "linewidth": 1.5, "zorder": 3, **arguments},
+        label=points[0].label,
+    )
+
+
+def _draw_means(
+    axes: Axes, points: Sequence[PublishedPoint], **arguments: str
+) -> None:
+    style = _style(points[0])
+    axes.errorbar(
+        [1 - point.sparsity for point in points],
+        [point.score for point in points],
+        yerr=[point.sd for point in points],
+        **{**style.plot_arguments, **arguments},
+        markersize=5,
+        linewidth=1.2,
+        elinewidth=1.0,
+        capsize=2.5,
+        zorder=3.5,
+        label=points[0].label,
+    )
+
+
+def _draw_curve(axes: Axes, curve: Curve, scores: Mapping[str, float]) -> None:
+    label = f"{curve.label} (yours)"
+    groups = [
+        [run for run in group if run.result.sparsity != 1]
+        for group in curve.points
+    ]
+    y = [[scores[run.directory] for run in group] for group in groups if group]
+    means = [float(np.mean(values)) for values in y]
+    if curve.dense:
+        axes.axhline(
+            np.mean(means),
+            color=INK,
+            linewidth=1.6,
+            zorder=3.6,
+            label=label,
+        )
+        return
+    x = [
+        [1 - run.result.sparsity for run in group] for group in groups if group
+    ]
+    centres = [math.exp(np.mean(np.log(values))) for values in x]
+    draw_bars(axes, curve, centres, means, along="x", values=x)
+    draw_bars(axes, curve, centres, means, along="y", values=y)
+    order = np.argsort(centres)[::-1]
+    axes.plot(
+        np.take(centres, order),
+        np.take(means, order),
+        **{**curve.style.plot_arguments, "markeredgecolor": INK},
+        markersize=8,
+        linewidth=1.8,
+        zorder=4,
+        label=label,
+    )
+
+
+def _below(
+    techniques: Mapping[str, Sequence[PublishedScore]], reference: Reference
+) -> str:
+    """Returns a note of the scores below the axis."""
+    lowest = _LOWEST[reference.name]
+    parts = []
+    for label, scores in techniques.items():
+        below = sum(score.score < lowest for score in scores)
+        collapsed = sum(score.score < reference.collapsed for score in scores)
+        if below:
+            parts.append(f"{below} of {label} ({collapsed} of them below 1)")
+    return f"Scores below the axis: {', '.join(parts)}."
+
+
+def _repeats(
+    groups: Iterable[Sequence[PublishedPoint]], reference: Reference
+) -> str:
+    """Returns a note of the numbers of runs."""
+    points = [point for group in groups for point in group]
+    runs = sorted({point.runs for point in points}, reverse=True)
+    note = (
+        "Means and standard deviations of "
+        f"{' or '.join(map(str, runs))} runs; magnitude pruning: best runs."
+    )
+    collapsed = sum(point.collapsed for point in points)
+    if collapsed:
+        note += f" Without {collapsed} runs of a {reference.score} below 1."
+    return note
