@@ -1,90 +1,72 @@
-"""Results of runs, grouped into curves."""
+"""Runs, grouped into curves."""
 
+import collections
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
-from matplotlib import colors
 from matplotlib.axes import Axes
 
 from sos.experiments.figures.style import (
-    DENSE_COLOUR,
-    LINES,
-    PAPER,
+    DENSE_STYLE,
+    Style,
+    branch_style,
     technique_style,
 )
 from sos.experiments.results import FinishedRun
-from sos.experiments.runs import Result
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Curve:
-    """The results of runs of one label, and their style.
+    """The runs of one label, and their style.
 
     Attributes:
         label: Label in the legend.
-        dense: Whether the models are dense.
-        points: For each point, the results of its seeds.
-        colour: Colour of lines and markers.
-        marker: Marker of matplotlib.
-        filled: Whether markers are filled; those of variants are not.
-        line: Line style of matplotlib.
+        points: For each point, its runs, which differ only in their seeds.
+        style: Style of the label in all figures of a study.
     """
 
     label: str
-    dense: bool
-    points: Sequence[Sequence[Result]]
-    colour: Any
-    marker: str
-    filled: bool
-    line: Any
+    points: Sequence[Sequence[FinishedRun]]
+    style: Style
+
+    @property
+    def dense(self) -> bool:
+        """Whether the models are dense."""
+        return self.points[0][0].result.sparsity is None
 
 
 def group_curves(runs: Iterable[FinishedRun]) -> list[Curve]:
     """Groups runs into curves, in the order of the runs."""
-    points: dict[str, dict[tuple, list[Result]]] = {}
-    first: dict[str, FinishedRun] = {}
+    points: dict[str, dict[tuple, list[FinishedRun]]] = {}
     for run in runs:
-        first.setdefault(run.label, run)
         label_points = points.setdefault(run.label, {})
-        label_points.setdefault(run.point, []).append(run.result)
-    variants: dict[str | None, int] = {}
+        label_points.setdefault(run.point, []).append(run)
+    variants: collections.Counter[tuple] = collections.Counter()
     curves = []
-    for label, run in first.items():
-        dense = run.result.sparsity is None
-        colour, marker = technique_style(run.technique)
-        variant = variants.setdefault(run.technique, 0)
-        variants[run.technique] += 1
-        curves.append(
-            Curve(
-                label=label,
-                dense=dense,
-                points=list(points[label].values()),
-                colour=DENSE_COLOUR if dense else lighter(colour, variant),
-                marker="" if dense else marker,
-                filled=variant == 0,
-                line=LINES[variant % len(LINES)],
+    for label, groups in points.items():
+        groups = list(groups.values())
+        run = groups[0][0]
+        if run.result.sparsity is None:
+            style = DENSE_STYLE
+        else:
+            # The technique of a branch may be that of its trunk, or one that
+            # only keeps its mask.
+            key = (run.branch, None if run.branch else run.technique)
+            style = (
+                branch_style(run.branch, variants[key])
+                if run.branch
+                else technique_style(run.technique, variants[key])
             )
-        )
+            variants[key] += 1
+        curves.append(Curve(label=label, points=groups, style=style))
     return curves
 
 
-def marker_style(curve: Curve) -> dict[str, Any]:
-    """Returns the arguments of `Axes.plot` for markers."""
-    style = {"marker": curve.marker}
-    if not curve.filled:
-        style |= {
-            "markerfacecolor": PAPER,
-            "markeredgecolor": curve.colour,
-            "markeredgewidth": 1.2,
-        }
-    return style
-
-
-def lighter(colour: str, variant: int) -> tuple[float, float, float]:
-    """Returns the colour of a variant; later variants are lighter."""
-    fraction = 1 - 0.72**variant
-    return tuple(c + (1 - c) * fraction for c in colors.to_rgb(colour))
+def accuracy(run: FinishedRun) -> float | None:
+    """Returns the accuracy of a run; None if it has none or it is NaN."""
+    value = run.result.metrics.get("accuracy", math.nan)
+    return value if math.isfinite(value) else None
 
 
 def draw_bars(
@@ -96,9 +78,17 @@ def draw_bars(
     along: str,
     values: Iterable[Sequence[float]],
 ) -> None:
-    """Draws bars over the range of values, along x or y, below the points.
+    """Draws bars over the range of values, below the points.
 
     Omits bars of length 0.
+
+    Args:
+        axes: The axes.
+        curve: The curve.
+        x: Positions of its points.
+        y: Positions of its points.
+        along: "x" or "y".
+        values: For each point, the values over which its bar extends.
     """
     for i, group in enumerate(values):
         centre = x[i] if along == "x" else y[i]
@@ -109,7 +99,7 @@ def draw_bars(
                 y[i],
                 **{f"{along}err": [[max(below, 0.0)], [max(above, 0.0)]]},
                 fmt="none",
-                ecolor=curve.colour,
+                ecolor=curve.style.colour,
                 elinewidth=1.0,
                 capsize=2.5,
                 capthick=1.0,
@@ -119,7 +109,7 @@ def draw_bars(
 
 def seeds_caption(curves: Iterable[Curve]) -> str | None:
     """Returns the meaning of points and bars, if there are several seeds."""
-    counts = {len(g) for curve in curves for g in curve.points}
+    counts = {len(group) for curve in curves for group in curve.points}
     if not counts or max(counts) == 1:
         return None
     low, high = min(counts), max(counts)

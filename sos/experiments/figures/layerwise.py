@@ -11,10 +11,9 @@ from matplotlib.figure import Figure
 from sos.experiments.figures.curves import (
     Curve,
     draw_bars,
-    group_curves,
-    marker_style,
     seeds_caption,
 )
+from sos.experiments.figures.study import Study
 from sos.experiments.figures.style import (
     SPARSITIES,
     STYLE,
@@ -22,7 +21,6 @@ from sos.experiments.figures.style import (
     new_figure,
 )
 from sos.experiments.results import FinishedRun
-from sos.experiments.runs import Result
 
 # Density at which a layer without weights is drawn, the end of the axis.
 _LEAST_DENSITY = 1e-3
@@ -30,33 +28,36 @@ _LEAST_DENSITY = 1e-3
 _MAX_HORIZONTAL_NAMES = 8
 
 
-def draw_layerwise(runs: Iterable[FinishedRun], sparsity: float) -> Figure:
+def draw_layerwise(study: Study) -> Figure | None:
     """Draws the sparsity of each layer, a curve for each label.
 
     Draws those runs of each label whose mean sparsity over seeds is nearest to
-    `sparsity`; the legend shows their sparsity. With several seeds, the points
-    are means, and bars extend from the lowest to the highest value. Layers are
-    in the order of the network. Densities below a thousandth are drawn as a
-    thousandth.
+    `study.layerwise_sparsity`; the legend shows their sparsity. With several
+    seeds, the points are means, and bars extend from the lowest to the highest
+    value. Layers are in the order of the network. Densities below a thousandth
+    are drawn as a thousandth.
 
     Args:
-        runs: Finished runs.
-        sparsity: Overall sparsity at which to compare, in [0, 1].
+        study: The study.
 
     Returns:
-        The figure.
+        The figure; None without sparse models.
     """
     curves = [
-        dataclasses.replace(curve, points=[_nearest(curve.points, sparsity)])
-        for curve in group_curves(runs)
+        dataclasses.replace(
+            curve, points=[_nearest(curve.points, study.layerwise_sparsity)]
+        )
+        for curve in study.curves
         if not curve.dense
     ]
     sizes = {
         weight.path: weight.size
         for curve in curves
-        for result in curve.points[0]
-        for weight in result.weights
+        for run in curve.points[0]
+        for weight in run.result.weights
     }
+    if not sizes:
+        return None
     with matplotlib.rc_context(STYLE):
         long = len(sizes) > _MAX_HORIZONTAL_NAMES
         width = max(6.4, 1.0 + 0.36 * len(sizes))
@@ -69,17 +70,16 @@ def draw_layerwise(runs: Iterable[FinishedRun], sparsity: float) -> Figure:
         _end_at_a_tick(axes)
         axes.set_ylabel("Sparsity of the layer (density on a log scale)")
         axes.set_xlabel("Layer, with its number of weights")
-        axes.set_xlim(-0.5, max(len(sizes), 1) - 0.5)
+        axes.set_xlim(-0.5, len(sizes) - 0.5)
         axes.grid(visible=False, axis="x")
         _name_layers(axes, sizes)
-        if sizes:
-            caption = seeds_caption(curves)
-            figure.legend(
-                loc="outside upper center",
-                ncols=3 if long else 2,
-                title="Overall sparsity in brackets"
-                + (f". {caption}" if caption else ""),
-            )
+        caption = seeds_caption(curves)
+        figure.legend(
+            loc="outside upper center",
+            ncols=3 if long else 2,
+            title="Overall sparsity in brackets"
+            + (f". {caption}" if caption else ""),
+        )
     return figure
 
 
@@ -92,8 +92,8 @@ def _draw_profile(
 ) -> None:
     (group,) = curve.points
     densities: dict[str, list[float]] = {}
-    for result in group:
-        for weight in result.weights:
+    for run in group:
+        for weight in run.result.weights:
             density = max(1 - weight.sparsity, _LEAST_DENSITY)
             densities.setdefault(weight.path, []).append(density)
     if not densities:
@@ -102,13 +102,11 @@ def _draw_profile(
     x = [positions[path] for path in densities]
     y = [np.mean(values) for values in densities.values()]
     draw_bars(axes, curve, x, y, along="y", values=densities.values())
-    overall = np.mean([result.sparsity for result in group])
+    overall = np.mean([run.result.sparsity for run in group])
     axes.plot(
         x,
         y,
-        color=curve.colour,
-        linestyle=curve.line,
-        **marker_style(curve),
+        **curve.style.plot_arguments,
         markersize=markersize,
         linewidth=1.0,
         label=f"{curve.label} ({overall:.1%})",
@@ -117,13 +115,13 @@ def _draw_profile(
 
 
 def _nearest(
-    points: Iterable[Sequence[Result]], sparsity: float
-) -> Sequence[Result]:
-    """Returns the results of the point with the nearest mean sparsity."""
+    points: Iterable[Sequence[FinishedRun]], sparsity: float
+) -> Sequence[FinishedRun]:
+    """Returns the runs of the point with the nearest mean sparsity."""
     return min(
         points,
         key=lambda group: abs(
-            np.mean([result.sparsity for result in group]) - sparsity
+            np.mean([run.result.sparsity for run in group]) - sparsity
         ),
     )
 
@@ -132,7 +130,7 @@ def _end_at_a_tick(axes: Axes) -> None:
     """Moves the upper end of the y axis to a tick."""
     bottom, _ = axes.get_ylim()
     ticks = axes.get_yticks()
-    # The least density that is drawn; infinite without curves.
+    # The least density that is drawn.
     least = axes.dataLim.y0
     top = max((tick for tick in ticks if tick <= least), default=ticks[-1])
     labels = [f"{100 * (1 - tick):.4g}%" for tick in ticks]

@@ -1,7 +1,7 @@
 """Accuracy against sparsity."""
 
+import dataclasses
 import math
-from collections.abc import Iterable
 
 import matplotlib
 import numpy as np
@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 
 from sos.experiments.figures.curves import (
     Curve,
+    accuracy,
     draw_bars,
-    group_curves,
-    marker_style,
     seeds_caption,
 )
+from sos.experiments.figures.study import Study
 from sos.experiments.figures.style import (
     SPARSITIES,
     STYLE,
@@ -22,7 +22,6 @@ from sos.experiments.figures.style import (
     new_figure,
 )
 from sos.experiments.results import FinishedRun
-from sos.experiments.runs import Result
 
 _ACCURACIES = (
     *(0, 20, 30, 40, 50, 60, 70, 75, 80, 82, 84, 86, 88, 90, 91, 92, 93, 94),
@@ -32,21 +31,23 @@ _ACCURACIES = (
 _LEAST_ERROR = 1e-3
 
 
-def draw_tradeoff(runs: Iterable[FinishedRun]) -> Figure:
+def draw_tradeoff(study: Study) -> Figure | None:
     """Draws accuracy against achieved sparsity, a curve for each label.
 
     Density and error have log scales, which resolve sparsities and accuracies
     close to one. With several seeds, the curves join the means, and bars, or a
-    band for dense models, extend from the lowest to the highest value. Models
-    without weights are omitted.
+    band for dense models, extend from the lowest to the highest value. Runs
+    without a finite accuracy and models without weights are omitted.
 
     Args:
-        runs: Finished runs with the metric "accuracy".
+        study: The study.
 
     Returns:
-        The figure.
+        The figure; None if there is nothing to draw.
     """
-    curves = group_curves(runs)
+    curves = [c for curve in study.curves if (c := _drawn(curve)).points]
+    if not curves:
+        return None
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(6.4, 4.4)
         log_axis(axes, "x", SPARSITIES)
@@ -58,22 +59,33 @@ def draw_tradeoff(runs: Iterable[FinishedRun]) -> Figure:
                 _draw_curve(axes, curve)
         axes.set_xlabel("Sparsity reached (density on a log scale)")
         axes.set_ylabel("Test accuracy (error on a log scale)")
-        # There is none if all models are without weights.
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(
-                loc="lower left",
-                title=seeds_caption(curves),
-                alignment="left",
-            )
+        axes.legend(
+            loc="lower left", title=seeds_caption(curves), alignment="left"
+        )
     return figure
 
 
+def _drawn(curve: Curve) -> Curve:
+    """Returns a curve without the runs that cannot be drawn."""
+    points = [
+        [
+            run
+            for run in group
+            if accuracy(run) is not None and run.result.sparsity != 1
+        ]
+        for group in curve.points
+    ]
+    return dataclasses.replace(
+        curve, points=[group for group in points if group]
+    )
+
+
 def _draw_dense(axes: Axes, curve: Curve) -> None:
-    errors = [_error(o) for group in curve.points for o in group]
+    errors = [_error(run) for group in curve.points for run in group]
     axes.axhline(
         np.mean(errors),
-        color=curve.colour,
-        linestyle=(0, (5, 3)),
+        color=curve.style.colour,
+        linestyle=curve.style.line,
         linewidth=1.2,
         zorder=1.6,
         label=curve.label,
@@ -82,7 +94,7 @@ def _draw_dense(axes: Axes, curve: Curve) -> None:
         axes.axhspan(
             min(errors),
             max(errors),
-            color=curve.colour,
+            color=curve.style.colour,
             alpha=0.15,
             linewidth=0,
             zorder=1.5,
@@ -92,15 +104,11 @@ def _draw_dense(axes: Axes, curve: Curve) -> None:
 def _draw_curve(axes: Axes, curve: Curve) -> None:
     points = []
     for group in curve.points:
-        group = [result for result in group if result.sparsity < 1]
-        if group:
-            densities = [1 - result.sparsity for result in group]
-            errors = [_error(result) for result in group]
-            # The mean of the logarithms, as drawn.
-            density = math.exp(np.mean(np.log(densities)))
-            points.append((density, densities, np.mean(errors), errors))
-    if not points:
-        return
+        densities = [1 - run.result.sparsity for run in group]
+        errors = [_error(run) for run in group]
+        # The mean of the logarithms, as drawn.
+        density = math.exp(np.mean(np.log(densities)))
+        points.append((density, densities, np.mean(errors), errors))
     points.sort(key=lambda point: -point[0])
     x, all_x, y, all_y = zip(*points, strict=True)
     draw_bars(axes, curve, x, y, along="x", values=all_x)
@@ -108,9 +116,7 @@ def _draw_curve(axes: Axes, curve: Curve) -> None:
     axes.plot(
         x,
         y,
-        color=curve.colour,
-        linestyle=curve.line,
-        **marker_style(curve),
+        **curve.style.plot_arguments,
         markersize=6,
         linewidth=1.5,
         label=curve.label,
@@ -118,5 +124,5 @@ def _draw_curve(axes: Axes, curve: Curve) -> None:
     )
 
 
-def _error(result: Result) -> float:
-    return max(1 - result.metrics["accuracy"], _LEAST_ERROR)
+def _error(run: FinishedRun) -> float:
+    return max(1 - accuracy(run), _LEAST_ERROR)

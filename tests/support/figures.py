@@ -1,0 +1,90 @@
+"""What figures show, read from matplotlib's objects."""
+
+import dataclasses
+import itertools
+
+import matplotlib.colors
+import numpy as np
+
+from sos.experiments.runs import WeightSparsity
+
+LAYERS = {"conv1/kernel": 144, "hidden/kernel": 131_072, "logits/kernel": 1280}
+
+
+def weights(sparsities, layers=LAYERS):
+    """The weights of a result, of one sparsity each."""
+    return tuple(
+        WeightSparsity(path=path, size=size, sparsity=sparsity)
+        for (path, size), sparsity in zip(
+            layers.items(), sparsities, strict=True
+        )
+    )
+
+
+def replaced(run, **changes):
+    """A run with other fields of its result."""
+    result = dataclasses.replace(run.result, **changes)
+    return dataclasses.replace(run, result=result)
+
+
+def labelled_lines(axes):
+    """The lines with a label, by label."""
+    return {
+        line.get_label(): line
+        for line in axes.lines
+        if not line.get_label().startswith("_")
+    }
+
+
+def error_bars(axes, colour):
+    """Beginnings and ends of the error bars of a colour, of shape (n, 2, 2)."""
+    segments = []
+    for collection in axes.collections:
+        found = matplotlib.colors.to_hex(collection.get_edgecolor()[0])
+        if found.upper() == colour.upper():
+            segments += collection.get_segments()
+    return np.array(segments)
+
+
+def texts(figure):
+    """The texts that a figure shows, with their boxes in pixels."""
+    figure.canvas.draw()
+    shown = [*figure.texts, *(_legend_texts(figure.legends))]
+    for axes in figure.axes:
+        shown += [axes.title, *axes.texts]
+        shown += _legend_texts(filter(None, [axes.get_legend()]))
+        for axis in (axes.xaxis, axes.yaxis):
+            shown.append(axis.label)
+            low, high = sorted(axis.get_view_interval())
+            shown += [
+                label
+                for place, label in zip(
+                    axis.get_ticklocs(), axis.get_ticklabels(), strict=True
+                )
+                if low <= place <= high
+            ]
+    return [
+        (text.get_text(), text.get_window_extent())
+        for text in shown
+        if text.get_visible() and text.get_text()
+    ]
+
+
+def _legend_texts(legends):
+    for legend in legends:
+        yield from (legend.get_title(), *legend.get_texts())
+
+
+def check_texts(figure):
+    """Checks that texts are inside of the figure and none overlaps another."""
+    boxes = texts(figure)
+    width, height = figure.canvas.get_width_height()
+    for text, box in boxes:
+        assert box.x0 > -1 and box.y0 > -1, text
+        assert box.x1 < width + 1 and box.y1 < height + 1, text
+    for (one, a), (other, b) in itertools.combinations(boxes, 2):
+        overlap = (
+            min(a.x1, b.x1) - max(a.x0, b.x0),
+            min(a.y1, b.y1) - max(a.y0, b.y0),
+        )
+        assert min(overlap) < 1, f"{one!r} overlaps {other!r}"
