@@ -118,26 +118,25 @@ class Comparison:
 
     def _table(self) -> Table:
         caption = (
-            "Distance of the mean of your runs from the published result: in "
-            "standard deviations (sd) of the published runs where these were "
-            "repeated, otherwise in points."
+            "published: the result of Gale, Elsen and Hooker 2019, with its "
+            "standard deviation (sd) where they repeated a run. distance: the "
+            "mean of your runs minus the published result, in sd if there is "
+            "one, otherwise in points."
         )
         if self.left_out:
             caption += f" {self.left_out} runs without the metric are left out."
+        score = self.reference.score
         table = Table(
-            title="Your runs beside those of Gale, Elsen and Hooker 2019: "
-            f"{self.reference.title}",
+            title=f"{score[0].upper()}{score[1:]} of your runs, and of "
+            f"{self.reference.title} in the paper",
             box=rich.box.SIMPLE_HEAD,
             caption=caption,
             caption_justify="left",
         )
-        table.add_column("your runs")
-        for heading in (
-            *("number", "sparsity", self.reference.score),
-            *("published", "distance"),
-        ):
+        table.add_column("your runs", overflow="fold")
+        for heading in ("number", "sparsity", "yours", "published", "distance"):
             table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("compared with")
+        table.add_column("published is the")
         for point in self.points:
             table.add_row(*_cells(point))
         return table
@@ -189,6 +188,9 @@ def compare(
                 match=match,
             )
         )
+    # By label, in the order of the runs.
+    order = list(dict.fromkeys(point.label for point in points))
+    points.sort(key=lambda point: (order.index(point.label), point.sparsity))
     return Comparison(reference, points, len(runs) - len(scored))
 
 
@@ -272,24 +274,18 @@ def _at(
         sparsity: The sparsity.
     """
     if not points:
-        return None, None, "no published result of this kind"
-    label = points[0].label
+        return None, None, "none of this kind"
     nearest = min(points, key=lambda point: abs(point.sparsity - sparsity))
     if abs(nearest.sparsity - sparsity) <= WINDOW:
-        kind = "mean" if nearest.sd else "best"
-        match = f"{kind} of {nearest.runs} runs: {label}"
-        if nearest.runs == 1:
-            match = f"the only run: {label}"
-        if nearest.technique:
-            match += f" at {nearest.target_sparsity:.4g}"
+        kind = "best" if nearest.sd is None else "mean"
+        match = f"{kind} of {nearest.runs}" if nearest.runs > 1 else "only run"
         return nearest.score, nearest.sd, match
     for below, above in itertools.pairwise(points):
         if below.sparsity < sparsity < above.sparsity:
             break
     else:
         low, high = points[0].target_sparsity, points[-1].target_sparsity
-        span = f"from {low:.4g} to {high:.4g}"
-        return None, None, f"{label} was published {span} only"
+        return None, None, f"only from {low:.1%} to {high:.1%}"
     # Linear in the logarithm of the density, as in the figures.
     at = [np.log(1 - p.sparsity) for p in (below, above)]
     share = (np.log(1 - sparsity) - at[0]) / (at[1] - at[0])
@@ -298,7 +294,7 @@ def _at(
     if below.sd is not None:
         sd = float(below.sd + share * (above.sd - below.sd))
     low, high = below.target_sparsity, above.target_sparsity
-    return float(score), sd, f"between {low:.4g} and {high:.4g}: {label}"
+    return float(score), sd, f"between {low:.1%} and {high:.1%}"
 
 
 def _cells(point: ComparedPoint) -> Iterator[str]:
@@ -307,11 +303,12 @@ def _cells(point: ComparedPoint) -> Iterator[str]:
     yield f"{point.sparsity:.1%}"
     yield f"{point.score:.2f}"
     if point.published_score is None:
-        yield from ("", "")
+        yield from ("–", "–")
     elif point.published_sd is None:
         yield f"{point.published_score:.2f}"
         yield f"{point.difference:+.2f} points"
     else:
         yield f"{point.published_score:.2f} ± {point.published_sd:.2f}"
         yield f"{point.deviations:+.1f} sd"
-    yield point.match
+    different = point.published_label not in ("", point.label)
+    yield f"{point.match}: {point.published_label}" * different or point.match

@@ -1,9 +1,9 @@
 """The published results of the paper, alone and with the runs of a study."""
 
-import dataclasses
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import matplotlib
 import numpy as np
@@ -26,12 +26,15 @@ from sos.experiments.figures.style import (
 from sos.experiments.published import PublishedPoint, PublishedScore, Reference
 from sos.experiments.results import FinishedRun
 
-_SPARSITIES = (0, 30, 50, 60, 70, 80, 90, 95, 98, 99)
+_SPARSITIES = (0, 50, 70, 80, 90, 95, 98, 99)
 # Lowest score of the axis, by model. Lower ones are counted in a note.
 _LOWEST = {"resnet50": 36.0, "transformer": 8.0}
 # Variants of branches, by the end of their labels, with their lines.
 _LONG, _HELD = "scratch-b", "hold"
-_LONG_LINE = (0, (4, 1.5))
+# Branches have the same sparsities: densities by which they are drawn side by
+# side, as factors.
+_SHIFTED = "Means at one sparsity are drawn side by side."
+_SHIFTS = (0.94, 0.97, 1.0, 1.03, 1.06)
 
 T = TypeVar("T", PublishedPoint, PublishedScore)
 
@@ -67,15 +70,11 @@ def draw_all_scores(model: str) -> Figure:
         for series in points.values():
             if series[0].nonuniform:
                 _draw_line(axes, series)
-            elif series[0].branch and _HELD not in series[0].label:
-                _draw_means(axes, series, linestyle="")
+        for shift, series in zip(_SHIFTS, _branches(points), strict=True):
+            _draw_means(axes, series, shift, markersize=6, linestyle="")
         _set_limits(axes, reference)
-        axes.legend(
-            loc="lower left",
-            title="In brackets: number of scores",
-            alignment="left",
-        )
-        figure.supxlabel(_below(techniques, reference), fontsize=7.5)
+        _add_legend(figure, "In brackets: number of scores")
+        _add_note(figure, _below(techniques, reference))
     return figure
 
 
@@ -100,15 +99,12 @@ def draw_branches(model: str) -> Figure:
         figure, axes = _new_axes(reference)
         _draw_dense(axes, points["dense"])
         _draw_line(axes, points["magnitude pruning"])
-        drawn = [
-            series
-            for label, series in points.items()
-            if series[0].branch and _HELD not in label
-        ]
-        for series in drawn:
-            _draw_means(axes, series)
+        branches = _branches(points)
+        for shift, series in zip(_SHIFTS, branches, strict=True):
+            _draw_means(axes, series, shift)
+        axes.set_xlim(0.57, 0.0165)
         axes.legend(loc="lower left")
-        figure.supxlabel(_repeats(drawn, reference), fontsize=7.5)
+        _add_note(figure, _repeats(branches, reference))
     return figure
 
 
@@ -144,7 +140,7 @@ def draw_runs(
         for curve in group_curves(run for run, _ in scored):
             _draw_curve(axes, curve, scores)
         _set_limits(axes, reference, min(scores.values()))
-        axes.legend(loc="lower left", ncols=2)
+        _add_legend(figure, "Yours are bold, those of the paper thin")
     return figure
 
 
@@ -155,9 +151,30 @@ def _by_label(items: Iterable[T]) -> dict[str, list[T]]:
     return groups
 
 
+def _branches(
+    points: Mapping[str, Sequence[PublishedPoint]],
+) -> list[Sequence[PublishedPoint]]:
+    return [
+        series
+        for label, series in points.items()
+        if series[0].branch and _HELD not in label
+    ]
+
+
+def _add_legend(figure: Figure, title: str) -> None:
+    figure.legend(
+        loc="outside upper center", ncols=3, title=title, alignment="left"
+    )
+
+
+def _add_note(figure: Figure, note: str) -> None:
+    figure.supxlabel(textwrap.fill(note, 105), fontsize=7.5)
+
+
 def _new_axes(reference: Reference) -> tuple[Figure, Axes]:
-    figure, axes = new_figure(7.0, 5.0)
+    figure, axes = new_figure(7.0, 5.4)
     log_axis(axes, "x", _SPARSITIES)
+    axes.set_xlim(1.15, 0.0085)
     axes.set_xlabel("Sparsity (density on a log scale)")
     axes.set_ylabel(reference.score[0].upper() + reference.score[1:])
     axes.set_title(reference.title, fontsize=10)
@@ -177,10 +194,7 @@ def _style(item: PublishedPoint | PublishedScore) -> Style:
     if not item.branch:
         variant = int(item.label.startswith("non-uniform"))
         return technique_style(item.technique, variant)
-    style = branch_style(item.branch)
-    if _LONG in item.label:
-        return dataclasses.replace(style, filled=False, line=_LONG_LINE)
-    return style
+    return branch_style(item.branch, variant=int(_LONG in item.label))
 
 
 def _draw_dense(axes: Axes, points: Sequence[PublishedPoint]) -> None:
@@ -233,13 +247,16 @@ def pareto_front(scores: Iterable[PublishedScore]) -> list[PublishedScore]:
     """Returns the scores that none at the same or a higher sparsity exceeds.
 
     Args:
-        scores: Scores.
+        scores: Scores. Sparsities are compared to a thousandth, as runs of one
+            target differ in the last weights.
 
     Returns:
         Those on the front, by falling sparsity.
     """
     front: list[PublishedScore] = []
-    for score in sorted(scores, key=lambda s: (-s.sparsity, -s.score)):
+    for score in sorted(
+        scores, key=lambda s: (-round(s.sparsity, 3), -s.score)
+    ):
         if not front or score.score > front[-1].score:
             front.append(score)
     return front
@@ -258,18 +275,25 @@ def _draw_line(
 
 
 def _draw_means(
-    axes: Axes, points: Sequence[PublishedPoint], **arguments: str
+    axes: Axes,
+    points: Sequence[PublishedPoint],
+    shift: float,
+    **arguments: Any,
 ) -> None:
     style = _style(points[0])
     axes.errorbar(
-        [1 - point.sparsity for point in points],
+        [shift * (1 - point.sparsity) for point in points],
         [point.score for point in points],
         yerr=[point.sd for point in points],
-        **{**style.plot_arguments, **arguments},
-        markersize=5,
+        **{
+            "markersize": 7,
+            "markeredgewidth": 0.5,
+            **style.plot_arguments,
+            **arguments,
+        },
         linewidth=1.2,
         elinewidth=1.0,
-        capsize=2.5,
+        capsize=2,
         zorder=3.5,
         label=points[0].label,
     )
@@ -320,8 +344,11 @@ def _below(
         below = sum(score.score < lowest for score in scores)
         collapsed = sum(score.score < reference.collapsed for score in scores)
         if below:
-            parts.append(f"{below} of {label} ({collapsed} of them below 1)")
-    return f"Scores below the axis: {', '.join(parts)}."
+            part = f"{below} scores of {label}"
+            if collapsed:
+                part += f" ({collapsed} of them below {reference.collapsed:g})"
+            parts.append(part)
+    return f"Below the axis: {', '.join(parts)}. {_SHIFTED}"
 
 
 def _repeats(
@@ -332,9 +359,13 @@ def _repeats(
     runs = sorted({point.runs for point in points}, reverse=True)
     note = (
         "Means and standard deviations of "
-        f"{' or '.join(map(str, runs))} runs; magnitude pruning: best runs."
+        f"{' or '.join(map(str, runs))} runs, side by side, and the best runs "
+        "of magnitude pruning."
     )
     collapsed = sum(point.collapsed for point in points)
     if collapsed:
-        note += f" Without {collapsed} runs of a {reference.score} below 1."
+        note += (
+            f" {collapsed} runs with a {reference.score} below "
+            f"{reference.collapsed:g} are left out."
+        )
     return note
