@@ -121,7 +121,8 @@ class Comparison:
             "published: the result of Gale, Elsen and Hooker 2019, with its "
             "standard deviation (sd) where they repeated a run. distance: the "
             "mean of your runs minus the published result, in sd if there is "
-            "one, otherwise in points."
+            "one, otherwise in points. between: on the line that joins two "
+            "published results."
         )
         if self.left_out:
             caption += f" {self.left_out} runs without the metric are left out."
@@ -136,7 +137,7 @@ class Comparison:
         table.add_column("your runs", overflow="fold")
         for heading in ("number", "sparsity", "yours", "published", "distance"):
             table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("published is the")
+        table.add_column("compared with")
         for point in self.points:
             table.add_row(*_cells(point))
         return table
@@ -174,7 +175,7 @@ def compare(
     for group in groups.values():
         run, _ = group[0]
         sparsity = np.mean([run.result.sparsity or 0.0 for run, _ in group])
-        known = _published(run, published.best(model))
+        known = published_points(run, published.best(model))
         found, sd, match = _at(known, float(sparsity))
         points.append(
             ComparedPoint(
@@ -226,10 +227,18 @@ def scored_runs(
     return scored
 
 
-def _published(
+def published_points(
     run: FinishedRun, points: Iterable[PublishedPoint]
 ) -> list[PublishedPoint]:
-    """Returns the published results of a run's technique or branch."""
+    """Returns the published results of a run's technique or branch.
+
+    Args:
+        run: A finished run.
+        points: The published results of a model.
+
+    Returns:
+        Those of one label, in their order; empty if there are none.
+    """
     if run.branch is not None:
         label = _branch_label(run)
         return [point for point in points if point.label == label]
@@ -274,18 +283,19 @@ def _at(
         sparsity: The sparsity.
     """
     if not points:
-        return None, None, "none of this kind"
+        return None, None, "nothing of this kind"
     nearest = min(points, key=lambda point: abs(point.sparsity - sparsity))
     if abs(nearest.sparsity - sparsity) <= WINDOW:
         kind = "best" if nearest.sd is None else "mean"
-        match = f"{kind} of {nearest.runs}" if nearest.runs > 1 else "only run"
+        match = f"{kind} of {nearest.runs} runs"
+        if nearest.runs == 1:
+            match = "the only run"
         return nearest.score, nearest.sd, match
     for below, above in itertools.pairwise(points):
         if below.sparsity < sparsity < above.sparsity:
             break
     else:
-        low, high = points[0].target_sparsity, points[-1].target_sparsity
-        return None, None, f"only from {low:.1%} to {high:.1%}"
+        return None, None, "nothing at this sparsity"
     # Linear in the logarithm of the density, as in the figures.
     at = [np.log(1 - p.sparsity) for p in (below, above)]
     share = (np.log(1 - sparsity) - at[0]) / (at[1] - at[0])
@@ -293,8 +303,8 @@ def _at(
     sd = None
     if below.sd is not None:
         sd = float(below.sd + share * (above.sd - below.sd))
-    low, high = below.target_sparsity, above.target_sparsity
-    return float(score), sd, f"between {low:.1%} and {high:.1%}"
+    low, high = (f"{100 * p.target_sparsity:.3g}%" for p in (below, above))
+    return float(score), sd, f"between {low} and {high}"
 
 
 def _cells(point: ComparedPoint) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """The published results of the paper, alone and with the runs of a study."""
 
+import dataclasses
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,11 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sos.experiments import published
-from sos.experiments.comparison import scored_runs
+from sos.experiments.comparison import published_points, scored_runs
 from sos.experiments.figures.curves import Curve, draw_bars, group_curves
 from sos.experiments.figures.style import (
     DENSE_STYLE,
     INK,
+    SPARSITIES,
     STYLE,
     Style,
     branch_style,
@@ -26,7 +28,6 @@ from sos.experiments.figures.style import (
 from sos.experiments.published import PublishedPoint, PublishedScore, Reference
 from sos.experiments.results import FinishedRun
 
-_SPARSITIES = (0, 50, 70, 80, 90, 95, 98, 99)
 # Lowest score of the axis, by model. Lower ones are counted in a note.
 _LOWEST = {"resnet50": 36.0, "transformer": 8.0}
 # Variants of branches, by the end of their labels, with their lines.
@@ -63,7 +64,8 @@ def draw_all_scores(model: str) -> Figure:
     points = _by_label(published.best(model))
     with matplotlib.rc_context(STYLE):
         figure, axes = _new_axes(reference)
-        _draw_dense(axes, points["dense"])
+        dense = points["dense"]
+        _draw_dense(axes, dense, f"dense ({dense[0].runs})")
         # The longest first, not to cover the others.
         for scores in sorted(techniques.values(), key=len, reverse=True):
             _draw_scores(axes, scores)
@@ -72,7 +74,9 @@ def draw_all_scores(model: str) -> Figure:
                 _draw_line(axes, series)
         for shift, series in zip(_SHIFTS, _branches(points), strict=True):
             _draw_means(axes, series, shift, markersize=6, linestyle="")
-        _set_limits(axes, reference)
+        lowest = _LOWEST[model]
+        highest = axes.dataLim.y1
+        axes.set_ylim(lowest, highest + 0.02 * (highest - lowest))
         _add_legend(figure, "In brackets: number of scores")
         _add_note(figure, _below(techniques, reference))
     return figure
@@ -97,7 +101,7 @@ def draw_branches(model: str) -> Figure:
     points = _by_label(published.best(model))
     with matplotlib.rc_context(STYLE):
         figure, axes = _new_axes(reference)
-        _draw_dense(axes, points["dense"])
+        _draw_dense(axes, points["dense"], "dense")
         _draw_line(axes, points["magnitude pruning"])
         branches = _branches(points)
         for shift, series in zip(_SHIFTS, branches, strict=True):
@@ -113,8 +117,8 @@ def draw_runs(
 ) -> Figure:
     """Draws runs over the best published scores of a model.
 
-    Published results are thin. With several seeds, the points of the runs are
-    means, and bars extend from the lowest to the highest value.
+    With several seeds, the points of the runs are means, and bars extend from
+    the lowest to the highest value.
 
     Args:
         model: One of `sos.experiments.published.REFERENCES`.
@@ -130,17 +134,30 @@ def draw_runs(
     reference = published.get_reference(model)
     scored = scored_runs(runs, reference, metric)
     scores = {run.directory: score for run, score in scored}
-    points = _by_label(published.best(model))
+    points = published.best(model)
     with matplotlib.rc_context(STYLE):
         figure, axes = _new_axes(reference)
-        _draw_dense(axes, points["dense"])
-        for series in points.values():
-            if series[0].technique and _HELD not in series[0].label:
-                _draw_line(axes, series, markersize=3.5, alpha=0.5)
+        curves = []
         for curve in group_curves(run for run, _ in scored):
+            same = published_points(curve.points[0][0], points)
+            # In the same style, even if the runs have no other variant.
+            style = _style(same[0]) if same else curve.style
+            curves.append(dataclasses.replace(curve, style=style))
+        drawn = {curve.style for curve in curves}
+        for series in _by_label(points).values():
+            # A label for each style.
+            label = f"{series[0].label} (paper)"
+            if series[0].technique and _style(series[0]) in drawn:
+                label = None
+            if not series[0].technique:
+                _draw_dense(axes, series, label)
+            elif _HELD not in series[0].label:
+                _draw_line(axes, series, markersize=3.5, alpha=0.5, label=label)
+        for curve in curves:
             _draw_curve(axes, curve, scores)
-        _set_limits(axes, reference, min(scores.values()))
-        _add_legend(figure, "Yours are bold, those of the paper thin")
+        _, least = axes.get_xlim()
+        axes.set_xlim(right=min(least, 0.8 * axes.dataLim.x0))
+        _add_legend(figure, "Bold: your runs. Thin: the paper")
     return figure
 
 
@@ -168,24 +185,17 @@ def _add_legend(figure: Figure, title: str) -> None:
 
 
 def _add_note(figure: Figure, note: str) -> None:
-    figure.supxlabel(textwrap.fill(note, 105), fontsize=7.5)
+    figure.supxlabel(textwrap.fill(note, 120), fontsize=7.5)
 
 
 def _new_axes(reference: Reference) -> tuple[Figure, Axes]:
     figure, axes = new_figure(7.0, 5.4)
-    log_axis(axes, "x", _SPARSITIES)
+    log_axis(axes, "x", SPARSITIES)
     axes.set_xlim(1.15, 0.0085)
     axes.set_xlabel("Sparsity (density on a log scale)")
     axes.set_ylabel(reference.score[0].upper() + reference.score[1:])
     axes.set_title(reference.title, fontsize=10)
     return figure, axes
-
-
-def _set_limits(
-    axes: Axes, reference: Reference, lowest: float = math.inf
-) -> None:
-    lowest = min(_LOWEST[reference.name], lowest - 1)
-    axes.set_ylim(lowest, axes.dataLim.y1 + 0.02 * (axes.dataLim.y1 - lowest))
 
 
 def _style(item: PublishedPoint | PublishedScore) -> Style:
@@ -197,7 +207,9 @@ def _style(item: PublishedPoint | PublishedScore) -> Style:
     return branch_style(item.branch, variant=int(_LONG in item.label))
 
 
-def _draw_dense(axes: Axes, points: Sequence[PublishedPoint]) -> None:
+def _draw_dense(
+    axes: Axes, points: Sequence[PublishedPoint], label: str
+) -> None:
     (dense,) = points
     axes.axhline(
         dense.score,
@@ -205,7 +217,7 @@ def _draw_dense(axes: Axes, points: Sequence[PublishedPoint]) -> None:
         linestyle=DENSE_STYLE.line,
         linewidth=1.2,
         zorder=1.6,
-        label=f"dense ({dense.runs})",
+        label=label,
     )
     axes.axhspan(
         dense.score - dense.sd,
@@ -263,14 +275,15 @@ def pareto_front(scores: Iterable[PublishedScore]) -> list[PublishedScore]:
 
 
 def _draw_line(
-    axes: Axes, points: Sequence[PublishedPoint], **arguments: float
+    axes: Axes, points: Sequence[PublishedPoint], **arguments: Any
 ) -> None:
     axes.plot(
         [1 - point.sparsity for point in points],
         [point.score for point in points],
         **_style(points[0]).plot_arguments,
-        **{"markersize": 5, "linewidth": 1.5, "zorder": 3, **arguments},
-        label=points[0].label,
+        **{"markersize": 5, "label": points[0].label, **arguments},
+        linewidth=1.5,
+        zorder=3,
     )
 
 
@@ -300,7 +313,6 @@ def _draw_means(
 
 
 def _draw_curve(axes: Axes, curve: Curve, scores: Mapping[str, float]) -> None:
-    label = f"{curve.label} (yours)"
     groups = [
         [run for run in group if run.result.sparsity != 1]
         for group in curve.points
@@ -313,7 +325,7 @@ def _draw_curve(axes: Axes, curve: Curve, scores: Mapping[str, float]) -> None:
             color=INK,
             linewidth=1.6,
             zorder=3.6,
-            label=label,
+            label=curve.label,
         )
         return
     x = [
@@ -330,7 +342,7 @@ def _draw_curve(axes: Axes, curve: Curve, scores: Mapping[str, float]) -> None:
         markersize=8,
         linewidth=1.8,
         zorder=4,
-        label=label,
+        label=curve.label,
     )
 
 
