@@ -1,0 +1,383 @@
+"""The published results of the paper, alone and with the runs of a study."""
+
+import dataclasses
+import math
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sos.experiments import published
+from sos.experiments.comparison import published_points, scored_runs
+from sos.experiments.figures.curves import Curve, draw_bars, group_curves
+from sos.experiments.figures.style import (
+    DENSE_STYLE,
+    INK,
+    SPARSITIES,
+    STYLE,
+    Style,
+    branch_style,
+    log_axis,
+    new_figure,
+    technique_style,
+)
+from sos.experiments.published import PublishedPoint, PublishedScore, Reference
+from sos.experiments.results import FinishedRun
+
+# Lowest score of the axis, by model. Lower ones are counted in a note.
+_LOWEST = {"resnet50": 36.0, "transformer": 8.0}
+# Variants of branches, by the end of their labels, with their lines.
+_LONG, _HELD = "scratch-b", "hold"
+# Branches have the same sparsities: densities by which they are drawn side by
+# side, as factors.
+_SHIFTED = "Means at one sparsity are drawn side by side."
+_SHIFTS = (0.94, 0.97, 1.0, 1.03, 1.06)
+
+T = TypeVar("T", PublishedPoint, PublishedScore)
+
+
+def draw_all_scores(model: str) -> Figure:
+    """Draws all published scores of a model against sparsity.
+
+    Each score of a technique is a faint point, and lines join those that no
+    other score of the technique exceeds at this sparsity or a higher one. What
+    was repeated (dense models, scratch runs, lottery tickets) is drawn as its
+    mean and standard deviation. A note counts the scores below the axis.
+
+    Args:
+        model: One of `sos.experiments.published.REFERENCES`.
+
+    Returns:
+        The figure.
+
+    Raises:
+        UsageError: If there is no such model.
+    """
+    reference = published.get_reference(model)
+    techniques = _by_label(
+        s for s in published.load(model) if s.technique and not s.branch
+    )
+    points = _by_label(published.best(model))
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _new_axes(reference)
+        dense = points["dense"]
+        _draw_dense(axes, dense, f"dense ({dense[0].runs})")
+        # The longest first, not to cover the others.
+        for scores in sorted(techniques.values(), key=len, reverse=True):
+            _draw_scores(axes, scores)
+        for series in points.values():
+            if series[0].nonuniform:
+                _draw_line(axes, series)
+        for shift, series in zip(_SHIFTS, _branches(points), strict=True):
+            _draw_means(axes, series, shift, markersize=6, linestyle="")
+        lowest = _LOWEST[model]
+        highest = axes.dataLim.y1
+        axes.set_ylim(lowest, highest + 0.02 * (highest - lowest))
+        _add_legend(figure, "In brackets: number of scores")
+        _add_note(figure, _below(techniques, reference))
+    return figure
+
+
+def draw_branches(model: str) -> Figure:
+    """Draws the published scratch runs and lottery tickets of a model.
+
+    Means and standard deviations, beside the best magnitude pruning, whose
+    masks they have, and dense models. Means are without collapsed runs.
+
+    Args:
+        model: One of `sos.experiments.published.REFERENCES`.
+
+    Returns:
+        The figure.
+
+    Raises:
+        UsageError: If there is no such model.
+    """
+    reference = published.get_reference(model)
+    points = _by_label(published.best(model))
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _new_axes(reference)
+        _draw_dense(axes, points["dense"], "dense")
+        _draw_line(axes, points["magnitude pruning"])
+        branches = _branches(points)
+        for shift, series in zip(_SHIFTS, branches, strict=True):
+            _draw_means(axes, series, shift)
+        axes.set_xlim(0.57, 0.0165)
+        axes.legend(loc="lower left")
+        _add_note(figure, _repeats(branches, reference))
+    return figure
+
+
+def draw_runs(
+    model: str, runs: Iterable[FinishedRun], metric: str | None = None
+) -> Figure:
+    """Draws runs over the best published scores of a model.
+
+    With several seeds, the points of the runs are means, and bars extend from
+    the lowest to the highest value.
+
+    Args:
+        model: One of `sos.experiments.published.REFERENCES`.
+        runs: Finished runs.
+        metric: Name of their metric; by default that of the model.
+
+    Returns:
+        The figure.
+
+    Raises:
+        UsageError: If there is no such model, or no run has the metric.
+    """
+    reference = published.get_reference(model)
+    scored = scored_runs(runs, reference, metric)
+    scores = {run.directory: score for run, score in scored}
+    points = published.best(model)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _new_axes(reference)
+        curves = []
+        for curve in group_curves(run for run, _ in scored):
+            same = published_points(curve.points[0][0], points)
+            # In the same style, even if the runs have no other variant.
+            style = _style(same[0]) if same else curve.style
+            curves.append(dataclasses.replace(curve, style=style))
+        drawn = {curve.style for curve in curves}
+        for series in _by_label(points).values():
+            # A label for each style.
+            label = f"{series[0].label} (paper)"
+            if series[0].technique and _style(series[0]) in drawn:
+                label = None
+            if not series[0].technique:
+                _draw_dense(axes, series, label)
+            elif _HELD not in series[0].label:
+                _draw_line(axes, series, markersize=3.5, alpha=0.5, label=label)
+        for curve in curves:
+            _draw_curve(axes, curve, scores)
+        _, least = axes.get_xlim()
+        axes.set_xlim(right=min(least, 0.8 * axes.dataLim.x0))
+        _add_legend(figure, "Bold: your runs. Thin: the paper")
+    return figure
+
+
+def _by_label(items: Iterable[T]) -> dict[str, list[T]]:
+    groups: dict[str, list[T]] = {}
+    for item in items:
+        groups.setdefault(item.label, []).append(item)
+    return groups
+
+
+def _branches(
+    points: Mapping[str, Sequence[PublishedPoint]],
+) -> list[Sequence[PublishedPoint]]:
+    return [
+        series
+        for label, series in points.items()
+        if series[0].branch and _HELD not in label
+    ]
+
+
+def _add_legend(figure: Figure, title: str) -> None:
+    figure.legend(
+        loc="outside upper center", ncols=3, title=title, alignment="left"
+    )
+
+
+def _add_note(figure: Figure, note: str) -> None:
+    figure.supxlabel(textwrap.fill(note, 120), fontsize=7.5)
+
+
+def _new_axes(reference: Reference) -> tuple[Figure, Axes]:
+    figure, axes = new_figure(7.0, 5.4)
+    log_axis(axes, "x", SPARSITIES)
+    axes.set_xlim(1.15, 0.0085)
+    axes.set_xlabel("Sparsity (density on a log scale)")
+    axes.set_ylabel(reference.score[0].upper() + reference.score[1:])
+    axes.set_title(reference.title, fontsize=10)
+    return figure, axes
+
+
+def _style(item: PublishedPoint | PublishedScore) -> Style:
+    if not item.technique:
+        return DENSE_STYLE
+    if not item.branch:
+        variant = int(item.label.startswith("non-uniform"))
+        return technique_style(item.technique, variant)
+    return branch_style(item.branch, variant=int(_LONG in item.label))
+
+
+def _draw_dense(
+    axes: Axes, points: Sequence[PublishedPoint], label: str
+) -> None:
+    (dense,) = points
+    axes.axhline(
+        dense.score,
+        color=DENSE_STYLE.colour,
+        linestyle=DENSE_STYLE.line,
+        linewidth=1.2,
+        zorder=1.6,
+        label=label,
+    )
+    axes.axhspan(
+        dense.score - dense.sd,
+        dense.score + dense.sd,
+        color=DENSE_STYLE.colour,
+        alpha=0.15,
+        linewidth=0,
+        zorder=1.5,
+    )
+
+
+def _draw_scores(axes: Axes, scores: Sequence[PublishedScore]) -> None:
+    style = _style(scores[0])
+    axes.plot(
+        [1 - score.sparsity for score in scores],
+        [score.score for score in scores],
+        color=style.colour,
+        linestyle="",
+        marker="o",
+        markersize=2.2,
+        markeredgewidth=0,
+        alpha=0.25,
+        zorder=1.8,
+    )
+    front = pareto_front(scores)
+    axes.plot(
+        [1 - score.sparsity for score in front],
+        [score.score for score in front],
+        **style.plot_arguments,
+        markersize=4,
+        markevery=0.03,
+        linewidth=1.5,
+        zorder=3,
+        label=f"{scores[0].label} ({len(scores):,})",
+    )
+
+
+def pareto_front(scores: Iterable[PublishedScore]) -> list[PublishedScore]:
+    """Returns the scores that none at the same or a higher sparsity exceeds.
+
+    Args:
+        scores: Scores. Sparsities are compared to a thousandth, as runs of one
+            target differ in the last weights.
+
+    Returns:
+        Those on the front, by falling sparsity.
+    """
+    front: list[PublishedScore] = []
+    for score in sorted(
+        scores, key=lambda s: (-round(s.sparsity, 3), -s.score)
+    ):
+        if not front or score.score > front[-1].score:
+            front.append(score)
+    return front
+
+
+def _draw_line(
+    axes: Axes, points: Sequence[PublishedPoint], **arguments: Any
+) -> None:
+    axes.plot(
+        [1 - point.sparsity for point in points],
+        [point.score for point in points],
+        **_style(points[0]).plot_arguments,
+        **{"markersize": 5, "label": points[0].label, **arguments},
+        linewidth=1.5,
+        zorder=3,
+    )
+
+
+def _draw_means(
+    axes: Axes,
+    points: Sequence[PublishedPoint],
+    shift: float,
+    **arguments: Any,
+) -> None:
+    style = _style(points[0])
+    axes.errorbar(
+        [shift * (1 - point.sparsity) for point in points],
+        [point.score for point in points],
+        yerr=[point.sd for point in points],
+        **{
+            "markersize": 7,
+            "markeredgewidth": 0.5,
+            **style.plot_arguments,
+            **arguments,
+        },
+        linewidth=1.2,
+        elinewidth=1.0,
+        capsize=2,
+        zorder=3.5,
+        label=points[0].label,
+    )
+
+
+def _draw_curve(axes: Axes, curve: Curve, scores: Mapping[str, float]) -> None:
+    groups = [
+        [run for run in group if run.result.sparsity != 1]
+        for group in curve.points
+    ]
+    y = [[scores[run.directory] for run in group] for group in groups if group]
+    means = [float(np.mean(values)) for values in y]
+    if curve.dense:
+        axes.axhline(
+            np.mean(means),
+            color=INK,
+            linewidth=1.6,
+            zorder=3.6,
+            label=curve.label,
+        )
+        return
+    x = [
+        [1 - run.result.sparsity for run in group] for group in groups if group
+    ]
+    centres = [math.exp(np.mean(np.log(values))) for values in x]
+    draw_bars(axes, curve, centres, means, along="x", values=x)
+    draw_bars(axes, curve, centres, means, along="y", values=y)
+    order = np.argsort(centres)[::-1]
+    axes.plot(
+        np.take(centres, order),
+        np.take(means, order),
+        **{**curve.style.plot_arguments, "markeredgecolor": INK},
+        markersize=8,
+        linewidth=1.8,
+        zorder=4,
+        label=curve.label,
+    )
+
+
+def _below(
+    techniques: Mapping[str, Sequence[PublishedScore]], reference: Reference
+) -> str:
+    """Returns a note of the scores below the axis."""
+    lowest = _LOWEST[reference.name]
+    parts = []
+    for label, scores in techniques.items():
+        below = sum(score.score < lowest for score in scores)
+        collapsed = sum(score.score < reference.collapsed for score in scores)
+        if below:
+            part = f"{below} scores of {label}"
+            if collapsed:
+                part += f" ({collapsed} of them below {reference.collapsed:g})"
+            parts.append(part)
+    return f"Below the axis: {', '.join(parts)}. {_SHIFTED}"
+
+
+def _repeats(
+    groups: Iterable[Sequence[PublishedPoint]], reference: Reference
+) -> str:
+    """Returns a note of the numbers of runs."""
+    points = [point for group in groups for point in group]
+    runs = sorted({point.runs for point in points}, reverse=True)
+    note = (
+        "Means and standard deviations of "
+        f"{' or '.join(map(str, runs))} runs, side by side, and the best runs "
+        "of magnitude pruning."
+    )
+    collapsed = sum(point.collapsed for point in points)
+    if collapsed:
+        note += (
+            f" {collapsed} runs with a {reference.score} below "
+            f"{reference.collapsed:g} are left out."
+        )
+    return note
