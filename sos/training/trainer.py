@@ -27,7 +27,7 @@ from sos.surgery import strip
 from sos.training import inputs, strategies
 from sos.training.checkpoints import Checkpoints, canonical_path, diff
 from sos.training.compile_signature import compile_signature
-from sos.training.reporting import Summary
+from sos.training.reporting import MaskUpdate, Summary
 from sos.training.signals import StopSource
 from sos.training.steps import CompiledMaskUpdate, Steps, Totals
 from sos.training.task import (
@@ -299,6 +299,7 @@ class Trainer:
         self.saved_step: int | None = None
         # Step for which the masks are known to be up to date.
         self._masks_step: int | None = None
+        self._mask_updates: list[MaskUpdate] = []
         self._host_copy: keras.Model | None = None
 
     @property
@@ -388,6 +389,7 @@ class Trainer:
         # Another program may have saved the checkpoint without the seconds.
         self.seconds = metadata.get("seconds", 0.0)
         self.saved_step = self._masks_step = metadata["step"]
+        self._mask_updates = []
 
     def _placement(self) -> dict[str, Any]:
         """Returns properties of the execution that affect the result."""
@@ -746,7 +748,7 @@ class Trainer:
         # From step 0, so that a resumed training has the same schedules.
         resolve_schedules(find_wrappers(self.model), train_steps)
         updater = SparsityUpdater(
-            self.model, self.optimizer, update_masks=self._update_masks
+            self.model, self.optimizer, update_masks=self._record_update
         )
         step = self.step
         try:
@@ -756,6 +758,14 @@ class Trainer:
             yield updater
         finally:
             updater.stop()
+
+    def _record_update(self, updates: dict[PruningWrapper, float]) -> None:
+        """Updates masks, and records what changes for the next summary."""
+        changes = self._update_masks(updates)
+        if changes is not None:
+            self._mask_updates.append(
+                MaskUpdate(step=self.step, **dataclasses.asdict(changes))
+            )
 
     def _loop_end(
         self, step: int, steps: int, actions: Sequence[Action]
@@ -838,6 +848,7 @@ class Trainer:
         # The duration of the first loop includes tracing.
         traced = self._train_loop_length.traced
         learning_rate = keras.ops.convert_to_numpy(self.optimizer.learning_rate)
+        mask_updates, self._mask_updates = tuple(self._mask_updates), []
         return Summary(
             step=end,
             total_steps=steps,
@@ -848,6 +859,7 @@ class Trainer:
             ),
             seconds=seconds,
             seconds_left=step_seconds * (steps - end) if traced else None,
+            mask_updates=mask_updates,
             **self._sparsity(),
         )
 
