@@ -163,8 +163,10 @@ def test_local_launcher_worker_killed_stopped_and_stopped_with_its_parent(
             while not finished_step(held):
                 step = last_step(stopped, tmp_path)
                 wait_until(
-                    lambda step=step: last_step(stopped, tmp_path) > step
-                    or finished_step(held)
+                    lambda step=step: (
+                        last_step(stopped, tmp_path) > step
+                        or finished_step(held)
+                    )
                 )
                 send_to_workers(signal.SIGTERM)
             steps.append(last_step(stopped, tmp_path))
