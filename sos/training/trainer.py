@@ -256,17 +256,7 @@ class Trainer:
     ) -> tuple[keras.Model, keras.optimizers.Optimizer]:
         """Returns a new built model and its built optimizer."""
         with self.strategy.scope():
-            model = task.build_model()
-            check_model(task, model)
-            optimizer = task.build_optimizer(model)
-            check_optimizer(task, optimizer)
-            # Before a step is traced.
-            exclude_techniques(model, optimizer)
-            # The first step runs on the replicas, where Keras 3.15 cannot
-            # create variables.
-            if not optimizer.built:
-                optimizer.build(model.trainable_variables)
-        return model, optimizer
+            return build(task)
 
     def _set_task(
         self,
@@ -313,13 +303,10 @@ class Trainer:
 
     def configuration(self) -> dict[str, Any]:
         """Returns all options that determine the result, by name."""
-        configuration = self.task.configuration()
-        check_configuration(self.task, configuration)
-        return {
-            **configuration,
-            "gradient_accumulation_steps": self._gradient_accumulation_steps,
-            "dtype_policy": keras.config.dtype_policy().name,
-        }
+        return configuration(
+            self.task,
+            gradient_accumulation_steps=self._gradient_accumulation_steps,
+        )
 
     def restore_or_initialize(self, checkpoints: Checkpoints) -> int | None:
         """Restores the newest checkpoint, or calls `Task.initialize`.
@@ -329,7 +316,7 @@ class Trainer:
 
         Returns:
             The step of the checkpoint; None if there was none, and the task
-            initialized the model.
+            initialized the model. Then `step` is where training begins.
 
         Raises:
             CheckpointError: As in `restore`.
@@ -337,7 +324,7 @@ class Trainer:
         step = self.restore(checkpoints)
         if step is None:
             with self.strategy.scope():
-                self.task.initialize(self.model)
+                self.task.initialize(self.model, self.optimizer)
         return step
 
     def restore(self, checkpoints: Checkpoints) -> int | None:
@@ -885,6 +872,59 @@ class Trainer:
             float(per_worker[:, 0].max()),
             signal.Signals(signum) if signum else None,
         )
+
+
+def build(
+    task: Task,
+) -> tuple[keras.Model, keras.optimizers.Optimizer]:
+    """Builds the model and the optimizer of a task.
+
+    Call it in the strategy's scope.
+
+    Args:
+        task: The task.
+
+    Returns:
+        A new built model and its built optimizer.
+
+    Raises:
+        TaskError: If a method of the task returns an invalid value.
+    """
+    model = task.build_model()
+    check_model(task, model)
+    optimizer = task.build_optimizer(model)
+    check_optimizer(task, optimizer)
+    # Before a step is traced.
+    exclude_techniques(model, optimizer)
+    # The first step runs on the replicas, where Keras 3.15 cannot create
+    # variables.
+    if not optimizer.built:
+        optimizer.build(model.trainable_variables)
+    return model, optimizer
+
+
+def configuration(
+    task: Task, *, gradient_accumulation_steps: int
+) -> dict[str, Any]:
+    """Returns everything that determines the result of a training, by name.
+
+    Args:
+        task: The task.
+        gradient_accumulation_steps: As for `Trainer`.
+
+    Returns:
+        JSON values, for `Checkpoints`.
+
+    Raises:
+        TaskError: If `Task.configuration` returns an invalid value.
+    """
+    values = task.configuration()
+    check_configuration(task, values)
+    return {
+        **values,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "dtype_policy": keras.config.dtype_policy().name,
+    }
 
 
 def _assign(variables: Sequence[keras.Variable], values: Sequence[Any]) -> None:

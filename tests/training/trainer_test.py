@@ -1246,7 +1246,7 @@ def test_initialize_is_called_when_nothing_is_restored(replicas, tmp_path):
     class Initialized(ToyTask):
         calls = 0
 
-        def initialize(self, model):
+        def initialize(self, model, optimizer):
             self.calls += 1
             assert tf.distribute.get_strategy() is trainer.strategy
             model.weights[0].assign(np.full((6, 16), 0.5, np.float32))
