@@ -99,11 +99,12 @@ def _run(arguments: Sequence[str]) -> None:
         )
     config = _CONFIG.config
     all_configs = sweeps.expand(config, _CONFIG.sweep(config))
-    configs = sweeps.select(all_configs, _SELECT.value)
+    workdir = pathlib.Path(_WORKDIR.value).expanduser()
+    selected, parents = sweeps.select(all_configs, _SELECT.value, workdir)
+    configs = [*parents, *selected]
     if _LIST.value:
         print(*map(run_name, configs), sep="\n")
         return
-    workdir = pathlib.Path(_WORKDIR.value).expanduser()
     results.check_outputs(
         workdir,
         [report.REPORT, *(f"{spec.name}.png" for spec in figures.FIGURES)],
@@ -118,6 +119,11 @@ def _run(arguments: Sequence[str]) -> None:
         configs, workdir, workers=launcher.workers, **options
     )
     text = f"{len(configs)} runs in {workdir}."
+    if parents:
+        text += (
+            f" {len(parents)} of them are not selected, but others start from "
+            "them."
+        )
     kept, further = (
         f"{size / 1e6:,.0f} MB"
         for size in (disk_use.final_bytes, disk_use.temporary_bytes)

@@ -6,17 +6,10 @@ them to CSV and Parquet files.
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-
-from sos.errors import UsageError
-from sos.files import atomic_write, storage_errors
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import pandas
+    pass
 
 # Columns that are printed by default, where a table has them.
 _COLUMNS = (

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import sos
-from sos.experiments import comparisons
-from sos.experiments.comparisons import BySeed, Difference
+from sos.experiments import differences
+from sos.experiments.differences import BySeed, Difference
 from sos.experiments.results import FinishedRun
 
 Verdict = Literal["holds", "does not hold", "undecided", "not tested"]
@@ -107,7 +107,7 @@ class _Study:
     def __init__(
         self, runs: Sequence[FinishedRun], eval_examples: int | None
     ) -> None:
-        self.sparsities = comparisons.target_sparsities(runs)
+        self.sparsities = differences.target_sparsities(runs)
         self.high_sparsities = [s for s in self.sparsities if s >= _HIGH]
         #: The runs of each technique, or variant of one, by label.
         self.labels: dict[str, list[FinishedRun]] = {}
@@ -165,16 +165,16 @@ class _Study:
         first: Iterable[FinishedRun],
         second: Iterable[FinishedRun],
         sparsities: Sequence[float],
-        value: _Value = comparisons.accuracy,
+        value: _Value = differences.accuracy,
     ) -> "_Comparison":
         """Compares values of two techniques at equal sparsities."""
         groups = [
-            comparisons.by_sparsity(runs, sparsities, value)
+            differences.by_sparsity(runs, sparsities, value)
             for runs in (first, second)
         ]
         return self._comparison(
             *({_percent(s): v for s, v in group.items()} for group in groups),
-            is_accuracy=value is comparisons.accuracy,
+            is_accuracy=value is differences.accuracy,
         )
 
     def compare_branches(
@@ -191,7 +191,7 @@ class _Study:
         for run in runs:
             trunk = run.parent or run
             accuracy, sparsity = (
-                comparisons.accuracy(run),
+                differences.accuracy(run),
                 trunk.target_sparsity,
             )
             if accuracy is None:
@@ -202,7 +202,7 @@ class _Study:
             if self._several_trunks:
                 name += f" ({trunk.label})"
             seeds = values.setdefault(name, {})
-            seeds.setdefault(comparisons.seed_of(run), []).append(accuracy)
+            seeds.setdefault(differences.seed_of(run), []).append(accuracy)
         return {
             name: {seed: statistics.fmean(v) for seed, v in seeds.items()}
             for name, seeds in values.items()
@@ -240,7 +240,7 @@ class _Comparison:
     @property
     def total(self) -> Difference | None:
         """The mean difference over all sparsities."""
-        return comparisons.difference(self.strata.values())
+        return differences.difference(self.strata.values())
 
     def verdict(self, *, matches: bool = False) -> Verdict:
         """Returns whether the first group is above the second.
@@ -289,7 +289,7 @@ class _Comparison:
     def _numbers(self, total: Difference) -> str:
         parts = []
         for name, stratum in self.strata.items():
-            part = comparisons.difference([stratum])
+            part = differences.difference([stratum])
             parts.append(f"{name}: {format_difference(part)}")
         number = " to ".join(str(n) for n in sorted(set(total.seeds)))
         seeds = "seed" if total.seeds[1] == 1 else "seeds"
@@ -318,7 +318,7 @@ def _best_technique(study: _Study, sparsity: float) -> Finding | None:
     """Returns which technique is best; None if there are not two."""
     means = {}
     for label, runs in study.labels.items():
-        values = comparisons.by_sparsity(runs, [sparsity])
+        values = differences.by_sparsity(runs, [sparsity])
         if values:
             means[label] = statistics.fmean(values[sparsity].values())
     if len(means) < 2:

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 from matplotlib.figure import Figure
 
-from sos.experiments import comparisons, conclusions, figures, tables
+from sos.experiments import conclusions, differences, figures, tables
 from sos.experiments import config as config_lib
 from sos.experiments.results import FinishedRun
 from sos.files import atomic_write, storage_errors
@@ -107,7 +107,7 @@ def _summary(
     runs: Sequence[FinishedRun], findings: Sequence[conclusions.Finding]
 ) -> str:
     """Returns sentences with the main numbers."""
-    seeds = len({comparisons.seed_of(run) for run in runs})
+    seeds = len({differences.seed_of(run) for run in runs})
     techniques = {r.label for r in runs if r.branch is None}
     branches = {r.label for r in runs if r.branch is not None}
     parts = [_count(len(techniques), "technique")]
@@ -121,7 +121,7 @@ def _summary(
         accuracy
         for run in runs
         if run.result.sparsity is None
-        and (accuracy := comparisons.accuracy(run)) is not None
+        and (accuracy := differences.accuracy(run)) is not None
     ]
     if dense:
         sentences.append(

@@ -4,7 +4,7 @@ import dataclasses
 import statistics
 from collections.abc import Iterable, Sequence
 
-from sos.experiments import comparisons
+from sos.experiments import differences
 from sos.experiments.results import FinishedRun
 
 
@@ -61,16 +61,16 @@ def accuracy_table(runs: Iterable[FinishedRun]) -> AccuracyTable:
         linear in the logarithm of the density.
     """
     runs = list(runs)
-    sparsities = comparisons.target_sparsities(runs)
+    sparsities = differences.target_sparsities(runs)
     labels: dict[str, list[FinishedRun]] = {}
     for run in runs:
         labels.setdefault(run.label, []).append(run)
     rows = []
     for label, group in labels.items():
         dense = [
-            comparisons.accuracy(r) for r in group if r.result.sparsity is None
+            differences.accuracy(r) for r in group if r.result.sparsity is None
         ]
-        values = comparisons.by_sparsity(group, sparsities)
+        values = differences.by_sparsity(group, sparsities)
         columns = [
             [accuracy for accuracy in dense if accuracy is not None],
             *([*values.get(s, {}).values()] for s in sparsities),

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from sos.errors import Stopped, UsageError
-from sos.experiments import sweeps
+from sos.experiments import launchers, sweeps
 from sos.experiments.config import run_name
 from sos.experiments.launchers import LocalLauncher, TrainerCache
 from sos.experiments.progress import SweepProgress
@@ -68,6 +68,121 @@ def test_trainer_cache_shared_run_has_the_bits_of_one_alone(
     expected = processes.checkpoint_values(finished / directory.name, 12)
     found = processes.checkpoint_values(directory, 12)
     assert processes.differences(found, expected) == []
+
+
+# The order of runs, with workers that are threads and train nothing.
+
+
+class FakeProcess:
+    """A process that has ended."""
+
+    exitcode = -signal.SIGKILL
+
+    def kill(self):
+        pass
+
+    terminate = join = kill
+
+
+@pytest.fixture
+def fake_workers(monkeypatch):
+    """Replaces worker processes by threads.
+
+    Returns a list of the names that workers received and sent back as they
+    were, and a dictionary with the messages they answer, by name; `None` ends
+    the worker.
+    """
+    received, answers = [], {}
+
+    def serve(pipe):
+        while True:
+            try:
+                config, _, _ = pipe.recv()
+            except (EOFError, OSError):
+                return
+            name = run_name(config)
+            received.append(name)
+            messages = answers.get(name, [])
+            message = messages.pop(0) if messages else ("finished", None)
+            if message is None:
+                pipe.close()
+                return
+            pipe.send(message)
+            received.append(name)
+
+    def start(pool, index, threads):
+        pipe, other = multiprocessing.Pipe()
+        threading.Thread(target=serve, args=(other,), daemon=True).start()
+        pool._workers[index] = launchers._Worker(FakeProcess(), pipe, threads)
+
+    monkeypatch.setattr(launchers._Pool, "start", start)
+    # No test waits for a run that another process trains.
+    monkeypatch.setattr(launchers, "_RETRY", 0.0)
+    monkeypatch.setattr(Progress, "finish", lambda *_: None)
+    return received, answers
+
+
+@pytest.fixture
+def family():
+    """Two trunks, two branches of the first, and one of its first branch."""
+    trunks = sweeps.expand(toy_experiment.CONFIG, [{"seed": 0}, {"seed": 1}])
+    first = [{"parent": run_name(trunks[0]), "seed": seed} for seed in (10, 11)]
+    branches = sweeps.expand(toy_experiment.CONFIG, first)
+    second = [{"parent": run_name(branches[0]), "seed": 20}]
+    return [*trunks, *branches, *sweeps.expand(toy_experiment.CONFIG, second)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_local_launcher_branches_begin_when_their_parent_is_finished(
+    workers, family, fake_workers, tmp_path
+):
+    names = [run_name(config) for config in family]
+    received, answers = fake_workers
+    # As if another process trained the trunk.
+    answers[names[0]] = 3 * [("in_use", None)]
+    assert failures_of(family, tmp_path, workers) == {}
+    assert received.count(names[0]) == 2 * 4
+    last = {name: len(received) - received[::-1].index(name) for name in names}
+    for config, name in zip(family, names, strict=True):
+        if config.parent is not None:
+            assert received.index(name) >= last[config.parent]
+            assert received.count(name) == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [(("failed", "no luck"), "no luck"), (None, "was killed")],
+)
+def test_local_launcher_parent_fails_its_branches_fail(
+    answer, reason, family, fake_workers, tmp_path
+):
+    names = [run_name(config) for config in family]
+    received, answers = fake_workers
+    answers[names[0]] = [answer]
+    failures = failures_of(family, tmp_path, workers=2)
+    assert set(failures) == {*names[0:1], *names[2:]}
+    assert reason in failures[names[0]]
+    for name, parent in ((2, 0), (3, 0), (4, 2)):
+        assert f"parent {names[parent]} failed" in failures[names[name]]
+    assert set(received) == set(names[:2])
+
+
+def test_local_launcher_finished_parent_is_not_waited_for(
+    family, fake_workers, tmp_path
+):
+    received, _ = fake_workers
+    assert failures_of(family[2:4], tmp_path, workers=1) == {}
+    assert len(set(received)) == 2
+
+
+def failures_of(configs, workdir, workers):
+    progress = Progress(configs)
+    with progress:
+        failures = LocalLauncher(workers).launch(
+            configs, workdir, progress=progress
+        )
+    assert failures == progress.failures
+    return failures
 
 
 # Worker processes, each of which imports TensorFlow: two jobs show everything.
@@ -199,6 +314,53 @@ def test_local_launcher_worker_killed_stopped_and_stopped_with_its_parent(
     assert processes.checkpoint_steps(directory)[-1] > steps[0] > 0
     logged = [record["step"] for record in processes.records(directory)]
     assert logged == sorted(set(logged))
+
+
+@pytest.mark.slow
+def test_local_launcher_trunk_and_branches_equal_runs_in_one_process(tmp_path):
+    (trunk,) = sweeps.expand(magnitude(), [{}])
+    (failing,) = sweeps.expand(
+        magnitude(task="tests.support.toy_experiment:Failing"), [{}]
+    )
+    # 3 and 6 seconds.
+    (slow,) = sweeps.expand(magnitude(task=SLOW, train_steps=300), [{}])
+    configs = [
+        *sweeps.expand({}, branches_of(trunk)),
+        *sweeps.expand({}, branches_of(slow)),
+        *sweeps.expand({}, branches_of(failing)),
+        failing,
+        slow,
+        trunk,
+    ]
+    stopped = next(config for config in configs if config.train_steps == 600)
+    stop = Stop()
+
+    def press_ctrl_c():
+        try:
+            wait_until(lambda: last_step(stopped, tmp_path))
+        finally:
+            stop.requested = signal.SIGINT
+
+    thread = threading.Thread(target=press_ctrl_c)
+    thread.start()
+    with pytest.raises(Stopped):
+        sweeps.run_sweep(
+            configs, tmp_path, launcher=LocalLauncher(2), stop=stop
+        )
+    thread.join()
+    assert read_result(run_directory(stopped, tmp_path)) is None
+    with pytest.raises(sweeps.FailedRunsError) as error:
+        sweeps.run_sweep(configs, tmp_path, launcher=LocalLauncher(2))
+    assert set(error.value.failures) == {
+        run_name(config)
+        for config in configs
+        if run_name(failing) in (config.parent, run_name(config))
+    }
+    records = processes.records(run_directory(stopped, tmp_path))
+    logged = [r["step"] for r in records if r["kind"] == "train"]
+    assert logged == sorted(set(logged))
+    for config in configs[:-3]:
+        ...
 
 
 def test_local_launcher_without_runs_starts_no_process(tmp_path):

@@ -4,8 +4,8 @@ import math
 import numpy as np
 import pytest
 
-from sos.experiments import comparisons
-from sos.experiments.comparisons import difference
+from sos.experiments import differences
+from sos.experiments.differences import difference
 from tests.support.results import make_study, make_toy_run
 
 
@@ -15,23 +15,23 @@ def _curve(*points, seed=0, technique="l0"):
 
 def test_by_sparsity_is_linear_in_log_density():
     runs = _curve((0.601, 0.9), (0.901, 0.6))
-    (value,) = comparisons.by_sparsity(runs, [0.8])[0.8].values()
+    (value,) = differences.by_sparsity(runs, [0.8])[0.8].values()
     # From density 0.4 to 0.1 it falls by 30 points; 0.2 is in the middle.
     assert value == pytest.approx(75)
 
 
 def test_by_sparsity_outside_of_the_range_is_missing():
     runs = _curve((0.601, 0.9), (0.901, 0.6))
-    assert comparisons.by_sparsity(runs, [0.5, 0.95]) == {}
+    assert differences.by_sparsity(runs, [0.5, 0.95]) == {}
     # Within 5 % of the density, an end counts.
-    assert comparisons.by_sparsity(runs, [0.902]) == {
+    assert differences.by_sparsity(runs, [0.902]) == {
         0.902: {0: pytest.approx(60)}
     }
 
 
 def test_by_sparsity_equal_densities_are_averaged():
     runs = _curve((0.8, 0.9), (0.8, 0.7), technique="magnitude")
-    assert comparisons.by_sparsity(runs, [0.8])[0.8] == {0: pytest.approx(80)}
+    assert differences.by_sparsity(runs, [0.8])[0.8] == {0: pytest.approx(80)}
 
 
 def test_by_sparsity_runs_without_a_number_are_left_out():
@@ -44,18 +44,18 @@ def test_by_sparsity_runs_without_a_number_are_left_out():
         lost, result=dataclasses.replace(lost.result, metrics={})
     )
     runs = [lost, dense, empty, without]
-    assert comparisons.by_sparsity(runs, [0.8]) == {}
+    assert differences.by_sparsity(runs, [0.8]) == {}
 
 
 def test_target_sparsities_without_targets_are_those_of_the_paper():
-    assert comparisons.target_sparsities(make_study()) == [0.5, 0.9, 0.98]
+    assert differences.target_sparsities(make_study()) == [0.5, 0.9, 0.98]
     runs = _curve((0.6, 0.9))
-    assert comparisons.target_sparsities(runs) == [*comparisons.SPARSITIES]
+    assert differences.target_sparsities(runs) == [*differences.SPARSITIES]
 
 
 def test_seed_of_branch_is_that_of_its_trunk():
     run = make_study()[-1]
-    assert (run.config["seed"], comparisons.seed_of(run)) == (1001, 1)
+    assert (run.config["seed"], differences.seed_of(run)) == (1001, 1)
 
 
 def test_difference_of_two_pairs_has_the_interval_of_three_resamples():
@@ -122,7 +122,7 @@ def test_difference_is_the_same_every_time():
 def test_difference_interval_contains_the_true_difference(
     seeds, sparsities, expected, monkeypatch
 ):
-    monkeypatch.setattr(comparisons, "_RESAMPLES", 400)
+    monkeypatch.setattr(differences, "_RESAMPLES", 400)
     generator = np.random.default_rng(3)
     repeats, hits = 300, 0
     for _ in range(repeats):
