@@ -31,11 +31,10 @@ from absl import app, flags
 
 from models.config_flag import ConfigFlag
 from sos.errors import UsageError
-from sos.experiments import figures, report, results, sweeps
-from sos.experiments.config import resolve, run_name
+from sos.experiments import conclusions, figures, report, results, sweeps
+from sos.experiments.config import run_name
 from sos.experiments.launchers import LocalLauncher
 from sos.experiments.progress import SweepProgress, summary_table
-from sos.experiments.task import make_task
 from sos.training import main as training_main
 from sos.training.signals import StopRequest
 
@@ -185,7 +184,7 @@ def _report(
         study,
         drawn,
         command=shlex.join(["python", "-m", "models.sweep", *sys.argv[1:]]),
-        eval_examples=make_task(resolve(runs[0].config)).eval_examples,
+        eval_examples=conclusions.eval_examples(runs),
     )
     progress.console.print()
     for path in paths:

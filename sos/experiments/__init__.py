@@ -1,8 +1,10 @@
 """Experiments: configs, runs, sweeps, and tables and figures of results."""
 
 try:
+    import jinja2 as jinja2
     import matplotlib as matplotlib
     import ml_collections as ml_collections
+    import pandas as pandas
 except ModuleNotFoundError as error:
     raise ImportError(
         f"`sos.experiments` cannot import {error.name}. Install what it needs: "

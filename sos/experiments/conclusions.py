@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import sos
+from sos.experiments import config as config_lib
 from sos.experiments import differences
 from sos.experiments.differences import BySeed, Difference
 from sos.experiments.results import FinishedRun
+from sos.experiments.task import make_task
 
 Verdict = Literal["holds", "does not hold", "undecided", "not tested"]
 
@@ -68,6 +70,18 @@ class Finding:
     paper: str = ""
 
 
+def eval_examples(runs: Sequence[FinishedRun]) -> int | None:
+    """Returns the number of evaluation examples of the runs' task, if known.
+
+    Args:
+        runs: Finished runs of one task.
+
+    Raises:
+        UsageError: If the task cannot be imported.
+    """
+    return make_task(config_lib.resolve(runs[0].config)).eval_examples
+
+
 def findings(
     runs: Sequence[FinishedRun], *, eval_examples: int | None = None
 ) -> list[Finding]:
@@ -99,6 +113,23 @@ def findings(
         )
         for finding in find(study)
     ]
+
+
+def markdown(findings: Iterable[Finding]) -> str:
+    """Returns findings as a table in Markdown."""
+    rows = [
+        "| | holds | difference [95 % interval] |",
+        "|---|---|---|",
+    ]
+    for finding in findings:
+        verdict = {"holds": "yes", "does not hold": "no"}.get(
+            finding.verdict, finding.verdict
+        )
+        number = ""
+        if finding.estimate is not None:
+            number = _with_interval(finding.estimate, finding.interval)
+        rows.append(f"| {finding.statement} | {verdict} | {number} |")
+    return "\n".join(rows)
 
 
 class _Study:
@@ -182,6 +213,22 @@ class _Study:
     ) -> "_Comparison":
         """Compares branches of equal trunks, or trunks with their branches."""
         return self._comparison(self._by_trunk(first), self._by_trunk(second))
+
+    def compare_profiles(
+        self, branches: Iterable[FinishedRun], others: Sequence[FinishedRun]
+    ) -> "_Comparison":
+        """Compares branches with other runs at the sparsities they reach."""
+        groups: dict[tuple, list[FinishedRun]] = {}
+        for run in branches:
+            groups.setdefault(run.point, []).append(run)
+        first, second = {}, {}
+        for runs in groups.values():
+            sparsity = statistics.fmean(run.result.sparsity for run in runs)
+            name = _percent(sparsity)
+            first[name] = self._by_trunk(runs).popitem()[1]
+            values = differences.by_sparsity(others, [sparsity])
+            second[name] = values.get(sparsity, {})
+        return self._comparison(first, second)
 
     def _by_trunk(
         self, runs: Iterable[FinishedRun]
@@ -290,7 +337,7 @@ class _Comparison:
         parts = []
         for name, stratum in self.strata.items():
             part = differences.difference([stratum])
-            parts.append(f"{name}: {format_difference(part)}")
+            parts.append(f"{name}: {_with_interval(part.mean, part.interval)}")
         number = " to ".join(str(n) for n in sorted(set(total.seeds)))
         seeds = "seed" if total.seeds[1] == 1 else "seeds"
         return f"{'; '.join(parts)} ({number} {seeds})."
@@ -421,6 +468,11 @@ def _branches(study: _Study) -> list[Finding]:
     augmented = study.branches("augmented_init", multiplier=1)
     tickets = study.branches("lottery_ticket", step=0)
     random_masks = study.branches("random_mask")
+    magnitude = study.of_technique("MagnitudePruning")
+    profiles: dict[str, list[FinishedRun]] = {}
+    for run in study.branches("transferred_profile"):
+        if run.technique == "MagnitudePruning":
+            profiles.setdefault(run.parent.label, []).append(run)
     labels: dict[str, list[FinishedRun]] = {}
     for name in ("scratch", "augmented_init", "lottery_ticket"):
         for run in study.branches(name):
@@ -456,6 +508,15 @@ def _branches(study: _Study) -> list[Finding]:
             "sparsity of each layer",
             "accuracy, scratch-e minus random mask",
         ),
+        *(
+            study.compare_profiles(runs, magnitude).finding(
+                f"The sparsity of each layer that {label} found helps "
+                "magnitude pruning",
+                "accuracy, magnitude pruning with those sparsities minus with "
+                "equal ones",
+            )
+            for label, runs in (profiles or {"another technique": []}).items()
+        ),
     ]
 
 
@@ -465,17 +526,15 @@ def signed(value: float) -> str:
     return f"{round(value, 1) + 0.0:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
-def format_difference(difference: Difference) -> str:
-    """Formats a difference with its interval."""
-    text = signed(difference.mean)
-    if difference.interval is not None:
-        low, high = map(signed, difference.interval)
-        text += f" [{low}, {high}]"
+def _with_interval(mean: float, interval: tuple[float, float] | None) -> str:
+    text = signed(mean)
+    if interval is not None:
+        text += f" [{signed(interval[0])}, {signed(interval[1])}]"
     return text
 
 
 def _percent(sparsity: float) -> str:
-    return f"{100 * sparsity:.4g} %"
+    return f"{100 * sparsity:.3g} %"
 
 
 def _capital(text: str) -> str:

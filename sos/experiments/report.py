@@ -86,7 +86,7 @@ def write_report(
         shared=shared,
         by_label=by_label,
         versions=_distinct(run.result.versions for run in runs),
-        machine=_distinct(getattr(run.result, "machine", {}) for run in runs),
+        machine=_distinct(run.result.machine for run in runs),
         training_seconds=sum(run.result.seconds for run in runs),
         seconds=seconds,
         command=command,

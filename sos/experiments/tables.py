@@ -39,7 +39,7 @@ class AccuracyTable:
         """Returns the table in Markdown."""
         rows = [
             ["", *self.sparsities],
-            ["---", *["---:"] * len(self.sparsities)],
+            ["---", *["---"] * len(self.sparsities)],
             *(
                 [label, *(str(c or "") for c in cells)]
                 for label, cells in self.rows

@@ -23,9 +23,9 @@ def test_by_sparsity_is_linear_in_log_density():
 def test_by_sparsity_outside_of_the_range_is_missing():
     runs = _curve((0.601, 0.9), (0.901, 0.6))
     assert differences.by_sparsity(runs, [0.5, 0.95]) == {}
-    # Within 5 % of the density, an end counts.
-    assert differences.by_sparsity(runs, [0.902]) == {
-        0.902: {0: pytest.approx(60)}
+    # Within 10 % of the density, an end counts.
+    assert differences.by_sparsity(runs, [0.905]) == {
+        0.905: {0: pytest.approx(60)}
     }
 
 

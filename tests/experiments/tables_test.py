@@ -26,7 +26,7 @@ def test_accuracy_table_markdown_has_a_line_for_each_row():
     table = tables.accuracy_table(make_study(seeds=[0], branches=False))
     assert table.markdown().splitlines()[:4] == [
         "|  | dense | 50 % | 90 % | 98 % |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| --- | --- | --- | --- | --- |",
         "| dense | 87.0 |  |  |  |",
         "| magnitude pruning |  | 86.0 | 85.0 | 78.0 |",
     ]
