@@ -198,10 +198,10 @@ def make_sweep(
     for name, options in BRANCHES:
         for trunk in pruned:
             yield branch(trunk, name, **options)
-    schedule = techniques["magnitude"](config)["sparsity"]
-    del schedule["sparsity"]
+    # Its `sparsity` is that of the trunk.
+    pruning = techniques["magnitude"](config)["sparsity"]
     for trunk in penalized:
-        yield branch(trunk, "transferred_profile", **schedule)
+        yield branch(trunk, "transferred_profile", **pruning)
 
 
 def _dense(config: ml_collections.ConfigDict) -> Overrides:

@@ -29,7 +29,7 @@ from sos.errors import (
     UsageError,
 )
 from sos.experiments import runs as runs_lib
-from sos.experiments.config import parent_name, resolve, run_name
+from sos.experiments.config import first_step, parent_name, resolve, run_name
 from sos.experiments.progress import SweepProgress
 from sos.experiments.runs import Result, last_step, run_directory
 from sos.experiments.task import make_task
@@ -324,7 +324,8 @@ class _Pool:
         self._pending.remove(run)
         worker.run, worker.signature = run, run.signature
         directory = run_directory(run.config, self._workdir)
-        self._progress.begin(run.name, last_step(directory))
+        step = last_step(directory) or first_step(run.config)
+        self._progress.begin(run.name, step)
         # If the worker has ended, `_receive` meets the end of its pipe.
         with contextlib.suppress(OSError):
             worker.pipe.send(

@@ -15,11 +15,11 @@ from sos.experiments.progress import SweepProgress
 from sos.experiments.runs import (
     Result,
     find_result,
-    parent_directory,
     read_result,
     run_directory,
 )
 from sos.experiments.task import make_task
+from sos.experiments.trunk import with_parent_directory
 from sos.training.checkpoints import Checkpoints
 from sos.training.signals import StopSource
 
@@ -281,7 +281,7 @@ def _check_parents(
     for config in pending:
         if config.parent is None or config_lib.parent_name(config) in trained:
             continue
-        directory = parent_directory(config, workdir)
+        directory = with_parent_directory(config, workdir).parent
         if read_result(directory) is None:
             missing[directory] = None
     if missing:

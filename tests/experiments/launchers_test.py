@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import pathlib
@@ -10,7 +11,7 @@ import time
 import pytest
 
 from sos.errors import Stopped, UsageError
-from sos.experiments import launchers, sweeps
+from sos.experiments import branch, launchers, sweeps
 from sos.experiments.config import run_name
 from sos.experiments.launchers import LocalLauncher, TrainerCache
 from sos.experiments.progress import SweepProgress
@@ -125,11 +126,13 @@ def fake_workers(monkeypatch):
 @pytest.fixture
 def family():
     """Two trunks, two branches of the first, and one of its first branch."""
-    trunks = sweeps.expand(toy_experiment.CONFIG, [{"seed": 0}, {"seed": 1}])
-    first = [{"parent": run_name(trunks[0]), "seed": seed} for seed in (10, 11)]
-    branches = sweeps.expand(toy_experiment.CONFIG, first)
-    second = [{"parent": run_name(branches[0]), "seed": 20}]
-    return [*trunks, *branches, *sweeps.expand(toy_experiment.CONFIG, second)]
+    trunks = sweeps.expand(
+        toy_experiment.config("magnitude"), [{"seed": 0}, {"seed": 1}]
+    )
+    names = ("lottery_ticket", "random_mask")
+    branches = sweeps.expand({}, [branch(trunks[0], name) for name in names])
+    last = sweeps.expand({}, [branch(branches[0], "scratch")])
+    return [*trunks, *branches, *last]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -209,13 +212,7 @@ def test_local_launcher_two_workers_train_all_runs_until_a_bug(
     )
     error, failures = launch([failing, *toy_configs, long, broken], tmp_path)
     # Runs have the results that they have in one process.
-    for config in toy_configs:
-        expected = read_result(run_directory(config, finished))
-        result = read_result(run_directory(config, tmp_path))
-        assert dataclasses.replace(result, seconds=0.0, metrics={}) == (
-            dataclasses.replace(expected, seconds=0.0, metrics={})
-        )
-        assert result.metrics == pytest.approx(expected.metrics, rel=1e-4)
+    assert_same_results(toy_configs, tmp_path, finished)
     # A run that fails stops no other.
     assert list(failures) == [run_name(failing)]
     assert "step 1" in failures[run_name(failing)]
@@ -223,6 +220,17 @@ def test_local_launcher_two_workers_train_all_runs_until_a_bug(
     assert type(error) is RuntimeError
     assert "ZeroDivisionError: a bug" in str(error)
     assert processes.checkpoint_steps(log.parent)[-1] > 0
+
+
+def assert_same_results(configs, workdir, other):
+    for config in configs:
+        expected = read_result(run_directory(config, other))
+        result = read_result(run_directory(config, workdir))
+        assert dataclasses.replace(result, seconds=0.0, metrics={}) == (
+            dataclasses.replace(expected, seconds=0.0, metrics={})
+        )
+        # With other numbers of threads, sums have another order.
+        assert result.metrics == pytest.approx(expected.metrics, rel=1e-4)
 
 
 def log_of(config, workdir):
@@ -318,21 +326,22 @@ def test_local_launcher_worker_killed_stopped_and_stopped_with_its_parent(
 
 @pytest.mark.slow
 def test_local_launcher_trunk_and_branches_equal_runs_in_one_process(tmp_path):
-    (trunk,) = sweeps.expand(magnitude(), [{}])
-    (failing,) = sweeps.expand(
-        magnitude(task="tests.support.toy_experiment:Failing"), [{}]
-    )
-    # 3 and 6 seconds.
-    (slow,) = sweeps.expand(magnitude(task=SLOW, train_steps=300), [{}])
-    configs = [
-        *sweeps.expand({}, branches_of(trunk)),
-        *sweeps.expand({}, branches_of(slow)),
-        *sweeps.expand({}, branches_of(failing)),
-        failing,
-        slow,
-        trunk,
-    ]
-    stopped = next(config for config in configs if config.train_steps == 600)
+    def trunk_of(task, **overrides):
+        config = toy_experiment.config("magnitude", task=task, **overrides)
+        return sweeps.expand(config, [{}])
+
+    def branch_of(trunk, name, **options):
+        return sweeps.expand({}, [branch(trunk[0], name, **options)])
+
+    trunk = trunk_of(toy_experiment.CONFIG["task"])
+    branches = branch_of(trunk, "scratch") + branch_of(trunk, "lottery_ticket")
+    failing = trunk_of("tests.support.toy_experiment:Failing")
+    lost = branch_of(failing, "scratch")
+    lost += branch_of(lost, "random_mask")
+    slow = trunk_of(SLOW, train_steps=100)
+    # 4 seconds.
+    (stopped,) = branch_of(slow, "scratch", multiplier=4)
+    configs = [*lost, stopped, *branches, *failing, *slow, *trunk]
     stop = Stop()
 
     def press_ctrl_c():
@@ -351,16 +360,24 @@ def test_local_launcher_trunk_and_branches_equal_runs_in_one_process(tmp_path):
     assert read_result(run_directory(stopped, tmp_path)) is None
     with pytest.raises(sweeps.FailedRunsError) as error:
         sweeps.run_sweep(configs, tmp_path, launcher=LocalLauncher(2))
-    assert set(error.value.failures) == {
-        run_name(config)
-        for config in configs
-        if run_name(failing) in (config.parent, run_name(config))
-    }
-    records = processes.records(run_directory(stopped, tmp_path))
-    logged = [r["step"] for r in records if r["kind"] == "train"]
-    assert logged == sorted(set(logged))
-    for config in configs[:-3]:
-        ...
+    failed = [run_name(config) for config in (*failing, *lost)]
+    assert set(error.value.failures) == set(failed)
+    assert "step 1" in error.value.failures[failed[0]]
+    for parent, name in itertools.pairwise(failed):
+        assert f"parent {parent} failed" in error.value.failures[name]
+        # It did not begin.
+        assert not (tmp_path / name).exists()
+    # The branch went on where it was.
+    logged = [
+        r["step"] for r in processes.records(tmp_path / run_name(stopped))
+    ]
+    assert logged == [*sorted(set(logged)), 400]
+
+    serial = tmp_path / "serial"
+    sweeps.run_sweep(
+        [*branches, *trunk], serial, launcher=toy_experiment.SerialLauncher()
+    )
+    assert_same_results([*trunk, *branches], tmp_path, serial)
 
 
 def test_local_launcher_without_runs_starts_no_process(tmp_path):

@@ -4,10 +4,9 @@ import io
 import pytest
 from rich.console import Console
 
-from sos.experiments import progress
+from sos.experiments import branch, progress
 from sos.experiments.config import plain, resolve, run_name
 from sos.training.reporting import Summary
-from tests.support import toy_experiment
 from tests.support.results import make_result, make_run
 
 
@@ -154,13 +153,8 @@ def test_sweep_progress_branch_has_the_hyperparameters_of_its_parent(
     console = Console(file=io.StringIO(), width=120)
     shown = progress.SweepProgress(console)
     trunk = toy_configs[2]
-    ticket = {
-        **toy_experiment.CONFIG,
-        "sparsity": {"technique": "FixedMask"},
-        "label": "lottery ticket",
-    }
-    alone = resolve({**ticket, "parent": "absent"})
-    ticket = resolve({**ticket, "parent": run_name(trunk)})
+    ticket = resolve(branch(trunk, "lottery_ticket"))
+    alone = resolve({**plain(ticket), "parent": "absent"})
     for config in (trunk, ticket, alone):
         shown.add(config)
     with shown:

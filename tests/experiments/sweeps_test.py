@@ -6,7 +6,7 @@ import keras
 import pytest
 
 from sos.errors import UsageError
-from sos.experiments import results, sweeps
+from sos.experiments import branch, results, sweeps
 from sos.experiments.config import run_name
 from sos.experiments.runs import run_directory
 from tests.experiments.config_test import add_default
@@ -70,10 +70,9 @@ def test_select_matches_names(toy_configs):
 @pytest.fixture
 def family(toy_configs):
     """A run that is finished in `finished`, its branch, and a branch of it."""
-    runs = [toy_configs[0]]
+    runs = [toy_configs[2]]
     for seed in (10, 20):
-        overrides = {"parent": run_name(runs[-1]), "seed": seed}
-        runs += sweeps.expand(toy_experiment.CONFIG, [overrides])
+        runs += sweeps.expand({}, [branch(runs[-1], "scratch", seed=seed)])
     return runs
 
 
@@ -134,16 +133,16 @@ def test_run_sweep_parents_come_first(family, finished, tmp_path):
 def test_run_sweep_parent_elsewhere_must_be_finished(
     family, finished, tmp_path
 ):
-    _, branch, last = family
+    _, first, last = family
     launcher = OrderLauncher()
     with pytest.raises(UsageError, match="in the sweep or finished") as error:
-        sweeps.run_sweep([last, branch], tmp_path, launcher=launcher)
+        sweeps.run_sweep([last, first], tmp_path, launcher=launcher)
     # Only what is missing, and once.
-    assert str(error.value).count(branch.parent) == 1
+    assert str(error.value).count(first.parent) == 1
     assert last.parent not in str(error.value)
     assert not hasattr(launcher, "names")
-    directory = os.path.join(finished, branch.parent)
-    (moved,) = sweeps.expand(toy_experiment.CONFIG, [{"parent": directory}])
+    directory = os.path.join(finished, first.parent)
+    (moved,) = sweeps.expand({}, [branch(directory, "scratch")])
     with pytest.raises(sweeps.FailedRunsError):
         sweeps.run_sweep([moved], tmp_path, launcher=launcher)
     assert launcher.names == [run_name(moved)]
