@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -191,6 +192,12 @@ def share_legend(figure: Figure, title: str | None = None) -> None:
         ncols=_columns(handles, figure.get_figwidth()),
         title=title,
     )
+
+
+def wrap(text: str, inches: float) -> str:
+    """Breaks a title of size 9 into lines of a width in inches."""
+    width = max(1, int(inches / 0.082))
+    return textwrap.fill(text, width, break_long_words=False)
 
 
 def _columns(labels: Iterable[str], width: float) -> int:
