@@ -77,7 +77,7 @@ def draw_all_scores(model: str) -> Figure:
         lowest = _LOWEST[model]
         highest = axes.dataLim.y1
         axes.set_ylim(lowest, highest + 0.02 * (highest - lowest))
-        _add_legend(figure, "In brackets: number of scores")
+        _add_legend(figure, "In brackets:\nnumber of scores")
         _add_note(figure, _below(techniques, reference))
     return figure
 
@@ -107,7 +107,7 @@ def draw_branches(model: str) -> Figure:
         for shift, series in zip(_SHIFTS, branches, strict=True):
             _draw_means(axes, series, shift)
         axes.set_xlim(0.57, 0.0165)
-        axes.legend(loc="lower left")
+        _add_legend(figure)
         _add_note(figure, _repeats(branches, reference))
     return figure
 
@@ -143,21 +143,22 @@ def draw_runs(
             # In the same style, even if the runs have no other variant.
             style = _style(same[0]) if same else curve.style
             curves.append(dataclasses.replace(curve, style=style))
+            _draw_curve(axes, curves[-1], scores)
         drawn = {curve.style for curve in curves}
         for series in _by_label(points).values():
-            # A label for each style.
             label = f"{series[0].label} (paper)"
-            if series[0].technique and _style(series[0]) in drawn:
-                label = None
             if not series[0].technique:
                 _draw_dense(axes, series, label)
             elif _HELD not in series[0].label:
-                _draw_line(axes, series, markersize=3.5, alpha=0.5, label=label)
-        for curve in curves:
-            _draw_curve(axes, curve, scores)
+                # A label for each style.
+                if _style(series[0]) in drawn:
+                    label = None
+                _draw_line(
+                    axes, series, markersize=3, linewidth=0.9, label=label
+                )
         _, least = axes.get_xlim()
         axes.set_xlim(right=min(least, 0.8 * axes.dataLim.x0))
-        _add_legend(figure, "Bold: your runs. Thin: the paper")
+        _add_legend(figure, "Bold: your runs\nThin: the paper")
     return figure
 
 
@@ -178,10 +179,8 @@ def _branches(
     ]
 
 
-def _add_legend(figure: Figure, title: str) -> None:
-    figure.legend(
-        loc="outside upper center", ncols=3, title=title, alignment="left"
-    )
+def _add_legend(figure: Figure, title: str | None = None) -> None:
+    figure.legend(loc="outside right upper", title=title, alignment="left")
 
 
 def _add_note(figure: Figure, note: str) -> None:
@@ -189,8 +188,9 @@ def _add_note(figure: Figure, note: str) -> None:
 
 
 def _new_axes(reference: Reference) -> tuple[Figure, Axes]:
-    figure, axes = new_figure(7.0, 5.4)
-    log_axis(axes, "x", SPARSITIES)
+    figure, axes = new_figure(8.4, 4.8)
+    # Beside 50 %, 30 % has no room in a narrow plot.
+    log_axis(axes, "x", [p for p in SPARSITIES if p != 30])
     axes.set_xlim(1.15, 0.0085)
     axes.set_xlabel("Sparsity (density on a log scale)")
     axes.set_ylabel(reference.score[0].upper() + reference.score[1:])
@@ -281,8 +281,12 @@ def _draw_line(
         [1 - point.sparsity for point in points],
         [point.score for point in points],
         **_style(points[0]).plot_arguments,
-        **{"markersize": 5, "label": points[0].label, **arguments},
-        linewidth=1.5,
+        **{
+            "markersize": 5,
+            "linewidth": 1.5,
+            "label": points[0].label,
+            **arguments,
+        },
         zorder=3,
     )
 
