@@ -102,11 +102,16 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_text(path: str, text: str) -> None:
-    """Writes a text file atomically.
+    """Writes a text file atomically, in UTF-8; see `write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str, content: bytes) -> None:
+    """Writes a file atomically.
 
     Args:
         path: The file. If it is a `gs://` path, its directory must exist.
-        text: Content of the file.
+        content: Content of the file.
 
     Raises:
         StorageError: If the file cannot be written. An earlier file is
@@ -115,11 +120,11 @@ def write_text(path: str, text: str) -> None:
     with storage_errors(f"{path} could not be written"):
         if "://" not in path:
             with atomic_write(path) as temporary:
-                temporary.write_text(text, "utf-8")
+                temporary.write_bytes(content)
             return
         temporary = f"{path}.{uuid.uuid4().hex}"
-        with tf.io.gfile.GFile(temporary, "w") as file:
-            file.write(text)
+        with tf.io.gfile.GFile(temporary, "wb") as file:
+            file.write(content)
         tf.io.gfile.rename(temporary, path, overwrite=True)
 
 

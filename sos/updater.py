@@ -91,7 +91,7 @@ class SparsityUpdater:
         train_steps: int | None = None,
         steps_per_execution: int = 1,
         update_masks: Callable[
-            [dict[PruningWrapper, float]], None
+            [dict[PruningWrapper, float]], Any
         ] = update_masks,
     ) -> None:
         if not isinstance(optimizer, keras.optimizers.Optimizer):

@@ -11,6 +11,7 @@ except ModuleNotFoundError as error:
         "pip install 'state-of-sparsity[study]'"
     ) from error
 
+from sos.experiments.branches import branch
 from sos.experiments.config import base_config, parse_argument
 from sos.experiments.image_classification import ImageClassification
 from sos.experiments.results import collect
@@ -23,6 +24,7 @@ __all__ = [
     "ImageClassification",
     "Result",
     "base_config",
+    "branch",
     "collect",
     "expand",
     "parse_argument",

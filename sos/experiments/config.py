@@ -15,29 +15,40 @@ of its task and technique, so a new entry with a default renames no run.
 """
 
 import ast
+import contextlib
 import hashlib
 import importlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import keras
 import ml_collections
 from ml_collections import config_dict
 
 import sos
 from sos.errors import UsageError
+from sos.experiments import branch_registry
 from sos.training.checkpoints import diff
 from sos.training.task import Task
 
-#: Which checkpoints of a finished run are kept: all; step 0 and the last step,
+#: Which checkpoints of a finished run are kept: all; the first and the last,
 #: from which other runs can start; or none.
 KEEP = ("all", "trunk", "none")
 #: Entries that do not change the result and are not in the fingerprint.
-IGNORED_ENTRIES = ("keep", "label")
+IGNORED_ENTRIES = ("keep", "keep_steps", "label")
 # Mappings whose names depend on a choice, such as the optimizer. Their readers
 # check the names.
-_MAPPINGS = ("data", "learning_rate", "model", "optimizer", "sparsity")
+_MAPPINGS = (
+    "branch",
+    "data",
+    "learning_rate",
+    "model",
+    "optimizer",
+    "sparsity",
+)
 _DTYPE_POLICIES = ("float32", "mixed_bfloat16")
 
 
@@ -65,11 +76,17 @@ def base_config() -> ml_collections.ConfigDict:
         - `dtype_policy`: `"float32"` or `"mixed_bfloat16"`.
         - `gradient_accumulation_steps`: Number of parts into which each
           replica's batch is split to save memory.
-        - `parent`: Directory of the finished run that this one starts from,
-          for a task whose `initialize` reads it.
+        - `parent`: The finished run that this one starts from: its name, if it
+          is in the same work directory, or its directory. Only its name
+          identifies the run.
+        - `branch`: How the run starts from `parent`: `name`, one of
+          `sos.experiments.branch_registry.branches()`, and its options.
+          `sos.experiments.branch` makes the entries of such a run.
         - `label`: Name in tables and figures; if empty, derived from the
           technique.
         - `keep`: Which checkpoints are kept after the run; see `KEEP`.
+        - `keep_steps`: Further steps whose checkpoints are saved and kept, to
+          rewind lottery tickets to.
 
     Example:
     >>> import sos.experiments
@@ -95,8 +112,10 @@ def base_config() -> ml_collections.ConfigDict:
             "dtype_policy": "float32",
             "gradient_accumulation_steps": 1,
             "parent": config_dict.placeholder(str),
+            "branch": {"name": config_dict.placeholder(str)},
             "label": "",
             "keep": "trunk",
+            "keep_steps": (),
         }
     )
 
@@ -185,7 +204,7 @@ def fingerprint(config: Mapping[str, Any]) -> dict[str, Any]:
         The task and, by dotted name, every entry that differs from its default.
         The values are JSON; 1.0 becomes 1.
     """
-    values = plain(config)
+    values = _with_parent_name(plain(config))
     defaults = flatten(_defaults(values))
     return {
         name: _canonical(value)
@@ -206,14 +225,18 @@ def run_name(config: Mapping[str, Any]) -> str:
         config: A resolved config.
 
     Returns:
-        The technique, its required hyperparameters, the seed and a hash of the
-        fingerprint, such as `magnitude_pruning_sparsity-0.9_seed-0_1a2b3c4d`.
+        The branch or the technique, the technique's required hyperparameters,
+        the seed and a hash of the fingerprint, such as
+        `magnitude_pruning_sparsity-0.9_seed-0_1a2b3c4d`.
     """
     text = _to_json(fingerprint(config))
     digest = hashlib.blake2s(text.encode(), digest_size=4).hexdigest()
     sparsity = plain(config["sparsity"])
     technique = sparsity["technique"]
-    parts = [_snake_case(technique) if technique else "dense"]
+    parts = [
+        config["branch"]["name"]
+        or (snake_case(technique) if technique else "dense")
+    ]
     for name in required_hyperparameters(sparsity):
         parts.append(f"{name}-{_short_text(sparsity[name])}")
     parts.append(f"seed-{config['seed']}")
@@ -231,7 +254,35 @@ def label(config: Mapping[str, Any]) -> str:
     technique = config["sparsity"]["technique"]
     if technique is None:
         return "by rules" if config["sparsity"]["rules"] else "dense"
-    return _snake_case(technique).replace("_", " ")
+    return snake_case(technique).replace("_", " ")
+
+
+def first_step(config: Mapping[str, Any]) -> int:
+    """Returns the step at which a run begins, 0 unless it is rewound.
+
+    Args:
+        config: A resolved config.
+    """
+    branch = branch_registry.make(plain(config["branch"]))
+    return 0 if branch is None else branch.first_step
+
+
+@contextlib.contextmanager
+def dtype_policy(name: str) -> Iterator[None]:
+    """Sets the dtype policy of layers that are made in the scope.
+
+    Args:
+        name: The entry `dtype_policy` of a config.
+
+    Yields:
+        Nothing.
+    """
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
 
 
 def format_value(value: Any, *, digits: int = 4) -> str:
@@ -285,8 +336,9 @@ def config_diff(
     Returns:
         One line per difference.
     """
-    new = flatten(plain(config))
-    old = flatten(_merge(_defaults(plain(config)), plain(stored)))
+    values = plain(config)
+    new = flatten(_with_parent_name(values))
+    old = flatten(_with_parent_name(_merge(_defaults(values), plain(stored))))
     for name in {*old, *new}:
         if name.partition(".")[0] in IGNORED_ENTRIES:
             old.pop(name, None)
@@ -372,8 +424,19 @@ def _flatten(
             yield f"{prefix}{key}", value
 
 
+def _with_parent_name(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config with the name of the parent instead of its path.
+
+    So a run keeps its name when work directories are moved.
+    """
+    parent = values["parent"]
+    if parent is None:
+        return dict(values)
+    return {**values, "parent": os.path.basename(os.path.normpath(parent))}
+
+
 def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the defaults of a config's task and technique.
+    """Returns the defaults of a config's task, technique and branch.
 
     Required hyperparameters are None.
     """
@@ -405,6 +468,10 @@ def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     }
     if "seed" in hyperparameters:
         defaults["sparsity"]["seed"] = None
+    branch = values.get("branch")
+    if isinstance(branch, Mapping):
+        name = branch.get("name")
+        defaults["branch"] |= branch_registry.options(name)
     return defaults
 
 
@@ -437,6 +504,11 @@ def _check(config: Mapping[str, Any]) -> None:
             raise UsageError(
                 f"`config.{name}` must be a string. Received: {config[name]!r}"
             )
+    if config["parent"] == "":
+        raise UsageError(
+            "`config.parent` must be the name or the directory of a run, or "
+            "None. Received: ''"
+        )
     for name, valid in (("keep", KEEP), ("dtype_policy", _DTYPE_POLICIES)):
         if config[name] not in valid:
             raise UsageError(
@@ -448,7 +520,21 @@ def _check(config: Mapping[str, Any]) -> None:
             raise UsageError(
                 f"`config.{name}` must be a mapping. Received: {config[name]!r}"
             )
+    _check_keep_steps(config["keep_steps"], config["train_steps"])
     _check_sparsity(config["sparsity"], config["train_steps"])
+    branch = branch_registry.make(config["branch"])
+    if branch is not None:
+        branch.check(config)
+
+
+def _check_keep_steps(steps: Any, train_steps: int) -> None:
+    if not isinstance(steps, list | tuple) or not all(
+        type(step) is int and 0 <= step <= train_steps for step in steps
+    ):
+        raise UsageError(
+            "`config.keep_steps` must be a sequence of steps from 0 to "
+            f"`train_steps`={train_steps}. Received: {steps!r}"
+        )
 
 
 def _check_integer(name: str, value: Any, minimum: int) -> None:
@@ -523,7 +609,8 @@ def _parse_literal(text: str) -> Any:
         return text
 
 
-def _snake_case(name: str) -> str:
+def snake_case(name: str) -> str:
+    """Returns the name of a class in lower case, with underscores."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
 
 

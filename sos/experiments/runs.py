@@ -1,11 +1,9 @@
 """One run: a resolved config and a directory."""
 
 import contextlib
-import dataclasses
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -13,15 +11,24 @@ import ml_collections
 import numpy as np
 import tensorflow as tf
 
-from sos.errors import (
-    CheckpointError,
-    DirectoryInUseError,
-    StorageError,
-    UsageError,
-)
+from sos.errors import CheckpointError, DirectoryInUseError, UsageError
 from sos.experiments import config as config_lib
+from sos.experiments.machine import describe_machine
+from sos.experiments.run_files import (
+    CHECKPOINTS,
+    RESULT,
+    Result,
+    WeightSparsity,
+    read_config,
+    read_result,
+    write_config,
+    write_result,
+)
+from sos.experiments.run_files import read_masks as read_masks
 from sos.experiments.task import make_task
-from sos.files import check_writable, lock_directory, write_text
+from sos.experiments.trunk import with_parent_directory
+from sos.files import check_writable, lock_directory
+from sos.model_masks import get_masks
 from sos.report import SparsityReport, sparsity_report
 from sos.training import main
 from sos.training.checkpoints import Checkpoints
@@ -31,69 +38,8 @@ from sos.training.strategies import make_strategy, several_processes
 from sos.training.trainer import Trainer
 from sos.version import __version__
 
-CHECKPOINTS = "checkpoints"
-CONFIG = "config.json"
-RESULT = "result.json"
-
 #: Makes the trainer of a resolved config.
 MakeTrainer = Callable[[ml_collections.ConfigDict], Trainer]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class WeightSparsity:
-    """Sparsity of one weight of a trained network.
-
-    Attributes:
-        path: Path of the weight in the dense network.
-        size: Number of elements.
-        sparsity: Fraction of zeros in evaluation.
-    """
-
-    path: str
-    size: int
-    sparsity: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Result:
-    """Result of a finished run, stored in `result.json`.
-
-    Attributes:
-        step: Number of optimizer steps.
-        metrics: Metrics of the last evaluation by name; empty if the task has
-            no evaluation data.
-        sparsity: Fraction of zeros in the sparse weights, in evaluation; None
-            for a dense model.
-        model_sparsity: Fraction of zeros in all weights of the model.
-        seconds: Total training time in seconds, including time before
-            restarts, and tracing unless the run shared a compiled step.
-        parameters: Number of elements of all trainable variables, including
-            those that the technique adds.
-        weights: All weights of rank 2 or more, in the order of the network.
-        versions: Versions of the packages by name.
-
-    Example:
-    >>> import sos.experiments
-    >>> config = {
-    ...     "task": "models.fashion_mnist:FashionMnist",
-    ...     "sparsity": {"technique": "MagnitudePruning", "sparsity": 0.9},
-    ...     "train_steps": 2,
-    ... }
-    >>> result = sos.experiments.run(config, "runs", quiet=True)
-    >>> sorted(result.metrics)
-    ['accuracy', 'loss']
-    >>> result.weights[0].path, result.weights[0].size
-    ('conv1/kernel', 144)
-    """
-
-    step: int
-    metrics: Mapping[str, float]
-    sparsity: float | None
-    model_sparsity: float
-    seconds: float
-    parameters: int
-    weights: tuple[WeightSparsity, ...]
-    versions: Mapping[str, str]
 
 
 def run(
@@ -110,7 +56,8 @@ def run(
 
     The run has its own directory in `workdir`, named `run_name(config)`, with
     `config.json` (the complete config), `checkpoints/`, `train.jsonl`, event
-    files for TensorBoard and, once the run is finished, `result.json`.
+    files for TensorBoard and, once the run is finished, `masks.npz` (unless the
+    model is dense) and `result.json`.
 
     Args:
         config: The config. Missing entries take their defaults; see
@@ -172,10 +119,12 @@ def run(
             path = os.path.join(directory, RESULT)
             print(f"The run is finished: {path}", file=sys.stderr, flush=True)
         return result
-    with _dtype_policy(config.dtype_policy):
+    with config_lib.dtype_policy(config.dtype_policy):
         # For initializers and layers without a seed.
         keras.utils.set_random_seed(config.seed)
-        trainer = (make_trainer or _make_trainer)(config)
+        trainer = (make_trainer or _make_trainer)(
+            with_parent_directory(config, workdir)
+        )
         if mode == "export":
             path = main.export(trainer, options)
             if not options.quiet:
@@ -197,7 +146,7 @@ def run(
                     result = read_result(directory)
                     if result is not None:
                         return result
-                _write_config(config, directory)
+                write_config(config_lib.plain(config), directory)
             return _train(trainer, config, options, stop, on_summary)
 
 
@@ -220,7 +169,7 @@ def find_result(
     _check_config(config, directory)
     result = read_result(directory)
     if result is not None:
-        _write_config(config, directory)
+        write_config(config_lib.plain(config), directory)
     return result
 
 
@@ -243,71 +192,13 @@ def run_directory(
 
 
 def last_step(directory: str) -> int:
-    """Returns the step at which a run would resume.
+    """Returns the step of the newest checkpoint of a run; 0 without one.
 
     Args:
         directory: Directory of the run.
     """
     steps = _checkpoints(directory).steps()
     return steps[-1] if steps else 0
-
-
-def read_config(directory: str) -> dict[str, Any] | None:
-    """Returns the stored config of a run; None if there is none.
-
-    Args:
-        directory: Directory of the run.
-
-    Raises:
-        StorageError: If the file is damaged or cannot be read.
-    """
-    config = _read_json(os.path.join(directory, CONFIG))
-    if config is not None and not isinstance(config, dict):
-        raise _damaged_file_error(
-            os.path.join(directory, CONFIG), "not a mapping"
-        )
-    return config
-
-
-def read_result(directory: str) -> Result | None:
-    """Returns the result of a run; None if it is not finished.
-
-    Args:
-        directory: Directory of the run.
-
-    Raises:
-        StorageError: If the file is damaged or cannot be read.
-    """
-    path = os.path.join(directory, RESULT)
-    content = _read_json(path)
-    if content is None:
-        return None
-    try:
-        weights = tuple(WeightSparsity(**w) for w in content.pop("weights"))
-        result = Result(**content, weights=weights)
-        _check_result(result)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise _damaged_file_error(
-            path, f"{type(error).__name__}: {error}"
-        ) from error
-    return result
-
-
-def _check_result(result: Result) -> None:
-    """Raises `ValueError` if a value is not a number."""
-    numbers = {
-        "step": result.step,
-        "model_sparsity": result.model_sparsity,
-        "seconds": result.seconds,
-        "parameters": result.parameters,
-        **result.metrics,
-        **{weight.path: weight.sparsity for weight in result.weights},
-    }
-    if result.sparsity is not None:
-        numbers["sparsity"] = result.sparsity
-    for name, value in numbers.items():
-        if type(value) not in (int, float):
-            raise ValueError(f"{name} is {value!r}")
 
 
 def _make_trainer(config: ml_collections.ConfigDict) -> Trainer:
@@ -333,20 +224,16 @@ def _check_config(config: ml_collections.ConfigDict, directory: str) -> None:
         )
 
 
-def _write_config(config: ml_collections.ConfigDict, directory: str) -> None:
-    values = config_lib.plain(config)
-    if read_config(directory) != values:
-        write_text(os.path.join(directory, CONFIG), _to_json(values))
-
-
 def _checkpoints_to_keep(
     config: ml_collections.ConfigDict, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Returns the options with those for `config.keep`."""
     options = dict(options)
-    if config.keep != "none":
-        steps = options.get("keep_checkpoint_steps", ())
-        options["keep_checkpoint_steps"] = (0, *steps)
+    options["keep_checkpoint_steps"] = (
+        *options.get("keep_checkpoint_steps", ()),
+        *config.keep_steps,
+        *([] if config.keep == "none" else [config_lib.first_step(config)]),
+    )
     if config.keep == "all":
         options["keep_checkpoint_max"] = sys.maxsize
     return options
@@ -368,11 +255,13 @@ def _train(
             _remove_checkpoints(config, directory)
         return result
     result = _make_result(trainer, config, summary, trainer.seconds)
+    # On all workers, because reading variables may involve all of them.
+    masks = get_masks(trainer.model)
     if trainer.is_chief:
         # Before the result, because a finished run removes none. A run that is
         # killed in between needs the last one.
         _remove_checkpoints(config, directory, except_step=config.train_steps)
-        _write_result(result, directory)
+        write_result(result, masks, directory)
         _remove_checkpoints(config, directory)
     return result
 
@@ -400,7 +289,7 @@ def _evaluate(
         config.train_steps, trainer.model, trainer.optimizer
     )
     result = _make_result(trainer, config, summary, metadata["seconds"])
-    _write_result(result, directory)
+    write_result(result, get_masks(trainer.model), directory)
     # If the training process has not ended, it removes them.
     with (
         contextlib.suppress(CheckpointError, DirectoryInUseError),
@@ -422,6 +311,7 @@ def _make_result(
     # Rules may name techniques as well.
     sparse = any(row["technique"] for row in report.rows)
     dense = config.sparsity.technique is None and not sparse
+    totals = report.totals if _multiply_adds_known(report) else {}
     return Result(
         step=trainer.step,
         metrics={} if summary is None else dict(summary.metrics),
@@ -437,12 +327,9 @@ def _make_result(
             "keras": keras.__version__,
             "tensorflow": tf.__version__,
         },
-    )
-
-
-def _write_result(result: Result, directory: str) -> None:
-    write_text(
-        os.path.join(directory, RESULT), _to_json(dataclasses.asdict(result))
+        multiply_adds=totals.get("sparse_multiply_adds"),
+        dense_multiply_adds=totals.get("multiply_adds"),
+        machine=describe_machine(trainer.strategy),
     )
 
 
@@ -455,7 +342,9 @@ def _remove_checkpoints(
     """Removes the checkpoints that `config.keep` does not keep."""
     if config.keep == "all":
         return
-    kept = {0, config.train_steps} if config.keep == "trunk" else set()
+    kept = set(config.keep_steps)
+    if config.keep == "trunk":
+        kept |= {config_lib.first_step(config), config.train_steps}
     checkpoints = _checkpoints(directory)
     for step in checkpoints.steps():
         if step not in kept and step != except_step:
@@ -472,41 +361,14 @@ def _weight_sparsities(report: SparsityReport) -> tuple[WeightSparsity, ...]:
     )
 
 
-def _checkpoints(directory: str) -> Checkpoints:
-    """Returns the checkpoints of a run, to list and remove them."""
-    return Checkpoints(os.path.join(directory, CHECKPOINTS), configuration={})
-
-
-@contextlib.contextmanager
-def _dtype_policy(name: str) -> Iterator[None]:
-    """Sets the dtype policy of layers that are made in the scope."""
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(name)
-    try:
-        yield
-    finally:
-        keras.config.set_dtype_policy(before)
-
-
-def _read_json(path: str) -> Any:
-    """Returns the content of a JSON file; None if it does not exist."""
-    try:
-        if not tf.io.gfile.exists(path):
-            return None
-        with tf.io.gfile.GFile(path) as file:
-            return json.loads(file.read())
-    except ValueError as error:
-        raise _damaged_file_error(path, str(error)) from error
-    except (tf.errors.OpError, OSError) as error:
-        raise StorageError(f"{path} cannot be read: {error}") from error
-
-
-def _damaged_file_error(path: str, reason: str) -> StorageError:
-    return StorageError(
-        f"{path} is damaged or not a file of a run ({reason}). Move the "
-        "directory away to repeat the run."
+def _multiply_adds_known(report: SparsityReport) -> bool:
+    return all(
+        row["multiply_adds"] is not None
+        for row in report.rows
+        if row["rank"] >= 2 and row["reason"] != "bias"
     )
 
 
-def _to_json(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, indent=1) + "\n"
+def _checkpoints(directory: str) -> Checkpoints:
+    """Returns the checkpoints of a run, to list and remove them."""
+    return Checkpoints(os.path.join(directory, CHECKPOINTS), configuration={})

@@ -9,7 +9,9 @@ import ml_collections
 
 import sos
 from sos.errors import ReportedError, UsageError
+from sos.experiments import branch_registry
 from sos.experiments import config as config_lib
+from sos.experiments.trunk import Trunk
 from sos.training.task import Task
 from sos.wrappers.base import find_wrappers
 from sos.wrappers.masked import resolve_schedules
@@ -20,10 +22,12 @@ class ExperimentTask(Task):
 
     Subclasses override `default_config` and the methods of
     `sos.training.Task`. `sparsify` makes a model sparse according to
-    `config.sparsity`.
+    `config.sparsity`, and `initialize` starts from another run according to
+    `config.branch`.
 
     Args:
-        config: A resolved config. It must determine the result of the task.
+        config: A resolved config. It must determine the result of the task. To
+            start from another run, `parent` must be its directory.
 
     Attributes:
         config: The config.
@@ -33,11 +37,11 @@ class ExperimentTask(Task):
             compiled step, so list an entry only if neither `compute_metrics`
             nor the model's graph uses it. Hyperparameters that are a
             `sos.extend.Hyperparameter` or belong to a pruning schedule
-            qualify.
+            qualify. `parent` and `branch` always do.
 
     Raises:
-        UsageError: If `config.parent` is set, and the task does not override
-            `initialize`, which has to read it.
+        UsageError: If `config.parent` is set, but neither `config.branch` nor
+            an overridden `initialize` uses it.
 
     Example:
     >>> import keras, sos.experiments
@@ -67,14 +71,17 @@ class ExperimentTask(Task):
     runtime_entries: tuple[str, ...] = ()
 
     def __init__(self, config: ml_collections.ConfigDict) -> None:
+        self._branch = branch_registry.make(config.branch.to_dict())
         if (
             config.parent is not None
-            and type(self).initialize is Task.initialize
+            and self._branch is None
+            and type(self).initialize is ExperimentTask.initialize
         ):
             raise UsageError(
-                "`config.parent` requires a task that overrides `initialize` "
-                f"to start from another run. {type(self).__name__} does not. "
-                f"Received: {config.parent!r}"
+                "`config.parent` requires `config.branch`, which says how to "
+                "start from that run, or a task that overrides `initialize`. "
+                f"Received: parent={config.parent!r} and no branch, for "
+                f"{type(self).__name__}"
             )
         self.config = config
         self.batch_size = config.batch_size
@@ -102,9 +109,34 @@ class ExperimentTask(Task):
                 name: value
                 for name, value in self.configuration().items()
                 if name not in self.runtime_entries
+                # They determine values, and work of the host.
+                and name.partition(".")[0] not in ("branch", "parent")
             },
             sort_keys=True,
         )
+
+    def initialize(
+        self, model: keras.Model, optimizer: keras.optimizers.Optimizer
+    ) -> None:
+        """Starts from the run `config.parent` according to `config.branch`.
+
+        Args:
+            model: The model.
+            optimizer: Its optimizer, built.
+
+        Raises:
+            UsageError: If the parent is not finished, does not fit the model,
+                or lacks a checkpoint. Then no value changes.
+            StorageError: If a file of the parent is damaged.
+            CheckpointError: If its checkpoint cannot be read.
+        """
+        if self._branch is not None:
+            self._branch.initialize(
+                Trunk(self.config.parent),
+                model,
+                optimizer,
+                seed=self.config.seed,
+            )
 
     def sparsify(self, model: keras.Model) -> keras.Model:
         """Makes a model sparse according to `config.sparsity`.
@@ -127,6 +159,10 @@ class ExperimentTask(Task):
             return model
         if "seed" in arguments and arguments["seed"] is None:
             arguments["seed"] = self.config.seed
+        if self._branch is not None:
+            arguments = self._branch.sparsify_arguments(
+                Trunk(self.config.parent), arguments
+            )
         try:
             sparse = sos.sparsify(model, copy=False, **arguments)
             resolve_schedules(find_wrappers(sparse), self.config.train_steps)

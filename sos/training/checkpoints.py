@@ -5,7 +5,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -411,16 +411,13 @@ class Checkpoints:
             *diff(metadata["configuration"], self._configuration),
             *diff(metadata["variables"], variables),
         ]
-        if not lines:
-            return
-        shown = "".join(f"\n  {line}" for line in lines[:_MAX_DIFFERENCES])
-        more = len(lines) - _MAX_DIFFERENCES
-        raise CheckpointError(
-            f"The checkpoint {self.path(step)} is of another configuration. "
-            "Use the configuration that it was saved with, or another work "
-            f"directory. Differences:{shown}"
-            + (f"\n  and {more} more" if more > 0 else "")
-        )
+        if lines:
+            raise CheckpointError(
+                f"The checkpoint {self.path(step)} is of another "
+                "configuration. Use the configuration that it was saved with, "
+                "or another work directory. "
+                f"Differences:{format_differences(lines)}"
+            )
 
     def _remove_old(self, newest: int) -> None:
         # Newer ones are damaged: training restarted from an earlier one.
@@ -510,7 +507,30 @@ def variable_specs(
         Strings such as "float32 3x2" by canonical path. Paths of further
         variables with the same canonical path end in "(2)" and so on.
     """
-    specs: dict[str, str] = {}
+    return {
+        name: spec(variable.shape, variable.dtype)
+        for name, variable in named_variables(model, optimizer).items()
+    }
+
+
+def named_variables(
+    model: keras.Model, optimizer: keras.optimizers.Optimizer
+) -> dict[str, keras.Variable]:
+    """Returns every variable by canonical path.
+
+    Equal models with equal optimizers have equal names, also in other
+    processes.
+
+    Args:
+        model: The model.
+        optimizer: Its optimizer, built.
+
+    Returns:
+        The variables. Names of the optimizer's begin with "optimizer/". Paths
+        of further variables with the same canonical path end in "(2)" and so
+        on.
+    """
+    variables: dict[str, keras.Variable] = {}
     prefix = f"{optimizer.name}/"
     named = [(canonical_path(v.path), v) for v in model.variables] + [
         (f"optimizer/{canonical_path(v.path.removeprefix(prefix))}", v)
@@ -518,12 +538,24 @@ def variable_specs(
     ]
     for path, variable in named:
         name, count = path, 1
-        while name in specs:
+        while name in variables:
             count += 1
             name = f"{path} ({count})"
-        shape = "x".join(str(size) for size in variable.shape) or "scalar"
-        specs[name] = f"{variable.dtype} {shape}"
-    return specs
+        variables[name] = variable
+    return variables
+
+
+def spec(shape: Sequence[int], dtype: Any) -> str:
+    """Returns the dtype and shape of a variable or array as text.
+
+    Args:
+        shape: The shape.
+        dtype: The dtype.
+
+    Returns:
+        A string such as "float32 3x2".
+    """
+    return f"{dtype} {'x'.join(map(str, shape)) or 'scalar'}"
 
 
 def diff(
@@ -548,6 +580,13 @@ def diff(
             yield from diff(saved[name], now[name], f"{prefix}{name}.")
         elif saved[name] != now[name]:
             yield f"{prefix}{name}: {saved[name]!r} saved, {now[name]!r} now"
+
+
+def format_differences(lines: Sequence[str]) -> str:
+    """Formats the lines of `diff` for an error message; at most 20 of them."""
+    shown = "".join(f"\n  {line}" for line in lines[:_MAX_DIFFERENCES])
+    more = len(lines) - _MAX_DIFFERENCES
+    return shown + (f"\n  and {more} more" if more > 0 else "")
 
 
 def _checkpoint(

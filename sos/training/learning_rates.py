@@ -65,6 +65,15 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
+# How `lengthen` fits a schedule to a longer training, and the schedules that it
+# fits.
+_VARIANTS = {
+    "scale": tuple(_DEFAULTS),
+    "hold": ("constant", "piecewise"),
+    "drop": ("piecewise",),
+    "drop_from_start": ("piecewise",),
+}
+
 
 def names() -> tuple[str, ...]:
     """Returns the names of all schedules.
@@ -200,6 +209,92 @@ def make_learning_rate(
         )
         scale = train_steps / fractions.Fraction(reference_steps)
     return _MAKERS[name](base, train_steps, scale, **entries)
+
+
+def lengthen(
+    entries: Mapping[str, Any],
+    *,
+    train_steps: int,
+    multiplier: float,
+    variant: str,
+) -> dict[str, Any]:
+    """Returns the entries of a learning rate for a longer training.
+
+    The longer run has `round(multiplier * train_steps)` steps. With T the
+    original length, m the multiplier and r(t) the original rate, the rate at
+    step t is:
+
+    - "scale": r(t / m). Every boundary and the warm-up are multiplied by m.
+    - "hold": r(t), and after T the last rate. Boundaries and the warm-up stay.
+    - "drop": r(t) before T. The rate goes on dropping after the last boundary
+      B_n, at B_n + k * B_1 for k = 1, 2, ..., as far as this is not before T,
+      each time by the last ratio, factors[n] / factors[n - 1].
+    - "drop_from_start": base * factors[1]^k from step k * B_1 on, without a
+      warm-up.
+
+    "hold" requires the schedule "constant" or "piecewise", the last two
+    "piecewise". Gale et al. 2019 published results of four such schemes for
+    sparse networks that are trained from scratch, but not the steps at which
+    the last two of theirs drop.
+
+    Args:
+        entries: `schedule` and its entries, as for `make_learning_rate`. Others
+            are returned as they are.
+        train_steps: Number of steps of the original training.
+        multiplier: Length of the longer training as a multiple of the original
+            one; at least 1.
+        variant: `"scale"`, `"hold"`, `"drop"` or `"drop_from_start"`.
+
+    Returns:
+        Entries for `make_learning_rate`, to use with the larger `train_steps`.
+
+    Raises:
+        UsageError: If an argument is invalid, or the variant does not fit the
+            schedule.
+
+    Example:
+    >>> from sos.training import learning_rates
+    >>> longer = learning_rates.lengthen(
+    ...     {
+    ...         "schedule": "piecewise",
+    ...         "base": 0.4,
+    ...         "boundaries": [30, 60, 80],
+    ...         "factors": [0.1, 0.01, 0.001],
+    ...     },
+    ...     train_steps=100,
+    ...     multiplier=2,
+    ...     variant="drop",
+    ... )
+    >>> longer["boundaries"]
+    [30, 60, 80, 110, 140, 170]
+    """
+    entries = _entries(entries)
+    name = entries.get("schedule")
+    known = {*defaults(name), "schedule"}
+    make_learning_rate(
+        # The batch size does not matter here.
+        {k: v for k, v in entries.items() if k in known - {"base_batch_size"}},
+        train_steps=train_steps,
+    )
+    multiplier = check_number("multiplier", multiplier, "[1, inf)")
+    if not isinstance(variant, str) or variant not in _VARIANTS:
+        raise UsageError(
+            f"`variant` must be one of {format_values(_VARIANTS)}. "
+            f"Received: variant={variant!r}"
+        )
+    if name not in _VARIANTS[variant]:
+        raise UsageError(
+            f"The variant {variant!r} requires a learning rate with regions: "
+            f"the schedule {' or '.join(map(repr, _VARIANTS[variant]))}. Use "
+            f"the variant 'scale'. Received: schedule={name!r}"
+        )
+    if variant == "scale":
+        return _scale(entries, train_steps, multiplier)
+    if multiplier == 1 and variant != "drop_from_start":
+        return entries
+    return _in_steps(
+        entries, train_steps, round(multiplier * train_steps), variant
+    )
 
 
 @keras.saving.register_keras_serializable(package="sos")
@@ -410,6 +505,78 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "piecewise": _piecewise,
     "rsqrt": _rsqrt,
 }
+
+
+def _scale(
+    entries: dict[str, Any], train_steps: int, multiplier: float
+) -> dict[str, Any]:
+    """Stretches a schedule over a longer training."""
+    if multiplier == 1:
+        return entries
+    if entries.get("reference_steps") is None:
+        entries["reference_steps"] = train_steps
+    if entries["schedule"] == "rsqrt":
+        # The formula divides by the square root of the step.
+        entries["base"] *= math.sqrt(multiplier)
+    return entries
+
+
+def _in_steps(
+    entries: dict[str, Any], train_steps: int, longer_steps: int, variant: str
+) -> dict[str, Any]:
+    """Returns entries that do not scale with the length of the training."""
+    scale = fractions.Fraction(1)
+    if entries.get("reference_steps") is not None:
+        scale = train_steps / fractions.Fraction(entries["reference_steps"])
+        entries["reference_steps"] = None
+    warmup_steps = _scaled(entries.get("warmup_steps", 0), scale)
+    # Exact: a rounding error could add a step.
+    boundaries = [
+        fractions.Fraction(boundary) * scale
+        for boundary in entries.get("boundaries", ())
+    ]
+    factors = list(entries.get("factors", ()))
+    if variant == "drop":
+        boundaries, factors = _drop_further(
+            boundaries, factors, train_steps, longer_steps
+        )
+    elif variant == "drop_from_start":
+        warmup_steps = 0
+        boundaries, factors = _drop_further(
+            boundaries[:1], factors[:1], 0, longer_steps
+        )
+    entries["warmup_steps"] = warmup_steps
+    if entries["schedule"] == "piecewise":
+        # As in `_piecewise`; of several drops at one step, the last one counts.
+        drops = dict(zip(map(math.ceil, boundaries), factors, strict=True))
+        entries["boundaries"] = list(drops)
+        entries["factors"] = list(drops.values())
+    return entries
+
+
+def _drop_further(
+    boundaries: list[fractions.Fraction],
+    factors: list[float],
+    begin: int,
+    end: int,
+) -> tuple[list[fractions.Fraction], list[float]]:
+    """Adds drops in [begin, end), at multiples of the first boundary."""
+    before, after = [1.0, 1.0, *factors][-2:]
+    if not 0 < after < before:
+        raise UsageError(
+            "To go on dropping, a learning rate must have `boundaries` at "
+            "which it drops, to a factor greater than 0. Received: "
+            f"boundaries={[float(b) for b in boundaries]}, factors={factors}"
+        )
+    boundaries, factors = list(boundaries), list(factors)
+    interval = boundaries[0]
+    step = boundaries[-1] + interval
+    while step < end:
+        if step >= begin:
+            boundaries.append(step)
+            factors.append(factors[-1] * after / before)
+        step += interval
+    return boundaries, factors
 
 
 def _scaled(steps: float, scale: fractions.Fraction) -> float:

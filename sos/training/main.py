@@ -64,8 +64,9 @@ class Options:
         keep_checkpoint_max: Number of newest checkpoints that are kept.
         keep_checkpoint_every_n_steps: Checkpoints whose step is a multiple of
             this number are kept as well; None to keep no others.
-        keep_checkpoint_steps: Steps at which a checkpoint is saved and kept; 0
-            for the initial weights.
+        keep_checkpoint_steps: Steps at which a checkpoint is saved and kept.
+            That of the first step, 0 unless `Task.initialize` sets another one,
+            holds the initial weights.
         steps_per_eval: Steps between two evaluations in "train_and_eval". The
             last step is always evaluated; None to evaluate only that.
         eval_timeout: Seconds that "eval" waits for a new checkpoint; None to
@@ -492,12 +493,13 @@ def _checkpoints(trainer: Trainer, options: Options) -> Checkpoints:
 def _restore_or_initialize(
     trainer: Trainer, checkpoints: Checkpoints, options: Options
 ) -> int:
-    """Returns the step at which training resumes."""
+    """Returns the step at which training begins or resumes."""
     step = trainer.restore_or_initialize(checkpoints)
     if step is None:
-        if 0 in options.keep_checkpoint_steps:
+        step = trainer.step
+        if step in options.keep_checkpoint_steps:
             trainer.save(checkpoints)
-        return 0
+        return step
     if trainer.is_chief and step > 0:
         _print_message(
             options,

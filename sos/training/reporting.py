@@ -8,7 +8,7 @@ import json
 import math
 import numbers
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import rich.console
@@ -18,6 +18,40 @@ import tensorflow as tf
 from sos.errors import StorageError
 from sos.event_file import EventFile
 from sos.files import atomic_write
+from sos.wrappers.mask_changes import MaskChanges
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskUpdate(MaskChanges):
+    """An update of masks.
+
+    Attributes:
+        step: Number of completed optimizer steps.
+        elements: Number of elements of all updated masks.
+        kept: Number of ones after the update.
+        pruned: Number of elements that changed from 1 to 0.
+        regrown: Number of elements that changed from 0 to 1.
+
+    Example:
+    >>> from sos.training.reporting import MaskUpdate
+    >>> update = MaskUpdate(
+    ...     step=100, elements=1000, kept=500, pruned=120, regrown=20
+    ... )
+    >>> update.churn, update.least_churn
+    (0.14, 0.1)
+    """
+
+    step: int
+
+    @property
+    def churn(self) -> float:
+        """Fraction of all elements that changed."""
+        return (self.pruned + self.regrown) / max(self.elements, 1)
+
+    @property
+    def least_churn(self) -> float:
+        """Fraction that had to change to reach the number of ones."""
+        return abs(self.pruned - self.regrown) / max(self.elements, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +70,7 @@ class Summary:
         penalty: Sum of the techniques' penalties, as added to the loss.
         weight_sparsity: Fraction of zeros in each sparse weight, by its path.
         weight_penalty: Penalty of each weight that has one, by its path.
+        mask_updates: The mask updates of the loop, in order.
         examples_per_second: Examples of all replicas per second.
         seconds: Duration of the loop or evaluation in seconds.
         seconds_left: Estimated seconds until training ends.
@@ -62,6 +97,7 @@ class Summary:
     weight_penalty: Mapping[str, float] = dataclasses.field(
         default_factory=dict
     )
+    mask_updates: Sequence[MaskUpdate] = ()
     examples_per_second: float | None = None
     seconds: float
     seconds_left: float | None = None
@@ -76,11 +112,14 @@ class Summary:
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
         }
+        fields["mask_updates"] = [
+            dataclasses.asdict(update) for update in self.mask_updates
+        ]
         return json.dumps(
             {
                 name: _to_plain(value)
                 for name, value in fields.items()
-                if value is not None and value != {}
+                if value is not None and value not in ({}, [])
             },
             allow_nan=False,
         )
@@ -100,6 +139,10 @@ class Summary:
         """
         try:
             values = json.loads(text)
+            values["mask_updates"] = tuple(
+                MaskUpdate(**update)
+                for update in values.get("mask_updates", ())
+            )
             names = {field.name for field in dataclasses.fields(cls)}
             summary = cls(
                 **{
@@ -409,8 +452,9 @@ class TensorBoard:
     Summaries of training go to the subdirectory `train`, those of evaluations
     to `eval`, so TensorBoard charts them as two runs. The tags are the names of
     the metrics, `learning_rate`, `sparsity`, `penalty` and
-    `examples_per_second`, and for each weight `sparsity/<path>` and
-    `penalty/<path>`.
+    `examples_per_second`, for each weight `sparsity/<path>` and
+    `penalty/<path>`, and for each mask update `mask_churn`, the fraction of
+    elements that changed.
 
     Writing does not need the package `tensorboard`.
 
@@ -444,7 +488,10 @@ class TensorBoard:
                 os.path.join(self.directory, summary.kind),
                 resume_step=self._resume_step,
             )
-        self._files[summary.kind].write(summary.step, _scalars(summary))
+        file = self._files[summary.kind]
+        for update in summary.mask_updates:
+            file.write(update.step, {"mask_churn": update.churn})
+        file.write(summary.step, _scalars(summary))
 
     def close(self) -> None:
         """Closes the files."""

@@ -18,6 +18,11 @@ from sos.training.strategies import several_processes
 from sos.training.task import Task, WeightedSum, check_metrics
 from sos.wrappers import dead_weights
 from sos.wrappers.base import SparseWrapper, find_wrappers
+from sos.wrappers.mask_changes import (
+    MaskChanges,
+    count_changes,
+    total_changes,
+)
 from sos.wrappers.masked import PruningWrapper
 from sos.wrappers.penalized import PenalizedWrapper
 from sos.wrappers.sparse_weight import SparseWeight
@@ -598,11 +603,16 @@ class CompiledMaskUpdate:
         self._strategy = tf.distribute.get_strategy()
         self._functions: dict[Any, Any] = {}
 
-    def __call__(self, updates: dict[PruningWrapper, float]) -> None:
+    def __call__(
+        self, updates: dict[PruningWrapper, float]
+    ) -> MaskChanges | None:
         """Ranks weights and sets their masks.
 
         Args:
             updates: Target sparsity by wrapper.
+
+        Returns:
+            As `update_masks`.
 
         Warns:
             UserWarning: As `update_masks`.
@@ -610,9 +620,9 @@ class CompiledMaskUpdate:
         Raises:
             ValueError: If a score is NaN. All masks are unchanged.
         """
-        if not updates:
-            return
         pairs = _weights(updates)
+        if not pairs:
+            return None
         counts = [
             wrapper.ranking.keep_count(
                 math.prod(weight.variable.shape), updates[wrapper]
@@ -636,9 +646,9 @@ class CompiledMaskUpdate:
         statistics = self._strategy.experimental_local_results(statistics)[
             0
         ].numpy()
-        for (_, weight), (nans, _, _) in zip(pairs, statistics, strict=True):
+        for (_, weight), nans in zip(pairs, statistics[:, 0], strict=True):
             check_not_nan(int(nans), f" of {weight.path}")
-        for (wrapper, weight), (_, undecided, any_left) in zip(
+        for (wrapper, weight), (_, undecided, kept, _, _) in zip(
             pairs, statistics, strict=True
         ):
             dead_weights.after_update(
@@ -646,8 +656,11 @@ class CompiledMaskUpdate:
                 weight,
                 updates[wrapper],
                 undecided=bool(undecided),
-                any_left=bool(any_left),
+                any_left=kept > 0,
             )
+        return total_changes(
+            (weight for _, weight in pairs), statistics[:, 2:].tolist()
+        )
 
     def compile(self, updates: dict[PruningWrapper, float]) -> Any:
         """Returns the compiled function of an update.
@@ -697,8 +710,8 @@ def mask_update_step(
 
     Returns:
         A uint8 mask for each weight, the old one where only positions would
-        decide; and int32 of shape [weights, 3]: the number of NaN scores, 1 if
-        the old mask stays, and 1 if the mask keeps any element.
+        decide; and int32 of shape [weights, 5]: the number of NaN scores, 1 if
+        the old mask stays, and the output of `count_changes`.
     """
     pairs = _weights(updates)
     groups: dict[Any, list[tuple[PruningWrapper, SparseWeight, int]]] = {}
@@ -729,12 +742,12 @@ def mask_update_step(
             mask = tf.where(unchanged, old, mask)
             kept = tf.minimum(mask, old) if wrapper.cumulative else mask
             masks[index] = mask
-            statistics[index] = tf.stack(
+            statistics[index] = tf.concat(
                 [
-                    nan_count(score),
-                    tf.cast(unchanged, tf.int32),
-                    tf.cast(tf.reduce_any(kept > 0), tf.int32),
-                ]
+                    [nan_count(score), tf.cast(unchanged, tf.int32)],
+                    count_changes(old, kept),
+                ],
+                axis=0,
             )
     return masks, tf.stack(statistics)
 

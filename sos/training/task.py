@@ -106,15 +106,20 @@ class Task:
             f"{type(self).__name__} must override `build_optimizer`."
         )
 
-    def initialize(self, model: keras.Model) -> None:
+    def initialize(
+        self, model: keras.Model, optimizer: keras.optimizers.Optimizer
+    ) -> None:
         """Sets initial values that `build_model` does not set.
 
         Called in the strategy's scope if there is no checkpoint to restore:
-        load pretrained weights here, or the masks of a lottery ticket. All
-        workers must assign the same values. Does nothing by default.
+        load pretrained weights here, or the masks of a lottery ticket. Training
+        begins at the step in `optimizer.iterations`. All workers must assign
+        the same values, and a repeated call, after an interrupted start, too.
+        Does nothing by default.
 
         Args:
             model: The model.
+            optimizer: Its optimizer, built.
         """
 
     def train_dataset(

@@ -27,7 +27,7 @@ from sos.surgery import strip
 from sos.training import inputs, strategies
 from sos.training.checkpoints import Checkpoints, canonical_path, diff
 from sos.training.compile_signature import compile_signature
-from sos.training.reporting import Summary
+from sos.training.reporting import MaskUpdate, Summary
 from sos.training.signals import StopSource
 from sos.training.steps import CompiledMaskUpdate, Steps, Totals
 from sos.training.task import (
@@ -256,17 +256,7 @@ class Trainer:
     ) -> tuple[keras.Model, keras.optimizers.Optimizer]:
         """Returns a new built model and its built optimizer."""
         with self.strategy.scope():
-            model = task.build_model()
-            check_model(task, model)
-            optimizer = task.build_optimizer(model)
-            check_optimizer(task, optimizer)
-            # Before a step is traced.
-            exclude_techniques(model, optimizer)
-            # The first step runs on the replicas, where Keras 3.15 cannot
-            # create variables.
-            if not optimizer.built:
-                optimizer.build(model.trainable_variables)
-        return model, optimizer
+            return build(task)
 
     def _set_task(
         self,
@@ -299,6 +289,7 @@ class Trainer:
         self.saved_step: int | None = None
         # Step for which the masks are known to be up to date.
         self._masks_step: int | None = None
+        self._mask_updates: list[MaskUpdate] = []
         self._host_copy: keras.Model | None = None
 
     @property
@@ -313,13 +304,10 @@ class Trainer:
 
     def configuration(self) -> dict[str, Any]:
         """Returns all options that determine the result, by name."""
-        configuration = self.task.configuration()
-        check_configuration(self.task, configuration)
-        return {
-            **configuration,
-            "gradient_accumulation_steps": self._gradient_accumulation_steps,
-            "dtype_policy": keras.config.dtype_policy().name,
-        }
+        return configuration(
+            self.task,
+            gradient_accumulation_steps=self._gradient_accumulation_steps,
+        )
 
     def restore_or_initialize(self, checkpoints: Checkpoints) -> int | None:
         """Restores the newest checkpoint, or calls `Task.initialize`.
@@ -329,7 +317,7 @@ class Trainer:
 
         Returns:
             The step of the checkpoint; None if there was none, and the task
-            initialized the model.
+            initialized the model. Then `step` is where training begins.
 
         Raises:
             CheckpointError: As in `restore`.
@@ -337,7 +325,7 @@ class Trainer:
         step = self.restore(checkpoints)
         if step is None:
             with self.strategy.scope():
-                self.task.initialize(self.model)
+                self.task.initialize(self.model, self.optimizer)
         return step
 
     def restore(self, checkpoints: Checkpoints) -> int | None:
@@ -388,6 +376,7 @@ class Trainer:
         # Another program may have saved the checkpoint without the seconds.
         self.seconds = metadata.get("seconds", 0.0)
         self.saved_step = self._masks_step = metadata["step"]
+        self._mask_updates = []
 
     def _placement(self) -> dict[str, Any]:
         """Returns properties of the execution that affect the result."""
@@ -746,7 +735,7 @@ class Trainer:
         # From step 0, so that a resumed training has the same schedules.
         resolve_schedules(find_wrappers(self.model), train_steps)
         updater = SparsityUpdater(
-            self.model, self.optimizer, update_masks=self._update_masks
+            self.model, self.optimizer, update_masks=self._record_update
         )
         step = self.step
         try:
@@ -756,6 +745,14 @@ class Trainer:
             yield updater
         finally:
             updater.stop()
+
+    def _record_update(self, updates: dict[PruningWrapper, float]) -> None:
+        """Updates masks, and records what changes for the next summary."""
+        changes = self._update_masks(updates)
+        if changes is not None:
+            self._mask_updates.append(
+                MaskUpdate(step=self.step, **dataclasses.asdict(changes))
+            )
 
     def _loop_end(
         self, step: int, steps: int, actions: Sequence[Action]
@@ -838,6 +835,7 @@ class Trainer:
         # The duration of the first loop includes tracing.
         traced = self._train_loop_length.traced
         learning_rate = keras.ops.convert_to_numpy(self.optimizer.learning_rate)
+        mask_updates, self._mask_updates = tuple(self._mask_updates), []
         return Summary(
             step=end,
             total_steps=steps,
@@ -848,6 +846,7 @@ class Trainer:
             ),
             seconds=seconds,
             seconds_left=step_seconds * (steps - end) if traced else None,
+            mask_updates=mask_updates,
             **self._sparsity(),
         )
 
@@ -885,6 +884,59 @@ class Trainer:
             float(per_worker[:, 0].max()),
             signal.Signals(signum) if signum else None,
         )
+
+
+def build(
+    task: Task,
+) -> tuple[keras.Model, keras.optimizers.Optimizer]:
+    """Builds the model and the optimizer of a task.
+
+    Call it in the strategy's scope.
+
+    Args:
+        task: The task.
+
+    Returns:
+        A new built model and its built optimizer.
+
+    Raises:
+        TaskError: If a method of the task returns an invalid value.
+    """
+    model = task.build_model()
+    check_model(task, model)
+    optimizer = task.build_optimizer(model)
+    check_optimizer(task, optimizer)
+    # Before a step is traced.
+    exclude_techniques(model, optimizer)
+    # The first step runs on the replicas, where Keras 3.15 cannot create
+    # variables.
+    if not optimizer.built:
+        optimizer.build(model.trainable_variables)
+    return model, optimizer
+
+
+def configuration(
+    task: Task, *, gradient_accumulation_steps: int
+) -> dict[str, Any]:
+    """Returns everything that determines the result of a training, by name.
+
+    Args:
+        task: The task.
+        gradient_accumulation_steps: As for `Trainer`.
+
+    Returns:
+        JSON values, for `Checkpoints`.
+
+    Raises:
+        TaskError: If `Task.configuration` returns an invalid value.
+    """
+    values = task.configuration()
+    check_configuration(task, values)
+    return {
+        **values,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "dtype_policy": keras.config.dtype_policy().name,
+    }
 
 
 def _assign(variables: Sequence[keras.Variable], values: Sequence[Any]) -> None:

@@ -1,5 +1,7 @@
 """Fixed masks."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -79,20 +81,14 @@ class FixedMask(MaskedWrapper):
                     zeros.add(weight.path)
             else:
                 shape = tuple(weight.variable.shape)
-                generator = np.random.Generator(
-                    np.random.Philox(
-                        # NumPy's seeds are not negative.
-                        [self.seed % 2**32, noise.text_id(weight.path)]
-                    )
-                )
-                scores = generator.random(shape, dtype=np.float32)
-                count = keep_count(scores.size, self.sparsity)
-                if not count and scores.size and self.sparsity < 1:
+                size = math.prod(shape)
+                count = keep_count(size, self.sparsity)
+                if not count and size and self.sparsity < 1:
                     count = 1
                     dead_weights.warn_kept(
                         self, weight, self.sparsity, count, "`sparsity=1`"
                     )
-                masks.append(top_k_mask_host(scores, count))
+                masks.append(random_mask(weight.path, shape, count, self.seed))
         self.set_masks(masks)
         self._zeros = frozenset(zeros)
 
@@ -122,3 +118,25 @@ class FixedMask(MaskedWrapper):
             "sparsity": self.sparsity,
             "seed": self.seed,
         }
+
+
+def random_mask(
+    path: str, shape: Sequence[int], count: int, seed: int
+) -> np.ndarray:
+    """Returns a mask that is a function of the weight's path and the seed.
+
+    Args:
+        path: Path of the weight.
+        shape: Shape of the weight.
+        count: Number of elements to keep.
+        seed: Any integer.
+
+    Returns:
+        A uint8 array of zeros and ones.
+    """
+    generator = np.random.Generator(
+        # NumPy's seeds are not negative.
+        np.random.Philox([seed % 2**32, noise.text_id(path)])
+    )
+    scores = generator.random(tuple(shape), dtype=np.float32)
+    return top_k_mask_host(scores, count)

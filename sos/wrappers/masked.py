@@ -19,6 +19,11 @@ from sos.schedules import (
 )
 from sos.wrappers import dead_weights
 from sos.wrappers.base import SparseWrapper
+from sos.wrappers.mask_changes import (
+    MaskChanges,
+    count_changes,
+    total_changes,
+)
 from sos.wrappers.mask_variable import MaskVariable
 from sos.wrappers.sparse_weight import SparseWeight
 
@@ -514,7 +519,7 @@ def resolve_schedules(
         wrapper.schedule = schedule
 
 
-def update_masks(updates: dict[PruningWrapper, float]) -> None:
+def update_masks(updates: dict[PruningWrapper, float]) -> MaskChanges | None:
     """Ranks weights and sets their masks.
 
     Each ranking is called once with the scores of all its weights, so that it
@@ -524,6 +529,9 @@ def update_masks(updates: dict[PruningWrapper, float]) -> None:
 
     Args:
         updates: Sparsities by technique.
+
+    Returns:
+        The number of changed elements; None without weights.
 
     Warns:
         UserWarning: If a weight keeps its mask because its scores are all
@@ -567,32 +575,24 @@ def update_masks(updates: dict[PruningWrapper, float]) -> None:
             ) from error
         unchanged = undecided(ranking, scores, masks)
         results.extend(zip(ranked, masks, unchanged, strict=True))
+    if not results:
+        return None
+    counts = []
     for (wrapper, weight, _), mask, unchanged in results:
-        if unchanged:
-            mask = weight.state["mask"].value
-        wrapper.assign_mask(weight, mask)
+        # A copy: the value itself changes with the variable.
+        old = tf.convert_to_tensor(weight.state["mask"].value)
+        wrapper.assign_mask(weight, old if unchanged else mask)
+        counts.append(count_changes(old, weight.state["mask"].value))
+    # One transfer from an accelerator.
+    counts = tf.stack(counts).numpy().tolist()
     # Last, as a warning may be an error.
-    for ((wrapper, weight, sparsity), _, unchanged), any_left in zip(
-        results, _any_left(results), strict=True
+    for ((wrapper, weight, sparsity), _, unchanged), (kept, _, _) in zip(
+        results, counts, strict=True
     ):
         dead_weights.after_update(
-            wrapper, weight, sparsity, undecided=unchanged, any_left=any_left
+            wrapper, weight, sparsity, undecided=unchanged, any_left=kept > 0
         )
-
-
-def _any_left(results: list[tuple]) -> list[bool]:
-    """Returns which masks keep any element, after they are set."""
-    flags = []
-    for (wrapper, weight, _), mask, unchanged in results:
-        if unchanged or wrapper.cumulative:
-            mask = weight.state["mask"].value
-        flags.append(
-            mask.any()
-            if isinstance(mask, np.ndarray)
-            else tf.reduce_any(tf.cast(mask, tf.bool))
-        )
-    # One transfer from an accelerator.
-    return tf.stack(flags).numpy().tolist() if flags else []
+    return total_changes((weight for (_, weight, _), _, _ in results), counts)
 
 
 def _compute_scores(wrapper: PruningWrapper, weight: SparseWeight) -> Any:

@@ -281,12 +281,12 @@ def test_run_eval_mode_finished_run_without_checkpoints_returns(one):
 def test_run_killed_before_the_result_needs_no_training(
     keep, tmp_path, monkeypatch
 ):
-    def killed(result, directory):
+    def killed(result, masks, directory):
         raise InterruptedError
 
     overrides = {"keep": keep}
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "_write_result", killed)
+        patch.setattr(runs, "write_result", killed)
         with pytest.raises(InterruptedError):
             train("dense", tmp_path, overrides=overrides)
     directory = directory_of("dense", tmp_path)

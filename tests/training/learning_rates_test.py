@@ -346,6 +346,242 @@ def test_make_learning_rate_of_invalid_train_steps_raises(train_steps):
 # Compiled steps.
 
 
+# A longer training.
+
+THREE_DROPS = {
+    "schedule": "piecewise",
+    "base": 0.4,
+    "warmup_steps": 5,
+    "boundaries": [30, 60, 80],
+    "factors": [0.1, 0.01, 0.001],
+}
+# The same in other units.
+IN_EPOCHS = {
+    **THREE_DROPS,
+    "warmup_steps": 0.5,
+    "boundaries": [3, 6, 8],
+    "reference_steps": 10.0,
+}
+
+
+def longer_rates(config, steps, *, train_steps=100, multiplier=2, variant):
+    entries = learning_rates.lengthen(
+        config,
+        train_steps=train_steps,
+        multiplier=multiplier,
+        variant=variant,
+    )
+    return rates(entries, steps, train_steps=round(multiplier * train_steps))
+
+
+@pytest.mark.parametrize("config", [THREE_DROPS, IN_EPOCHS])
+@pytest.mark.parametrize(
+    ("variant", "expected"),
+    [
+        (
+            "scale",
+            {
+                5: 0.2,
+                10: 0.4,
+                59: 0.4,
+                60: 0.04,
+                119: 0.04,
+                120: 0.004,
+                159: 0.004,
+                160: 0.0004,
+                199: 0.0004,
+            },
+        ),
+        ("hold", {4: 0.32, 29: 0.4, 30: 0.04, 79: 4e-3, 80: 4e-4, 199: 4e-4}),
+        (
+            "drop",
+            {
+                4: 0.32,
+                30: 0.04,
+                80: 4e-4,
+                109: 4e-4,
+                110: 4e-5,
+                139: 4e-5,
+                140: 4e-6,
+                170: 4e-7,
+                199: 4e-7,
+            },
+        ),
+        (
+            "drop_from_start",
+            {
+                0: 0.4,
+                29: 0.4,
+                30: 0.04,
+                60: 0.004,
+                90: 4e-4,
+                120: 4e-5,
+                150: 4e-6,
+                179: 4e-6,
+                180: 4e-7,
+                199: 4e-7,
+            },
+        ),
+    ],
+)
+def test_lengthen_piecewise_equals_rates_by_hand(config, variant, expected):
+    found = longer_rates(config, list(expected), variant=variant)
+    np.testing.assert_allclose(found, list(expected.values()), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (
+            {"schedule": "constant", "base": 0.3, "warmup_steps": 10},
+            {0: 0.0, 10: 0.15, 20: 0.3, 199: 0.3},
+        ),
+        ({"schedule": "cosine", "base": 0.3}, {0: 0.3, 100: 0.15, 200: 0.0}),
+        (
+            {
+                "schedule": "cosine",
+                "base": 0.3,
+                "alpha": 0.1,
+                "warmup_steps": 5,
+                "reference_steps": 50,
+            },
+            {10: 0.15, 20: 0.3, 110: 0.165, 200: 0.03},
+        ),
+        (
+            {
+                "schedule": "rsqrt",
+                "base": 2.0,
+                "warmup_steps": 9,
+                "hidden_size": 4,
+            },
+            {9: 1 / 6, 18: 1 / 3, 72: 1 / 6},
+        ),
+    ],
+)
+def test_lengthen_scaled_schedule_has_the_rate_of_half_the_step(
+    config, expected
+):
+    steps = list(expected)
+    found = longer_rates(config, steps, variant="scale")
+    np.testing.assert_allclose(
+        found, list(expected.values()), rtol=1e-5, atol=1e-7
+    )
+    steps = range(0, 101, 10)
+    doubled = longer_rates(config, [2 * n for n in steps], variant="scale")
+    np.testing.assert_allclose(
+        doubled, rates(config, steps), rtol=1e-5, atol=1e-7
+    )
+
+
+def test_lengthen_held_constant_keeps_its_warmup():
+    config = {
+        "schedule": "constant",
+        "base": 0.3,
+        "warmup_steps": 1,
+        "reference_steps": 10,
+    }
+    found = longer_rates(config, [5, 10, 199], variant="hold")
+    np.testing.assert_allclose(found, [0.15, 0.3, 0.3], rtol=1e-6)
+
+
+def test_lengthen_recipe_in_epochs_drops_every_thirty_epochs():
+    epoch = IMAGES / 1024
+    recipe = {
+        **RESNET,
+        "warmup_steps": 5 * epoch,
+        "boundaries": [30 * epoch, 60 * epoch, 80 * epoch],
+    }
+    longer = learning_rates.lengthen(
+        recipe, train_steps=128_000, multiplier=2, variant="drop"
+    )
+    epochs = [30, 60, 80, 110, 140, 170, 200]
+    assert longer["boundaries"] == [math.ceil(n * epoch) for n in epochs]
+    np.testing.assert_allclose(
+        longer["factors"], [0.1**n for n in range(1, 8)], rtol=1e-9
+    )
+    assert longer["base_batch_size"] == 256
+
+
+@pytest.mark.parametrize("variant", ["hold", "drop"])
+def test_lengthen_original_length_keeps_its_rates(variant):
+    # The next drop would be at step 30.
+    config = {**THREE_DROPS, "boundaries": [10, 15, 20]}
+    steps = range(100)
+    found = longer_rates(config, steps, variant=variant)
+    np.testing.assert_array_equal(found, rates(config, steps))
+    last = longer_rates(config, [100], variant=variant)[0]
+    assert last == pytest.approx({"hold": 4e-4, "drop": 4e-5}[variant])
+
+
+def test_lengthen_drops_that_coincide_use_the_last_factor():
+    config = {**THREE_DROPS, "boundaries": [30, 60, 61], "reference_steps": 100}
+    del config["warmup_steps"]
+    found = longer_rates(config, [5, 6, 7, 19], train_steps=10, variant="hold")
+    np.testing.assert_allclose(found, [0.04, 0.004, 4e-4, 4e-4], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_lengthen_once_the_length_changes_nothing(name):
+    entries = {**EXAMPLES[name], "technique_multiplier": 3.0}
+    given = dict(entries)
+    longer = learning_rates.lengthen(
+        ml_collections.ConfigDict(entries),
+        train_steps=100,
+        multiplier=1,
+        variant="scale",
+    )
+    assert longer == entries == given
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"variant": "best"}, ["variant", "'drop_from_start'", "'best'"]),
+        ({"multiplier": 0.5}, ["multiplier", "0.5"]),
+        ({"train_steps": 0}, ["train_steps", "0"]),
+        ({"entries": {}}, ["schedule", "None"]),
+        ({"entries": {**THREE_DROPS, "base": -1}}, ["base", "-1"]),
+        (
+            {"entries": EXAMPLES["cosine"]},
+            ["'hold'", "'constant' or 'piecewise'", "'scale'", "'cosine'"],
+        ),
+        ({"entries": EXAMPLES["rsqrt"]}, ["'hold'", "'rsqrt'"]),
+        (
+            {"entries": EXAMPLES["constant"], "variant": "drop"},
+            ["'drop'", "'piecewise'", "'constant'"],
+        ),
+        # Nothing to go on with: no drop, a rise, a rate of 0.
+        (
+            {
+                "entries": {"schedule": "piecewise", "base": 1},
+                "variant": "drop",
+            },
+            ["boundaries=[]"],
+        ),
+        ({"entries": EXAMPLES["piecewise"], "variant": "drop"}, ["0.5"]),
+        (
+            {
+                "entries": {**THREE_DROPS, "factors": [0, 0, 0]},
+                "variant": "drop_from_start",
+            },
+            ["factors=[0]"],
+        ),
+    ],
+)
+def test_lengthen_invalid_argument_raises(changes, words):
+    arguments = {
+        "entries": THREE_DROPS,
+        "train_steps": 100,
+        "multiplier": 2,
+        "variant": "hold",
+        **changes,
+    }
+    with pytest.raises(UsageError) as error:
+        learning_rates.lengthen(arguments.pop("entries"), **arguments)
+    for word in words:
+        assert word in str(error.value)
+
+
 def step_function(config, strategy, jit_compile=False):
     """A function that subtracts the rate from a variable, and the variable."""
     with strategy.scope():

@@ -12,6 +12,7 @@ from sos.errors import StorageError
 from sos.training.reporting import (
     Console,
     JsonLines,
+    MaskUpdate,
     ProgressBar,
     Summary,
     TensorBoard,
@@ -35,6 +36,10 @@ FULL = make_summary(
     penalty=12.5,
     weight_sparsity={"a/kernel": 0.5, "b/kernel": 0.25},
     weight_penalty={"a/kernel": 12.5},
+    mask_updates=(
+        MaskUpdate(step=11_950, elements=1000, kept=800, pruned=60, regrown=10),
+        MaskUpdate(step=12_000, elements=1000, kept=750, pruned=50, regrown=0),
+    ),
     examples_per_second=1234.5,
     seconds_left=3725.2,
 )
@@ -229,6 +234,7 @@ def test_summary_from_json_ignores_unknown_keys():
         "{}",
         '{"step": 1}',
         '{"step": "1", "total_steps": 2, "seconds": 1}',
+        '{"step": 1, "total_steps": 2, "seconds": 1, "mask_updates": [{}]}',
     ],
 )
 def test_summary_from_json_of_something_else_raises(text):
@@ -272,6 +278,19 @@ def test_json_lines_are_objects_with_their_fields(tmp_path):
             "penalty": 12.5,
             "weight_sparsity": {"a/kernel": 0.5, "b/kernel": 0.25},
             "weight_penalty": {"a/kernel": 12.5},
+            "mask_updates": [
+                {
+                    "step": step,
+                    "elements": 1000,
+                    "kept": kept,
+                    "pruned": pruned,
+                    "regrown": regrown,
+                }
+                for step, kept, pruned, regrown in (
+                    (11_950, 800, 60, 10),
+                    (12_000, 750, 50, 0),
+                )
+            ],
             "examples_per_second": 1234.5,
             "seconds": 4.0,
             "seconds_left": 3725.2,
@@ -419,6 +438,7 @@ def test_tensorboard_shows_training_and_evaluation_as_two_runs(tmp_path):
         "sparsity/a/kernel": [(12_000, 0.5)],
         "sparsity/b/kernel": [(12_000, 0.25)],
         "penalty/a/kernel": [(12_000, 12.5)],
+        "mask_churn": [(11_950, f(0.07)), (12_000, f(0.05))],
     }
     assert techniques.scalars(tmp_path / "eval") == {
         "accuracy": [(12_000, 0.5)],

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 
 import keras
 import numpy as np
@@ -1193,10 +1194,21 @@ def test_mask_update_compiled_equals_the_host(name, scope):
         model = techniques.mlp(name)
         compiled = CompiledMaskUpdate()
         for sparsity in (0.0, 0.3, 0.5, 0.9):
-            compiled(dict.fromkeys(find_wrappers(model), sparsity))
-            update_masks(dict.fromkeys(find_wrappers(expected), sparsity))
+            old = np.concatenate([mask.ravel() for mask in masks(model)])
+            changes = [
+                update(dict.fromkeys(find_wrappers(net), sparsity))
+                for update, net in ((compiled, model), (update_masks, expected))
+            ]
             for mask, other in zip(masks(model), masks(expected), strict=True):
                 np.testing.assert_array_equal(mask, other)
+            new = np.concatenate([mask.ravel() for mask in masks(model)])
+            assert changes[0] == changes[1]
+            assert dataclasses.astuple(changes[0]) == (
+                new.size,
+                new.sum(),
+                (old > new).sum(),
+                (old < new).sum(),
+            )
     assert 0 < np.mean(masks(model)[0]) < 0.2
     # One compilation serves all sparsities.
     (function,) = compiled._functions.values()
@@ -1235,6 +1247,7 @@ def test_mask_update_of_nan_scores_raises_and_changes_nothing(scope):
 
 def test_mask_update_of_nothing_does_nothing():
     assert CompiledMaskUpdate()({}) is None
+    assert update_masks({}) is None
 
 
 # All that there may be in one model, with rankings of several weights.

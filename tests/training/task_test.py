@@ -54,7 +54,7 @@ def test_task_has_no_evaluation_by_default():
     assert not Task().has_evaluation
     assert ToyTask().has_evaluation
     assert dict(Task().evaluators()) == {}
-    assert Task().initialize(None) is None
+    assert Task().initialize(None, None) is None
 
 
 def test_task_serving_by_default_calls_the_model():

@@ -20,6 +20,7 @@ from sos.errors import (
 )
 from sos.training import strategies
 from sos.training.checkpoints import Checkpoints
+from sos.training.reporting import MaskUpdate
 from sos.training.task import Task
 from sos.training.trainer import Action, LoopLength, Trainer
 from sos.wrappers.base import find_wrappers
@@ -1222,6 +1223,48 @@ def test_train_summaries_of_a_dense_model_have_no_sparsity():
     assert summaries[-1].learning_rate == 0.25
 
 
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_train_summaries_hold_mask_updates_once(replicas, tmp_path):
+    schedule = sos.schedules.PolynomialDecay(0.2, 0.8, 0, 9, frequency=3)
+    arguments = {"schedule": schedule, "replicas": replicas}
+    trainer = make_trainer("MagnitudePruning", steps_per_loop=1, **arguments)
+
+    def read_masks(trainer):
+        state = techniques.sparse_state(trainer.model)
+        masks = [v.ravel() for n, v in state.items() if n.endswith(":mask")]
+        history[trainer.step] = np.concatenate(masks)
+
+    history, expected, summaries = {}, [], []
+    read_masks(trainer)
+    read = Action(call=read_masks, every=1)
+    trainer.train(11, actions=[read], on_summary=[summaries.append])
+    # The update before the first step is in the first summary.
+    assert [u.step for u in summaries[0].mask_updates] == [0]
+    single = [u for s in summaries for u in s.mask_updates]
+    for step in (3, 6, 9):
+        old, new = history[step - 1].astype(int), history[step].astype(int)
+        expected.append(
+            MaskUpdate(
+                step=step,
+                elements=old.size,
+                kept=int(new.sum()),
+                pruned=int((old > new).sum()),
+                regrown=int((old < new).sum()),
+            )
+        )
+    assert single[1:] == expected
+    assert any(u.regrown for u in expected)
+    # In longer loops, of two processes.
+    trainer = make_trainer("MagnitudePruning", steps_per_loop=4, **arguments)
+    checkpoints = make_checkpoints(trainer, tmp_path)
+    summaries = []
+    trainer.train(6, checkpoints=checkpoints, on_summary=[summaries.append])
+    renew(trainer, trainer.task, steps_per_loop=5)
+    trainer.restore_or_initialize(checkpoints)
+    trainer.train(11, on_summary=[summaries.append])
+    assert [u for s in summaries for u in s.mask_updates] == single
+
+
 # Checkpoints of a trainer.
 
 
@@ -1246,7 +1289,7 @@ def test_initialize_is_called_when_nothing_is_restored(replicas, tmp_path):
     class Initialized(ToyTask):
         calls = 0
 
-        def initialize(self, model):
+        def initialize(self, model, optimizer):
             self.calls += 1
             assert tf.distribute.get_strategy() is trainer.strategy
             model.weights[0].assign(np.full((6, 16), 0.5, np.float32))

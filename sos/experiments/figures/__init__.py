@@ -5,7 +5,9 @@ from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
+from sos.experiments.figures.branches import draw_branches
 from sos.experiments.figures.layerwise import draw_layerwise
+from sos.experiments.figures.layerwise_map import draw_layerwise_map
 from sos.experiments.figures.output import save_png, svg
 from sos.experiments.figures.study import Study
 from sos.experiments.figures.tradeoff import draw_tradeoff
@@ -41,10 +43,25 @@ FIGURES = (
         draw_tradeoff,
     ),
     FigureSpec(
+        "branches",
+        "Is the mask enough?",
+        "Runs that start from the masks of a finished run, the trunk, in the "
+        "plot of the trunk. Axes, means and ranges are those of the accuracy "
+        "against sparsity.",
+        draw_branches,
+    ),
+    FigureSpec(
         "layerwise",
         "Sparsity of each layer",
         "The runs of each technique whose overall sparsity is nearest to the "
         "one that is compared, with the layers in the order of the network.",
         draw_layerwise,
+    ),
+    FigureSpec(
+        "layerwise_map",
+        "Sparsity of each layer at all sparsities",
+        "Each column is the mean over seeds at one overall sparsity. Colours "
+        "follow the density on a log scale; numbers are percentages.",
+        draw_layerwise_map,
     ),
 )

@@ -3,10 +3,12 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 from matplotlib.axes import Axes
 
+from sos.experiments import branch_registry
 from sos.experiments.figures.style import (
     DENSE_STYLE,
     Style,
@@ -35,38 +37,81 @@ class Curve:
         """Whether the models are dense."""
         return self.points[0][0].result.sparsity is None
 
+    @property
+    def branch(self) -> str | None:
+        """Name of the branch; None for a technique."""
+        return self.points[0][0].branch
+
+    def select(self, keep: Callable[[FinishedRun], bool]) -> "Curve | None":
+        """Returns the curve of some of the runs; None without any.
+
+        Args:
+            keep: Returns whether to keep a run.
+        """
+        points = [[run for run in point if keep(run)] for point in self.points]
+        points = [point for point in points if point]
+        return dataclasses.replace(self, points=points) if points else None
+
+    def nearest(self, sparsity: float) -> "Curve":
+        """Returns the point whose mean sparsity over seeds is nearest.
+
+        Args:
+            sparsity: Overall sparsity in [0, 1].
+        """
+        point = min(
+            self.points,
+            key=lambda runs: abs(mean_sparsity(runs) - sparsity),
+        )
+        return dataclasses.replace(self, points=[point])
+
 
 def group_curves(runs: Iterable[FinishedRun]) -> list[Curve]:
     """Groups runs into curves, in the order of the runs."""
-    points: dict[str, dict[tuple, list[FinishedRun]]] = {}
+    points: dict[tuple, dict[tuple, list[FinishedRun]]] = {}
     for run in runs:
-        label_points = points.setdefault(run.label, {})
+        label_points = points.setdefault((run.label, run.branch), {})
         label_points.setdefault(run.point, []).append(run)
+    # Branches with other options than the defaults are variants, also if they
+    # come first.
+    first = {key: [*groups.values()][0][0] for key, groups in points.items()}
     variants: collections.Counter[tuple] = collections.Counter()
-    curves = []
-    for label, groups in points.items():
-        groups = list(groups.values())
-        run = groups[0][0]
+    styles = {}
+    for key in sorted(points, key=lambda key: _has_options(first[key])):
+        run = first[key]
+        # The technique of a branch may be that of its trunk, or one that only
+        # keeps a mask.
+        kind = (run.branch, None if run.branch else run.technique)
         if run.result.sparsity is None:
-            style = DENSE_STYLE
+            styles[key] = DENSE_STYLE
+        elif run.branch:
+            styles[key] = branch_style(run.branch, variants[kind])
         else:
-            # The technique of a branch may be that of its trunk, or one that
-            # only keeps its mask.
-            key = (run.branch, None if run.branch else run.technique)
-            style = (
-                branch_style(run.branch, variants[key])
-                if run.branch
-                else technique_style(run.technique, variants[key])
-            )
-            variants[key] += 1
-        curves.append(Curve(label=label, points=groups, style=style))
-    return curves
+            styles[key] = technique_style(run.technique, variants[kind])
+        variants[kind] += 1
+    return [
+        Curve(label=key[0], points=[*groups.values()], style=styles[key])
+        for key, groups in points.items()
+    ]
+
+
+def _has_options(run: FinishedRun) -> bool:
+    """Returns whether a branch has other options than the defaults."""
+    if run.branch not in branch_registry.branches():
+        return False
+    defaults = branch_registry.options(run.branch)
+    entries = {**defaults, **run.config["branch"]}
+    return any(entries[name] != value for name, value in defaults.items())
 
 
 def accuracy(run: FinishedRun) -> float | None:
     """Returns the accuracy of a run; None if it has none or it is NaN."""
     value = run.result.metrics.get("accuracy", math.nan)
     return value if math.isfinite(value) else None
+
+
+def mean_sparsity(runs: Iterable[FinishedRun]) -> float:
+    """Returns the mean overall sparsity of runs."""
+    return float(np.mean([run.result.sparsity for run in runs]))
 
 
 def draw_bars(
@@ -84,7 +129,7 @@ def draw_bars(
 
     Args:
         axes: The axes.
-        curve: The curve.
+        curve: The curve, for its style.
         x: Positions of its points.
         y: Positions of its points.
         along: "x" or "y".

@@ -1,7 +1,6 @@
 """The sparsity of each layer."""
 
-import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 
 import matplotlib
 import numpy as np
@@ -11,8 +10,10 @@ from matplotlib.figure import Figure
 from sos.experiments.figures.curves import (
     Curve,
     draw_bars,
+    mean_sparsity,
     seeds_caption,
 )
+from sos.experiments.figures.layers import layer_names, layer_sizes
 from sos.experiments.figures.study import Study
 from sos.experiments.figures.style import (
     SPARSITIES,
@@ -20,7 +21,6 @@ from sos.experiments.figures.style import (
     log_axis,
     new_figure,
 )
-from sos.experiments.results import FinishedRun
 
 # Density at which a layer without weights is drawn, the end of the axis.
 _LEAST_DENSITY = 1e-3
@@ -43,19 +43,8 @@ def draw_layerwise(study: Study) -> Figure | None:
     Returns:
         The figure; None without sparse models.
     """
-    curves = [
-        dataclasses.replace(
-            curve, points=[_nearest(curve.points, study.layerwise_sparsity)]
-        )
-        for curve in study.curves
-        if not curve.dense
-    ]
-    sizes = {
-        weight.path: weight.size
-        for curve in curves
-        for run in curve.points[0]
-        for weight in run.result.weights
-    }
+    curves = study.compared
+    sizes = layer_sizes(curves)
     if not sizes:
         return None
     with matplotlib.rc_context(STYLE):
@@ -102,7 +91,7 @@ def _draw_profile(
     x = [positions[path] for path in densities]
     y = [np.mean(values) for values in densities.values()]
     draw_bars(axes, curve, x, y, along="y", values=densities.values())
-    overall = np.mean([run.result.sparsity for run in group])
+    overall = mean_sparsity(group)
     axes.plot(
         x,
         y,
@@ -114,26 +103,14 @@ def _draw_profile(
     )
 
 
-def _nearest(
-    points: Iterable[Sequence[FinishedRun]], sparsity: float
-) -> Sequence[FinishedRun]:
-    """Returns the runs of the point with the nearest mean sparsity."""
-    return min(
-        points,
-        key=lambda group: abs(
-            np.mean([run.result.sparsity for run in group]) - sparsity
-        ),
-    )
-
-
 def _end_at_a_tick(axes: Axes) -> None:
     """Moves the upper end of the y axis to a tick."""
     bottom, _ = axes.get_ylim()
-    ticks = axes.get_yticks()
+    ticks = [1 - p / 100 for p in SPARSITIES]
     # The least density that is drawn.
     least = axes.dataLim.y0
     top = max((tick for tick in ticks if tick <= least), default=ticks[-1])
-    labels = [f"{100 * (1 - tick):.4g}%" for tick in ticks]
+    labels = [f"{p:.4g}%" for p in SPARSITIES]
     labels[-1] = f"≥ {labels[-1]}"
     axes.set_yticks(ticks, labels)
     # Leaves room for half a marker.
@@ -142,11 +119,7 @@ def _end_at_a_tick(axes: Axes) -> None:
 
 def _name_layers(axes: Axes, sizes: Mapping[str, int]) -> None:
     horizontal = len(sizes) <= _MAX_HORIZONTAL_NAMES
-    labels = []
-    for path, size in sizes.items():
-        count = f"{size:,}" if size < 10_000 else f"{size / 1000:,.0f}k"
-        separator = "\n" if horizontal else "  "
-        labels.append(f"{path.removesuffix('/kernel')}{separator}{count}")
+    labels = layer_names(sizes, separator="\n" if horizontal else "  ")
     axes.set_xticks(range(len(labels)), labels)
     if not horizontal:
         axes.tick_params(axis="x", labelrotation=55, labelsize=7.5)

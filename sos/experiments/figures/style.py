@@ -1,15 +1,18 @@
 """One style for all figures: colours, markers and axes."""
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib import colors, ticker
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import sos
+from sos.experiments import branch_registry
 
 # Colours that people with any kind of colour blindness can distinguish (Okabe
 # and Ito 2008), each with a marker for prints in grey.
@@ -22,13 +25,14 @@ _LINES = ("-", (0, (4, 1.5)), (0, (1.5, 1.5)))
 # by the colour-blind), and light enough for a dark page.
 _BRANCH_COLOURS = ("#7B5CD6", "#D4A6C8", "#9C2E6E", "#999933", "#8C564B")
 _BRANCH_MARKERS = ("*", "d", "<", "p", ">", "8")
-_BRANCH_LINES = ((0, (6, 1.5, 1.2, 1.5)), (0, (3, 1.2, 1.2, 1.2)), (0, (1, 1)))
+_BRANCH_LINES = ((0, (6, 1.5, 1.2, 1.5)), (0, (2.5, 1, 1, 1)), (0, (1, 1)))
 # Colours that figures in a page of HTML take from its theme, and its CSS
 # variables.
 INK, GRID, PAPER, DENSE = "#222222", "#e4e4e4", "#fffffe", "#444444"
 CSS_COLOURS = {INK: "--ink", GRID: "--grid", PAPER: "--paper", DENSE: "--ink"}
 # Ticks in percent. Figures draw density on a log scale, where 90, 95 and 98 %
 # sparsity are as far apart as 50, 75 and 90 %.
+_ROUND = (0, 50, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9)
 SPARSITIES = (0, 30, 50, 70, 80, 90, 95, 98, 99, 99.5, 99.8, 99.9)
 STYLE = {
     "axes.edgecolor": INK,
@@ -101,16 +105,8 @@ def technique_style(technique: str | None, variant: int = 0) -> Style:
         variant: Number of the variant, such as one with other rules. Those
             from 1 on are lighter, with open markers and other lines.
     """
-    registered = list(sos.extend.techniques())
-    index = len(registered)
-    if technique in registered:
-        index = registered.index(technique)
-    return Style(
-        colour=_lighter(_COLOURS[index % len(_COLOURS)], variant),
-        marker=_MARKERS[index % len(_MARKERS)],
-        filled=variant == 0,
-        line=_LINES[variant % len(_LINES)],
-    )
+    index = _index(technique, sos.extend.techniques())
+    return _style(index, variant, _COLOURS, _MARKERS, _LINES)
 
 
 def branch_style(name: str, variant: int = 0) -> Style:
@@ -121,30 +117,130 @@ def branch_style(name: str, variant: int = 0) -> Style:
         variant: Number of the variant, such as one with other options. Those
             from 1 on are lighter, with open markers and other lines.
     """
-    registered = (
-        "scratch",
-        "augmented_init",
-        "lottery_ticket",
-        "random_mask",
-        "transferred_profile",
+    index = _index(name, branch_registry.branches())
+    return _style(
+        index, variant, _BRANCH_COLOURS, _BRANCH_MARKERS, _BRANCH_LINES
     )
-    index = len(registered)
-    if name in registered:
-        index = registered.index(name)
+
+
+def _index(name: str | None, registered: Iterable[str]) -> int:
+    """Returns the place of a name; names that are not registered are last."""
+    names = list(registered)
+    return names.index(name) if name in names else len(names)
+
+
+def _style(
+    index: int,
+    variant: int,
+    colours: Sequence[str],
+    markers: Sequence[str],
+    lines: Sequence[Any],
+) -> Style:
     return Style(
-        colour=_lighter(_BRANCH_COLOURS[index % len(_BRANCH_COLOURS)], variant),
-        marker=_BRANCH_MARKERS[index % len(_BRANCH_MARKERS)],
+        colour=_lighter(colours[index % len(colours)], variant),
+        marker=markers[index % len(markers)],
         filled=variant == 0,
-        line=_BRANCH_LINES[variant % len(_BRANCH_LINES)],
+        line=lines[variant % len(lines)],
     )
 
 
 def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     """Makes a figure of one plot; the size is in inches."""
+    figure, ((axes,),) = new_grid(width, height, 1, 1)
+    return figure, axes
+
+
+def new_grid(
+    width: float, height: float, rows: int, columns: int, **options: Any
+) -> tuple[Figure, np.ndarray]:
+    """Makes a figure of several plots.
+
+    Args:
+        width: Width in inches.
+        height: Height in inches.
+        rows: Number of rows.
+        columns: Number of columns.
+        **options: As for `Figure.subplots`.
+
+    Returns:
+        The figure, and its axes in an array of shape [rows, columns].
+    """
     # Without pyplot, which holds figures and may need a display.
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def share_legend(figure: Figure, title: str | None = None) -> None:
+    """Adds a legend of all plots above them, with each label once.
+
+    Args:
+        figure: The figure.
+        title: Title of the legend.
+    """
+    handles = {}
+    for axes in figure.axes:
+        for handle, label in zip(
+            *axes.get_legend_handles_labels(), strict=True
+        ):
+            handles.setdefault(label, handle)
+    figure.legend(
+        [*handles.values()],
+        [*handles],
+        loc="outside upper center",
+        ncols=_columns(handles, figure.get_figwidth()),
+        title=title,
+    )
+
+
+def _columns(labels: Iterable[str], width: float) -> int:
+    """Returns how many labels fit beside each other in so many inches."""
+    # A letter of this size is hardly wider, and a handle has 0.5 inches.
+    inches = 0.5 + 0.075 * max(map(len, labels))
+    return max(1, min(len([*labels]), int(width / inches)))
+
+
+class _PercentLocator(ticker.Locator):
+    """Chooses ticks of percentages p on a log scale of 1 - p.
+
+    They are as far apart as their labels need. Round ones come first.
+    """
+
+    def __init__(self, percents: Sequence[float]) -> None:
+        self._percents = [p for p in percents if p in _ROUND]
+        self._percents += [p for p in percents if p not in _ROUND]
+
+    def __call__(self) -> list[float]:
+        return self.tick_values(*self.axis.get_view_interval())
+
+    def tick_values(self, vmin: float, vmax: float) -> list[float]:
+        low, high = sorted((vmin, vmax))
+        candidates = [1 - p / 100 for p in self._percents]
+        candidates = [x for x in candidates if low <= x <= high]
+        ticks = self._apart(candidates, low, high)
+        if len(ticks) < 3:
+            # A narrow range, where the scale is almost linear.
+            locator = ticker.MaxNLocator(4, steps=[1, 2, 2.5, 5, 10])
+            ticks = 1 - locator.tick_values(1 - high, 1 - low)
+            ticks = self._apart(
+                ticks[(ticks >= low) & (ticks <= high)], low, high
+            )
+        return ticks
+
+    def _apart(
+        self, candidates: Iterable[float], low: float, high: float
+    ) -> list[float]:
+        horizontal = self.axis.axis_name == "x"
+        box = self.axis.axes.bbox
+        inches = (
+            box.width if horizontal else box.height
+        ) / self.axis.figure.dpi
+        needed = (0.42 if horizontal else 0.17) / inches * math.log(high / low)
+        ticks: list[float] = []
+        for x in candidates:
+            if all(abs(math.log(x / other)) >= needed for other in ticks):
+                ticks.append(float(x))
+        return sorted(ticks)
 
 
 def log_axis(axes: Axes, name: str, percents: Sequence[float]) -> None:
@@ -153,12 +249,13 @@ def log_axis(axes: Axes, name: str, percents: Sequence[float]) -> None:
     Args:
         axes: The axes.
         name: "x" or "y".
-        percents: Values of p with a tick, in percent.
+        percents: Values of p that may have a tick, in percent. In a narrow
+            range without them others have.
     """
     axes.set(**{f"{name}scale": "log"})
     axis = axes.xaxis if name == "x" else axes.yaxis
     axis.set_inverted(True)
-    axis.set_major_locator(ticker.FixedLocator([1 - p / 100 for p in percents]))
+    axis.set_major_locator(_PercentLocator(percents))
     axis.set_major_formatter(lambda value, _: f"{100 * (1 - value):.4g}%")
     axis.set_minor_locator(ticker.NullLocator())
 

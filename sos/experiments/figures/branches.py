@@ -1,0 +1,101 @@
+"""Branches against the runs that they start from."""
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sos.experiments.figures.accuracy_axes import (
+    accuracy_axis,
+    density,
+    draw_accuracies,
+    draw_dense,
+    drawable,
+)
+from sos.experiments.figures.curves import Curve, seeds_caption
+from sos.experiments.figures.study import Study
+from sos.experiments.figures.style import (
+    SPARSITIES,
+    STYLE,
+    log_axis,
+    new_grid,
+    share_legend,
+)
+
+_MAX_COLUMNS = 3
+
+
+def draw_branches(study: Study) -> Figure | None:
+    """Draws accuracy against sparsity of trunks and their branches.
+
+    There is a plot for each label of trunks, with the axes of `draw_tradeoff`
+    and all dense models.
+
+    Args:
+        study: The study.
+
+    Returns:
+        The figure; None without branches that can be drawn.
+    """
+    plots = _plots(study)
+    if not plots:
+        return None
+    dense = [d for curve in study.dense if (d := drawable(curve, density))]
+    columns = min(len(plots), _MAX_COLUMNS)
+    rows = -(-len(plots) // columns)
+    with matplotlib.rc_context(STYLE):
+        figure, grid = new_grid(
+            max(6.4, 4.0 * columns),
+            1.0 + 3.6 * rows,
+            rows,
+            columns,
+            sharey=True,
+        )
+        for axes in grid.flat[len(plots) :]:
+            axes.set_visible(False)
+        for axes, (title, curves) in zip(
+            grid.flat, plots.items(), strict=False
+        ):
+            _draw_plot(axes, [*dense, *curves])
+            axes.set_title(title, size=10)
+        figure.supxlabel("Sparsity reached (density on a log scale)", size=10)
+        figure.supylabel("Test accuracy (error on a log scale)", size=10)
+        everything = [*dense, *(c for curves in plots.values() for c in curves)]
+        share_legend(figure, seeds_caption(everything))
+    return figure
+
+
+def _plots(study: Study) -> dict[str, list[Curve]]:
+    """Returns the curves by the label of the trunks, the trunk's first."""
+    plots: dict[str, list[Curve]] = {}
+    for trunk in study.curves:
+        branches = [
+            branch
+            for curve in study.branches
+            if (branch := _branches_of(curve, trunk))
+        ]
+        if branches:
+            drawn = drawable(trunk, density)
+            plots[trunk.label] = [*([drawn] if drawn else []), *branches]
+    return plots
+
+
+def _branches_of(curve: Curve, trunk: Curve) -> Curve | None:
+    """Returns the runs of a curve that start from a trunk's, for drawing."""
+    own = curve.select(
+        lambda run: (
+            run.parent is not None
+            and (run.parent.label, run.parent.branch)
+            == (trunk.label, trunk.branch)
+        )
+    )
+    return drawable(own, density) if own else None
+
+
+def _draw_plot(axes: Axes, curves: list[Curve]) -> None:
+    log_axis(axes, "x", SPARSITIES)
+    accuracy_axis(axes)
+    for curve in curves:
+        if curve.dense:
+            draw_dense(axes, curve)
+        else:
+            draw_accuracies(axes, curve, density)

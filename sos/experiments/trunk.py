@@ -1,0 +1,260 @@
+"""Trunks: finished runs that other runs start from."""
+
+import functools
+import os
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
+
+import keras
+import ml_collections
+import numpy as np
+import tensorflow as tf
+
+from sos import keras_compat
+from sos.errors import UsageError
+from sos.experiments import config as config_lib
+from sos.experiments.run_files import (
+    CHECKPOINTS,
+    read_config,
+    read_masks,
+    read_result,
+)
+from sos.training import trainer
+from sos.training.checkpoints import (
+    Checkpoints,
+    diff,
+    format_differences,
+    named_variables,
+    spec,
+)
+from sos.wrappers.base import find_wrappers, weights_by_path
+
+
+class Values(NamedTuple):
+    """Values of a checkpoint by canonical path, without technique state.
+
+    Attributes:
+        model: Arrays of the model: weights, batch statistics, random states.
+        optimizer: Arrays of the optimizer: `iterations` and slots.
+    """
+
+    model: dict[str, np.ndarray]
+    optimizer: dict[str, np.ndarray]
+
+
+class Trunk:
+    """A finished run that other runs start from.
+
+    Args:
+        directory: Directory of the run.
+
+    Example:
+    >>> import sos.experiments
+    >>> from sos.experiments.trunk import Trunk
+    >>> config = sos.experiments.config.resolve({
+    ...     "task": "models.fashion_mnist:FashionMnist",
+    ...     "sparsity": {"technique": "MagnitudePruning", "sparsity": 0.9},
+    ...     "train_steps": 2,
+    ... })
+    >>> _ = sos.experiments.run(config, "runs", quiet=True)
+    >>> trunk = Trunk(sos.experiments.runs.run_directory(config, "runs"))
+    >>> trunk.steps
+    [0, 2]
+    >>> trunk.masks["conv1/kernel"].shape
+    (3, 3, 1, 16)
+    """
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+
+    @functools.cached_property
+    def config(self) -> ml_collections.ConfigDict:
+        """The resolved config of the run.
+
+        Raises:
+            UsageError: If there is no finished run in the directory.
+        """
+        stored = read_config(self.directory)
+        if stored is None or read_result(self.directory) is None:
+            raise UsageError(
+                "`config.parent` must be a finished run: its name, if it is in "
+                "the same work directory, or its directory. "
+                f"There is no finished run in {self.directory}"
+            )
+        workdir = os.path.dirname(os.path.normpath(self.directory))
+        return with_parent_directory(config_lib.resolve(stored), workdir)
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that are there, in ascending order."""
+        return self._checkpoints({}).steps()
+
+    @functools.cached_property
+    def masks(self) -> dict[str, np.ndarray]:
+        """The final masks, uint8 arrays by the path of the weight.
+
+        Raises:
+            UsageError: If the run is not finished, or has no sparse weights.
+            StorageError: If the file of the masks is damaged.
+        """
+        technique = self.config.sparsity.technique
+        masks = read_masks(self.directory)
+        if masks is None:
+            raise UsageError(
+                "`config.parent` must be a run with sparse weights, which "
+                "stores its masks when it is finished. There are no masks in "
+                f"{self.directory}, a run with technique={technique!r}"
+            )
+        return masks
+
+    def masks_for(self, model: keras.Model) -> dict[str, np.ndarray]:
+        """Returns the masks after comparing them to a model.
+
+        Args:
+            model: A sparse model.
+
+        Raises:
+            UsageError: If the model has other sparse weights.
+        """
+        ours = {p: spec(m.shape, "mask") for p, m in self.masks.items()}
+        theirs = {
+            path: spec(weight.variable.shape, "mask")
+            for path, weight in weights_by_path(model).items()
+        }
+        self._check("masks", diff(ours, theirs))
+        return self.masks
+
+    def values_for(
+        self,
+        step: int,
+        model: keras.Model,
+        optimizer: keras.optimizers.Optimizer,
+    ) -> list[tuple[keras.Variable, np.ndarray]]:
+        """Returns the values of a checkpoint for the variables of a model.
+
+        Args:
+            step: Step of the checkpoint.
+            model: A model.
+            optimizer: Its optimizer, built.
+
+        Returns:
+            Pairs of a variable and its value: all variables of the model,
+            except those of techniques, and the variables of the optimizer that
+            the trunk's has, too.
+
+        Raises:
+            UsageError: If there is no checkpoint of the step, or the model has
+                other variables.
+            CheckpointError: If the checkpoint is damaged or cannot be read.
+        """
+        values = self.values(step)
+        variables, slots = _variables(model, optimizer)
+        lines = diff(_specs(values.model), _specs(variables))
+        self._check("variables", lines)
+        specs = _specs(values.optimizer)
+        return [
+            *((variables[name], array) for name, array in values.model.items()),
+            *(
+                (slot, values.optimizer[name])
+                for name, slot in slots.items()
+                if spec(slot.shape, slot.dtype) == specs.get(name)
+            ),
+        ]
+
+    def values(self, step: int) -> Values:
+        """Reads a checkpoint.
+
+        Builds the run's own model and optimizer for it, in the current scope of
+        a strategy.
+
+        Args:
+            step: Step of the checkpoint.
+
+        Raises:
+            UsageError: If there is no checkpoint of the step.
+            CheckpointError: If the checkpoint is damaged or cannot be read.
+        """
+        config = self.config
+        if step not in self.steps:
+            raise UsageError(
+                f"The run {self.directory} has no checkpoint of step {step} "
+                f"any more, only those of the steps {self.steps}. Repeat it "
+                "with the config entry `keep='trunk'`, which keeps the first "
+                f"and the last one, `keep_steps=({step},)` or `keep='all'`."
+            )
+        with config_lib.dtype_policy(config.dtype_policy):
+            task = config_lib.load_task(config.task)(config)
+            model, optimizer = trainer.build(task)
+            configuration = trainer.configuration(
+                task,
+                gradient_accumulation_steps=config.gradient_accumulation_steps,
+            )
+        checkpoints = self._checkpoints(configuration)
+        checkpoints.restore_step(step, model, optimizer)
+        variables, slots = _variables(model, optimizer)
+        return Values(_arrays(variables), _arrays(slots))
+
+    def _checkpoints(self, configuration: dict) -> Checkpoints:
+        return Checkpoints(
+            os.path.join(self.directory, CHECKPOINTS),
+            configuration=configuration,
+        )
+
+    def _check(self, kind: str, differences: Iterable[str]) -> None:
+        lines = list(differences)
+        if lines:
+            raise UsageError(
+                f"The {kind} of {self.directory} are of another model. Use the "
+                "same entries `model`, and `sparsity` for the same weights. "
+                f"Differences:{format_differences(lines)}"
+            )
+
+
+def with_parent_directory(
+    config: ml_collections.ConfigDict, workdir: str | os.PathLike
+) -> ml_collections.ConfigDict:
+    """Returns a config whose `parent` is a directory.
+
+    Args:
+        config: A resolved config.
+        workdir: Directory of the run and, if `parent` is a name, its parent.
+    """
+    parent = config.parent
+    if parent is None or tf.io.gfile.isdir(parent):
+        return config
+    workdir = os.path.expanduser(os.fspath(workdir))
+    changed = ml_collections.ConfigDict(config.to_dict())
+    changed.parent = os.path.join(workdir, parent)
+    return changed.lock()
+
+
+def _variables(
+    model: keras.Model, optimizer: keras.optimizers.Optimizer
+) -> tuple[dict[str, keras.Variable], dict[str, keras.Variable]]:
+    """Returns the variables of a model and its optimizer by canonical path.
+
+    Without the variables of techniques.
+    """
+    state = {
+        id(variable)
+        for technique in find_wrappers(model)
+        for variable in keras_compat.own_variables(technique)
+    }
+    named = named_variables(model, optimizer)
+
+    def select(variables: Collection[keras.Variable]) -> dict:
+        chosen = {id(variable) for variable in variables} - state
+        return {n: v for n, v in named.items() if id(v) in chosen}
+
+    return select(model.variables), select(optimizer.variables)
+
+
+def _specs(values: dict[str, keras.Variable | np.ndarray]) -> dict[str, str]:
+    return {name: spec(v.shape, v.dtype) for name, v in values.items()}
+
+
+def _arrays(variables: dict[str, keras.Variable]) -> dict[str, np.ndarray]:
+    return {
+        name: keras.ops.convert_to_numpy(variable)
+        for name, variable in variables.items()
+    }
