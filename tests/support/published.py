@@ -104,8 +104,8 @@ in points of accuracy or BLEU.
 
 The best score among runs within {window} of a sparsity. Of what was repeated
 ({resnet50_runs} runs of ResNet-50, {transformer_runs} of the Transformer), the
-mean and the standard deviation (n - 1), without {collapsed} runs of a BLEU below
-1.
+mean and the standard deviation (n - 1); {collapsed} runs of a BLEU below 1 are
+left out.
 
 ### ResNet-50: top-1 accuracy in percent
 
