@@ -30,12 +30,13 @@ from sos.experiments.results import FinishedRun
 
 # Lowest score of the axis, by model. Lower ones are counted in a note.
 _LOWEST = {"resnet50": 36.0, "transformer": 8.0}
-# Variants of branches, by the end of their labels, with their lines.
-_LONG, _HELD = "scratch-b", "hold"
-# Branches have the same sparsities: densities by which they are drawn side by
-# side, as factors.
-_SHIFTED = "Means at one sparsity are drawn side by side."
-_SHIFTS = (0.94, 0.97, 1.0, 1.03, 1.06)
+# Variants of branches, by the ends of their labels.
+_VARIANTS = ("", "scratch-b", "hold")
+# Step between branches of one sparsity, which are drawn side by side, as a part
+# of the density.
+_STEP = 0.03
+# Technique whose masks have scratch runs that are not comparable.
+_RANDOM = "RandomPruning"
 
 T = TypeVar("T", PublishedPoint, PublishedScore)
 
@@ -58,35 +59,36 @@ def draw_all_scores(model: str) -> Figure:
         UsageError: If there is no such model.
     """
     reference = published.get_reference(model)
-    techniques = _by_label(
-        s for s in published.load(model) if s.technique and not s.branch
-    )
+    scores = published.load(model)
+    techniques = _by_label(s for s in scores if s.technique and not s.branch)
+    random = sum(bool(s.branch) and s.technique == _RANDOM for s in scores)
     points = _by_label(published.best(model))
     with matplotlib.rc_context(STYLE):
         figure, axes = _new_axes(reference)
         dense = points["dense"]
         _draw_dense(axes, dense, f"dense ({dense[0].runs})")
         # The longest first, not to cover the others.
-        for scores in sorted(techniques.values(), key=len, reverse=True):
-            _draw_scores(axes, scores)
+        for series in sorted(techniques.values(), key=len, reverse=True):
+            _draw_scores(axes, series)
         for series in points.values():
             if series[0].nonuniform:
                 _draw_line(axes, series)
-        for shift, series in zip(_SHIFTS, _branches(points), strict=True):
+        for shift, series in _branches(points):
             _draw_means(axes, series, shift, markersize=6, linestyle="")
         lowest = _LOWEST[model]
         highest = axes.dataLim.y1
         axes.set_ylim(lowest, highest + 0.02 * (highest - lowest))
-        _add_legend(figure, "In brackets: number of scores")
-        _add_note(figure, _below(techniques, reference))
+        _add_legend(figure, "In brackets:\nnumber of scores")
+        _add_note(figure, _note(techniques, random, reference))
     return figure
 
 
 def draw_branches(model: str) -> Figure:
     """Draws the published scratch runs and lottery tickets of a model.
 
-    Means and standard deviations, beside the best magnitude pruning, whose
-    masks they have, and dense models. Means are without collapsed runs.
+    Their means and standard deviations, without collapsed runs, beside the best
+    magnitude pruning, whose masks they have; above the scores, below the
+    differences from magnitude pruning.
 
     Args:
         model: One of `sos.experiments.published.REFERENCES`.
@@ -99,16 +101,32 @@ def draw_branches(model: str) -> Figure:
     """
     reference = published.get_reference(model)
     points = _by_label(published.best(model))
+    pruned = {p.target_sparsity: p.score for p in points["magnitude pruning"]}
+    branches = _branches(points)
     with matplotlib.rc_context(STYLE):
-        figure, axes = _new_axes(reference)
+        figure, axes = _new_axes(reference, height=7.0)
+        grid = figure.add_gridspec(2, 1, height_ratios=(3, 2))
+        axes.set_subplotspec(grid[0])
+        below = figure.add_subplot(grid[1], sharex=axes)
         _draw_dense(axes, points["dense"], "dense")
         _draw_line(axes, points["magnitude pruning"])
-        branches = _branches(points)
-        for shift, series in zip(_SHIFTS, branches, strict=True):
-            _draw_means(axes, series, shift)
+        below.axhline(0, color=_style(points["magnitude pruning"][0]).colour)
+        for shift, series in branches:
+            _draw_means(axes, series, 1.0)
+            differences = [
+                dataclasses.replace(
+                    p, score=p.score - pruned[p.target_sparsity]
+                )
+                for p in series
+            ]
+            _draw_means(below, differences, shift, linestyle="", label=None)
         axes.set_xlim(0.57, 0.0165)
-        axes.legend(loc="lower left")
-        _add_note(figure, _repeats(branches, reference))
+        axes.tick_params(labelbottom=False)
+        below.set_xlabel(axes.get_xlabel())
+        axes.set_xlabel(None)
+        below.set_ylabel("Difference (points)")
+        _add_legend(figure)
+        _add_note(figure, _repeats([s for _, s in branches], reference))
     return figure
 
 
@@ -143,21 +161,22 @@ def draw_runs(
             # In the same style, even if the runs have no other variant.
             style = _style(same[0]) if same else curve.style
             curves.append(dataclasses.replace(curve, style=style))
+            _draw_curve(axes, curves[-1], scores)
         drawn = {curve.style for curve in curves}
         for series in _by_label(points).values():
-            # A label for each style.
             label = f"{series[0].label} (paper)"
-            if series[0].technique and _style(series[0]) in drawn:
-                label = None
             if not series[0].technique:
                 _draw_dense(axes, series, label)
-            elif _HELD not in series[0].label:
-                _draw_line(axes, series, markersize=3.5, alpha=0.5, label=label)
-        for curve in curves:
-            _draw_curve(axes, curve, scores)
+            else:
+                # A label for each style.
+                if _style(series[0]) in drawn:
+                    label = None
+                _draw_line(
+                    axes, series, markersize=3, linewidth=0.9, label=label
+                )
         _, least = axes.get_xlim()
         axes.set_xlim(right=min(least, 0.8 * axes.dataLim.x0))
-        _add_legend(figure, "Bold: your runs. Thin: the paper")
+        _add_legend(figure, "Bold: your runs\nThin: the paper")
     return figure
 
 
@@ -170,26 +189,25 @@ def _by_label(items: Iterable[T]) -> dict[str, list[T]]:
 
 def _branches(
     points: Mapping[str, Sequence[PublishedPoint]],
-) -> list[Sequence[PublishedPoint]]:
+) -> list[tuple[float, Sequence[PublishedPoint]]]:
+    """Returns the branches, with the factors by which to shift densities."""
+    branches = [series for series in points.values() if series[0].branch]
+    middle = (len(branches) - 1) / 2
     return [
-        series
-        for label, series in points.items()
-        if series[0].branch and _HELD not in label
+        (1 + _STEP * (middle - i), series) for i, series in enumerate(branches)
     ]
 
 
-def _add_legend(figure: Figure, title: str) -> None:
-    figure.legend(
-        loc="outside upper center", ncols=3, title=title, alignment="left"
-    )
+def _add_legend(figure: Figure, title: str | None = None) -> None:
+    figure.legend(loc="outside right upper", title=title, alignment="left")
 
 
 def _add_note(figure: Figure, note: str) -> None:
     figure.supxlabel(textwrap.fill(note, 120), fontsize=7.5)
 
 
-def _new_axes(reference: Reference) -> tuple[Figure, Axes]:
-    figure, axes = new_figure(7.0, 5.4)
+def _new_axes(reference: Reference, height: float = 4.8) -> tuple[Figure, Axes]:
+    figure, axes = new_figure(8.4, height)
     log_axis(axes, "x", SPARSITIES)
     axes.set_xlim(1.15, 0.0085)
     axes.set_xlabel("Sparsity (density on a log scale)")
@@ -204,7 +222,8 @@ def _style(item: PublishedPoint | PublishedScore) -> Style:
     if not item.branch:
         variant = int(item.label.startswith("non-uniform"))
         return technique_style(item.technique, variant)
-    return branch_style(item.branch, variant=int(_LONG in item.label))
+    ends = [item.label.endswith(variant) for variant in _VARIANTS]
+    return branch_style(item.branch, variant=max(np.flatnonzero(ends)))
 
 
 def _draw_dense(
@@ -281,8 +300,12 @@ def _draw_line(
         [1 - point.sparsity for point in points],
         [point.score for point in points],
         **_style(points[0]).plot_arguments,
-        **{"markersize": 5, "label": points[0].label, **arguments},
-        linewidth=1.5,
+        **{
+            "markersize": 5,
+            "linewidth": 1.5,
+            "label": points[0].label,
+            **arguments,
+        },
         zorder=3,
     )
 
@@ -301,6 +324,7 @@ def _draw_means(
         **{
             "markersize": 7,
             "markeredgewidth": 0.5,
+            "label": points[0].label,
             **style.plot_arguments,
             **arguments,
         },
@@ -308,7 +332,6 @@ def _draw_means(
         elinewidth=1.0,
         capsize=2,
         zorder=3.5,
-        label=points[0].label,
     )
 
 
@@ -346,10 +369,12 @@ def _draw_curve(axes: Axes, curve: Curve, scores: Mapping[str, float]) -> None:
     )
 
 
-def _below(
-    techniques: Mapping[str, Sequence[PublishedScore]], reference: Reference
+def _note(
+    techniques: Mapping[str, Sequence[PublishedScore]],
+    random: int,
+    reference: Reference,
 ) -> str:
-    """Returns a note of the scores below the axis."""
+    """Returns a note of what is drawn, and what not."""
     lowest = _LOWEST[reference.name]
     parts = []
     for label, scores in techniques.items():
@@ -360,7 +385,15 @@ def _below(
             if collapsed:
                 part += f" ({collapsed} of them below {reference.collapsed:g})"
             parts.append(part)
-    return f"Below the axis: {', '.join(parts)}. {_SHIFTED}"
+    note = (
+        "Points are all scores of a technique, lines join those that none at "
+        "the same or a higher sparsity exceeds. Symbols with bars are means "
+        "and standard deviations of repeated runs, side by side. Below the "
+        f"axis: {', '.join(parts)}."
+    )
+    if random:
+        note += f" Not drawn: {random} runs that train with random masks."
+    return note
 
 
 def _repeats(
@@ -371,8 +404,8 @@ def _repeats(
     runs = sorted({point.runs for point in points}, reverse=True)
     note = (
         "Means and standard deviations of "
-        f"{' or '.join(map(str, runs))} runs, side by side, and the best runs "
-        "of magnitude pruning."
+        f"{' or '.join(map(str, runs))} runs, and the best runs of magnitude "
+        "pruning. Below: differences from it, side by side."
     )
     collapsed = sum(point.collapsed for point in points)
     if collapsed:
