@@ -19,6 +19,8 @@ from sos.training.reporting import format_duration
 
 REPORT = "report.html"
 
+# Figures that are wider do not share a row.
+_COLUMN_INCHES = 7
 # Entries of configs that tell runs apart, and have columns of their own.
 _OWN_COLUMNS = ("label", "parent", "seed")
 
@@ -73,7 +75,12 @@ def write_report(
         eval_examples=eval_examples,
         method=[conclusions.METHOD, conclusions.FEW_SEEDS],
         figures=[
-            (spec, figures.svg(figure, spec.name)) for spec, figure in drawn
+            (
+                spec,
+                figures.svg(figure, spec.name),
+                figure.get_figwidth() > _COLUMN_INCHES,
+            )
+            for spec, figure in drawn
         ],
         table=table,
         best=[

@@ -1,6 +1,8 @@
 """Results of runs, as if they had been trained."""
 
 from sos.experiments.config import plain, resolve, run_name
+from sos.experiments.figures import FIGURES, Study
+from sos.experiments.report import write_report
 from sos.experiments.results import FinishedRun
 from sos.experiments.runs import Result, WeightSparsity
 from tests.support import toy_experiment
@@ -121,4 +123,25 @@ def make_branch(trunk, label, change, branch):
         accuracy=trunk.result.metrics["accuracy"] + change,
         sparsity=trunk.result.sparsity,
         weights=trunk.result.weights,
+    )
+
+
+def make_report(path, runs, *, drawn=None, **options):
+    """Writes a report with the figures that the runs have."""
+    study = Study(runs)
+    if drawn is None:
+        drawn = [
+            (spec, figure)
+            for spec in FIGURES
+            if (figure := spec.draw(study)) is not None
+        ]
+    write_report(
+        path,
+        study,
+        drawn,
+        **{
+            "command": "python -m models.sweep --workdir=runs",
+            "eval_examples": 4_000,
+            **options,
+        },
     )
