@@ -148,7 +148,6 @@ class _Study:
         self._branches = [
             run for run in runs if run.branch and run.parent is not None
         ]
-        self._several_trunks = len({b.parent.label for b in self._branches}) > 1
         self._eval_examples = eval_examples
 
     def of_technique(self, technique: str) -> list[FinishedRun]:
@@ -217,17 +216,27 @@ class _Study:
     def compare_profiles(
         self, branches: Iterable[FinishedRun], others: Sequence[FinishedRun]
     ) -> "_Comparison":
-        """Compares branches with other runs at the sparsities they reach."""
+        """Compares branches with other runs at the sparsity that each reaches.
+
+        Only with those of the same seed.
+        """
         groups: dict[tuple, list[FinishedRun]] = {}
         for run in branches:
             groups.setdefault(run.point, []).append(run)
         first, second = {}, {}
         for runs in groups.values():
-            sparsity = statistics.fmean(run.result.sparsity for run in runs)
-            name = _percent(sparsity)
-            first[name] = self._by_trunk(runs).popitem()[1]
-            values = differences.by_sparsity(others, [sparsity])
-            second[name] = values.get(sparsity, {})
+            pairs: dict[int, tuple[float, float]] = {}
+            for run in runs:
+                seed, sparsity = differences.seed_of(run), run.result.sparsity
+                values = differences.by_sparsity(others, [sparsity])
+                accuracy = differences.accuracy(run)
+                if accuracy is not None and seed in values.get(sparsity, {}):
+                    pairs[seed] = accuracy, values[sparsity][seed]
+            mean = statistics.fmean(run.result.sparsity for run in runs)
+            first[_percent(mean)] = {s: own for s, (own, _) in pairs.items()}
+            second[_percent(mean)] = {
+                s: other for s, (_, other) in pairs.items()
+            }
         return self._comparison(first, second)
 
     def _by_trunk(
@@ -246,7 +255,7 @@ class _Study:
             if sparsity is None:
                 sparsity = trunk.result.sparsity
             name = _percent(sparsity)
-            if self._several_trunks:
+            if named:
                 name += f" ({trunk.label})"
             seeds = values.setdefault(name, {})
             seeds.setdefault(differences.seed_of(run), []).append(accuracy)
@@ -354,6 +363,10 @@ class _Comparison:
             "The difference is not above the standard error of an accuracy on "
             f"the test images, {self.margin:.1f}."
         )
+
+
+def _trunk(run: FinishedRun) -> FinishedRun:
+    return run if run.parent is None else run.parent
 
 
 def _best_techniques(study: _Study) -> list[Finding]:

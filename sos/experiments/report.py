@@ -115,7 +115,11 @@ def _summary(
 ) -> str:
     """Returns sentences with the main numbers."""
     seeds = len({differences.seed_of(run) for run in runs})
-    techniques = {r.label for r in runs if r.branch is None}
+    techniques = {
+        run.label
+        for run in runs
+        if run.branch is None and run.result.sparsity is not None
+    }
     branches = {r.label for r in runs if r.branch is not None}
     parts = [_count(len(techniques), "technique")]
     if branches:
@@ -146,7 +150,7 @@ def _summary(
         if counts[verdict]
     ]
     sentences.append(
-        f"Of {counts.total()} findings of the paper, {_join(verdicts)}."
+        f"Of {counts.total()} statements on them, {_join(verdicts)}."
     )
     return " ".join(sentences)
 

@@ -136,9 +136,9 @@ def test_report_numbers_equal_those_of_the_runs(text, runs):
 
 def test_report_summary_has_the_main_numbers(page):
     summary = " ".join(page.texts["p"][:1])
-    assert summary.startswith("44 runs of 4 techniques and 4 kinds of branches")
+    assert summary.startswith("44 runs of 3 techniques and 4 kinds of branches")
     assert "87.1\xa0% accuracy" in summary
-    assert "findings of the paper" in summary
+    assert "statements" in summary
 
 
 def test_report_settings_have_each_entry_once(page):
