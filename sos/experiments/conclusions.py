@@ -211,7 +211,11 @@ class _Study:
         self, first: Iterable[FinishedRun], second: Iterable[FinishedRun]
     ) -> "_Comparison":
         """Compares branches of equal trunks, or trunks with their branches."""
-        return self._comparison(self._by_trunk(first), self._by_trunk(second))
+        groups = [*first], [*second]
+        labels = {_trunk(run).label for runs in groups for run in runs}
+        return self._comparison(
+            *(_by_trunk(runs, named=len(labels) > 1) for runs in groups)
+        )
 
     def compare_profiles(
         self, branches: Iterable[FinishedRun], others: Sequence[FinishedRun]
@@ -239,31 +243,6 @@ class _Study:
             }
         return self._comparison(first, second)
 
-    def _by_trunk(
-        self, runs: Iterable[FinishedRun]
-    ) -> dict[str, dict[int, float]]:
-        """Returns accuracies by sparsity and seed of the trunks."""
-        values: dict[str, dict[int, list[float]]] = {}
-        for run in runs:
-            trunk = run.parent or run
-            accuracy, sparsity = (
-                differences.accuracy(run),
-                trunk.target_sparsity,
-            )
-            if accuracy is None:
-                continue
-            if sparsity is None:
-                sparsity = trunk.result.sparsity
-            name = _percent(sparsity)
-            if named:
-                name += f" ({trunk.label})"
-            seeds = values.setdefault(name, {})
-            seeds.setdefault(differences.seed_of(run), []).append(accuracy)
-        return {
-            name: {seed: statistics.fmean(v) for seed, v in seeds.items()}
-            for name, seeds in values.items()
-        }
-
     def _comparison(
         self,
         first: Mapping[str, BySeed],
@@ -271,7 +250,11 @@ class _Study:
         *,
         is_accuracy: bool = True,
     ) -> "_Comparison":
-        strata = {n: (first[n], second[n]) for n in first if n in second}
+        strata = {
+            name: (values, second[name])
+            for name, values in first.items()
+            if values and second.get(name)
+        }
         margin = 0.0
         if is_accuracy and strata and self._eval_examples is not None:
             mean = statistics.fmean(
@@ -279,6 +262,38 @@ class _Study:
             )
             margin = math.sqrt(mean * (100 - mean) / self._eval_examples)
         return _Comparison(strata, margin)
+
+
+def _trunk(run: FinishedRun) -> FinishedRun:
+    return run if run.parent is None else run.parent
+
+
+def _by_trunk(
+    runs: Iterable[FinishedRun], *, named: bool
+) -> dict[str, dict[int, float]]:
+    """Returns accuracies by sparsity and seed of the trunks.
+
+    Args:
+        runs: Trunks or branches.
+        named: Whether to add the labels of the trunks to the sparsities.
+    """
+    values: dict[str, dict[int, list[float]]] = {}
+    for run in runs:
+        trunk, accuracy = _trunk(run), differences.accuracy(run)
+        if accuracy is None:
+            continue
+        sparsity = trunk.target_sparsity
+        if sparsity is None:
+            sparsity = trunk.result.sparsity
+        name = _percent(sparsity)
+        if named:
+            name += f" ({trunk.label})"
+        seeds = values.setdefault(name, {})
+        seeds.setdefault(differences.seed_of(run), []).append(accuracy)
+    return {
+        name: {seed: statistics.fmean(v) for seed, v in seeds.items()}
+        for name, seeds in values.items()
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -363,10 +378,6 @@ class _Comparison:
             "The difference is not above the standard error of an accuracy on "
             f"the test images, {self.margin:.1f}."
         )
-
-
-def _trunk(run: FinishedRun) -> FinishedRun:
-    return run if run.parent is None else run.parent
 
 
 def _best_techniques(study: _Study) -> list[Finding]:
