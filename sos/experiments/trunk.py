@@ -81,7 +81,8 @@ class Trunk:
                 "the same work directory, or its directory. "
                 f"There is no finished run in {self.directory}"
             )
-        workdir = os.path.dirname(os.path.normpath(self.directory))
+        # Not `normpath`, which would change "gs://".
+        workdir = os.path.dirname(self.directory.rstrip("/"))
         return with_parent_directory(config_lib.resolve(stored), workdir)
 
     @property
