@@ -46,22 +46,7 @@ class Trunk:
     """A finished run that other runs start from.
 
     Args:
-        directory: Directory of the run.
-
-    Example:
-    >>> import sos.experiments
-    >>> from sos.experiments.trunk import Trunk
-    >>> config = sos.experiments.config.resolve({
-    ...     "task": "models.fashion_mnist:FashionMnist",
-    ...     "sparsity": {"technique": "MagnitudePruning", "sparsity": 0.9},
-    ...     "train_steps": 2,
-    ... })
-    >>> _ = sos.experiments.run(config, "runs", quiet=True)
-    >>> trunk = Trunk(sos.experiments.runs.run_directory(config, "runs"))
-    >>> trunk.steps
-    [0, 2]
-    >>> trunk.masks["conv1/kernel"].shape
-    (3, 3, 1, 16)
+        directory: Directory of the run. It is read when something is needed.
     """
 
     def __init__(self, directory: str) -> None:

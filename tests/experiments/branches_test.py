@@ -1,3 +1,4 @@
+import doctest
 import pathlib
 import shutil
 import signal
@@ -260,6 +261,11 @@ def test_branch_of_a_dense_run_raises():
 def test_resolve_invalid_branch_raises(overrides, part):
     with pytest.raises(UsageError, match=part):
         branch_of("lottery_ticket", overrides=overrides)
+
+
+def test_example_of_a_branch_of_your_own_runs():
+    results = doctest.testmod(branch_registry)
+    assert results.attempted > 0 == results.failed
 
 
 def test_register_name_of_another_module_raises():
