@@ -188,8 +188,16 @@ def estimate_disk_use(
                 optimizer.build(model.trainable_variables)
             sizes[signature] = Checkpoints.nbytes(model, optimizer)
         size = sizes[signature]
-        saves = 1 + -(-config.train_steps // save_checkpoints_steps)
-        keeps = {"all": saves, "trunk": 2, "none": 0}[config.keep]
+        begin = config_lib.first_step(config)
+        ends = {begin, config.train_steps}
+        steps = set(config.keep_steps)
+        saves = 1 + -(-(config.train_steps - begin) // save_checkpoints_steps)
+        saves += len(steps - ends)
+        keeps = {
+            "all": saves,
+            "trunk": len(steps | ends),
+            "none": len(steps),
+        }[config.keep]
         final_bytes += keeps * size
         # A checkpoint is written before the oldest is removed.
         peak = min(saves, keep_checkpoint_max + 2)

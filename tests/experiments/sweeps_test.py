@@ -200,6 +200,44 @@ def test_disk_use_estimate_is_near_the_truth(toy_configs, finished, tmp_path):
     assert taken / 2 < use.final_bytes < 2 * taken
 
 
+def test_disk_use_parents_are_not_needed(toy_configs, tmp_path):
+    trunk = toy_configs[2]
+    names = ("scratch", "lottery_ticket", "transferred_profile")
+    branches = sweeps.expand({}, [branch(trunk, name) for name in names])
+    alone = sweeps.estimate_disk_use([trunk], tmp_path, workers=1)
+    use = sweeps.estimate_disk_use(branches, tmp_path, workers=1)
+    # A pruned network has a threshold for each mask.
+    assert use.final_bytes == pytest.approx(3 * alone.final_bytes, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("step", "overrides", "kept", "further"),
+    [
+        (0, {}, 2, 1),
+        # Saved at 5, 6 and 12.
+        (5, {}, 2, 1),
+        (0, {"keep_steps": (5, 12)}, 3, 1),
+        (0, {"keep": "none", "keep_steps": (5, 12)}, 2, 2),
+        (0, {"keep": "all", "keep_steps": (5, 12)}, 4, 0),
+    ],
+)
+def test_disk_use_counts_the_steps_that_are_kept(
+    step, overrides, kept, further, toy_configs, tmp_path
+):
+    ticket = branch(toy_configs[2], "lottery_ticket", step=step)
+    one, several = (
+        sweeps.estimate_disk_use(
+            sweeps.expand(ticket, [changes]),
+            tmp_path,
+            workers=1,
+            save_checkpoints_steps=6,
+        )
+        for changes in ({"keep_steps": (5,), "keep": "none"}, overrides)
+    )
+    assert several.final_bytes == kept * one.final_bytes
+    assert several.temporary_bytes == further * one.final_bytes
+
+
 def test_disk_use_finished_runs_take_nothing_more(toy_configs, finished):
     use = sweeps.estimate_disk_use(toy_configs, finished, workers=2)
     assert use == sweeps.DiskUse(final_bytes=0, temporary_bytes=0)
