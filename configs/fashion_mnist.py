@@ -139,8 +139,8 @@ def make_sweep(
     sparsities: Sequence[float],
     variational_dropout: Sequence[float],
     l0: Sequence[float],
-    branched: Sequence[float],
-    profiles: Mapping[str, float],
+    branched: Sequence[float] = (),
+    profiles: Mapping[str, float] | None = None,
     techniques: Techniques | None = None,
 ) -> Iterator[Overrides]:
     """Yields the overrides of a study.
@@ -168,6 +168,7 @@ def make_sweep(
             f"{config.sparsity.technique}"
         )
     techniques = techniques or TECHNIQUES
+    profiles = profiles or {}
     examples = _TRAIN_EXAMPLES[config.data.name]
     pruning = [{"sparsity": sparsity} for sparsity in sparsities]
     grids: dict[str, list[Overrides]] = {
