@@ -151,8 +151,8 @@ def make_sweep(
         sparsities: Final sparsities of the pruning techniques.
         variational_dropout: Penalty weights, in units of 1 / training examples.
         l0: Penalty weights of L0 regularization, in the same units.
-        branched: Final sparsities of magnitude pruning from whose masks others
-            start, as in `BRANCHES`.
+        branched: Final sparsities of magnitude pruning with a dense first layer
+            from whose masks others start, as in `BRANCHES`.
         profiles: By technique, the penalty weight, in the same units, of the
             runs whose layer-wise sparsities are imposed on magnitude pruning.
         techniques: The techniques; `TECHNIQUES` by default.
@@ -190,7 +190,10 @@ def make_sweep(
                 overrides["sparsity"].update(values)
                 overrides["seed"] = seed
                 yield overrides
-                if name == "magnitude" and values["sparsity"] in branched:
+                # The masks of the small first layer would leave so few weights
+                # that a lottery ticket may begin without an active unit.
+                dense_first = name == "magnitude_dense_first"
+                if dense_first and values["sparsity"] in branched:
                     pruned += expand(config, [overrides])
                 if name in profiles and values == {
                     "penalty_weight": profiles[name] / examples
@@ -282,7 +285,7 @@ TECHNIQUES: Techniques = {
     "l0": _l0,
 }
 
-#: Branches of magnitude pruning in a study, with their options.
+#: Branches in a study, with their options.
 BRANCHES: tuple[tuple[str, Overrides], ...] = (
     ("scratch", {}),
     ("scratch", {"multiplier": 2}),
