@@ -89,6 +89,10 @@ def test_select_adds_parents_that_are_not_finished(family, finished, tmp_path):
         [trunk, last],
         [branch],
     )
+    # Nor one that is finished elsewhere.
+    directory = run_directory(trunk, finished)
+    (moved,) = sweeps.expand(branch, [{"parent": directory}])
+    assert sweeps.select([trunk, moved], "seed-10", tmp_path) == ([moved], [])
     # Nor one that the sweep does not have.
     assert sweeps.select([last], "", tmp_path) == ([last], [])
 
