@@ -1,4 +1,4 @@
-"""Checks what `make study` left behind: a table of runs and two figures."""
+"""Checks what `make study` left behind: a table, figures and a report."""
 
 import argparse
 import csv
@@ -7,6 +7,11 @@ import sys
 
 import matplotlib.image
 import numpy as np
+
+from sos.experiments.figures import FIGURES
+
+# Branches that the study must have, each with its trunk.
+BRANCHES = ("scratch-e", "lottery ticket")
 
 
 def check_results(path, runs):
@@ -55,6 +60,24 @@ def check_figure(path):
         )
 
 
+def check_report(path, runs):
+    """Raises `ValueError` unless the report has all runs and figures."""
+    text = path.read_text("utf-8")
+    for what, expected, found in (
+        ("one row a run", runs, text.count("<tr data-label=")),
+        ("one element for each figure", len(FIGURES), text.count("<figure ")),
+    ):
+        if found != expected:
+            raise ValueError(
+                f"{path} must have {what}, {expected}. Received: {found}"
+            )
+    for words in BRANCHES:
+        if f'<tr data-label="{words}">' not in text:
+            raise ValueError(f"{path} must have a run of {words!r}.")
+    if '<span class="verdict' not in text:
+        raise ValueError(f"{path} must have conclusions.")
+
+
 def main():
     """Checks the folder named on the command line; exits with 1 if wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -65,11 +88,12 @@ def main():
     options = parser.parse_args()
     try:
         check_results(options.workdir / "results.csv", options.runs)
-        for figure in ("tradeoff.png", "layerwise.png"):
-            check_figure(options.workdir / figure)
+        for figure in FIGURES:
+            check_figure(options.workdir / f"{figure.name}.png")
+        check_report(options.workdir / "report.html", options.runs)
     except (OSError, ValueError) as error:
         sys.exit(f"The study's output is wrong: {error}")
-    print(f"{options.runs} runs and their figures: correct.")
+    print(f"{options.runs} runs, their figures and their report: correct.")
 
 
 if __name__ == "__main__":

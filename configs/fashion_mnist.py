@@ -139,8 +139,8 @@ def make_sweep(
     sparsities: Sequence[float],
     variational_dropout: Sequence[float],
     l0: Sequence[float],
-    branched: Sequence[float],
-    profiles: Mapping[str, float],
+    branched: Sequence[float] = (),
+    profiles: Mapping[str, float] | None = None,
     techniques: Techniques | None = None,
 ) -> Iterator[Overrides]:
     """Yields the overrides of a study.
@@ -151,8 +151,8 @@ def make_sweep(
         sparsities: Final sparsities of the pruning techniques.
         variational_dropout: Penalty weights, in units of 1 / training examples.
         l0: Penalty weights of L0 regularization, in the same units.
-        branched: Final sparsities of magnitude pruning from whose masks others
-            start, as in `BRANCHES`.
+        branched: Final sparsities of magnitude pruning with a dense first layer
+            from whose masks others start, as in `BRANCHES`.
         profiles: By technique, the penalty weight, in the same units, of the
             runs whose layer-wise sparsities are imposed on magnitude pruning.
         techniques: The techniques; `TECHNIQUES` by default.
@@ -168,6 +168,7 @@ def make_sweep(
             f"{config.sparsity.technique}"
         )
     techniques = techniques or TECHNIQUES
+    profiles = profiles or {}
     examples = _TRAIN_EXAMPLES[config.data.name]
     pruning = [{"sparsity": sparsity} for sparsity in sparsities]
     grids: dict[str, list[Overrides]] = {
@@ -189,7 +190,10 @@ def make_sweep(
                 overrides["sparsity"].update(values)
                 overrides["seed"] = seed
                 yield overrides
-                if name == "magnitude" and values["sparsity"] in branched:
+                # The masks of the small first layer would leave so few weights
+                # that a lottery ticket may begin without an active unit.
+                dense_first = name == "magnitude_dense_first"
+                if dense_first and values["sparsity"] in branched:
                     pruned += expand(config, [overrides])
                 if name in profiles and values == {
                     "penalty_weight": profiles[name] / examples
@@ -281,7 +285,7 @@ TECHNIQUES: Techniques = {
     "l0": _l0,
 }
 
-#: Branches of magnitude pruning in a study, with their options.
+#: Branches in a study, with their options.
 BRANCHES: tuple[tuple[str, Overrides], ...] = (
     ("scratch", {}),
     ("scratch", {"multiplier": 2}),

@@ -56,8 +56,6 @@ def sweep(config: ml_collections.ConfigDict) -> Iterator[Overrides]:
         variational_dropout=(0.1, 0.3, 1.0, 2.0, 4.0, 8.0, 16.0),
         l0=(1.0, 3.0, 6.0, 12.0, 25.0, 50.0, 100.0),
         branched=(0.8, 0.9, 0.95),
-        # It is not known which penalties reach 90 %.
-        profiles={},
         techniques=TECHNIQUES,
     )
 

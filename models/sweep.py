@@ -5,9 +5,10 @@ For example, the study on Fashion-MNIST with fewer steps:
     python -m models.sweep --config=configs/fashion_mnist.py \
         --workdir=runs/fashion_mnist --config.train_steps=300
 
-Each run has its own directory in the work directory. If the sweep is stopped
-and started again, it skips finished runs and resumes those in progress. It
-writes results.csv, figures and report.html, which has all of them.
+Each run has its own directory in the work directory. A run that starts from
+another one is trained after it. If the sweep is stopped and started again, it
+skips finished runs and resumes those in progress. It writes results.csv, figures
+and report.html, a page with all of them.
 """
 
 import os
@@ -49,7 +50,8 @@ _WORKDIR = flags.DEFINE_string(
 _SELECT = flags.DEFINE_string(
     "select",
     "",
-    "Regular expression that selects runs by name (re.search). Default: all.",
+    "Regular expression that selects runs by name (re.search). Default: all. "
+    "The unfinished runs that they start from are trained, too.",
 )
 _LIST = flags.DEFINE_bool("list", False, "Only print the names of the runs.")
 _WORKERS = flags.DEFINE_integer(

@@ -257,7 +257,8 @@ def summary_table(runs: Sequence[FinishedRun]) -> Table:
         caption=caption,
         caption_justify="left",
     )
-    table.add_column("technique", no_wrap=True)
+    # Long labels are wrapped, numbers never.
+    table.add_column("technique")
     # Final sparsity or penalty weight.
     table.add_column("target", no_wrap=True)
     for heading in ("sparsity", "accuracy", "time"):

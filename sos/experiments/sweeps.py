@@ -135,13 +135,12 @@ def select(
         )
     needed: set[str] = set()
     for config in selected.values():
-        while not _is_finished(config, workdir):
+        while _needs_parent(config, workdir):
             parent = config_lib.parent_name(config)
             if parent not in by_name:
                 break
+            needed.add(parent)
             config = by_name[parent]
-            if not _is_finished(config, workdir):
-                needed.add(parent)
     parents = [
         by_name[name] for name in by_name if name in needed - {*selected}
     ]
@@ -188,8 +187,16 @@ def estimate_disk_use(
                 optimizer.build(model.trainable_variables)
             sizes[signature] = Checkpoints.nbytes(model, optimizer)
         size = sizes[signature]
-        saves = 1 + -(-config.train_steps // save_checkpoints_steps)
-        keeps = {"all": saves, "trunk": 2, "none": 0}[config.keep]
+        begin = config_lib.first_step(config)
+        ends = {begin, config.train_steps}
+        steps = set(config.keep_steps)
+        saves = 1 + -(-(config.train_steps - begin) // save_checkpoints_steps)
+        saves += len(steps - ends)
+        keeps = {
+            "all": saves,
+            "trunk": len(steps | ends),
+            "none": len(steps),
+        }[config.keep]
         final_bytes += keeps * size
         # A checkpoint is written before the oldest is removed.
         peak = min(saves, keep_checkpoint_max + 2)
@@ -272,18 +279,26 @@ def _is_finished(
     return read_result(run_directory(config, workdir)) is not None
 
 
+def _needs_parent(
+    config: ml_collections.ConfigDict, workdir: str | os.PathLike
+) -> bool:
+    """Returns whether a run waits for a parent that is not finished."""
+    if config.parent is None or _is_finished(config, workdir):
+        return False
+    return read_result(with_parent_directory(config, workdir).parent) is None
+
+
 def _check_parents(
     pending: Sequence[ml_collections.ConfigDict], workdir: str | os.PathLike
 ) -> None:
     """Raises `UsageError` if a parent will not be there when it is needed."""
     trained = {config_lib.run_name(config) for config in pending}
-    missing = {}
-    for config in pending:
-        if config.parent is None or config_lib.parent_name(config) in trained:
-            continue
-        directory = with_parent_directory(config, workdir).parent
-        if read_result(directory) is None:
-            missing[directory] = None
+    missing = dict.fromkeys(
+        with_parent_directory(config, workdir).parent
+        for config in pending
+        if config_lib.parent_name(config) not in trained
+        and _needs_parent(config, workdir)
+    )
     if missing:
         raise UsageError(
             "The parent of a run must be in the sweep or finished. Add these "

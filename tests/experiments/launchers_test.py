@@ -71,6 +71,43 @@ def test_trainer_cache_shared_run_has_the_bits_of_one_alone(
     assert processes.differences(found, expected) == []
 
 
+@pytest.mark.parametrize(
+    ("names", "hyperparameters"),
+    [
+        (("lottery_ticket", "augmented_init", "random_mask"), {}),
+        (("transferred_profile",), toy_experiment.MAGNITUDE),
+    ],
+)
+def test_trainer_cache_branches_share_what_compiles_to_the_same(
+    names, hyperparameters, toy_configs, finished, tmp_path
+):
+    # Of different techniques.
+    trunks = [run_directory(toy_configs[i], finished) for i in (2, 5)]
+    branches = [
+        branch(trunk, name, **hyperparameters)
+        for name in names
+        for trunk in trunks
+    ]
+    trainers = TrainerCache()
+    compiled = []
+
+    def make_trainer(config):
+        trainer = trainers(config)
+        compiled.append(trainer.steps)
+        return trainer
+
+    for config in branches:
+        run(config, tmp_path / "one", make_trainer=make_trainer, quiet=True)
+    assert len(compiled) == len(branches)
+    assert len(set(map(id, compiled))) == 1
+    # The last one has the bits of one alone.
+    run(branches[-1], tmp_path / "two", make_trainer=TrainerCache(), quiet=True)
+    (directory,) = (tmp_path / "two").iterdir()
+    expected = processes.checkpoint_values(directory, 12)
+    found = processes.checkpoint_values(tmp_path / "one" / directory.name, 12)
+    assert processes.differences(found, expected) == []
+
+
 # The order of runs, with workers that are threads and train nothing.
 
 

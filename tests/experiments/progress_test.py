@@ -57,6 +57,16 @@ def test_summary_table_of_one_seed_is_plain(toy_configs):
     assert text.count("85.00%") == 3
 
 
+def test_summary_table_long_label_is_wrapped(toy_configs):
+    label = "magnitude pruning, profile of variational dropout"
+    config = resolve({**plain(toy_configs[2]), "label": label})
+    text = _text(progress.summary_table(2 * [_finished(config)]))
+    first, second = text.splitlines()[2:4]
+    assert first.startswith(" magnitude pruning, profile of")
+    assert first.rstrip().endswith("90.00% ± 0.00  85.00% ± 0.00  12.5 s")
+    assert second.strip() == "variational dropout"
+
+
 def test_summary_table_some_seeds_missing(toy_configs):
     runs = [make_run(config) for config in toy_configs[:3]]
     text = _text(progress.summary_table(runs))

@@ -89,6 +89,10 @@ def test_select_adds_parents_that_are_not_finished(family, finished, tmp_path):
         [trunk, last],
         [branch],
     )
+    # Nor one that is finished elsewhere.
+    directory = run_directory(trunk, finished)
+    (moved,) = sweeps.expand(branch, [{"parent": directory}])
+    assert sweeps.select([trunk, moved], "seed-10", tmp_path) == ([moved], [])
     # Nor one that the sweep does not have.
     assert sweeps.select([last], "", tmp_path) == ([last], [])
 
@@ -198,6 +202,44 @@ def test_disk_use_estimate_is_near_the_truth(toy_configs, finished, tmp_path):
         if path.is_file()
     )
     assert taken / 2 < use.final_bytes < 2 * taken
+
+
+def test_disk_use_parents_are_not_needed(toy_configs, tmp_path):
+    trunk = toy_configs[2]
+    names = ("scratch", "lottery_ticket", "transferred_profile")
+    branches = sweeps.expand({}, [branch(trunk, name) for name in names])
+    alone = sweeps.estimate_disk_use([trunk], tmp_path, workers=1)
+    use = sweeps.estimate_disk_use(branches, tmp_path, workers=1)
+    # A pruned network has a threshold for each mask.
+    assert use.final_bytes == pytest.approx(3 * alone.final_bytes, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("step", "overrides", "kept", "further"),
+    [
+        (0, {}, 2, 1),
+        # Saved at 5, 6 and 12.
+        (5, {}, 2, 1),
+        (0, {"keep_steps": (5, 12)}, 3, 1),
+        (0, {"keep": "none", "keep_steps": (5, 12)}, 2, 2),
+        (0, {"keep": "all", "keep_steps": (5, 12)}, 4, 0),
+    ],
+)
+def test_disk_use_counts_the_steps_that_are_kept(
+    step, overrides, kept, further, toy_configs, tmp_path
+):
+    ticket = branch(toy_configs[2], "lottery_ticket", step=step)
+    one, several = (
+        sweeps.estimate_disk_use(
+            sweeps.expand(ticket, [changes]),
+            tmp_path,
+            workers=1,
+            save_checkpoints_steps=6,
+        )
+        for changes in ({"keep_steps": (5,), "keep": "none"}, overrides)
+    )
+    assert several.final_bytes == kept * one.final_bytes
+    assert several.temporary_bytes == further * one.final_bytes
 
 
 def test_disk_use_finished_runs_take_nothing_more(toy_configs, finished):
