@@ -45,7 +45,7 @@ def draw_branches(study: Study) -> Figure | None:
     with matplotlib.rc_context(STYLE):
         figure, grid = new_grid(
             max(6.4, 4.0 * columns),
-            1.0 + 3.6 * rows,
+            0.4 + 3.4 * rows,
             rows,
             columns,
             sharey=True,

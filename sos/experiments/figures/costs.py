@@ -47,7 +47,7 @@ def draw_costs(study: Study) -> Figure | None:
     if not inference and not training:
         return None
     with matplotlib.rc_context(STYLE):
-        figure, ((left, right),) = new_grid(8.8, 4.8, 1, 2, sharey=True)
+        figure, ((left, right),) = new_grid(8.8, 3.9, 1, 2, sharey=True)
         for axes, drawn, position in (
             (left, inference, inference_cost),
             (right, training, training_cost),
