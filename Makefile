@@ -32,7 +32,7 @@ export KERAS_BACKEND := tensorflow
 
 .DELETE_ON_ERROR:
 .PHONY: help docs study study-full environment environment-oldest test \
-	test-slow test-oldest test-oldest-here compatibility soak lint format \
+	test-slow test-browser test-oldest test-oldest-here compatibility soak lint format \
 	bench lock bazel-query wheel clean
 
 help:  ## list the targets
@@ -73,12 +73,16 @@ study-full: WORKDIR = runs/fashion_mnist_full
 environment: $(READY)  ## make the virtual environment
 
 test: $(READY)  ## run the fast tests (ARGS="-k name" picks some)
-	@$(PYTEST) -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow and not browser" $(ARGS)
 
 test-slow: $(READY)  ## run the slow tests
 	@$(PYTEST) -m slow $(ARGS) || { status=$$?; \
 		test $$status -eq 5 || exit $$status; \
 		echo "No slow tests to run."; }
+
+# One process, as the tests share the browser. Names what it skips.
+test-browser: $(READY)  ## test the report of a study in the system's Chromium
+	@$(RUN) -m pytest -m browser -p no:xdist -rs tests/browser_test.py $(ARGS)
 
 # Only what may depend on the version of TensorFlow.
 test-oldest:  ## run tests marked `oldest` with TensorFlow 2.20, as on a TPU

@@ -116,11 +116,15 @@ setup(
     long_description=read_readme(),
     long_description_content_type="text/markdown",
     license="Apache-2.0 AND MIT",
-    license_files=["LICENSE", "sos/datasets/data/*.NOTICE.txt"],
+    license_files=["LICENSE", "sos/*/data/*.NOTICE.txt"],
     # Only the library: top-level `models`, `configs` or `tests` packages would
     # collide with those of whoever installs this.
     packages=find_packages(include=["sos", "sos.*"]),
-    package_data={"sos.datasets": ["data/*"], "sos.training": ["data/*"]},
+    package_data={
+        "sos.datasets": ["data/*"],
+        "sos.experiments": ["data/*"],
+        "sos.training": ["data/*"],
+    },
     include_package_data=False,
     python_requires=">=3.11",
     install_requires=INSTALL_REQUIRES,

@@ -1,6 +1,7 @@
 r"""Four sparsity techniques on Fashion-MNIST, compared on a small network.
 
-The study, 52 networks on the 6,000 embedded training images:
+And networks that start from the masks of trained ones. The study, 86 networks
+on the 6,000 embedded training images:
 
     python -m models.sweep --config=configs/fashion_mnist.py \
         --workdir=runs/fashion_mnist
@@ -11,7 +12,12 @@ or `make study`, which also installs everything. One run of it:
         --config=configs/fashion_mnist.py:magnitude,sparsity=0.9,seed=1
 
 The argument after the colon is a key of `TECHNIQUES`, followed by
-hyperparameters of the technique, `seed` and `train_steps`.
+hyperparameters of the technique, `seed` and `train_steps`; or the name of a
+branch (see `sos.experiments.branch`), followed by `parent`, the directory of
+the finished run whose masks it uses, and options of the branch:
+
+    python -m models.train --workdir=runs/one \
+        --config=configs/fashion_mnist.py:scratch,multiplier=2,parent=runs/one/RUN
 
 Expected test accuracy in percent, mean of two seeds:
 
@@ -46,7 +52,8 @@ import ml_collections
 
 from models.fashion_mnist import FashionMnist
 from sos.errors import UsageError
-from sos.experiments.config import parse_argument
+from sos.experiments import branch, expand, parse_argument
+from sos.experiments.config import resolve
 
 #: Values that override those of a config, as nested mappings.
 Overrides = dict[str, Any]
@@ -60,10 +67,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """Returns the config of one run.
 
     Args:
-        arg: A technique and values, such as `magnitude,sparsity=0.9,seed=1`.
+        arg: A technique and values, such as `magnitude,sparsity=0.9,seed=1`, or
+            a branch and values, such as `scratch,parent=DIRECTORY`.
 
     Raises:
-        UsageError: If `arg` has another form, or the technique is unknown.
+        UsageError: If `arg` has another form, or a name or value is invalid.
     """
     return make_config(arg, FashionMnist.default_config())
 
@@ -81,6 +89,9 @@ def sweep(config: ml_collections.ConfigDict) -> Iterator[Overrides]:
         # These reach about the same sparsities.
         variational_dropout=(0.015, 0.12, 0.3, 0.6, 1.7),
         l0=(0.03, 0.5, 1.3, 3.0, 9.0),
+        branched=(0.8, 0.9, 0.95),
+        # 90 %.
+        profiles={"variational_dropout": 0.3, "l0": 1.3},
     )
 
 
@@ -93,21 +104,25 @@ def make_config(
 
     Args:
         arg: As for `get_config`.
-        config: A dense config. It is modified.
+        config: A dense config.
         techniques: The techniques; `TECHNIQUES` by default.
 
     Returns:
         The config.
 
     Raises:
-        UsageError: If `arg` has another form, or the technique is unknown.
+        UsageError: If `arg` has another form, or a name or value is invalid.
     """
     techniques = techniques or TECHNIQUES
     name, values = parse_argument(arg, default="dense")
+    if "parent" in values:
+        # Everything else is the parent's.
+        overrides = branch(str(values.pop("parent")), name, **values)
+        return resolve(overrides)
     if name not in techniques:
         raise UsageError(
-            f"The technique must be one of {', '.join(techniques)}. "
-            f"Received: {name!r}"
+            f"The technique must be one of {', '.join(techniques)}, or a "
+            f"branch with `parent=DIRECTORY`. Received: {name!r}"
         )
     for key in ("seed", "train_steps"):
         config[key] = values.pop(key, config[key])
@@ -124,6 +139,8 @@ def make_sweep(
     sparsities: Sequence[float],
     variational_dropout: Sequence[float],
     l0: Sequence[float],
+    branched: Sequence[float],
+    profiles: Mapping[str, float],
     techniques: Techniques | None = None,
 ) -> Iterator[Overrides]:
     """Yields the overrides of a study.
@@ -134,6 +151,10 @@ def make_sweep(
         sparsities: Final sparsities of the pruning techniques.
         variational_dropout: Penalty weights, in units of 1 / training examples.
         l0: Penalty weights of L0 regularization, in the same units.
+        branched: Final sparsities of magnitude pruning from whose masks others
+            start, as in `BRANCHES`.
+        profiles: By technique, the penalty weight, in the same units, of the
+            runs whose layer-wise sparsities are imposed on magnitude pruning.
         techniques: The techniques; `TECHNIQUES` by default.
 
     Raises:
@@ -149,7 +170,7 @@ def make_sweep(
     techniques = techniques or TECHNIQUES
     examples = _TRAIN_EXAMPLES[config.data.name]
     pruning = [{"sparsity": sparsity} for sparsity in sparsities]
-    grids = {
+    grids: dict[str, list[Overrides]] = {
         "dense": [{}],
         "magnitude": pruning,
         "magnitude_dense_first": pruning,
@@ -160,12 +181,27 @@ def make_sweep(
         ],
         "l0": [{"penalty_weight": penalty / examples} for penalty in l0],
     }
+    pruned, penalized = [], []
     for name, grid in grids.items():
         for values in grid:
             for seed in seeds:
                 overrides = techniques[name](config)
                 overrides["sparsity"].update(values)
-                yield {**overrides, "seed": seed}
+                overrides["seed"] = seed
+                yield overrides
+                if name == "magnitude" and values["sparsity"] in branched:
+                    pruned += expand(config, [overrides])
+                if name in profiles and values == {
+                    "penalty_weight": profiles[name] / examples
+                }:
+                    penalized += expand(config, [overrides])
+    for name, options in BRANCHES:
+        for trunk in pruned:
+            yield branch(trunk, name, **options)
+    # Its `sparsity` is that of the trunk.
+    pruning = techniques["magnitude"](config)["sparsity"]
+    for trunk in penalized:
+        yield branch(trunk, "transferred_profile", **pruning)
 
 
 def _dense(config: ml_collections.ConfigDict) -> Overrides:
@@ -244,3 +280,12 @@ TECHNIQUES: Techniques = {
     "variational_dropout": _variational_dropout,
     "l0": _l0,
 }
+
+#: Branches of magnitude pruning in a study, with their options.
+BRANCHES: tuple[tuple[str, Overrides], ...] = (
+    ("scratch", {}),
+    ("scratch", {"multiplier": 2}),
+    ("lottery_ticket", {}),
+    ("augmented_init", {}),
+    ("random_mask", {}),
+)

@@ -7,12 +7,14 @@ For example, the study on Fashion-MNIST with fewer steps:
 
 Each run has its own directory in the work directory. If the sweep is stopped
 and started again, it skips finished runs and resumes those in progress. It
-writes results.csv, layerwise.png and, for a task with the metric accuracy,
-tradeoff.png.
+writes results.csv, figures and report.html, which has all of them.
 """
 
 import os
 import pathlib
+import shlex
+import sys
+import traceback
 from collections.abc import Sequence
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -29,7 +31,7 @@ from absl import app, flags
 
 from models.config_flag import ConfigFlag
 from sos.errors import UsageError
-from sos.experiments import figures, results, sweeps
+from sos.experiments import conclusions, figures, report, results, sweeps
 from sos.experiments.config import run_name
 from sos.experiments.launchers import LocalLauncher
 from sos.experiments.progress import SweepProgress, summary_table
@@ -96,13 +98,15 @@ def _run(arguments: Sequence[str]) -> None:
         )
     config = _CONFIG.config
     all_configs = sweeps.expand(config, _CONFIG.sweep(config))
-    configs = sweeps.select(all_configs, _SELECT.value)
+    workdir = pathlib.Path(_WORKDIR.value).expanduser()
+    selected, parents = sweeps.select(all_configs, _SELECT.value, workdir)
+    configs = [*parents, *selected]
     if _LIST.value:
         print(*map(run_name, configs), sep="\n")
         return
-    workdir = pathlib.Path(_WORKDIR.value).expanduser()
     results.check_outputs(
-        workdir, [f"{spec.name}.png" for spec in figures.FIGURES]
+        workdir,
+        [report.REPORT, *(f"{spec.name}.png" for spec in figures.FIGURES)],
     )
     progress = SweepProgress()
     launcher = LocalLauncher(_WORKERS.value)
@@ -114,6 +118,11 @@ def _run(arguments: Sequence[str]) -> None:
         configs, workdir, workers=launcher.workers, **options
     )
     text = f"{len(configs)} runs in {workdir}."
+    if parents:
+        text += (
+            f" {len(parents)} of them are not selected, but others start from "
+            "them."
+        )
     kept, further = (
         f"{size / 1e6:,.0f} MB"
         for size in (disk_use.final_bytes, disk_use.temporary_bytes)
@@ -144,19 +153,39 @@ def _run(arguments: Sequence[str]) -> None:
 def _report(
     progress: SweepProgress, workdir: pathlib.Path, names: Sequence[str]
 ) -> None:
-    """Writes the table and the figures of the finished runs."""
+    """Writes the table, the figures and the report of the finished runs."""
     runs = results.collect(workdir, names)
     if not runs:
         return
     paths = [workdir / results.TABLE]
     results.write_table(paths[-1], runs)
+    progress.console.print(summary_table(runs))
     study = figures.Study(runs, _LAYERWISE_SPARSITY.value)
+    drawn = []
     for spec in figures.FIGURES:
-        figure = spec.draw(study)
+        # A fault in one figure, which may be due to a user's task, must not
+        # lose the others.
+        try:
+            figure = spec.draw(study)
+        except Exception:
+            traceback.print_exc()
+            progress.console.print(
+                f"The figure {spec.name} could not be drawn; see above.",
+                soft_wrap=True,
+            )
+            continue
         if figure is not None:
+            drawn.append((spec, figure))
             paths.append(workdir / f"{spec.name}.png")
             figures.save_png(figure, paths[-1])
-    progress.console.print(summary_table(runs))
+    paths.append(workdir / report.REPORT)
+    report.write_report(
+        paths[-1],
+        study,
+        drawn,
+        command=shlex.join(["python", "-m", "models.sweep", *sys.argv[1:]]),
+        eval_examples=conclusions.eval_examples(runs),
+    )
     progress.console.print()
     for path in paths:
         progress.console.print(f"Wrote {path}", soft_wrap=True)

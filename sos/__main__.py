@@ -10,12 +10,12 @@ from typing import NoReturn
 import tensorflow as tf
 
 from sos import startup
-from sos.commands import report
+from sos.commands import compare, figures, report, results
 from sos.errors import ReportedError
 from sos.version import __version__
 
 # The subcommands, by the names of their modules.
-_COMMANDS = (report,)
+_COMMANDS = (report, figures, compare, results)
 
 
 class _Parser(argparse.ArgumentParser):

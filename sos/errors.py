@@ -35,6 +35,10 @@ class BackendError(ReportedError, ImportError):
     """Keras uses a backend that `sos` does not support."""
 
 
+class MissingPackageError(ReportedError, ImportError):
+    """An optional package is not installed."""
+
+
 class TaskError(UsageError):
     """A task returned something that the engine cannot use."""
 

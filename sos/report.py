@@ -169,13 +169,22 @@ class SparsityReport:
 
     def __str__(self) -> str:
         """Returns the table as plain text, as wide as a terminal if any."""
-        width = 1000
-        if sys.stdout.isatty():
-            width = shutil.get_terminal_size().columns
-        console = Console(width=width, no_color=True, force_terminal=False)
-        with console.capture() as capture:
-            console.print(self)
-        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+        return as_text(self)
+
+
+def as_text(table: Any) -> str:
+    """Returns a table as plain text, as wide as a terminal if any.
+
+    Args:
+        table: What Rich can print.
+    """
+    width = 1000
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+    console = Console(width=width, no_color=True, force_terminal=False)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
 def sparsity_report(

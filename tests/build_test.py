@@ -14,9 +14,10 @@ FOLDERS = ("sos", "models", "configs", "benchmarks", "tests")
 DISTRIBUTIONS = {"absl": "absl_py"}
 
 
-def _glob(patterns):
+def _glob(patterns, exclude=()):
     paths = [path for pattern in patterns for path in ROOT.glob(pattern)]
-    return sorted(path.relative_to(ROOT).as_posix() for path in paths)
+    names = {path.relative_to(ROOT).as_posix() for path in paths}
+    return sorted(names - set(exclude))
 
 
 def _targets():

@@ -1,10 +1,14 @@
 """Experiments: configs, runs, sweeps, and tables and figures of results."""
 
+from sos.errors import MissingPackageError
+
 try:
+    import jinja2 as jinja2
     import matplotlib as matplotlib
     import ml_collections as ml_collections
+    import pandas as pandas
 except ModuleNotFoundError as error:
-    raise ImportError(
+    raise MissingPackageError(
         f"`sos.experiments` cannot import {error.name}. Install what it needs: "
         "pip install 'state-of-sparsity[study]'"
     ) from error

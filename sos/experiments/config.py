@@ -243,6 +243,16 @@ def run_name(config: Mapping[str, Any]) -> str:
     return "_".join([*parts, digest])
 
 
+def parent_name(config: Mapping[str, Any]) -> str | None:
+    """Returns the name of the run that a run starts from; None without one.
+
+    Args:
+        config: A resolved config.
+    """
+    parent = config["parent"]
+    return parent and os.path.basename(os.path.normpath(parent))
+
+
 def label(config: Mapping[str, Any]) -> str:
     """Returns a run's name in tables and figures, without seed and sparsity.
 
@@ -429,10 +439,7 @@ def _with_parent_name(values: Mapping[str, Any]) -> dict[str, Any]:
 
     So a run keeps its name when work directories are moved.
     """
-    parent = values["parent"]
-    if parent is None:
-        return dict(values)
-    return {**values, "parent": os.path.basename(os.path.normpath(parent))}
+    return {**values, "parent": parent_name(values)}
 
 
 def _defaults(values: Mapping[str, Any]) -> dict[str, Any]:

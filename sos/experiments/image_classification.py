@@ -145,6 +145,7 @@ class ImageClassification(ExperimentTask):
     def __init__(self, config: ml_collections.ConfigDict) -> None:
         super().__init__(config)
         self.source = self.load_source()
+        self.eval_examples = self.source.eval_examples
 
     @classmethod
     def default_config(cls) -> ml_collections.ConfigDict:

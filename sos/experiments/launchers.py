@@ -29,7 +29,7 @@ from sos.errors import (
     UsageError,
 )
 from sos.experiments import runs as runs_lib
-from sos.experiments.config import resolve, run_name
+from sos.experiments.config import first_step, parent_name, resolve, run_name
 from sos.experiments.progress import SweepProgress
 from sos.experiments.runs import Result, last_step, run_directory
 from sos.experiments.task import make_task
@@ -58,8 +58,12 @@ class Launcher(Protocol):
     ) -> dict[str, str]:
         """Trains runs and returns when all are finished or failed.
 
+        A run is trained when its parent is finished. If the parent fails, so
+        does the run.
+
         Args:
-            configs: Resolved configs.
+            configs: Resolved configs, each after its parent if that is one of
+                them. Other parents are finished.
             workdir: Directory of the runs.
             progress: Shows steps and results.
             stop: Requests a stop; runs in progress are saved.
@@ -177,6 +181,10 @@ class _Run:
     def name(self) -> str:
         return run_name(self.config)
 
+    @property
+    def parent(self) -> str | None:
+        return parent_name(self.config)
+
 
 @dataclasses.dataclass
 class _Worker:
@@ -200,7 +208,16 @@ class _Pool:
         options: dict[str, Any],
     ) -> None:
         self.failures: dict[str, str] = {}
-        self._pending = list(runs)
+        self._pending: list[_Run] = []
+        # By the name of their parent, runs that cannot begin before it is
+        # finished.
+        self._blocked: dict[str, list[_Run]] = {}
+        names = {run.name for run in runs}
+        for run in runs:
+            if run.parent in names:
+                self._blocked.setdefault(run.parent, []).append(run)
+            else:
+                self._pending.append(run)
         # Runs that another process trains, and when to try them again.
         self._runs_in_use: list[_Run] = []
         self._retry_at = 0.0
@@ -216,6 +233,7 @@ class _Pool:
     @property
     def busy(self) -> bool:
         """Whether runs are left."""
+        # A blocked run has a parent among the others.
         running = any(worker.run for worker in self._workers.values())
         return bool(running or self._pending or self._runs_in_use)
 
@@ -306,7 +324,8 @@ class _Pool:
         self._pending.remove(run)
         worker.run, worker.signature = run, run.signature
         directory = run_directory(run.config, self._workdir)
-        self._progress.begin(run.name, last_step(directory))
+        step = last_step(directory) or first_step(run.config)
+        self._progress.begin(run.name, step)
         # If the worker has ended, `_receive` meets the end of its pipe.
         with contextlib.suppress(OSError):
             worker.pipe.send(
@@ -337,6 +356,7 @@ class _Pool:
         if kind == "finished":
             self._stopped.discard(run.name)
             self._finished.add(run.name)
+            self._pending += self._blocked.pop(run.name, [])
             self._progress.finish(run.name, content)
         elif kind == "in_use":
             self._runs_in_use.append(run)
@@ -359,6 +379,8 @@ class _Pool:
     def _fail(self, run: _Run, reason: str) -> None:
         self.failures[run.name] = reason
         self._progress.fail(run.name, reason)
+        for branch in self._blocked.pop(run.name, []):
+            self._fail(branch, f"its parent {run.name} failed.")
 
     def _replace(self, index: int) -> None:
         """Replaces a worker that ended."""

@@ -182,7 +182,9 @@ class SweepProgress:
         return sum(self._steps.values())
 
     def _title(self, name: str) -> str:
-        return run_title(self._configs[name])
+        config = self._configs[name]
+        parent = config_lib.parent_name(config)
+        return run_title(config, self._configs.get(parent))
 
     def _show(self) -> None:
         seconds_left = self.seconds_left()
@@ -209,20 +211,25 @@ class SweepProgress:
             )
 
 
-def run_title(config: Mapping[str, Any]) -> str:
+def run_title(
+    config: Mapping[str, Any], parent: Mapping[str, Any] | None = None
+) -> str:
     """Returns the label, required hyperparameters and seed of a run.
 
     Args:
         config: Resolved config.
+        parent: Resolved config of the run that it starts from, whose
+            hyperparameters are shown if it requires none itself.
 
     Returns:
         For example "magnitude pruning 0.9, seed 0".
     """
     parts = [config_lib.label(config)]
-    parts += [
-        config_lib.format_value(config["sparsity"][name])
-        for name in config_lib.required_hyperparameters(config["sparsity"])
-    ]
+    for sparsity in [c["sparsity"] for c in (config, parent) if c is not None]:
+        names = config_lib.required_hyperparameters(sparsity)
+        if names:
+            parts += [config_lib.format_value(sparsity[n]) for n in names]
+            break
     return f"{' '.join(parts)}, seed {config['seed']}"
 
 

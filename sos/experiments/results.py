@@ -9,15 +9,19 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import tensorflow as tf
 
 import sos
 from sos.errors import StorageError
+from sos.experiments import branch_registry
 from sos.experiments import config as config_lib
-from sos.experiments.runs import Result, read_config, read_result
+from sos.experiments.run_files import Result, read_config, read_result
 from sos.files import atomic_write, storage_errors
 
 TABLE = "results.csv"
+# Numbers of a result, besides metrics.
+_MEASURED = ("sparsity", "achieved_sparsity", "model_sparsity", "seconds")
 # First columns of every table. Other files are not replaced.
 _FIRST_COLUMNS = ("name", "label")
 
@@ -188,7 +192,8 @@ def _order(run: FinishedRun) -> tuple:
         sparsity[name] for name in config_lib.required_hyperparameters(sparsity)
     ]
     return (
-        run.branch is not None,
+        # A branch of somebody's, which may not be registered, is the last.
+        [None, *branch_registry.branches(), run.branch].index(run.branch),
         [None, *sos.extend.techniques()].index(run.technique),
         run.label,
         hyperparameters,
@@ -205,18 +210,29 @@ def rows(runs: Iterable[FinishedRun]) -> list[dict[str, Any]]:
         runs: Finished runs.
 
     Returns:
-        Values by column: name, label, metrics, `achieved_sparsity` and other
-        fields of the result, and every entry of the config by dotted name.
+        Values by column: name, label, technique, branch, `sparsity` (the target
+        or, without one, the achieved sparsity), metrics, `achieved_sparsity`
+        and other fields of the result, and every entry of the config by dotted
+        name.
     """
     return [
         {
             "name": run.name,
             "label": run.label,
+            "technique": run.technique,
+            "branch": run.branch,
+            "sparsity": (
+                run.result.sparsity
+                if run.target_sparsity is None
+                else run.target_sparsity
+            ),
             **run.result.metrics,
             "achieved_sparsity": run.result.sparsity,
             "model_sparsity": run.result.model_sparsity,
             "seconds": run.result.seconds,
             "parameters": run.result.parameters,
+            "multiply_adds": run.result.multiply_adds,
+            "dense_multiply_adds": run.result.dense_multiply_adds,
             **{
                 name: json.dumps(value) if isinstance(value, list) else value
                 for name, value in config_lib.flatten(run.config).items()
@@ -225,6 +241,57 @@ def rows(runs: Iterable[FinishedRun]) -> list[dict[str, Any]]:
         }
         for run in runs
     ]
+
+
+def frame(runs: Iterable[FinishedRun]) -> pd.DataFrame:
+    """Returns a data frame with a row for each run.
+
+    Args:
+        runs: Finished runs.
+
+    Returns:
+        The values of `rows`. An entry that a run lacks is missing (`pandas.NA`
+        or NaN).
+
+    Example:
+    >>> import sos.experiments
+    >>> from sos.experiments.results import frame
+    >>> config = {"task": "models.fashion_mnist:FashionMnist", "train_steps": 2}
+    >>> result = sos.experiments.run(config, "runs", quiet=True)
+    >>> frame(sos.experiments.collect("runs"))[["label", "train_steps"]].values
+    array([['dense', 2]], dtype=object)
+    """
+    table = rows(runs)
+    columns = dict.fromkeys(name for row in table for name in row)
+    return pd.DataFrame(table, columns=[*columns] or [*_FIRST_COLUMNS])
+
+
+def mean_frame(runs: Iterable[FinishedRun]) -> pd.DataFrame:
+    """Returns a data frame with the means over seeds.
+
+    Args:
+        runs: Finished runs.
+
+    Returns:
+        A row for each point, runs that differ only in their seeds, with the
+        columns of `frame`: means of metrics and other numbers of the result,
+        and entries that the seeds share. `seeds` is the number of runs.
+    """
+    points: dict[tuple, list[FinishedRun]] = {}
+    for run in runs:
+        points.setdefault(run.point, []).append(run)
+    means = []
+    for group in points.values():
+        table = frame(group)
+        measured = [*_MEASURED, *group[0].result.metrics]
+        shared = {
+            name: values.iloc[0]
+            for name, values in table.items()
+            if name in measured or values.nunique(dropna=False) == 1
+        }
+        numbers = table[[n for n in measured if n in table]].mean()
+        means.append({**shared, **numbers, "seeds": len(group)})
+    return pd.DataFrame(means)
 
 
 def write_table(path: Path, runs: Sequence[FinishedRun]) -> None:

@@ -19,6 +19,7 @@ from sos.experiments.runs import (
     run_directory,
 )
 from sos.experiments.task import make_task
+from sos.experiments.trunk import with_parent_directory
 from sos.training.checkpoints import Checkpoints
 from sos.training.signals import StopSource
 
@@ -95,13 +96,20 @@ def expand(
 
 
 def select(
-    configs: Sequence[ml_collections.ConfigDict], pattern: str
-) -> list[ml_collections.ConfigDict]:
-    """Returns the runs whose names match a regular expression.
+    configs: Sequence[ml_collections.ConfigDict],
+    pattern: str,
+    workdir: str | os.PathLike,
+) -> tuple[list[ml_collections.ConfigDict], list[ml_collections.ConfigDict]]:
+    """Selects the runs whose names match a regular expression.
 
     Args:
         configs: Resolved configs.
         pattern: Searched for in `run_name(config)`.
+        workdir: Directory of the runs.
+
+    Returns:
+        The runs that match, and those that do not match but must be trained
+        before them: their unfinished parents.
 
     Raises:
         UsageError: If the expression is invalid or matches nothing.
@@ -113,18 +121,31 @@ def select(
             "The pattern that selects runs must be a regular expression "
             f"({error}). Received: {pattern!r}"
         ) from error
-    names = [config_lib.run_name(config) for config in configs]
-    selected = [
-        config
-        for name, config in zip(names, configs, strict=True)
+    by_name = {config_lib.run_name(config): config for config in configs}
+    selected = {
+        name: config
+        for name, config in by_name.items()
         if expression.search(name)
-    ]
+    }
     if not selected:
         raise UsageError(
-            f"The pattern {pattern!r} matches none of the {len(names)} runs of "
-            f"the sweep. Their names begin with {', '.join(names[:3])}"
+            f"The pattern {pattern!r} matches none of the {len(by_name)} runs "
+            "of the sweep. Their names begin with "
+            f"{', '.join(list(by_name)[:3])}"
         )
-    return selected
+    needed: set[str] = set()
+    for config in selected.values():
+        while not _is_finished(config, workdir):
+            parent = config_lib.parent_name(config)
+            if parent not in by_name:
+                break
+            config = by_name[parent]
+            if not _is_finished(config, workdir):
+                needed.add(parent)
+    parents = [
+        by_name[name] for name in by_name if name in needed - {*selected}
+    ]
+    return list(selected.values()), parents
 
 
 def estimate_disk_use(
@@ -156,9 +177,9 @@ def estimate_disk_use(
     sizes: dict[str, int] = {}
     final_bytes, largest = 0, 0
     for config in configs:
-        if read_result(run_directory(config, workdir)) is not None:
+        if _is_finished(config, workdir):
             continue
-        task = make_task(config)
+        task = make_task(_without_parent(config))
         signature = task.compile_signature()
         if signature not in sizes:
             model = task.build_model()
@@ -187,6 +208,8 @@ def run_sweep(
 ) -> list[Result]:
     """Trains all runs of a sweep that are not finished.
 
+    Runs with a parent are trained after it.
+
     Several processes may train one sweep; they share the runs. The default
     launcher starts worker processes, which import the main module: call this
     function under `if __name__ == "__main__":`.
@@ -204,7 +227,8 @@ def run_sweep(
 
     Raises:
         FailedRunsError: If runs failed. All others are finished.
-        UsageError: If a run was started with another config.
+        UsageError: If a run was started with another config, or the parent of a
+            run is neither in the sweep nor finished.
         StorageError: If a file cannot be read or written.
         Stopped: If `stop` requested it. The same call continues.
 
@@ -228,13 +252,70 @@ def run_sweep(
         if result is None:
             pending.append(config)
         progress.add(config, result)
+    _check_parents(pending, workdir)
     with progress:
         failures = launcher.launch(
-            pending, workdir, progress=progress, stop=stop, **options
+            _parents_first(pending),
+            workdir,
+            progress=progress,
+            stop=stop,
+            **options,
         )
     if failures:
         raise FailedRunsError(failures)
     return [read_result(run_directory(config, workdir)) for config in configs]
+
+
+def _is_finished(
+    config: ml_collections.ConfigDict, workdir: str | os.PathLike
+) -> bool:
+    return read_result(run_directory(config, workdir)) is not None
+
+
+def _check_parents(
+    pending: Sequence[ml_collections.ConfigDict], workdir: str | os.PathLike
+) -> None:
+    """Raises `UsageError` if a parent will not be there when it is needed."""
+    trained = {config_lib.run_name(config) for config in pending}
+    missing = {}
+    for config in pending:
+        if config.parent is None or config_lib.parent_name(config) in trained:
+            continue
+        directory = with_parent_directory(config, workdir).parent
+        if read_result(directory) is None:
+            missing[directory] = None
+    if missing:
+        raise UsageError(
+            "The parent of a run must be in the sweep or finished. Add these "
+            "runs to the sweep, train them before, or correct "
+            f"`config.parent`: {', '.join(missing)}"
+        )
+
+
+def _parents_first(
+    configs: Sequence[ml_collections.ConfigDict],
+) -> list[ml_collections.ConfigDict]:
+    """Returns the runs in order, but each one after its parent."""
+    by_name = {config_lib.run_name(config): config for config in configs}
+    ordered: dict[str, ml_collections.ConfigDict] = {}
+
+    def add(name: str | None) -> None:
+        if name in by_name and name not in ordered:
+            add(config_lib.parent_name(by_name[name]))
+            ordered[name] = by_name[name]
+
+    for name in by_name:
+        add(name)
+    return list(ordered.values())
+
+
+def _without_parent(
+    config: ml_collections.ConfigDict,
+) -> ml_collections.ConfigDict:
+    """Returns the config of a run with the same variables and no parent."""
+    values = {**config_lib.plain(config), "parent": None}
+    values["branch"] = {"name": None}
+    return config_lib.resolve(values)
 
 
 def _override(

@@ -38,6 +38,9 @@ class ExperimentTask(Task):
             nor the model's graph uses it. Hyperparameters that are a
             `sos.extend.Hyperparameter` or belong to a pruning schedule
             qualify. `parent` and `branch` always do.
+        eval_examples: Number of evaluation examples, if known. Conclusions of
+            a study compare differences to the standard error that it gives an
+            accuracy.
 
     Raises:
         UsageError: If `config.parent` is set, but neither `config.branch` nor
@@ -69,6 +72,7 @@ class ExperimentTask(Task):
     """
 
     runtime_entries: tuple[str, ...] = ()
+    eval_examples: int | None = None
 
     def __init__(self, config: ml_collections.ConfigDict) -> None:
         self._branch = branch_registry.make(config.branch.to_dict())

@@ -9,6 +9,7 @@ from configs import fashion_mnist, fashion_mnist_full
 from sos.errors import UsageError
 from sos.experiments import config as config_lib
 from sos.experiments import sweeps
+from sos.experiments.run_files import write_config
 from tests.support import toy_experiment
 from tests.support.toy_experiment import ToyExperiment
 
@@ -350,13 +351,94 @@ def test_config_file_every_argument_has_a_run_of_its_own(file):
 
 def test_config_file_argument_and_sweep_give_the_same_run():
     one = fashion_mnist.get_config("magnitude,sparsity=0.95,seed=1")
-    base = fashion_mnist.get_config()
-    names = {
-        config_lib.run_name(config)
-        for config in sweeps.expand(base, fashion_mnist.sweep(base))
-    }
-    assert len(names) == 52
+    names = names_of(fashion_mnist)
+    assert len(names) == 86
     assert config_lib.run_name(config_lib.resolve(one)) in names
+
+
+def names_of(file):
+    base = file.get_config()
+    configs = sweeps.expand(base, file.sweep(base))
+    return [config_lib.run_name(config) for config in configs]
+
+
+def test_config_file_runs_without_parent_keep_their_names():
+    names = names_of(fashion_mnist)
+    # Users have their results.
+    assert names[0] == "dense_seed-0_7621fcbf"
+    assert names[50] == (
+        "l0_regularization_penalty_weight-0.0015_seed-0_d0c8208e"
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "seeds", "profiles"),
+    [(fashion_mnist, 2, 4), (fashion_mnist_full, 3, 0)],
+)
+def test_config_file_sweep_has_branches_of_magnitude_pruning(
+    file, seeds, profiles
+):
+    base = file.get_config()
+    configs = sweeps.expand(base, file.sweep(base))
+    by_name = {config_lib.run_name(config): config for config in configs}
+    branches = {}
+    for config in configs:
+        if config.parent is not None:
+            # Of the same sweep.
+            trunk = by_name[config.parent]
+            branches.setdefault(config.label, []).append((trunk, config))
+    labels = [
+        "scratch-e",
+        "scratch-b",
+        "lottery ticket",
+        "augmented init",
+        "random mask",
+    ]
+    for label in labels:
+        pairs = branches.pop(label)
+        assert [trunk.sparsity.technique for trunk, _ in pairs] == (
+            3 * seeds * ["MagnitudePruning"]
+        )
+        assert [trunk.sparsity.sparsity for trunk, _ in pairs] == [
+            value for value in (0.8, 0.9, 0.95) for _ in range(seeds)
+        ]
+        factor = 2 if label == "scratch-b" else 1
+        for _, config in pairs:
+            assert config.train_steps == factor * base.train_steps
+    assert sum(len(pairs) for pairs in branches.values()) == profiles
+
+
+def test_config_file_argument_of_a_branch_gives_the_run_of_the_sweep(tmp_path):
+    trunk = config_lib.resolve(
+        fashion_mnist.get_config("magnitude,sparsity=0.8,seed=1")
+    )
+    directory = tmp_path / config_lib.run_name(trunk)
+    write_config(config_lib.plain(trunk), str(directory))
+    config = fashion_mnist.get_config(
+        f"scratch,multiplier=2,parent={directory}"
+    )
+    assert config.parent == str(directory)
+    assert (config.label, config.train_steps) == ("scratch-b", 1400)
+    assert config_lib.run_name(config) in names_of(fashion_mnist)
+    config = fashion_mnist.get_config(
+        f"lottery_ticket,seed=5,parent={directory}"
+    )
+    assert config.seed == 5
+
+
+@pytest.mark.parametrize(
+    ("argument", "parts"),
+    [
+        ("magic,parent=x", ["x"]),
+        ("scratch", ["parent=DIRECTORY", "'scratch'"]),
+        ("scratch,parent=absent", ["directory", "absent"]),
+    ],
+)
+def test_config_file_invalid_branch_raises(argument, parts):
+    with pytest.raises(UsageError) as error:
+        fashion_mnist.get_config(argument)
+    for part in parts:
+        assert part in str(error.value)
 
 
 def test_config_file_argument_of_a_long_training_is_used():

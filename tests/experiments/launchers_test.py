@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import pathlib
@@ -10,7 +11,7 @@ import time
 import pytest
 
 from sos.errors import Stopped, UsageError
-from sos.experiments import sweeps
+from sos.experiments import branch, launchers, sweeps
 from sos.experiments.config import run_name
 from sos.experiments.launchers import LocalLauncher, TrainerCache
 from sos.experiments.progress import SweepProgress
@@ -70,6 +71,123 @@ def test_trainer_cache_shared_run_has_the_bits_of_one_alone(
     assert processes.differences(found, expected) == []
 
 
+# The order of runs, with workers that are threads and train nothing.
+
+
+class FakeProcess:
+    """A process that has ended."""
+
+    exitcode = -signal.SIGKILL
+
+    def kill(self):
+        pass
+
+    terminate = join = kill
+
+
+@pytest.fixture
+def fake_workers(monkeypatch):
+    """Replaces worker processes by threads.
+
+    Returns a list of the names that workers received and sent back as they
+    were, and a dictionary with the messages they answer, by name; `None` ends
+    the worker.
+    """
+    received, answers = [], {}
+
+    def serve(pipe):
+        while True:
+            try:
+                config, _, _ = pipe.recv()
+            except (EOFError, OSError):
+                return
+            name = run_name(config)
+            received.append(name)
+            messages = answers.get(name, [])
+            message = messages.pop(0) if messages else ("finished", None)
+            if message is None:
+                pipe.close()
+                return
+            pipe.send(message)
+            received.append(name)
+
+    def start(pool, index, threads):
+        pipe, other = multiprocessing.Pipe()
+        threading.Thread(target=serve, args=(other,), daemon=True).start()
+        pool._workers[index] = launchers._Worker(FakeProcess(), pipe, threads)
+
+    monkeypatch.setattr(launchers._Pool, "start", start)
+    # No test waits for a run that another process trains.
+    monkeypatch.setattr(launchers, "_RETRY", 0.0)
+    monkeypatch.setattr(Progress, "finish", lambda *_: None)
+    return received, answers
+
+
+@pytest.fixture
+def family():
+    """Two trunks, two branches of the first, and one of its first branch."""
+    trunks = sweeps.expand(
+        toy_experiment.config("magnitude"), [{"seed": 0}, {"seed": 1}]
+    )
+    names = ("lottery_ticket", "random_mask")
+    branches = sweeps.expand({}, [branch(trunks[0], name) for name in names])
+    last = sweeps.expand({}, [branch(branches[0], "scratch")])
+    return [*trunks, *branches, *last]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_local_launcher_branches_begin_when_their_parent_is_finished(
+    workers, family, fake_workers, tmp_path
+):
+    names = [run_name(config) for config in family]
+    received, answers = fake_workers
+    # As if another process trained the trunk.
+    answers[names[0]] = 3 * [("in_use", None)]
+    assert failures_of(family, tmp_path, workers) == {}
+    assert received.count(names[0]) == 2 * 4
+    last = {name: len(received) - received[::-1].index(name) for name in names}
+    for config, name in zip(family, names, strict=True):
+        if config.parent is not None:
+            assert received.index(name) >= last[config.parent]
+            assert received.count(name) == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [(("failed", "no luck"), "no luck"), (None, "was killed")],
+)
+def test_local_launcher_parent_fails_its_branches_fail(
+    answer, reason, family, fake_workers, tmp_path
+):
+    names = [run_name(config) for config in family]
+    received, answers = fake_workers
+    answers[names[0]] = [answer]
+    failures = failures_of(family, tmp_path, workers=2)
+    assert set(failures) == {*names[0:1], *names[2:]}
+    assert reason in failures[names[0]]
+    for name, parent in ((2, 0), (3, 0), (4, 2)):
+        assert f"parent {names[parent]} failed" in failures[names[name]]
+    assert set(received) == set(names[:2])
+
+
+def test_local_launcher_finished_parent_is_not_waited_for(
+    family, fake_workers, tmp_path
+):
+    received, _ = fake_workers
+    assert failures_of(family[2:4], tmp_path, workers=1) == {}
+    assert len(set(received)) == 2
+
+
+def failures_of(configs, workdir, workers):
+    progress = Progress(configs)
+    with progress:
+        failures = LocalLauncher(workers).launch(
+            configs, workdir, progress=progress
+        )
+    assert failures == progress.failures
+    return failures
+
+
 # Worker processes, each of which imports TensorFlow: two jobs show everything.
 
 
@@ -94,13 +212,7 @@ def test_local_launcher_two_workers_train_all_runs_until_a_bug(
     )
     error, failures = launch([failing, *toy_configs, long, broken], tmp_path)
     # Runs have the results that they have in one process.
-    for config in toy_configs:
-        expected = read_result(run_directory(config, finished))
-        result = read_result(run_directory(config, tmp_path))
-        assert dataclasses.replace(result, seconds=0.0, metrics={}) == (
-            dataclasses.replace(expected, seconds=0.0, metrics={})
-        )
-        assert result.metrics == pytest.approx(expected.metrics, rel=1e-4)
+    assert_same_results(toy_configs, tmp_path, finished)
     # A run that fails stops no other.
     assert list(failures) == [run_name(failing)]
     assert "step 1" in failures[run_name(failing)]
@@ -108,6 +220,17 @@ def test_local_launcher_two_workers_train_all_runs_until_a_bug(
     assert type(error) is RuntimeError
     assert "ZeroDivisionError: a bug" in str(error)
     assert processes.checkpoint_steps(log.parent)[-1] > 0
+
+
+def assert_same_results(configs, workdir, other):
+    for config in configs:
+        expected = read_result(run_directory(config, other))
+        result = read_result(run_directory(config, workdir))
+        assert dataclasses.replace(result, seconds=0.0, metrics={}) == (
+            dataclasses.replace(expected, seconds=0.0, metrics={})
+        )
+        # With other numbers of threads, sums have another order.
+        assert result.metrics == pytest.approx(expected.metrics, rel=1e-4)
 
 
 def log_of(config, workdir):
@@ -199,6 +322,62 @@ def test_local_launcher_worker_killed_stopped_and_stopped_with_its_parent(
     assert processes.checkpoint_steps(directory)[-1] > steps[0] > 0
     logged = [record["step"] for record in processes.records(directory)]
     assert logged == sorted(set(logged))
+
+
+@pytest.mark.slow
+def test_local_launcher_trunk_and_branches_equal_runs_in_one_process(tmp_path):
+    def trunk_of(task, **overrides):
+        config = toy_experiment.config("magnitude", task=task, **overrides)
+        return sweeps.expand(config, [{}])
+
+    def branch_of(trunk, name, **options):
+        return sweeps.expand({}, [branch(trunk[0], name, **options)])
+
+    trunk = trunk_of(toy_experiment.CONFIG["task"])
+    branches = branch_of(trunk, "scratch") + branch_of(trunk, "lottery_ticket")
+    failing = trunk_of("tests.support.toy_experiment:Failing")
+    lost = branch_of(failing, "scratch")
+    lost += branch_of(lost, "random_mask")
+    slow = trunk_of(SLOW, train_steps=100)
+    # 4 seconds.
+    (stopped,) = branch_of(slow, "scratch", multiplier=4)
+    configs = [*lost, stopped, *branches, *failing, *slow, *trunk]
+    stop = Stop()
+
+    def press_ctrl_c():
+        try:
+            wait_until(lambda: last_step(stopped, tmp_path))
+        finally:
+            stop.requested = signal.SIGINT
+
+    thread = threading.Thread(target=press_ctrl_c)
+    thread.start()
+    with pytest.raises(Stopped):
+        sweeps.run_sweep(
+            configs, tmp_path, launcher=LocalLauncher(2), stop=stop
+        )
+    thread.join()
+    assert read_result(run_directory(stopped, tmp_path)) is None
+    with pytest.raises(sweeps.FailedRunsError) as error:
+        sweeps.run_sweep(configs, tmp_path, launcher=LocalLauncher(2))
+    failed = [run_name(config) for config in (*failing, *lost)]
+    assert set(error.value.failures) == set(failed)
+    assert "step 1" in error.value.failures[failed[0]]
+    for parent, name in itertools.pairwise(failed):
+        assert f"parent {parent} failed" in error.value.failures[name]
+        # It did not begin.
+        assert not (tmp_path / name).exists()
+    # The branch went on where it was.
+    logged = [
+        r["step"] for r in processes.records(tmp_path / run_name(stopped))
+    ]
+    assert logged == [*sorted(set(logged)), 400]
+
+    serial = tmp_path / "serial"
+    sweeps.run_sweep(
+        [*branches, *trunk], serial, launcher=toy_experiment.SerialLauncher()
+    )
+    assert_same_results([*trunk, *branches], tmp_path, serial)
 
 
 def test_local_launcher_without_runs_starts_no_process(tmp_path):

@@ -4,7 +4,7 @@ import io
 import pytest
 from rich.console import Console
 
-from sos.experiments import progress
+from sos.experiments import branch, progress
 from sos.experiments.config import plain, resolve, run_name
 from sos.training.reporting import Summary
 from tests.support.results import make_result, make_run
@@ -145,6 +145,24 @@ def test_run_title_hyperparameter_may_be_a_text(toy_configs, monkeypatch):
     run = make_run(toy_configs[2])
     run = dataclasses.replace(run, config=config)
     assert run.hyperparameters == "2:4"
+
+
+def test_sweep_progress_branch_has_the_hyperparameters_of_its_parent(
+    toy_configs,
+):
+    console = Console(file=io.StringIO(), width=120)
+    shown = progress.SweepProgress(console)
+    trunk = toy_configs[2]
+    ticket = resolve(branch(trunk, "lottery_ticket"))
+    alone = resolve({**plain(ticket), "parent": "absent"})
+    for config in (trunk, ticket, alone):
+        shown.add(config)
+    with shown:
+        for config in (ticket, alone):
+            shown.finish(run_name(config), make_result())
+    first, second = console.file.getvalue().splitlines()
+    assert "1/3  lottery ticket 0.8, seed 0  " in first
+    assert "2/3  lottery ticket, seed 0  " in second
 
 
 def test_sweep_progress_failures_are_shown(sweep, toy_configs):

@@ -1,3 +1,4 @@
+import os
 import pathlib
 import shutil
 
@@ -5,7 +6,7 @@ import keras
 import pytest
 
 from sos.errors import UsageError
-from sos.experiments import results, sweeps
+from sos.experiments import branch, results, sweeps
 from sos.experiments.config import run_name
 from sos.experiments.runs import run_directory
 from tests.experiments.config_test import add_default
@@ -58,17 +59,44 @@ def test_expand_invalid_sweep_raises(overrides, part):
 
 
 def test_select_matches_names(toy_configs):
-    selected = sweeps.select(toy_configs, "^magn.*seed-1")
+    selected, parents = sweeps.select(toy_configs, "^magn.*seed-1", "absent")
     assert [run_name(config)[:18] for config in selected] == [
         "magnitude_pruning_"
     ]
-    assert sweeps.select(toy_configs, "") == toy_configs
+    assert parents == []
+    assert sweeps.select(toy_configs, "", "absent") == (toy_configs, [])
+
+
+@pytest.fixture
+def family(toy_configs):
+    """A run that is finished in `finished`, its branch, and a branch of it."""
+    runs = [toy_configs[2]]
+    for seed in (10, 20):
+        runs += sweeps.expand({}, [branch(runs[-1], "scratch", seed=seed)])
+    return runs
+
+
+def test_select_adds_parents_that_are_not_finished(family, finished, tmp_path):
+    trunk, branch, last = family
+    assert sweeps.select(family, "seed-20", tmp_path) == (
+        [last],
+        [trunk, branch],
+    )
+    assert sweeps.select(family, "seed-20", finished) == ([last], [branch])
+    assert sweeps.select(family, "seed-10", finished) == ([branch], [])
+    # One that matches is not added again.
+    assert sweeps.select(family, "seed-(0|20)", tmp_path) == (
+        [trunk, last],
+        [branch],
+    )
+    # Nor one that the sweep does not have.
+    assert sweeps.select([last], "", tmp_path) == ([last], [])
 
 
 @pytest.mark.parametrize("pattern", ["(", "nothing like it"])
 def test_select_without_match_raises(toy_configs, pattern):
     with pytest.raises(UsageError) as error:
-        sweeps.select(toy_configs, pattern)
+        sweeps.select(toy_configs, pattern, "absent")
     assert repr(pattern) in str(error.value)
 
 
@@ -83,6 +111,41 @@ class NoLauncher:
 def test_run_sweep_finished_runs_are_returned(toy_configs, finished):
     made = sweeps.run_sweep(toy_configs, finished, launcher=NoLauncher())
     assert [result.step for result in made] == 6 * [12]
+
+
+class OrderLauncher:
+    """A launcher that keeps the order of the runs and fails them."""
+
+    def launch(self, configs, workdir, *, progress, stop=None, **options):
+        self.names = [run_name(config) for config in configs]
+        return dict.fromkeys(self.names, "not trained")
+
+
+def test_run_sweep_parents_come_first(family, finished, tmp_path):
+    names = [run_name(config) for config in family]
+    launcher = OrderLauncher()
+    for workdir, expected in ((tmp_path, names), (finished, names[1:])):
+        with pytest.raises(sweeps.FailedRunsError):
+            sweeps.run_sweep(family[::-1], workdir, launcher=launcher)
+        assert launcher.names == expected
+
+
+def test_run_sweep_parent_elsewhere_must_be_finished(
+    family, finished, tmp_path
+):
+    _, first, last = family
+    launcher = OrderLauncher()
+    with pytest.raises(UsageError, match="in the sweep or finished") as error:
+        sweeps.run_sweep([last, first], tmp_path, launcher=launcher)
+    # Only what is missing, and once.
+    assert str(error.value).count(first.parent) == 1
+    assert last.parent not in str(error.value)
+    assert not hasattr(launcher, "names")
+    directory = os.path.join(finished, first.parent)
+    (moved,) = sweeps.expand({}, [branch(directory, "scratch")])
+    with pytest.raises(sweeps.FailedRunsError):
+        sweeps.run_sweep([moved], tmp_path, launcher=launcher)
+    assert launcher.names == [run_name(moved)]
 
 
 class FailingLauncher:

@@ -13,8 +13,9 @@ ARGUMENTS = (
     "--config=configs/fashion_mnist.py:dense,train_steps=6",
     "--config.batch_size=32",
 )
-FILES = ("results.csv", "tradeoff.png", "layerwise.png")
-TWO_RUNS = "--select=^(dense|random_pruning_sparsity-0.9)_seed-0"
+FILES = ("results.csv", "tradeoff.png", "layerwise.png", "report.html")
+# And the three trunks of the tickets.
+SELECTED = "--select=^(dense|lottery_ticket)_seed-0"
 # What is wrong, and what the error has to name.
 MISTAKES = [
     (["--select=nothing like it"], ["nothing like it", "dense_seed-0"]),
@@ -52,7 +53,7 @@ def check_list(ended):
     code, output = ended
     assert code == 0, output
     lines = output.splitlines()
-    assert len(lines) == len(set(lines)) == 52
+    assert len(lines) == len(set(lines)) == 86
 
 
 def check_study(ended, workdir):
@@ -60,23 +61,28 @@ def check_study(ended, workdir):
     assert code == 0, output
     with (workdir / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["label"] for row in rows] == ["dense", "random pruning"]
+    assert sorted(row["label"] for row in rows) == [
+        "dense",
+        *3 * ["lottery ticket"],
+        *3 * ["magnitude pruning"],
+    ]
     assert {row["seed"] for row in rows} == {"0"}
-    for name in FILES[1:]:
+    for name in FILES[1:-1]:
         height, width, _ = matplotlib.image.imread(workdir / name).shape
         assert min(height, width) > 500
     lines = output.splitlines()
-    assert "2 runs in" in lines[0]
+    assert "7 runs in" in lines[0]
+    assert "3 of them are not selected" in lines[0]
     assert "MB" in lines[0]
-    assert sum("/2  " in line for line in lines) == 2
-    assert [f"Wrote {workdir / name}" in lines for name in FILES] == 3 * [True]
+    assert sum("/7  " in line for line in lines) == 7
+    assert all(f"Wrote {workdir / name}" in lines for name in FILES)
     assert "WARNING" not in output
 
 
 def test_sweep_command_lines_do_what_they_ask_for(tmp_path):
     """One process for all: TensorFlow is imported once."""
     workdir, absent = tmp_path / "work", tmp_path / "absent"
-    study = [*ARGUMENTS, f"--workdir={workdir}", TWO_RUNS]
+    study = [*ARGUMENTS, f"--workdir={workdir}", SELECTED]
     tried = [*ARGUMENTS, f"--workdir={absent}"]
     listed, *mistakes, trained, again = processes.run_each(
         "models.sweep",
@@ -97,7 +103,7 @@ def test_sweep_command_lines_do_what_they_ask_for(tmp_path):
     assert code == 0, output
     assert "nothing to train" in output
     lines = output.splitlines()
-    assert [f"Wrote {workdir / name}" in lines for name in FILES] == 3 * [True]
+    assert all(f"Wrote {workdir / name}" in lines for name in FILES)
     for log in workdir.glob("*/train.jsonl"):
         steps = [r["step"] for r in processes.records(log.parent)]
         assert len(steps) == len(set(steps)) + 1

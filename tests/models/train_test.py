@@ -10,6 +10,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from models import train
+from sos.experiments.run_files import read_masks
 from tests.support import processes
 
 CONFIG = (
@@ -135,6 +136,25 @@ def test_train_modes_train_evaluate_and_export(main, tmp_path):
     assert (code, out) == (0, f"Wrote {directory}/export/4\n")
     served = tf.saved_model.load(str(directory / "export" / "4"))
     assert served(tf.zeros((3, 28, 28, 1))).shape == (3, 10)
+
+
+def test_train_branch_starts_from_the_directory_of_a_run(main, tmp_path):
+    assert main(*QUICK)[0] == 0
+    trunk = only_run(tmp_path / "work")
+    argument = f"lottery_ticket,parent={trunk}"
+    code, out, err = main(
+        f"--config=configs/fashion_mnist.py:{argument}",
+        "--strategy=one_device",
+        workdir=tmp_path / "branches",
+    )
+    assert code == 0, err
+    directory = only_run(tmp_path / "branches")
+    assert directory.name.startswith("lottery_ticket_seed-0_")
+    assert "step 4/4  loss" in out
+    masks, expected = read_masks(str(directory)), read_masks(str(trunk))
+    assert len(masks) == 5
+    for path, mask in expected.items():
+        np.testing.assert_array_equal(masks[path], mask)
 
 
 def test_train_flags_reach_the_options(main, tmp_path):

@@ -1,0 +1,88 @@
+"""Accuracy by technique and sparsity, as a table for readers."""
+
+import dataclasses
+import statistics
+from collections.abc import Iterable, Sequence
+
+from sos.experiments import differences
+from sos.experiments.results import FinishedRun
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """Accuracies in percent of runs that differ only in their seeds."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        text = f"{self.mean:.1f}"
+        if self.low == self.high:
+            return text
+        return f"{text} ({self.low:.1f}–{self.high:.1f})"
+
+
+@dataclasses.dataclass(frozen=True)
+class AccuracyTable:
+    """Accuracy by technique and sparsity.
+
+    Attributes:
+        sparsities: Headings of the columns, as texts.
+        rows: A label, and a cell or None for each sparsity.
+    """
+
+    sparsities: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[Cell | None]]]
+
+    def markdown(self) -> str:
+        """Returns the table in Markdown."""
+        rows = [
+            ["", *self.sparsities],
+            ["---", *["---"] * len(self.sparsities)],
+            *(
+                [label, *(str(c or "") for c in cells)]
+                for label, cells in self.rows
+            ),
+        ]
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def accuracy_table(runs: Iterable[FinishedRun]) -> AccuracyTable:
+    """Returns the accuracy by technique and sparsity.
+
+    Args:
+        runs: Finished runs, in the order of the table.
+
+    Returns:
+        A table with a row for each label that has accuracies, and columns for
+        dense networks and the sparsities of the study. A cell has the mean over
+        seeds and the range. Between two points of a technique, accuracy is
+        linear in the logarithm of the density.
+    """
+    runs = list(runs)
+    sparsities = differences.target_sparsities(runs)
+    labels: dict[str, list[FinishedRun]] = {}
+    for run in runs:
+        labels.setdefault(run.label, []).append(run)
+    rows = []
+    for label, group in labels.items():
+        dense = [
+            differences.accuracy(r) for r in group if r.result.sparsity is None
+        ]
+        values = differences.by_sparsity(group, sparsities)
+        columns = [
+            [accuracy for accuracy in dense if accuracy is not None],
+            *([*values.get(s, {}).values()] for s in sparsities),
+        ]
+        if any(columns):
+            rows.append((label, [*map(_cell, columns)]))
+    return AccuracyTable(
+        ["dense", *(f"{100 * s:.4g} %" for s in sparsities)], rows
+    )
+
+
+def _cell(values: Sequence[float]) -> Cell | None:
+    if not values:
+        return None
+    return Cell(statistics.fmean(values), min(values), max(values))

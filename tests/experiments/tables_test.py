@@ -1,0 +1,32 @@
+from sos.experiments import tables
+from tests.support.results import make_study, make_toy_run
+
+
+def test_accuracy_table_has_means_and_ranges():
+    table = tables.accuracy_table(make_study(spread=0.01))
+    assert table.sparsities == ["dense", "50 %", "90 %", "98 %"]
+    rows = {
+        label: [str(cell or "") for cell in cells]
+        for label, cells in table.rows
+    }
+    assert rows["dense"] == ["87.5 (87.0–88.0)", "", "", ""]
+    assert rows["magnitude pruning"][:2] == ["", "86.5 (86.0–87.0)"]
+    assert rows["scratch-e"][3] == "76.5 (76.0–77.0)"
+    # It reaches 97.9 %, which is near enough.
+    assert rows["l0 regularization"][3] == "84.5 (84.0–85.0)"
+
+
+def test_accuracy_table_labels_without_accuracy_have_no_row():
+    runs = [make_toy_run("dense", 0.9, 0), make_toy_run("l0", None, 0, 0.9)]
+    runs[1].result.metrics.pop("accuracy")
+    assert [label for label, _ in tables.accuracy_table(runs).rows] == ["dense"]
+
+
+def test_accuracy_table_markdown_has_a_line_for_each_row():
+    table = tables.accuracy_table(make_study(seeds=[0], branches=False))
+    assert table.markdown().splitlines()[:4] == [
+        "|  | dense | 50 % | 90 % | 98 % |",
+        "| --- | --- | --- | --- | --- |",
+        "| dense | 87.0 |  |  |  |",
+        "| magnitude pruning |  | 86.0 | 85.0 | 78.0 |",
+    ]
