@@ -98,7 +98,8 @@ FIGURES = (
         "Inference counts the weights that are left. Training counts each step "
         "as three dense forward passes of its batch, because masks save "
         "nothing there, twice as many for variational dropout, which computes "
-        "means and variances, and for a branch also the training of its trunk.",
+        "means and variances, and for a branch also the training of its trunk. "
+        "Branches of different trunks are different lines.",
         draw_costs,
     ),
 )

@@ -45,7 +45,7 @@ def draw_branches(study: Study) -> Figure | None:
     with matplotlib.rc_context(STYLE):
         figure, grid = new_grid(
             max(6.4, 4.0 * columns),
-            1.0 + 3.6 * rows,
+            0.4 + 3.4 * rows,
             rows,
             columns,
             sharey=True,
@@ -69,9 +69,10 @@ def _plots(study: Study) -> dict[str, list[Curve]]:
     plots: dict[str, list[Curve]] = {}
     for trunk in study.curves:
         branches = [
-            branch
+            drawn
             for curve in study.branches
-            if (branch := _branches_of(curve, trunk))
+            for own in curve.by_trunk()
+            if _starts_from(own, trunk) and (drawn := drawable(own, density))
         ]
         if branches:
             drawn = drawable(trunk, density)
@@ -79,16 +80,12 @@ def _plots(study: Study) -> dict[str, list[Curve]]:
     return plots
 
 
-def _branches_of(curve: Curve, trunk: Curve) -> Curve | None:
-    """Returns the runs of a curve that start from a trunk's, for drawing."""
-    own = curve.select(
-        lambda run: (
-            run.parent is not None
-            and (run.parent.label, run.parent.branch)
-            == (trunk.label, trunk.branch)
-        )
+def _starts_from(branch: Curve, trunk: Curve) -> bool:
+    parent = branch.points[0][0].parent
+    return parent is not None and (parent.label, parent.branch) == (
+        trunk.label,
+        trunk.branch,
     )
-    return drawable(own, density) if own else None
 
 
 def _draw_plot(axes: Axes, curves: list[Curve]) -> None:

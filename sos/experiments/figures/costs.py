@@ -29,7 +29,8 @@ def draw_costs(study: Study) -> Figure | None:
     """Draws accuracy against multiply-adds of inference and of training.
 
     The plot of inference has all sparsities, that of training the runs of each
-    label whose sparsity is nearest to `study.layerwise_sparsity`.
+    label, and of each trunk, whose sparsity is nearest to
+    `study.layerwise_sparsity`.
 
     Args:
         study: The study.
@@ -37,7 +38,8 @@ def draw_costs(study: Study) -> Figure | None:
     Returns:
         The figure; None if no run has multiply-adds.
     """
-    curves = study.curves
+    # A line does not join branches of different trunks.
+    curves = [own for curve in study.curves for own in curve.by_trunk()]
     inference = _drawable(curves, inference_cost)
     nearest = [
         curve if curve.dense else curve.nearest(study.layerwise_sparsity)
@@ -47,7 +49,7 @@ def draw_costs(study: Study) -> Figure | None:
     if not inference and not training:
         return None
     with matplotlib.rc_context(STYLE):
-        figure, ((left, right),) = new_grid(8.8, 4.8, 1, 2, sharey=True)
+        figure, ((left, right),) = new_grid(8.8, 3.9, 1, 2, sharey=True)
         for axes, drawn, position in (
             (left, inference, inference_cost),
             (right, training, training_cost),

@@ -52,6 +52,18 @@ class Curve:
         points = [point for point in points if point]
         return dataclasses.replace(self, points=points) if points else None
 
+    def by_trunk(self) -> "list[Curve]":
+        """Returns a curve of the same label for each label of parents."""
+        trunks: dict[tuple | None, list[Sequence[FinishedRun]]] = {}
+        for point in self.points:
+            parent = point[0].parent
+            key = parent and (parent.label, parent.branch)
+            trunks.setdefault(key, []).append(point)
+        return [
+            dataclasses.replace(self, points=points)
+            for points in trunks.values()
+        ]
+
     def nearest(self, sparsity: float) -> "Curve":
         """Returns the point whose mean sparsity over seeds is nearest.
 

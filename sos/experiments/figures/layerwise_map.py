@@ -18,7 +18,7 @@ _LEAST_DENSITY = 1e-3
 # Cells of a plot beside another; others go below.
 _MAX_COLUMNS = 16
 # For the label.
-_MIN_COLUMNS = 2
+_MIN_COLUMNS = 3
 _CELL_WIDTH, _CELL_HEIGHT = 0.44, 0.2
 _SCALE = (0, 50, 80, 90, 95, 98, 99, 99.5, 99.9)
 
@@ -54,7 +54,7 @@ def draw_layerwise_map(study: Study) -> Figure | None:
         names = layer_names(sizes, separator="  ")
         figure, grid = new_grid(
             0.9 + 0.07 * max(map(len, names)) + _CELL_WIDTH * sum(widths),
-            0.8 + len(rows) * (0.7 + _CELL_HEIGHT * len(sizes)),
+            0.8 + len(rows) * (0.7 + max(_CELL_HEIGHT * len(sizes), 1.2)),
             len(rows),
             columns,
             width_ratios=widths,

@@ -39,7 +39,7 @@ def draw_mask_churn(study: Study) -> Figure | None:
     if not drawn:
         return None
     with matplotlib.rc_context(STYLE):
-        figure, ((above,), (below,)) = new_grid(6.4, 5.2, 2, 1, sharex=True)
+        figure, ((above,), (below,)) = new_grid(6.4, 4.6, 2, 1, sharex=True)
         above.set_yscale("log", nonpositive="mask")
         forced = set()
         for i, (curve, logs) in enumerate(drawn):

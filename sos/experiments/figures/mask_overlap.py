@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from sos.experiments.figures.heat_maps import add_colour_bar, draw_cells
 from sos.experiments.figures.study import Study
-from sos.experiments.figures.style import INK, PAPER, STYLE, new_figure
+from sos.experiments.figures.style import INK, PAPER, STYLE, new_figure, wrap
 from sos.experiments.results import FinishedRun
 
 # Runs of one label.
@@ -72,9 +72,8 @@ def draw_mask_overlap(study: Study) -> Figure | None:
         for text in axes.get_xticklabels():
             text.set(ha="right", rotation_mode="anchor")
         _separate(axes, groups.values())
-        axes.set_title(
-            "Below the diagonal: measured. Above: by chance", size=9, loc="left"
-        )
+        title = "Below the diagonal: measured. Above: by chance"
+        axes.set_title(wrap(title, size + 0.8), size=9, loc="left")
         add_colour_bar(figure, image, [axes], "Intersection over union")
     return figure
 
