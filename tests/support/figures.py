@@ -59,7 +59,7 @@ def texts(figure):
             shown += [
                 label
                 for place, label in zip(
-                    axis.get_ticklocs(), axis.get_ticklabels(), strict=True
+                    axis.get_ticklocs(), axis.get_ticklabels(), strict=False
                 )
                 if low <= place <= high
             ]

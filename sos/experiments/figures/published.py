@@ -150,30 +150,35 @@ def draw_runs(
         UsageError: If there is no such model, or no run has the metric.
     """
     reference = published.get_reference(model)
-    scored = scored_runs(runs, reference, metric)
+    # A model without weights has no place on an axis of densities.
+    scored = [
+        (run, score)
+        for run, score in scored_runs(runs, reference, metric)
+        if run.result.sparsity != 1
+    ]
     scores = {run.directory: score for run, score in scored}
     points = published.best(model)
     with matplotlib.rc_context(STYLE):
         figure, axes = _new_axes(reference)
-        curves = []
+        drawn = []
         for curve in group_curves(run for run, _ in scored):
+            # In the style of the published variant, unless it is taken.
             same = published_points(curve.points[0][0], points)
-            # In the same style, even if the runs have no other variant.
             style = _style(same[0]) if same else curve.style
-            curves.append(dataclasses.replace(curve, style=style))
-            _draw_curve(axes, curves[-1], scores)
-        drawn = {curve.style for curve in curves}
+            if style in drawn:
+                style = curve.style
+            drawn.append(style)
+            curve = dataclasses.replace(curve, style=style)
+            _draw_curve(axes, curve, scores)
         for series in _by_label(points).values():
             label = f"{series[0].label} (paper)"
             if not series[0].technique:
                 _draw_dense(axes, series, label)
-            else:
-                # A label for each style.
-                if _style(series[0]) in drawn:
-                    label = None
-                _draw_line(
-                    axes, series, markersize=3, linewidth=0.9, label=label
-                )
+                continue
+            # A label for each style.
+            if _style(series[0]) in drawn:
+                label = None
+            _draw_line(axes, series, markersize=3, linewidth=0.9, label=label)
         _, least = axes.get_xlim()
         axes.set_xlim(right=min(least, 0.8 * axes.dataLim.x0))
         _add_legend(figure, "Bold: your runs\nThin: the paper")
@@ -336,11 +341,7 @@ def _draw_means(
 
 
 def _draw_curve(axes: Axes, curve: Curve, scores: Mapping[str, float]) -> None:
-    groups = [
-        [run for run in group if run.result.sparsity != 1]
-        for group in curve.points
-    ]
-    y = [[scores[run.directory] for run in group] for group in groups if group]
+    y = [[scores[run.directory] for run in group] for group in curve.points]
     means = [float(np.mean(values)) for values in y]
     if curve.dense:
         axes.axhline(
@@ -351,9 +352,7 @@ def _draw_curve(axes: Axes, curve: Curve, scores: Mapping[str, float]) -> None:
             label=curve.label,
         )
         return
-    x = [
-        [1 - run.result.sparsity for run in group] for group in groups if group
-    ]
+    x = [[1 - run.result.sparsity for run in group] for group in curve.points]
     centres = [math.exp(np.mean(np.log(values))) for values in x]
     draw_bars(axes, curve, centres, means, along="x", values=x)
     draw_bars(axes, curve, centres, means, along="y", values=y)
