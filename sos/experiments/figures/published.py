@@ -35,8 +35,6 @@ _VARIANTS = ("", "scratch-b", "hold")
 # Step between branches of one sparsity, which are drawn side by side, as a part
 # of the density.
 _STEP = 0.03
-# Technique whose masks have scratch runs that are not comparable.
-_RANDOM = "RandomPruning"
 
 T = TypeVar("T", PublishedPoint, PublishedScore)
 
@@ -61,15 +59,19 @@ def draw_all_scores(model: str) -> Figure:
     reference = published.get_reference(model)
     scores = published.load(model)
     techniques = _by_label(s for s in scores if s.technique and not s.branch)
-    random = sum(bool(s.branch) and s.technique == _RANDOM for s in scores)
     points = _by_label(published.best(model))
+    # Branches that were not repeated: of random masks.
+    single = [s for s in scores if s.branch and s.label not in points]
     with matplotlib.rc_context(STYLE):
         figure, axes = _new_axes(reference)
         dense = points["dense"]
         _draw_dense(axes, dense, f"dense ({dense[0].runs})")
         # The longest first, not to cover the others.
         for series in sorted(techniques.values(), key=len, reverse=True):
-            _draw_scores(axes, series)
+            _draw_points(axes, series)
+            _draw_front(axes, series)
+        for series in _by_label(single).values():
+            _draw_points(axes, series)
         for series in points.values():
             if series[0].nonuniform:
                 _draw_line(axes, series)
@@ -79,7 +81,7 @@ def draw_all_scores(model: str) -> Figure:
         highest = axes.dataLim.y1
         axes.set_ylim(lowest, highest + 0.02 * (highest - lowest))
         _add_legend(figure, "In brackets:\nnumber of scores")
-        _add_note(figure, _note(techniques, random, reference))
+        _add_note(figure, _note(techniques, len(single), reference))
     return figure
 
 
@@ -208,7 +210,7 @@ def _add_legend(figure: Figure, title: str | None = None) -> None:
 
 
 def _add_note(figure: Figure, note: str) -> None:
-    figure.supxlabel(textwrap.fill(note, 120), fontsize=7.5)
+    figure.supxlabel(textwrap.fill(note, 145), fontsize=7.5)
 
 
 def _new_axes(reference: Reference, height: float = 4.8) -> tuple[Figure, Axes]:
@@ -253,7 +255,7 @@ def _draw_dense(
     )
 
 
-def _draw_scores(axes: Axes, scores: Sequence[PublishedScore]) -> None:
+def _draw_points(axes: Axes, scores: Sequence[PublishedScore]) -> None:
     style = _style(scores[0])
     axes.plot(
         [1 - score.sparsity for score in scores],
@@ -266,6 +268,10 @@ def _draw_scores(axes: Axes, scores: Sequence[PublishedScore]) -> None:
         alpha=0.25,
         zorder=1.8,
     )
+
+
+def _draw_front(axes: Axes, scores: Sequence[PublishedScore]) -> None:
+    style = _style(scores[0])
     front = pareto_front(scores)
     axes.plot(
         [1 - score.sparsity for score in front],
@@ -370,7 +376,7 @@ def _draw_curve(axes: Axes, curve: Curve, scores: Mapping[str, float]) -> None:
 
 def _note(
     techniques: Mapping[str, Sequence[PublishedScore]],
-    random: int,
+    single: int,
     reference: Reference,
 ) -> str:
     """Returns a note of what is drawn, and what not."""
@@ -387,12 +393,11 @@ def _note(
     note = (
         "Points are all scores of a technique, lines join those that none at "
         "the same or a higher sparsity exceeds. Symbols with bars are means "
-        "and standard deviations of repeated runs, side by side. Below the "
-        f"axis: {', '.join(parts)}."
+        "and standard deviations of repeated runs, side by side. "
     )
-    if random:
-        note += f" Not drawn: {random} runs that train with random masks."
-    return note
+    if single:
+        note += f"Points in their colours are {single} runs with random masks. "
+    return f"{note}Below the axis are {', '.join(parts)}."
 
 
 def _repeats(

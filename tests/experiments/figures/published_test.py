@@ -1,3 +1,4 @@
+import collections
 import dataclasses
 
 import numpy as np
@@ -54,11 +55,14 @@ def note(figure):
 def test_draw_all_scores_has_a_faint_point_for_every_score(all_scores):
     model, figure = all_scores
     (axes,) = figure.axes
-    points = {
-        line.get_color(): len(line.get_xdata())
-        for line in axes.lines
-        if line.get_linestyle() == "None" and line.get_alpha() == 0.25
-    }
+    points = collections.Counter()
+    for line in axes.lines:
+        if line.get_linestyle() == "None" and line.get_alpha() == 0.25:
+            points[line.get_color()] += len(line.get_xdata())
+    # Runs with random masks.
+    for branch in ("scratch", "augmented_init"):
+        count = points.pop(branch_style(branch).colour, 0)
+        assert count == (12 if model == "resnet50" else 0)
     scores = [s for s in published.load(model) if s.technique and not s.branch]
     assert points == {
         technique_style(technique).colour: sum(
@@ -112,12 +116,12 @@ def test_draw_all_scores_counts_what_is_below_the_axis(all_scores):
         assert "322 scores of L0 regularization (308 of them below 1)" in note(
             figure
         )
-        assert "Not drawn: 24 runs" in note(figure)
+        assert "24 runs with random masks" in note(figure)
     else:
         assert (low, round(high)) == (8, 28)
         assert "86 scores of magnitude pruning (45 of" in note(figure)
         assert "868 scores of variational dropout (649 of" in note(figure)
-        assert "Not drawn" not in note(figure)
+        assert "random masks" not in note(figure)
 
 
 def test_draw_all_scores_has_the_dense_models_and_their_spread(all_scores):
