@@ -78,6 +78,10 @@ class SparseWrapper(keras.layers.Layer):
     #: Then `sos.sampled` does so, too.
     has_posterior = False
 
+    #: Number of products with tensors of the weight's shape in a training call,
+    #: where the dense layer computes one.
+    training_products = 1
+
     #: Hyperparameters of which exactly one is required.
     needs_one_of: tuple[str, ...] = ()
 

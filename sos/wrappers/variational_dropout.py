@@ -107,6 +107,8 @@ class VariationalDropout(PenalizedWrapper):
     has_posterior = True
     # The authors use 1 / N on ImageNet and WMT'14.
     default_penalty = 1.0
+    # Local reparameterisation: one with the means, one with the variances.
+    training_products = 2
     threshold = Hyperparameter("float32")
 
     def __init__(

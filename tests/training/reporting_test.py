@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import itertools
 import json
 import math
 
@@ -240,6 +241,22 @@ def test_summary_from_json_ignores_unknown_keys():
 def test_summary_from_json_of_something_else_raises(text):
     with pytest.raises(ValueError, match="Received: "):
         Summary.from_json(text)
+
+
+def test_mask_update_least_churn_is_that_of_the_nearest_mask():
+    size = 6
+    masks = np.array(list(itertools.product((0, 1), repeat=size)))
+    for old, new in itertools.product(masks[::5], masks[::3]):
+        update = MaskUpdate(
+            step=1,
+            elements=size,
+            kept=int(new.sum()),
+            pruned=int((old > new).sum()),
+            regrown=int((old < new).sum()),
+        )
+        assert update.churn == np.mean(old != new)
+        allowed = masks[masks.sum(axis=1) == new.sum()]
+        assert update.least_churn == (allowed != old).mean(axis=1).min()
 
 
 # JsonLines.

@@ -6,11 +6,15 @@ from collections.abc import Callable
 from matplotlib.figure import Figure
 
 from sos.experiments.figures.branches import draw_branches
+from sos.experiments.figures.costs import draw_costs
 from sos.experiments.figures.layerwise import draw_layerwise
 from sos.experiments.figures.layerwise_map import draw_layerwise_map
+from sos.experiments.figures.mask_churn import draw_mask_churn
+from sos.experiments.figures.mask_overlap import draw_mask_overlap
 from sos.experiments.figures.output import save_png, svg
 from sos.experiments.figures.study import Study
 from sos.experiments.figures.tradeoff import draw_tradeoff
+from sos.experiments.figures.training_curves import draw_training_curves
 
 __all__ = ["FIGURES", "FigureSpec", "Study", "save_png", "svg"]
 
@@ -63,5 +67,38 @@ FIGURES = (
         "Each column is the mean over seeds at one overall sparsity. Colours "
         "follow the density on a log scale; numbers are percentages.",
         draw_layerwise_map,
+    ),
+    FigureSpec(
+        "training_curves",
+        "Training",
+        "Means over the loops of training, and evaluations, of every seed. The "
+        "network becomes sparser in the shaded steps: those of the pruning "
+        "schedule, or of the growth of the penalty.",
+        draw_training_curves,
+    ),
+    FigureSpec(
+        "mask_churn",
+        "Changes of masks",
+        "Fraction of mask elements that change at each update, and of the kept "
+        "ones how many were pruned before it. The schedule alone forces the "
+        "dotted line: elements that must go, while none comes back.",
+        draw_mask_churn,
+    ),
+    FigureSpec(
+        "mask_overlap",
+        "Overlap of masks",
+        "Intersection over union of the kept elements of two runs (below the "
+        "diagonal), and of two random masks with the same number of kept "
+        "elements in each weight (above it).",
+        draw_mask_overlap,
+    ),
+    FigureSpec(
+        "costs",
+        "Accuracy against multiply-adds",
+        "Inference counts the weights that are left. Training counts each step "
+        "as three dense forward passes of its batch, because masks save "
+        "nothing there, twice as many for variational dropout, which computes "
+        "means and variances, and for a branch also the training of its trunk.",
+        draw_costs,
     ),
 )

@@ -45,7 +45,7 @@ def draw_branches(study: Study) -> Figure | None:
     with matplotlib.rc_context(STYLE):
         figure, grid = new_grid(
             max(6.4, 4.0 * columns),
-            1.0 + 3.6 * rows,
+            0.4 + 3.4 * rows,
             rows,
             columns,
             sharey=True,
@@ -56,7 +56,7 @@ def draw_branches(study: Study) -> Figure | None:
             grid.flat, plots.items(), strict=False
         ):
             _draw_plot(axes, [*dense, *curves])
-            axes.set_title(title, size=10)
+            axes.set_title(f"Trunk: {title}", size=10)
         figure.supxlabel("Sparsity reached (density on a log scale)", size=10)
         figure.supylabel("Test accuracy (error on a log scale)", size=10)
         everything = [*dense, *(c for curves in plots.values() for c in curves)]

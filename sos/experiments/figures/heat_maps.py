@@ -12,6 +12,8 @@ from matplotlib.image import AxesImage
 # Its lightness grows evenly, so that it is readable in grey and for the
 # colour-blind.
 _MAP = "viridis"
+# Width of a scale of colours, in inches.
+_BAR = 0.13
 
 
 def draw_cells(
@@ -64,7 +66,14 @@ def add_colour_bar(
     figure: Figure, image: AxesImage, axes: Sequence[Axes], label: str
 ) -> Colorbar:
     """Adds the scale of colours to the right of some axes."""
-    bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.015, aspect=30)
+    width, height = figure.get_size_inches()
+    bar = figure.colorbar(
+        image,
+        ax=axes,
+        fraction=_BAR / width,
+        pad=0.1 / width,
+        aspect=0.8 * height / _BAR,
+    )
     bar.set_label(label)
     bar.outline.set_visible(False)
     return bar

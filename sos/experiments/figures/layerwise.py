@@ -20,6 +20,7 @@ from sos.experiments.figures.style import (
     STYLE,
     log_axis,
     new_figure,
+    share_legend,
 )
 
 # Density at which a layer without weights is drawn, the end of the axis.
@@ -50,7 +51,7 @@ def draw_layerwise(study: Study) -> Figure | None:
     with matplotlib.rc_context(STYLE):
         long = len(sizes) > _MAX_HORIZONTAL_NAMES
         width = max(6.4, 1.0 + 0.36 * len(sizes))
-        figure, axes = new_figure(width, 5.6 if long else 4.8)
+        figure, axes = new_figure(width, 4.9 if long else 4.1)
         log_axis(axes, "y", SPARSITIES)
         for i, curve in enumerate(curves):
             # Side by side, to not hide each other.
@@ -63,10 +64,9 @@ def draw_layerwise(study: Study) -> Figure | None:
         axes.grid(visible=False, axis="x")
         _name_layers(axes, sizes)
         caption = seeds_caption(curves)
-        figure.legend(
-            loc="outside upper center",
-            ncols=3 if long else 2,
-            title="Overall sparsity in brackets"
+        share_legend(
+            figure,
+            "Overall sparsity in brackets"
             + (f". {caption}" if caption else ""),
         )
     return figure

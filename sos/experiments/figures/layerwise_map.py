@@ -11,13 +11,16 @@ from sos.experiments.figures.curves import Curve, mean_sparsity
 from sos.experiments.figures.heat_maps import add_colour_bar, draw_cells
 from sos.experiments.figures.layers import layer_names, layer_sizes
 from sos.experiments.figures.study import Study
-from sos.experiments.figures.style import SPARSITIES, STYLE, new_grid
+from sos.experiments.figures.style import STYLE, new_grid, wrap
 
 # Density at which a layer without weights is drawn, the end of the scale.
 _LEAST_DENSITY = 1e-3
 # Cells of a plot beside another; others go below.
 _MAX_COLUMNS = 16
+# For the label.
+_MIN_COLUMNS = 3
 _CELL_WIDTH, _CELL_HEIGHT = 0.44, 0.2
+_SCALE = (0, 50, 80, 90, 95, 98, 99, 99.5, 99.9)
 
 
 def draw_layerwise_map(study: Study) -> Figure | None:
@@ -42,15 +45,16 @@ def draw_layerwise_map(study: Study) -> Figure | None:
     with matplotlib.rc_context(STYLE):
         widths = [
             max(
-                (len(tables[row[i]][0]) for row in rows if i < len(row)),
-                default=1,
+                max(len(tables[row[i]][0]), _MIN_COLUMNS)
+                for row in rows
+                if i < len(row)
             )
             for i in range(columns)
         ]
         names = layer_names(sizes, separator="  ")
         figure, grid = new_grid(
             0.9 + 0.07 * max(map(len, names)) + _CELL_WIDTH * sum(widths),
-            0.8 + len(rows) * (0.7 + _CELL_HEIGHT * len(sizes)),
+            0.8 + len(rows) * (0.7 + max(_CELL_HEIGHT * len(sizes), 1.2)),
             len(rows),
             columns,
             width_ratios=widths,
@@ -69,7 +73,7 @@ def draw_layerwise_map(study: Study) -> Figure | None:
                     norm,
                     [[_percent(value) for value in row] for row in layers],
                 )
-                axes.set_title(label, size=9)
+                axes.set_title(wrap(label, _CELL_WIDTH * widths[j]), size=9)
                 axes.set_xticks(
                     range(len(overall)), [f"{_percent(x)}%" for x in overall]
                 )
@@ -79,10 +83,9 @@ def draw_layerwise_map(study: Study) -> Figure | None:
         bar = add_colour_bar(
             figure, image, list(grid.flat), "Sparsity of the layer"
         )
-        ticks = [p for p in SPARSITIES if p != 30]
-        labels = [f"{p:g}%" for p in ticks]
+        labels = [f"{p:g}%" for p in _SCALE]
         labels[-1] = f"≥ {labels[-1]}"
-        bar.set_ticks([1 - p / 100 for p in ticks], labels=labels)
+        bar.set_ticks([1 - p / 100 for p in _SCALE], labels=labels)
         bar.minorticks_off()
         bar.ax.invert_yaxis()
         bar.ax.tick_params(labelsize=7.5)

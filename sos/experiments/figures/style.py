@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -174,6 +175,8 @@ def new_grid(
 def share_legend(figure: Figure, title: str | None = None) -> None:
     """Adds a legend of all plots above them, with each label once.
 
+    The figure grows by the height of the legend.
+
     Args:
         figure: The figure.
         title: Title of the legend.
@@ -184,20 +187,25 @@ def share_legend(figure: Figure, title: str | None = None) -> None:
             *axes.get_legend_handles_labels(), strict=True
         ):
             handles.setdefault(label, handle)
+    # The width of a handle, and of letters.
+    inches = 0.55 + 0.069 * max(map(len, handles))
+    columns = int(figure.get_figwidth() / inches)
+    columns = max(1, min(len(handles), columns))
+    lines = -(-len(handles) // columns) + bool(title)
+    figure.set_figheight(figure.get_figheight() + 0.19 * lines + 0.1)
     figure.legend(
         [*handles.values()],
         [*handles],
         loc="outside upper center",
-        ncols=_columns(handles, figure.get_figwidth()),
+        ncols=columns,
         title=title,
     )
 
 
-def _columns(labels: Iterable[str], width: float) -> int:
-    """Returns how many labels fit beside each other in so many inches."""
-    # A letter of this size is hardly wider, and a handle has 0.5 inches.
-    inches = 0.5 + 0.075 * max(map(len, labels))
-    return max(1, min(len([*labels]), int(width / inches)))
+def wrap(text: str, inches: float) -> str:
+    """Breaks a title of size 9 into lines of a width in inches."""
+    width = max(1, int(inches / 0.082))
+    return textwrap.fill(text, width, break_long_words=False)
 
 
 class _PercentLocator(ticker.Locator):

@@ -17,6 +17,7 @@ from sos.experiments.figures.style import (
     STYLE,
     log_axis,
     new_figure,
+    share_legend,
 )
 
 
@@ -42,7 +43,7 @@ def draw_tradeoff(study: Study) -> Figure | None:
     if not curves:
         return None
     with matplotlib.rc_context(STYLE):
-        figure, axes = new_figure(6.4, 4.4)
+        figure, axes = new_figure(6.4, 3.9)
         log_axis(axes, "x", SPARSITIES)
         accuracy_axis(axes)
         for curve in curves:
@@ -52,7 +53,5 @@ def draw_tradeoff(study: Study) -> Figure | None:
                 draw_accuracies(axes, curve, density)
         axes.set_xlabel("Sparsity reached (density on a log scale)")
         axes.set_ylabel("Test accuracy (error on a log scale)")
-        axes.legend(
-            loc="lower left", title=seeds_caption(curves), alignment="left"
-        )
+        share_legend(figure, seeds_caption(curves))
     return figure

@@ -58,7 +58,7 @@ def test_draw_tradeoff_two_seeds_draws_bars_over_their_range(axes):
     np.testing.assert_allclose(bars[2:, :, 1], [(0.162, 0.18), (0.196, 0.214)])
     (band,) = axes.patches
     assert np.ptp(band.get_extents().get_points()[:, 1]) > 10
-    assert "2 seeds" in axes.get_legend().get_title().get_text()
+    assert "2 seeds" in axes.figure.legends[0].get_title().get_text()
 
 
 def test_draw_tradeoff_one_seed_has_neither_bars_nor_a_band(runs):
@@ -67,7 +67,7 @@ def test_draw_tradeoff_one_seed_has_neither_bars_nor_a_band(runs):
     assert len(axes.patches) == 0
     for technique in {run.technique for run in runs} - {None}:
         assert len(error_bars(axes, technique_style(technique).colour)) == 0
-    assert axes.get_legend().get_title().get_text() == ""
+    assert axes.figure.legends[0].get_title().get_text() == ""
 
 
 def test_draw_tradeoff_high_sparsities_are_far_apart(axes):

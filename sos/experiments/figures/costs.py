@@ -1,0 +1,124 @@
+"""Accuracy against the cost of inference and of training."""
+
+import dataclasses
+
+import matplotlib
+from matplotlib import ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+import sos
+from sos.experiments import branch_registry
+from sos.experiments.figures.accuracy_axes import (
+    Position,
+    accuracy_axis,
+    draw_accuracies,
+    draw_dense,
+    drawable,
+)
+from sos.experiments.figures.curves import Curve, seeds_caption
+from sos.experiments.figures.study import Study
+from sos.experiments.figures.style import STYLE, new_grid, share_legend
+from sos.experiments.results import FinishedRun
+
+# A training step computes outputs, gradients of inputs, gradients of weights.
+_PRODUCTS = 3
+
+
+def draw_costs(study: Study) -> Figure | None:
+    """Draws accuracy against multiply-adds of inference and of training.
+
+    The plot of inference has all sparsities, that of training the runs of each
+    label whose sparsity is nearest to `study.layerwise_sparsity`.
+
+    Args:
+        study: The study.
+
+    Returns:
+        The figure; None if no run has multiply-adds.
+    """
+    curves = study.curves
+    inference = _drawable(curves, inference_cost)
+    nearest = [
+        curve if curve.dense else curve.nearest(study.layerwise_sparsity)
+        for curve in curves
+    ]
+    training = _drawable(nearest, training_cost)
+    if not inference and not training:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, ((left, right),) = new_grid(8.8, 3.9, 1, 2, sharey=True)
+        for axes, drawn, position in (
+            (left, inference, inference_cost),
+            (right, training, training_cost),
+        ):
+            _draw(axes, drawn, position)
+        left.set_ylabel("Test accuracy (error on a log scale)")
+        left.set_xlabel("Multiply-adds of one example in evaluation")
+        right.set_xlabel(
+            "Multiply-adds of training, at about "
+            f"{100 * study.layerwise_sparsity:.4g}% sparsity"
+        )
+        share_legend(figure, seeds_caption([*inference, *training]))
+    return figure
+
+
+def _drawable(curves: list[Curve], position: Position) -> list[Curve]:
+    return [c for curve in curves if (c := drawable(curve, position))]
+
+
+def _draw(axes: Axes, curves: list[Curve], position: Position) -> None:
+    axes.set_xscale("log")
+    accuracy_axis(axes)
+    for curve in curves:
+        if curve.dense:
+            draw_dense(axes, curve)
+            # Its place, besides the line for comparison.
+            style = dataclasses.replace(curve.style, marker="8")
+            curve = dataclasses.replace(curve, label="_", style=style)
+        draw_accuracies(axes, curve, position)
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+
+
+def inference_cost(run: FinishedRun) -> float | None:
+    """Returns the multiply-adds of one example with the weights that are left.
+
+    Args:
+        run: The run.
+
+    Returns:
+        The number; None if it is not known, or no weights are left.
+    """
+    return run.result.multiply_adds or None
+
+
+def training_cost(run: FinishedRun) -> float | None:
+    """Returns the multiply-adds of training a run, and the runs before it.
+
+    Masks save nothing in training. Each step costs three times the dense
+    forward pass of its batch: outputs, gradients of inputs and gradients of
+    weights; for techniques that compute several products, such as variational
+    dropout, as many times more. A branch needs the masks of its trunk, whose
+    training is added.
+
+    Args:
+        run: The run.
+
+    Returns:
+        The number; None if it is not known for the run or one before it.
+    """
+    config, per_example = run.config, run.result.dense_multiply_adds
+    parent = 0.0
+    if config["parent"] is not None:
+        parent = run.parent and training_cost(run.parent)
+    if not per_example or parent is None:
+        return None
+    branch = branch_registry.make(config.get("branch", {"name": None}))
+    steps = run.result.step - (branch.first_step if branch else 0)
+    technique = sos.extend.techniques().get(run.technique)
+    products = technique.training_products if technique else 1
+    return parent + (
+        steps * config["batch_size"] * _PRODUCTS * products * per_example
+    )
