@@ -8,6 +8,7 @@ import pytest
 import sos
 import sos.datasets.fashion_mnist
 import sos.experiments
+import sos.experiments.published
 import sos.export
 import sos.extend
 import sos.ramps
@@ -29,6 +30,7 @@ PACKAGES = {
     sos: None,
     sos.datasets.fashion_mnist: None,
     sos.experiments: None,
+    sos.experiments.published: None,
     sos.export: None,
     sos.extend: None,
     sos.ramps: None,

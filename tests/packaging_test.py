@@ -122,6 +122,7 @@ def test_wheel_carries_the_licences(wheel):
         texts = [archive.read(name).decode() for name in names]
     assert any("Apache License" in text for text in texts)
     assert any("Copyright (c) 2017 Zalando SE" in text for text in texts)
+    assert any("The Google Research Authors" in text for text in texts)
 
 
 def test_metadata_names_core_dependencies_and_extras(wheel):

@@ -263,13 +263,11 @@ def _branch_label(run: FinishedRun) -> str | None:
         return None if options.get("step") else "lottery ticket"
     if run.branch not in ("scratch", "augmented_init"):
         return None
-    long = options.get("multiplier", 1) != 1
-    schedule = options.get("learning_rate", "scale")
     parts = ["augmented init"] * (run.branch == "augmented_init")
-    if long:
-        parts += (
-            ["scratch-b", schedule] if schedule != "scale" else ["scratch-b"]
-        )
+    schedule = options.get("learning_rate", "scale")
+    if options.get("multiplier", 1) != 1 or schedule != "scale":
+        parts.append("scratch-b")
+        parts += [schedule] * (schedule != "scale")
     return ", ".join(parts) or "scratch-e"
 
 

@@ -32,6 +32,11 @@ class Reference:
         scale: Factor from this metric to a score.
         score: Name of the score, with its unit.
         collapsed: Scores below this one are those of runs that learned nothing.
+
+    Example:
+    >>> from sos.experiments import published
+    >>> published.REFERENCES["resnet50"].metric
+    'accuracy'
     """
 
     name: str
@@ -81,6 +86,12 @@ class PublishedScore:
         sparsity: Fraction of zeros in the sparse weights.
         score: Accuracy in percent, or BLEU.
         hyperparameters: All other entries of the row by name.
+
+    Example:
+    >>> from sos.experiments import published
+    >>> score = published.load("transformer")[-1]
+    >>> score.technique, score.hyperparameters["threshold"]
+    ('VariationalDropout', '5.0')
     """
 
     label: str
@@ -112,6 +123,19 @@ class PublishedPoint:
         collapsed: Number of repeated runs that learned nothing.
         settings: Hyperparameters, such as "begin_step=40000 end_step=100000".
         source: Name of the authors' table, or "README".
+
+    Example:
+    >>> from sos.experiments import published
+    >>> for point in published.best("transformer"):
+    ...     if point.label == "lottery ticket":
+    ...         print(point.target_sparsity, point.score, point.sd)
+    0.5 24.003 0.497
+    0.6 22.538 1.839
+    0.7 23.261 0.378
+    0.8 23.469 0.199
+    0.9 21.772 0.175
+    0.95 18.885 0.203
+    0.98 13.384 0.395
     """
 
     label: str
@@ -174,7 +198,7 @@ def load(model: str) -> tuple[PublishedScore, ...]:
     >>> from sos.experiments import published
     >>> scores = published.load("resnet50")
     >>> max(s.score for s in scores if s.technique == "VariationalDropout")
-    76.702
+    76.724
     """
     get_reference(model)
     text = lzma.decompress(_DATA.joinpath(RESULTS).read_bytes()).decode()

@@ -145,7 +145,8 @@ print(len(scores), scores[0].hyperparameters)
 - The tables `rn50_scratch_lr_constant_decay` and
   `rn50_scratch_lr_continual_decay` have the pruning steps of the best *random*
   pruning, so their masks are random. They are not comparable with the other
-  scratch runs, and are not in the figures and tables of this page.
+  scratch runs: they are points of the first figure, and not in other figures
+  and tables of this page.
 - The masks of ResNet-50 at 95 % are not those of the best run of magnitude
   pruning at this sparsity.
 - The README of the tables names a result of variational dropout on ResNet-50

@@ -35,8 +35,6 @@ _VARIANTS = ("", "scratch-b", "hold")
 # Step between branches of one sparsity, which are drawn side by side, as a part
 # of the density.
 _STEP = 0.03
-# Technique whose masks have scratch runs that are not comparable.
-_RANDOM = "RandomPruning"
 
 T = TypeVar("T", PublishedPoint, PublishedScore)
 
@@ -61,15 +59,19 @@ def draw_all_scores(model: str) -> Figure:
     reference = published.get_reference(model)
     scores = published.load(model)
     techniques = _by_label(s for s in scores if s.technique and not s.branch)
-    random = sum(bool(s.branch) and s.technique == _RANDOM for s in scores)
     points = _by_label(published.best(model))
+    # Branches that were not repeated: of random masks.
+    single = [s for s in scores if s.branch and s.label not in points]
     with matplotlib.rc_context(STYLE):
         figure, axes = _new_axes(reference)
         dense = points["dense"]
         _draw_dense(axes, dense, f"dense ({dense[0].runs})")
         # The longest first, not to cover the others.
         for series in sorted(techniques.values(), key=len, reverse=True):
-            _draw_scores(axes, series)
+            _draw_points(axes, series)
+            _draw_front(axes, series)
+        for series in _by_label(single).values():
+            _draw_points(axes, series)
         for series in points.values():
             if series[0].nonuniform:
                 _draw_line(axes, series)
@@ -79,7 +81,7 @@ def draw_all_scores(model: str) -> Figure:
         highest = axes.dataLim.y1
         axes.set_ylim(lowest, highest + 0.02 * (highest - lowest))
         _add_legend(figure, "In brackets:\nnumber of scores")
-        _add_note(figure, _note(techniques, random, reference))
+        _add_note(figure, _note(techniques, len(single), reference))
     return figure
 
 
@@ -150,30 +152,35 @@ def draw_runs(
         UsageError: If there is no such model, or no run has the metric.
     """
     reference = published.get_reference(model)
-    scored = scored_runs(runs, reference, metric)
+    # A model without weights has no place on an axis of densities.
+    scored = [
+        (run, score)
+        for run, score in scored_runs(runs, reference, metric)
+        if run.result.sparsity != 1
+    ]
     scores = {run.directory: score for run, score in scored}
     points = published.best(model)
     with matplotlib.rc_context(STYLE):
         figure, axes = _new_axes(reference)
-        curves = []
+        drawn = []
         for curve in group_curves(run for run, _ in scored):
+            # In the style of the published variant, unless it is taken.
             same = published_points(curve.points[0][0], points)
-            # In the same style, even if the runs have no other variant.
             style = _style(same[0]) if same else curve.style
-            curves.append(dataclasses.replace(curve, style=style))
-            _draw_curve(axes, curves[-1], scores)
-        drawn = {curve.style for curve in curves}
+            if style in drawn:
+                style = curve.style
+            drawn.append(style)
+            curve = dataclasses.replace(curve, style=style)
+            _draw_curve(axes, curve, scores)
         for series in _by_label(points).values():
             label = f"{series[0].label} (paper)"
             if not series[0].technique:
                 _draw_dense(axes, series, label)
-            else:
-                # A label for each style.
-                if _style(series[0]) in drawn:
-                    label = None
-                _draw_line(
-                    axes, series, markersize=3, linewidth=0.9, label=label
-                )
+                continue
+            # A label for each style.
+            if _style(series[0]) in drawn:
+                label = None
+            _draw_line(axes, series, markersize=3, linewidth=0.9, label=label)
         _, least = axes.get_xlim()
         axes.set_xlim(right=min(least, 0.8 * axes.dataLim.x0))
         _add_legend(figure, "Bold: your runs\nThin: the paper")
@@ -203,7 +210,7 @@ def _add_legend(figure: Figure, title: str | None = None) -> None:
 
 
 def _add_note(figure: Figure, note: str) -> None:
-    figure.supxlabel(textwrap.fill(note, 120), fontsize=7.5)
+    figure.supxlabel(textwrap.fill(note, 145), fontsize=7.5)
 
 
 def _new_axes(reference: Reference, height: float = 4.8) -> tuple[Figure, Axes]:
@@ -248,7 +255,7 @@ def _draw_dense(
     )
 
 
-def _draw_scores(axes: Axes, scores: Sequence[PublishedScore]) -> None:
+def _draw_points(axes: Axes, scores: Sequence[PublishedScore]) -> None:
     style = _style(scores[0])
     axes.plot(
         [1 - score.sparsity for score in scores],
@@ -261,6 +268,10 @@ def _draw_scores(axes: Axes, scores: Sequence[PublishedScore]) -> None:
         alpha=0.25,
         zorder=1.8,
     )
+
+
+def _draw_front(axes: Axes, scores: Sequence[PublishedScore]) -> None:
+    style = _style(scores[0])
     front = pareto_front(scores)
     axes.plot(
         [1 - score.sparsity for score in front],
@@ -336,11 +347,7 @@ def _draw_means(
 
 
 def _draw_curve(axes: Axes, curve: Curve, scores: Mapping[str, float]) -> None:
-    groups = [
-        [run for run in group if run.result.sparsity != 1]
-        for group in curve.points
-    ]
-    y = [[scores[run.directory] for run in group] for group in groups if group]
+    y = [[scores[run.directory] for run in group] for group in curve.points]
     means = [float(np.mean(values)) for values in y]
     if curve.dense:
         axes.axhline(
@@ -351,9 +358,7 @@ def _draw_curve(axes: Axes, curve: Curve, scores: Mapping[str, float]) -> None:
             label=curve.label,
         )
         return
-    x = [
-        [1 - run.result.sparsity for run in group] for group in groups if group
-    ]
+    x = [[1 - run.result.sparsity for run in group] for group in curve.points]
     centres = [math.exp(np.mean(np.log(values))) for values in x]
     draw_bars(axes, curve, centres, means, along="x", values=x)
     draw_bars(axes, curve, centres, means, along="y", values=y)
@@ -371,7 +376,7 @@ def _draw_curve(axes: Axes, curve: Curve, scores: Mapping[str, float]) -> None:
 
 def _note(
     techniques: Mapping[str, Sequence[PublishedScore]],
-    random: int,
+    single: int,
     reference: Reference,
 ) -> str:
     """Returns a note of what is drawn, and what not."""
@@ -388,12 +393,11 @@ def _note(
     note = (
         "Points are all scores of a technique, lines join those that none at "
         "the same or a higher sparsity exceeds. Symbols with bars are means "
-        "and standard deviations of repeated runs, side by side. Below the "
-        f"axis: {', '.join(parts)}."
+        "and standard deviations of repeated runs, side by side. "
     )
-    if random:
-        note += f" Not drawn: {random} runs that train with random masks."
-    return note
+    if single:
+        note += f"Points in their colours are {single} runs with random masks. "
+    return f"{note}Below the axis are {', '.join(parts)}."
 
 
 def _repeats(
