@@ -7,8 +7,8 @@ For example, the study on Fashion-MNIST with fewer steps:
 
 Each run has its own directory in the work directory. A run that starts from
 another one is trained after it. If the sweep is stopped and started again, it
-skips finished runs and resumes those in progress. It writes results.csv, figures
-and report.html, a page with all of them.
+skips finished runs and resumes those in progress. It writes results.csv,
+figures, and report.html, a page with all of them.
 """
 
 import os

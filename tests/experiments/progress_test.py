@@ -60,7 +60,7 @@ def test_summary_table_of_one_seed_is_plain(toy_configs):
 def test_summary_table_long_label_is_wrapped(toy_configs):
     label = "magnitude pruning, profile of variational dropout"
     config = resolve({**plain(toy_configs[2]), "label": label})
-    text = _text(progress.summary_table(2 * [_finished(config)]))
+    text = _text(progress.summary_table(2 * [make_run(config)]))
     first, second = text.splitlines()[2:4]
     assert first.startswith(" magnitude pruning, profile of")
     assert first.rstrip().endswith("90.00% ± 0.00  85.00% ± 0.00  12.5 s")
