@@ -190,11 +190,11 @@ class AugmentedInit(Scratch):
     normal, truncated normal and orthogonal ones. A tensor without kept elements
     stays as it is.
 
-    The authors' Transformer is the same. Their ResNet-50 differs: for augmented
-    convolutions they use a normal distribution of variance 2 / (fan_out *
-    density), in place of fan_in and 1, and for the last layer Glorot's uniform
-    one in place of a normal one of standard deviation 0.01. The density is the
-    nominal one of all layers.
+    The authors' Transformer does the same. Their ResNet-50 also changes the
+    distributions: convolutions get variance 2 / (fan_out * density) instead of
+    1 / fan_in, and the last layer Glorot's uniform distribution, scaled,
+    instead of a normal one of standard deviation 0.01. Both take the nominal
+    density for all layers, this branch that of each mask.
     """
 
     _labels: ClassVar[tuple[str, str]] = (
@@ -249,7 +249,21 @@ class LotteryTicket(Branch):
         return self.step
 
     def overrides(self, trunk: dict[str, Any]) -> dict[str, Any]:
-        """Returns the label and fixed masks."""
+        """Returns the label and fixed masks.
+
+        Raises:
+            UsageError: If the trunk will not keep the checkpoint.
+        """
+        kept = set(trunk["keep_steps"])
+        if trunk["keep"] != "none":
+            kept |= {config_lib.first_step(trunk), trunk["train_steps"]}
+        if trunk["keep"] != "all" and self.step not in kept:
+            raise UsageError(
+                "The trunk must keep the checkpoint from which a lottery "
+                f"ticket starts: set its `keep_steps=({self.step},)`. "
+                f"Received: step={self.step}, and a trunk that keeps the steps "
+                f"{sorted(kept)}"
+            )
         rewound = f", rewound to {self.step}" if self.step else ""
         return {
             **super().overrides(trunk),
@@ -367,6 +381,17 @@ class TransferredProfile(Branch):
             rule = {**arguments, "sparsity": float(sparsity)}
             rules.append((f"^{re.escape(path)}$", rule))
         return {"technique": None, "rules": rules}
+
+    def initialize(
+        self,
+        trunk: Trunk,
+        model: keras.Model,
+        optimizer: keras.optimizers.Optimizer,
+        *,
+        seed: int,
+    ) -> None:
+        """Checks that the masks are of this model."""
+        trunk.masks_for(model)
 
 
 def _is_pruning(technique: str | None) -> bool:
