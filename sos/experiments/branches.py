@@ -1,9 +1,9 @@
 """Branches: runs that start from the masks of a finished run, the trunk.
 
-Gale, Elsen and Hooker (2019, arXiv 1902.09574, section 5) ask whether a sparse
-network needs the weights that pruning found, or only the mask. Each class here
-is one of their experiments or a control for them. `branch` makes the config of
-such a run.
+Gale, Elsen and Hooker (2019, arXiv 1902.09574) ask whether a sparse network
+needs the weights that pruning found, or only the mask. Each class here is one
+of their experiments or a control for them. `branch` makes the config of such a
+run.
 """
 
 import dataclasses
@@ -58,7 +58,8 @@ def branch(
 
     Raises:
         UsageError: If the branch or an option is unknown or invalid, the trunk
-            is dense, or its seed would give its own weights again.
+            is dense or will not keep a checkpoint that the branch needs, or
+            the seed would give the trunk's weights again.
 
     Example:
     >>> import sos.experiments
