@@ -74,26 +74,7 @@ def branch(
     >>> ticket["parent"] == sos.experiments.config.run_name(trunk)
     True
     """
-    if isinstance(trunk, str | os.PathLike):
-        parent = os.fspath(trunk)
-        trunk = read_config(parent)
-        if trunk is None:
-            raise UsageError(
-                "`trunk` must be a config or the directory of a run. There is "
-                f"no run in {parent!r}"
-            )
-        config = config_lib.resolve(trunk)
-    else:
-        config = config_lib.resolve(trunk)
-        parent = config_lib.run_name(config)
-    values = config_lib.plain(config)
-    if values["sparsity"]["technique"] is None and not any(
-        rule for _, rule in values["sparsity"]["rules"]
-    ):
-        raise UsageError(
-            "`trunk` must be a run with sparse weights. "
-            f"Received: the dense run {config_lib.run_name(config)}"
-        )
+    values, parent = _read_trunk(trunk)
     cls = branch_registry.get_branch(name)
     hyperparameters = {}
     if cls.takes_hyperparameters:
@@ -111,11 +92,38 @@ def branch(
     return {
         **values,
         "keep_steps": [],
+        "label": name.replace("_", " "),
         **made.overrides(values, **hyperparameters),
         "seed": seed,
         "parent": parent,
         "branch": entries,
     }
+
+
+def _read_trunk(
+    trunk: Mapping[str, Any] | str | os.PathLike,
+) -> tuple[dict[str, Any], str]:
+    """Returns the config of a trunk, and the entry `parent` of its branches."""
+    parent = None
+    if isinstance(trunk, str | os.PathLike):
+        parent = os.fspath(trunk)
+        trunk = read_config(parent)
+        if trunk is None:
+            raise UsageError(
+                "`trunk` must be a config or the directory of a run. There is "
+                f"no run in {parent!r}"
+            )
+    config = config_lib.resolve(trunk)
+    name = config_lib.run_name(config)
+    values = config_lib.plain(config)
+    if values["sparsity"]["technique"] is None and not any(
+        rule for _, rule in values["sparsity"]["rules"]
+    ):
+        raise UsageError(
+            "`trunk` must be a run with sparse weights. "
+            f"Received: the dense run {name}"
+        )
+    return values, parent or name
 
 
 @register("scratch")
@@ -250,7 +258,7 @@ class LotteryTicket(Branch):
         return self.step
 
     def overrides(self, trunk: dict[str, Any]) -> dict[str, Any]:
-        """Returns the label and fixed masks.
+        """Returns fixed masks and, if it is rewound, the label.
 
         Raises:
             UsageError: If the trunk will not keep the checkpoint.
@@ -265,11 +273,10 @@ class LotteryTicket(Branch):
                 f"Received: step={self.step}, and a trunk that keeps the steps "
                 f"{sorted(kept)}"
             )
-        rewound = f", rewound to {self.step}" if self.step else ""
-        return {
-            **super().overrides(trunk),
-            "label": f"lottery ticket{rewound}",
-        }
+        entries = super().overrides(trunk)
+        if self.step:
+            entries["label"] = f"lottery ticket, rewound to {self.step}"
+        return entries
 
     def check(self, config: Mapping[str, Any]) -> None:
         """Raises `UsageError` if no step would be left to train."""
@@ -304,10 +311,6 @@ class RandomMask(Branch):
     The weights are fresh. It tells how much of a result is due to the sparsity
     of each layer alone.
     """
-
-    def overrides(self, trunk: dict[str, Any]) -> dict[str, Any]:
-        """Returns the label and fixed masks."""
-        return {**super().overrides(trunk), "label": "random mask"}
 
     def initialize(
         self,
