@@ -102,6 +102,11 @@ def branch(
     made = branch_registry.make(entries)
     if seed is None:
         seed = values["seed"] + (_SEED_OFFSET if cls.fresh else 0)
+    if cls.fresh and seed == values["seed"]:
+        raise UsageError(
+            f"The branch {name!r} needs fresh weights, so another seed than "
+            f"its trunk. Received: seed={seed} for both"
+        )
     return {
         **values,
         "keep_steps": [],
@@ -130,8 +135,8 @@ class Scratch(Branch):
     multiplier: float = 1.0
     learning_rate: str = "scale"
 
-    _longer: ClassVar[str] = "scratch-b"
-    _label: ClassVar[str] = "scratch-e"
+    # Of a training as long as the trunk's, and of a longer one.
+    _labels: ClassVar[tuple[str, str]] = ("scratch-e", "scratch-b")
 
     def __post_init__(self) -> None:
         """Checks the multiplier."""
@@ -140,18 +145,18 @@ class Scratch(Branch):
     def overrides(self, trunk: dict[str, Any]) -> dict[str, Any]:
         """Returns the label, the longer training and fixed masks."""
         rate, steps = trunk["learning_rate"], trunk["train_steps"]
-        label = self._label
-        if (self.multiplier, self.learning_rate) != (1, "scale"):
-            label = self._longer
-            if self.learning_rate != "scale":
-                label += f", {self.learning_rate.replace('_', ' ')}"
-            if "schedule" in rate or self.learning_rate != "scale":
-                rate = lengthen(
-                    rate,
-                    train_steps=steps,
-                    multiplier=self.multiplier,
-                    variant=self.learning_rate,
-                )
+        scaled = self.learning_rate == "scale"
+        label = self._labels[self.multiplier > 1]
+        if not scaled:
+            label += f", {self.learning_rate.replace('_', ' ')}"
+        # Otherwise the task has a rate of its own.
+        if "schedule" in rate or not scaled:
+            rate = lengthen(
+                rate,
+                train_steps=steps,
+                multiplier=self.multiplier,
+                variant=self.learning_rate,
+            )
         return {
             **super().overrides(trunk),
             "label": label,
@@ -192,8 +197,10 @@ class AugmentedInit(Scratch):
     nominal one of all layers.
     """
 
-    _longer: ClassVar[str] = "augmented init, scratch-b"
-    _label: ClassVar[str] = "augmented init"
+    _labels: ClassVar[tuple[str, str]] = (
+        "augmented init",
+        "augmented init, scratch-b",
+    )
 
     def initialize(
         self,
@@ -350,9 +357,12 @@ class TransferredProfile(Branch):
     ) -> dict[str, Any]:
         """Returns a rule for each weight of the trunk's masks."""
         del arguments["rules"]
+        # Also of a technique that ranks across weights. It may prune a whole
+        # weight, if the trunk did.
+        arguments["ranking"] = sos.extend.PerTensorRanking(min_kept=0)
         rules = []
         for path, mask in trunk.masks.items():
-            # Below 1, which no schedule accepts. It rounds to the same number.
+            # Below 1, which no schedule accepts; it rounds to the same number.
             sparsity = min(1 - np.mean(mask), np.nextafter(1.0, 0.0))
             rule = {**arguments, "sparsity": float(sparsity)}
             rules.append((f"^{re.escape(path)}$", rule))

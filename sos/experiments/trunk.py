@@ -46,22 +46,7 @@ class Trunk:
     """A finished run that other runs start from.
 
     Args:
-        directory: Directory of the run.
-
-    Example:
-    >>> import sos.experiments
-    >>> from sos.experiments.trunk import Trunk
-    >>> config = sos.experiments.config.resolve({
-    ...     "task": "models.fashion_mnist:FashionMnist",
-    ...     "sparsity": {"technique": "MagnitudePruning", "sparsity": 0.9},
-    ...     "train_steps": 2,
-    ... })
-    >>> _ = sos.experiments.run(config, "runs", quiet=True)
-    >>> trunk = Trunk(sos.experiments.runs.run_directory(config, "runs"))
-    >>> trunk.steps
-    [0, 2]
-    >>> trunk.masks["conv1/kernel"].shape
-    (3, 3, 1, 16)
+        directory: Directory of the run. It is read when something is needed.
     """
 
     def __init__(self, directory: str) -> None:
@@ -81,7 +66,8 @@ class Trunk:
                 "the same work directory, or its directory. "
                 f"There is no finished run in {self.directory}"
             )
-        workdir = os.path.dirname(os.path.normpath(self.directory))
+        # Not `normpath`, which would change "gs://".
+        workdir = os.path.dirname(self.directory.rstrip("/"))
         return with_parent_directory(config_lib.resolve(stored), workdir)
 
     @property

@@ -72,6 +72,10 @@ def test_resolve_resolved_config_changes_nothing():
         ({"model": 3}, ["config.model", "3"]),
         ({"sparsity": None}, ["config.sparsity", "None"]),
         ({"label": 3}, ["config.label", "3"]),
+        ({"parent": 3}, ["config.parent", "3"]),
+        ({"branch": 3}, ["config.branch", "3"]),
+        ({"keep_steps": 3}, ["config.keep_steps", "3"]),
+        ({"keep_steps": [13]}, ["config.keep_steps", "[13]"]),
         ({"model": {"units": object()}}, ["object"]),
         ({"model": {"rate": float("nan")}}, ["NaN", "nan"]),
         ({"model": {"a.b": 1}}, ["dots", "a.b"]),
@@ -178,6 +182,22 @@ def test_fingerprint_holds_only_what_differs_from_defaults():
     )
 
 
+def test_fingerprint_holds_the_name_of_the_parent_not_its_path():
+    branch = {"name": "lottery_ticket", "step": 0}
+    first, second = (
+        resolved(parent=parent, branch=branch, keep_steps=keep_steps)
+        for parent, keep_steps in (("other", ()), ("/moved/other/", (6,)))
+    )
+    expected = {
+        **toy_experiment.CONFIG,
+        "parent": "other",
+        "branch.name": "lottery_ticket",
+    }
+    for config in (first, second):
+        assert config_lib.fingerprint(config) == expected
+    assert config_lib.config_diff(config_lib.plain(first), second) == []
+
+
 def test_run_name_differs_whenever_the_fingerprint_does():
     configs = [
         *(resolved(technique) for technique in toy_experiment.TECHNIQUES),
@@ -189,6 +209,12 @@ def test_run_name_differs_whenever_the_fingerprint_does():
         resolved(gradient_accumulation_steps=2),
         resolved(dtype_policy="mixed_bfloat16"),
         resolved(parent="runs/other"),
+        resolved(parent="runs/another"),
+        resolved(parent="runs/other", branch={"name": "scratch"}),
+        resolved(parent="runs/other", branch={"name": "lottery_ticket"}),
+        resolved(
+            parent="runs/other", branch={"name": "lottery_ticket", "step": 1}
+        ),
         resolved(task="tests.support.toy_experiment:Failing"),
     ]
     names = [config_lib.run_name(config) for config in configs]

@@ -107,9 +107,56 @@ def test_run_leaves_config_checkpoints_log_and_result(one):
 
 
 def test_run_dense_network_has_no_sparsity(finished):
-    result = read_result(str(directory_of("dense", finished)))
+    directory = str(directory_of("dense", finished))
+    result = read_result(directory)
     assert result.sparsity is None
     assert result.model_sparsity == 0
+    assert runs.read_masks(directory) is None
+
+
+# One whose masks are variables, one without.
+@pytest.mark.parametrize("technique", ["magnitude", "variational_dropout"])
+def test_run_stores_the_masks_of_evaluation(technique, finished):
+    directory = str(directory_of(technique, finished))
+    masks = runs.read_masks(directory)
+    weights = read_result(directory).weights
+    assert list(masks) == [weight.path for weight in weights]
+    for weight in weights:
+        mask = masks[weight.path]
+        assert mask.dtype == np.uint8
+        assert 1 - mask.mean() == pytest.approx(weight.sparsity)
+        assert 0 < mask.sum() < mask.size == weight.size
+
+
+def test_run_counts_multiply_adds_and_describes_the_machine(one):
+    result = read_result(str(one))
+    assert result.dense_multiply_adds == 96 + 48
+    assert result.multiply_adds == 19 + 10
+    assert set(result.machine) == {
+        "platform",
+        "processor",
+        "cores",
+        "device",
+        "devices",
+    }
+    assert (result.machine["device"], result.machine["devices"]) == ("CPU", "1")
+
+
+def test_read_result_of_an_earlier_version_takes_defaults(one):
+    stored = json.loads((one / "result.json").read_text())
+    for name in ("multiply_adds", "dense_multiply_adds", "machine"):
+        del stored[name]
+    (one / "result.json").write_text(json.dumps(stored))
+    result = read_result(str(one))
+    assert (result.multiply_adds, result.dense_multiply_adds) == (None, None)
+    assert dict(result.machine) == {}
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"\xff" * 100])
+def test_read_masks_damaged_file_raises(one, content):
+    (one / "masks.npz").write_bytes(content)
+    with pytest.raises(StorageError, match=r"masks\.npz"):
+        runs.read_masks(str(one))
 
 
 def test_run_finished_run_is_not_repeated(one):
@@ -174,11 +221,19 @@ def test_run_new_label_replaces_the_stored_one(one):
 
 
 @pytest.mark.parametrize(
-    ("keep", "steps"),
-    [("all", [0, 4, 8, 12]), ("trunk", [0, 12]), ("none", [])],
+    ("keep", "keep_steps", "steps"),
+    [
+        ("all", [], [0, 4, 8, 12]),
+        ("trunk", [], [0, 12]),
+        ("trunk", [6], [0, 6, 12]),
+        ("none", [], []),
+        ("none", [6], [6]),
+    ],
 )
-def test_run_keep_decides_which_checkpoints_stay(keep, steps, tmp_path):
-    overrides = {"keep": keep}
+def test_run_keep_decides_which_checkpoints_stay(
+    keep, keep_steps, steps, tmp_path
+):
+    overrides = {"keep": keep, "keep_steps": keep_steps}
     train("dense", tmp_path, overrides=overrides, save_checkpoints_steps=4)
     directory = directory_of("dense", tmp_path)
     assert processes.checkpoint_steps(directory) == steps

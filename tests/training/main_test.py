@@ -242,6 +242,18 @@ def test_train_keeps_the_steps_asked_for(program, trained):
             assert any(np.array_equal(value, kernel) for kernel in kernels)
 
 
+def test_train_initialized_at_a_later_step_begins_there(tmp_path):
+    program = Program(tmp_path)
+    program.task.initialize = unittest.mock.Mock(
+        side_effect=lambda model, optimizer: optimizer.iterations.assign(8)
+    )
+    for _ in range(2):
+        assert program("train", keep_checkpoint_steps=(0, 8)) == 0
+    program.task.initialize.assert_called_once()
+    assert processes.checkpoint_steps(tmp_path) == [8, 10, 15, 20]
+    assert min(line["step"] for line in processes.records(tmp_path)) > 8
+
+
 def test_train_from_a_checkpoint_saves_no_step_0(copy):
     assert copy("train", keep_checkpoint_steps=(0,)) == 0
     assert copy.saved == [5, 10, 15, 20]
@@ -249,7 +261,7 @@ def test_train_from_a_checkpoint_saves_no_step_0(copy):
 
 def test_train_initializes_unless_a_checkpoint_was_restored(copy, tmp_path):
     calls = []
-    copy.task.initialize = lambda model: calls.append(model)
+    copy.task.initialize = lambda model, optimizer: calls.append(model)
     assert copy("train") == 0
     assert calls == []
     other = Program(tmp_path / "other")
