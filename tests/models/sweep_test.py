@@ -64,7 +64,7 @@ def check_study(ended, workdir):
     assert sorted(row["label"] for row in rows) == [
         "dense",
         *3 * ["lottery ticket"],
-        *3 * ["magnitude pruning"],
+        *3 * ["magnitude, first layer dense"],
     ]
     assert {row["seed"] for row in rows} == {"0"}
     for name in FILES[1:-1]:
