@@ -9,17 +9,7 @@ from collections.abc import Mapping
 import rich.console
 import rich.table
 
-
-def cpu_model() -> str:
-    """Returns the name of the processor."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+from sos.experiments.machine import processor
 
 
 def machine() -> dict[str, object]:
@@ -27,7 +17,7 @@ def machine() -> dict[str, object]:
     packages = ("numpy", "tensorflow", "keras", "tensorflow-model-optimization")
     return {
         "platform": platform.platform(),
-        "cpu": cpu_model(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},

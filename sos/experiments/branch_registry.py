@@ -66,8 +66,9 @@ class Branch:
             trunk: The resolved config of the trunk as plain mappings.
 
         Returns:
-            `label`, `sparsity` and others, but not `parent`, `branch` and
-            `seed`. By default the same weights get fixed masks.
+            `sparsity`, `label` (the name of the branch by default) and others,
+            but not `parent`, `branch` and `seed`. By default the same weights
+            get fixed masks.
         """
         rules = trunk["sparsity"]["rules"]
         return {

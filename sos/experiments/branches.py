@@ -1,9 +1,9 @@
 """Branches: runs that start from the masks of a finished run, the trunk.
 
-Gale, Elsen and Hooker (2019, arXiv 1902.09574, section 5) ask whether a sparse
-network needs the weights that pruning found, or only the mask. Each class here
-is one of their experiments or a control for them. `branch` makes the config of
-such a run.
+Gale, Elsen and Hooker (2019, arXiv 1902.09574) ask whether a sparse network
+needs the weights that pruning found, or only the mask. Each class here is one
+of their experiments or a control for them. `branch` makes the config of such a
+run.
 """
 
 import dataclasses
@@ -58,7 +58,8 @@ def branch(
 
     Raises:
         UsageError: If the branch or an option is unknown or invalid, the trunk
-            is dense, or its seed would give its own weights again.
+            is dense or will not keep a checkpoint that the branch needs, or
+            the seed would give the trunk's weights again.
 
     Example:
     >>> import sos.experiments
@@ -73,26 +74,7 @@ def branch(
     >>> ticket["parent"] == sos.experiments.config.run_name(trunk)
     True
     """
-    if isinstance(trunk, str | os.PathLike):
-        parent = os.fspath(trunk)
-        trunk = read_config(parent)
-        if trunk is None:
-            raise UsageError(
-                "`trunk` must be a config or the directory of a run. There is "
-                f"no run in {parent!r}"
-            )
-        config = config_lib.resolve(trunk)
-    else:
-        config = config_lib.resolve(trunk)
-        parent = config_lib.run_name(config)
-    values = config_lib.plain(config)
-    if values["sparsity"]["technique"] is None and not any(
-        rule for _, rule in values["sparsity"]["rules"]
-    ):
-        raise UsageError(
-            "`trunk` must be a run with sparse weights. "
-            f"Received: the dense run {config_lib.run_name(config)}"
-        )
+    values, parent = _read_trunk(trunk)
     cls = branch_registry.get_branch(name)
     hyperparameters = {}
     if cls.takes_hyperparameters:
@@ -110,11 +92,38 @@ def branch(
     return {
         **values,
         "keep_steps": [],
+        "label": name.replace("_", " "),
         **made.overrides(values, **hyperparameters),
         "seed": seed,
         "parent": parent,
         "branch": entries,
     }
+
+
+def _read_trunk(
+    trunk: Mapping[str, Any] | str | os.PathLike,
+) -> tuple[dict[str, Any], str]:
+    """Returns the config of a trunk, and the entry `parent` of its branches."""
+    parent = None
+    if isinstance(trunk, str | os.PathLike):
+        parent = os.fspath(trunk)
+        trunk = read_config(parent)
+        if trunk is None:
+            raise UsageError(
+                "`trunk` must be a config or the directory of a run. There is "
+                f"no run in {parent!r}"
+            )
+    config = config_lib.resolve(trunk)
+    name = config_lib.run_name(config)
+    values = config_lib.plain(config)
+    if values["sparsity"]["technique"] is None and not any(
+        rule for _, rule in values["sparsity"]["rules"]
+    ):
+        raise UsageError(
+            "`trunk` must be a run with sparse weights. "
+            f"Received: the dense run {name}"
+        )
+    return values, parent or name
 
 
 @register("scratch")
@@ -190,11 +199,11 @@ class AugmentedInit(Scratch):
     normal, truncated normal and orthogonal ones. A tensor without kept elements
     stays as it is.
 
-    The authors' Transformer is the same. Their ResNet-50 differs: for augmented
-    convolutions they use a normal distribution of variance 2 / (fan_out *
-    density), in place of fan_in and 1, and for the last layer Glorot's uniform
-    one in place of a normal one of standard deviation 0.01. The density is the
-    nominal one of all layers.
+    The authors' Transformer does the same. Their ResNet-50 also changes the
+    distributions: convolutions get variance 2 / (fan_out * density) instead of
+    1 / fan_in, and the last layer Glorot's uniform distribution, scaled,
+    instead of a normal one of standard deviation 0.01. Both take the nominal
+    density for all layers, this branch that of each mask.
     """
 
     _labels: ClassVar[tuple[str, str]] = (
@@ -249,12 +258,25 @@ class LotteryTicket(Branch):
         return self.step
 
     def overrides(self, trunk: dict[str, Any]) -> dict[str, Any]:
-        """Returns the label and fixed masks."""
-        rewound = f", rewound to {self.step}" if self.step else ""
-        return {
-            **super().overrides(trunk),
-            "label": f"lottery ticket{rewound}",
-        }
+        """Returns fixed masks and, if it is rewound, the label.
+
+        Raises:
+            UsageError: If the trunk will not keep the checkpoint.
+        """
+        kept = set(trunk["keep_steps"])
+        if trunk["keep"] != "none":
+            kept |= {config_lib.first_step(trunk), trunk["train_steps"]}
+        if trunk["keep"] != "all" and self.step not in kept:
+            raise UsageError(
+                "The trunk must keep the checkpoint from which a lottery "
+                f"ticket starts: set its `keep_steps=({self.step},)`. "
+                f"Received: step={self.step}, and a trunk that keeps the steps "
+                f"{sorted(kept)}"
+            )
+        entries = super().overrides(trunk)
+        if self.step:
+            entries["label"] = f"lottery ticket, rewound to {self.step}"
+        return entries
 
     def check(self, config: Mapping[str, Any]) -> None:
         """Raises `UsageError` if no step would be left to train."""
@@ -289,10 +311,6 @@ class RandomMask(Branch):
     The weights are fresh. It tells how much of a result is due to the sparsity
     of each layer alone.
     """
-
-    def overrides(self, trunk: dict[str, Any]) -> dict[str, Any]:
-        """Returns the label and fixed masks."""
-        return {**super().overrides(trunk), "label": "random mask"}
 
     def initialize(
         self,
@@ -367,6 +385,17 @@ class TransferredProfile(Branch):
             rule = {**arguments, "sparsity": float(sparsity)}
             rules.append((f"^{re.escape(path)}$", rule))
         return {"technique": None, "rules": rules}
+
+    def initialize(
+        self,
+        trunk: Trunk,
+        model: keras.Model,
+        optimizer: keras.optimizers.Optimizer,
+        *,
+        seed: int,
+    ) -> None:
+        """Checks that the masks are of this model."""
+        trunk.masks_for(model)
 
 
 def _is_pruning(technique: str | None) -> bool:

@@ -30,14 +30,15 @@ def describe_machine(strategy: tf.distribute.Strategy) -> dict[str, str]:
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return {
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": str(cores),
         "device": _device_kind(strategy.extended.worker_devices[0]),
         "devices": str(strategy.num_replicas_in_sync),
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Returns the model of the CPU."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             for line in lines:

@@ -24,8 +24,8 @@ from sos.training.checkpoints import (
     Checkpoints,
     diff,
     format_differences,
+    format_spec,
     named_variables,
-    spec,
 )
 from sos.wrappers.base import find_wrappers, weights_by_path
 
@@ -102,9 +102,9 @@ class Trunk:
         Raises:
             UsageError: If the model has other sparse weights.
         """
-        ours = {p: spec(m.shape, "mask") for p, m in self.masks.items()}
+        ours = {p: format_spec(m.shape, "mask") for p, m in self.masks.items()}
         theirs = {
-            path: spec(weight.variable.shape, "mask")
+            path: format_spec(weight.variable.shape, "mask")
             for path, weight in weights_by_path(model).items()
         }
         self._check("masks", diff(ours, theirs))
@@ -143,7 +143,7 @@ class Trunk:
             *(
                 (slot, values.optimizer[name])
                 for name, slot in slots.items()
-                if spec(slot.shape, slot.dtype) == specs.get(name)
+                if format_spec(slot.shape, slot.dtype) == specs.get(name)
             ),
         ]
 
@@ -205,12 +205,14 @@ def with_parent_directory(
         config: A resolved config.
         workdir: Directory of the run and, if `parent` is a name, its parent.
     """
-    parent = config.parent
-    if parent is None or tf.io.gfile.isdir(parent):
+    if config.parent is None:
         return config
-    workdir = os.path.expanduser(os.fspath(workdir))
+    parent = os.path.expanduser(config.parent)
+    if not tf.io.gfile.isdir(parent):
+        workdir = os.path.expanduser(os.fspath(workdir))
+        parent = os.path.join(workdir, parent)
     changed = ml_collections.ConfigDict(config.to_dict())
-    changed.parent = os.path.join(workdir, parent)
+    changed.parent = parent
     return changed.lock()
 
 
@@ -236,7 +238,7 @@ def _variables(
 
 
 def _specs(values: dict[str, keras.Variable | np.ndarray]) -> dict[str, str]:
-    return {name: spec(v.shape, v.dtype) for name, v in values.items()}
+    return {name: format_spec(v.shape, v.dtype) for name, v in values.items()}
 
 
 def _arrays(variables: dict[str, keras.Variable]) -> dict[str, np.ndarray]:

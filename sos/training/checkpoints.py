@@ -508,7 +508,7 @@ def variable_specs(
         variables with the same canonical path end in "(2)" and so on.
     """
     return {
-        name: spec(variable.shape, variable.dtype)
+        name: format_spec(variable.shape, variable.dtype)
         for name, variable in named_variables(model, optimizer).items()
     }
 
@@ -545,7 +545,7 @@ def named_variables(
     return variables
 
 
-def spec(shape: Sequence[int], dtype: Any) -> str:
+def format_spec(shape: Sequence[int], dtype: Any) -> str:
     """Returns the dtype and shape of a variable or array as text.
 
     Args:

@@ -16,6 +16,8 @@ from sos.experiments.runs import read_masks, run, run_directory
 from sos.experiments.task import make_task
 from sos.experiments.trunk import Trunk, with_parent_directory
 from sos.training import trainer as trainer_lib
+from sos.training.checkpoints import Checkpoints
+from sos.training.strategies import make_strategy
 from sos.training.trainer import Trainer
 from sos.wrappers.base import find_wrappers, weights_by_path
 from sos.wrappers.masked import update_masks
@@ -42,9 +44,16 @@ TRAINERS = TrainerCache()
 def workdir(tmp_path_factory):
     """Finished trunks; read only."""
     workdir = tmp_path_factory.mktemp("trunks")
+    train(trunk_of(), workdir, make_trainer=TrainerCache())
     store(trunk_of("dense"), {}, workdir)
-    for technique in ("magnitude", "variational_dropout"):
-        train(trunk_of(technique), workdir, make_trainer=TrainerCache())
+    generator = np.random.default_rng(0)
+    for technique in ("variational_dropout", "l0"):
+        masks = {
+            "a/kernel": generator.integers(2, size=(6, 16), dtype="uint8"),
+            "b/kernel": generator.integers(2, size=(16, 3), dtype="uint8"),
+        }
+        store(trunk_of(technique), masks, workdir)
+        save_step_0(trunk_of(technique), workdir)
     return workdir
 
 
@@ -115,6 +124,15 @@ def store(config, masks, workdir):
     run_files.write_config(config_lib.plain(config), str(directory))
     run_files.write_result(result, masks, str(directory))
     return config
+
+
+def save_step_0(config, workdir):
+    """Saves the first checkpoint of a run."""
+    keras.utils.set_random_seed(config.seed)
+    trainer = Trainer(make_task(config), strategy=make_strategy("one_device"))
+    directory = directory_of(config, workdir) / "checkpoints"
+    configuration = trainer.configuration()
+    trainer.save(Checkpoints(directory, configuration=configuration))
 
 
 # The config of a branch.
@@ -232,6 +250,7 @@ def test_branch_of_an_empty_directory_raises(tmp_path):
         ("scratch", {"multiplier": 0.5}, "0.5"),
         ("scratch", {"learning_rate": "grow", "multiplier": 2}, "schedule"),
         ("lottery_ticket", {"step": -1}, "-1"),
+        ("lottery_ticket", {"step": 5}, r"step=5.*\[0, 6, 12\]"),
         ("random_mask", {"step": 1}, "step"),
         ("transferred_profile", {"technique": "L0Regularization"}, "L0"),
     ],
@@ -282,7 +301,9 @@ def test_compile_signature_is_independent_of_the_branch():
 # The initial values.
 
 
-@pytest.mark.parametrize("technique", ["magnitude", "variational_dropout"])
+@pytest.mark.parametrize(
+    "technique", ["magnitude", "variational_dropout", "l0"]
+)
 def test_lottery_ticket_starts_from_the_bits_of_the_trunk(technique, workdir):
     trunk = trunk_of(technique)
     model, optimizer = start(branch_of("lottery_ticket", trunk), workdir)
@@ -292,6 +313,9 @@ def test_lottery_ticket_starts_from_the_bits_of_the_trunk(technique, workdir):
     for path, value in dense_values(model).items():
         assert value.tobytes() in bits, path
     assert int(optimizer.iterations) == 0
+    masks = read_masks(str(directory_of(trunk, workdir)))
+    for path, mask in sos.get_masks(model).items():
+        np.testing.assert_array_equal(mask, masks[path])
 
 
 @pytest.mark.parametrize("name", ["scratch", "augmented_init", "random_mask"])
@@ -446,6 +470,13 @@ def test_start_from_masks_of_another_model_lists_the_differences(workdir):
     message = initialize_fails(config, workdir, "another model")
     assert "a/kernel: 'mask 6x16' saved, 'mask 6x32' now" in message
     assert "b/kernel" in message
+
+
+def test_start_of_a_profile_of_another_model_lists_the_differences(workdir):
+    overrides = {"model": {"units": 32}}
+    config = branch_of("transferred_profile", overrides=overrides)
+    message = initialize_fails(config, workdir, "another model")
+    assert "a/kernel: 'mask 6x16' saved, 'mask 6x32' now" in message
 
 
 def test_start_from_many_other_masks_lists_twenty(tmp_path):
@@ -643,7 +674,8 @@ def test_profile_of_a_pruned_tensor_prunes_it(tmp_path):
 def network(request, tmp_path_factory):
     """A finished trunk of another network, and its work directory."""
     workdir = tmp_path_factory.mktemp(request.param)
-    trunk = config_lib.resolve(branch_tasks.config(request.param))
+    config = branch_tasks.config(request.param, keep_steps=[2])
+    trunk = config_lib.resolve(config)
     train(trunk, workdir, make_trainer=TrainerCache())
     return trunk, workdir
 
@@ -671,6 +703,22 @@ def test_branches_of_a_network_start_as_they_should(network):
             assert not np.isin(fresh, old).any()
             fresh = fresh * np.float32(np.mean(next(masks)) ** -0.5)
         np.testing.assert_array_equal(augmented, fresh)
+
+
+def test_rewound_network_of_two_replicas_has_the_trunks_values(network):
+    trunk, workdir = network
+    strategy = techniques.two_replicas()
+    with strategy.scope():
+        model, optimizer = start(branch_of("rewound", trunk, step=2), workdir)
+    stored = Trunk(str(directory_of(trunk, workdir))).values(2)
+    values = dense_values(model).values()
+    for value, expected in zip(values, stored.model.values(), strict=True):
+        np.testing.assert_array_equal(value, expected)
+    for slot, expected in zip(
+        optimizer.variables, stored.optimizer.values(), strict=True
+    ):
+        np.testing.assert_array_equal(slot.numpy(), expected)
+    assert stored.optimizer["optimizer/iteration"] == 2
 
 
 @pytest.mark.slow

@@ -153,8 +153,9 @@ def test_collect_damaged_result_raises(copy):
 def test_collect_wrong_number_raises(copy, value):
     run = results.collect(copy)[0]
     path = copy / run.name / "result.json"
-    accuracy = repr(run.result.metrics["accuracy"])
-    path.write_text(path.read_text().replace(accuracy, value))
+    content = json.loads(path.read_text())
+    content["metrics"]["accuracy"] = json.loads(value)
+    path.write_text(json.dumps(content))
     with pytest.raises(StorageError, match="accuracy"):
         results.collect(copy)
 
