@@ -375,7 +375,7 @@ def test_config_file_runs_without_parent_keep_their_names():
     ("file", "seeds", "profiles"),
     [(fashion_mnist, 2, 4), (fashion_mnist_full, 3, 0)],
 )
-def test_config_file_sweep_has_branches_of_magnitude_pruning(
+def test_config_file_sweep_has_branches_of_three_trunks_for_each_seed(
     file, seeds, profiles
 ):
     base = file.get_config()
@@ -396,9 +396,9 @@ def test_config_file_sweep_has_branches_of_magnitude_pruning(
     ]
     for label in labels:
         pairs = branches.pop(label)
-        assert [trunk.sparsity.technique for trunk, _ in pairs] == (
-            3 * seeds * ["MagnitudePruning"]
-        )
+        assert {trunk.label for trunk, _ in pairs} == {
+            "magnitude, first layer dense"
+        }
         assert [trunk.sparsity.sparsity for trunk, _ in pairs] == [
             value for value in (0.8, 0.9, 0.95) for _ in range(seeds)
         ]
@@ -410,7 +410,7 @@ def test_config_file_sweep_has_branches_of_magnitude_pruning(
 
 def test_config_file_argument_of_a_branch_gives_the_run_of_the_sweep(tmp_path):
     trunk = config_lib.resolve(
-        fashion_mnist.get_config("magnitude,sparsity=0.8,seed=1")
+        fashion_mnist.get_config("magnitude_dense_first,sparsity=0.8,seed=1")
     )
     directory = tmp_path / config_lib.run_name(trunk)
     write_config(config_lib.plain(trunk), str(directory))
