@@ -15,6 +15,7 @@ from sos.training.optimizers import make_optimizer
 from sos.training.reporting import (
     Console,
     JsonLines,
+    MaskUpdate,
     ProgressBar,
     Summary,
     TensorBoard,
@@ -30,6 +31,7 @@ __all__ = [
     "Checkpoints",
     "Console",
     "JsonLines",
+    "MaskUpdate",
     "Options",
     "ProgressBar",
     "Shard",

@@ -33,8 +33,8 @@ class MaskUpdate(MaskChanges):
         regrown: Number of elements that changed from 0 to 1.
 
     Example:
-    >>> from sos.training.reporting import MaskUpdate
-    >>> update = MaskUpdate(
+    >>> import sos.training
+    >>> update = sos.training.MaskUpdate(
     ...     step=100, elements=1000, kept=500, pruned=120, regrown=20
     ... )
     >>> update.churn, update.least_churn

@@ -22,13 +22,15 @@ from sos.experiments.figures.style import (
 )
 
 _MAX_COLUMNS = 3
+# Of the density beside branches. Trunks may go on.
+_MARGIN = 1.25
 
 
 def draw_branches(study: Study) -> Figure | None:
     """Draws accuracy against sparsity of trunks and their branches.
 
     There is a plot for each label of trunks, with the axes of `draw_tradeoff`
-    and all dense models.
+    over the sparsities of branches, and all dense models.
 
     Args:
         study: The study.
@@ -48,6 +50,7 @@ def draw_branches(study: Study) -> Figure | None:
             0.4 + 3.4 * rows,
             rows,
             columns,
+            sharex=True,
             sharey=True,
         )
         for axes in grid.flat[len(plots) :]:
@@ -56,7 +59,18 @@ def draw_branches(study: Study) -> Figure | None:
             grid.flat, plots.items(), strict=False
         ):
             _draw_plot(axes, [*dense, *curves])
+            # Also above an empty place.
+            axes.tick_params(labelbottom=True)
             axes.set_title(f"Trunk: {title}", size=10)
+        densities = [
+            density(run)
+            for curves in plots.values()
+            for curve in curves
+            if curve.branch is not None
+            for point in curve.points
+            for run in point
+        ]
+        axes.set_xlim(_MARGIN * max(densities), min(densities) / _MARGIN)
         figure.supxlabel("Sparsity reached (density on a log scale)", size=10)
         figure.supylabel("Test accuracy (error on a log scale)", size=10)
         everything = [*dense, *(c for curves in plots.values() for c in curves)]

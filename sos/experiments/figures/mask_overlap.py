@@ -89,9 +89,7 @@ def overlap(one: Masks, other: Masks) -> float:
     Returns:
         A number in [0, 1]; NaN if no element is kept or shapes differ.
     """
-    return _ratio(
-        one, other, lambda a, b: np.count_nonzero(a.view(bool) & b.view(bool))
-    )
+    return _ratio(one, other, lambda a, b: _kept(a & b))
 
 
 def chance_overlap(one: Masks, other: Masks) -> float:
@@ -111,7 +109,7 @@ def chance_overlap(one: Masks, other: Masks) -> float:
     return _ratio(
         one,
         other,
-        lambda a, b: np.count_nonzero(a) * np.count_nonzero(b) / max(a.size, 1),
+        lambda a, b: _kept(a) * _kept(b) / max(a.size, 1),
     )
 
 
@@ -128,8 +126,13 @@ def _ratio(
         if a.shape != b.shape:
             return math.nan
         common += intersection(a, b)
-        total += np.count_nonzero(a) + np.count_nonzero(b)
+        total += _kept(a) + _kept(b)
     return common / (total - common) if total else math.nan
+
+
+def _kept(mask: np.ndarray) -> int:
+    # NumPy counts Booleans several times faster than other numbers.
+    return np.count_nonzero(mask.view(bool))
 
 
 def _separate(axes: Axes, groups: Iterable[list[FinishedRun]]) -> None:

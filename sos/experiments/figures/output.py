@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 from sos.experiments.figures.style import CSS_COLOURS
 from sos.files import atomic_write, storage_errors
 
+# Verdana's letters are as wide as those of DejaVu Sans, which few have.
+_FONTS = "'DejaVu Sans', Verdana, sans-serif"
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
@@ -53,6 +55,7 @@ def svg(figure: Figure, name: str) -> str:
     text = text[text.index("<svg") :]
     # Equal in all figures: `figure_1`, `axes_1`, ...
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    text = text.replace("'DejaVu Sans'", _FONTS)
     for colour, variable in CSS_COLOURS.items():
         text = re.sub(colour, f"var({variable}, {colour})", text)
     return text

@@ -35,6 +35,8 @@ def test_draw_branches_plots_have_a_trunk_its_branches_and_the_dense(figure):
             np.testing.assert_allclose(lines[name].get_xdata(), x)
             expected = y + 0.01 * (i + 1)
             np.testing.assert_allclose(lines[name].get_ydata(), expected)
+        # Over the sparsities of all branches, the highest last.
+        assert axes.get_xlim() == pytest.approx((1.25 * 0.5, 0.04 / 1.25))
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["dense", "magnitude pruning", *names, "L0"]
 

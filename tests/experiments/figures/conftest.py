@@ -24,6 +24,8 @@ def runs():
         sparsities=(0.5, 0.9),
         variational_dropout=(0.1, 1.0),
         l0=(0.1, 1.0),
+        branched=(),
+        profiles={},
     )
     found = []
     for expanded in sweeps.expand(config, grid):

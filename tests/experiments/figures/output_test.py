@@ -85,4 +85,7 @@ def test_svg_twice_in_a_page_has_unique_ids_and_texts(tradeoff):
         found.append(set(ids))
     assert not found[0] & found[1]
     assert "magnitude pruning</text>" in one
+    assert set(re.findall('font-family: ([^;"]*)', one)) == {
+        "'DejaVu Sans', Verdana, sans-serif"
+    }
     assert figures.svg(tradeoff, "one") == one
