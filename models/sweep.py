@@ -15,7 +15,6 @@ import os
 import pathlib
 import shlex
 import sys
-import traceback
 from collections.abc import Sequence
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -163,23 +162,12 @@ def _report(
     results.write_table(paths[-1], runs)
     progress.console.print(summary_table(runs))
     study = figures.Study(runs, _LAYERWISE_SPARSITY.value)
-    drawn = []
-    for spec in figures.FIGURES:
-        # A fault in one figure, which may be due to a user's task, must not
-        # lose the others.
-        try:
-            figure = spec.draw(study)
-        except Exception:
-            traceback.print_exc()
-            progress.console.print(
-                f"The figure {spec.name} could not be drawn; see above.",
-                soft_wrap=True,
-            )
-            continue
-        if figure is not None:
-            drawn.append((spec, figure))
-            paths.append(workdir / f"{spec.name}.png")
-            figures.save_png(figure, paths[-1])
+    drawn, failures = report.draw_figures(study)
+    for name, text in failures.items():
+        progress.console.print(f"{text}The figure {name} could not be drawn.")
+    for spec, figure in drawn:
+        paths.append(workdir / f"{spec.name}.png")
+        figures.save_png(figure, paths[-1])
     paths.append(workdir / report.REPORT)
     report.write_report(
         paths[-1],

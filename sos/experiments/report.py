@@ -3,6 +3,7 @@
 import itertools
 import json
 import statistics
+import traceback
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,31 @@ REPORT = "report.html"
 _COLUMN_INCHES = 7
 # Entries of configs that tell runs apart, and have columns of their own.
 _OWN_COLUMNS = ("label", "parent", "seed")
+
+
+def draw_figures(
+    study: figures.Study,
+) -> tuple[list[tuple[figures.FigureSpec, Figure]], dict[str, str]]:
+    """Draws the figures of a study; a fault in one does not stop the others.
+
+    Args:
+        study: The runs.
+
+    Returns:
+        The figures that have something to show, and the traceback of each that
+        failed, by name.
+    """
+    drawn, failures = [], {}
+    for spec in figures.FIGURES:
+        # A damaged file or a user's task may cause any error.
+        try:
+            figure = spec.draw(study)
+        except Exception:
+            failures[spec.name] = traceback.format_exc()
+            continue
+        if figure is not None:
+            drawn.append((spec, figure))
+    return drawn, failures
 
 
 def write_report(

@@ -195,6 +195,8 @@ def _order(run: FinishedRun) -> tuple:
         # A branch of somebody's, which may not be registered, is the last.
         [None, *branch_registry.branches(), run.branch].index(run.branch),
         [None, *sos.extend.techniques()].index(run.technique),
+        # Scratch-e before scratch-b.
+        run.config["train_steps"] if run.branch else 0,
         run.label,
         hyperparameters,
         () if run.parent is None else _order(run.parent),

@@ -1,8 +1,8 @@
 """Results of runs, as if they had been trained."""
 
 from sos.experiments.config import plain, resolve, run_name
-from sos.experiments.figures import FIGURES, Study
-from sos.experiments.report import write_report
+from sos.experiments.figures import Study
+from sos.experiments.report import draw_figures, write_report
 from sos.experiments.results import FinishedRun
 from sos.experiments.runs import Result, WeightSparsity
 from tests.support import toy_experiment
@@ -130,11 +130,8 @@ def make_report(path, runs, *, drawn=None, **options):
     """Writes a report with the figures that the runs have."""
     study = Study(runs)
     if drawn is None:
-        drawn = [
-            (spec, figure)
-            for spec in FIGURES
-            if (figure := spec.draw(study)) is not None
-        ]
+        drawn, failures = draw_figures(study)
+        assert failures == {}
     write_report(
         path,
         study,
