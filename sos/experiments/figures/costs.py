@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import sos
-from sos.experiments import branch_registry
+from sos.experiments import config as config_lib
 from sos.experiments.figures.accuracy_axes import (
     Position,
     accuracy_axis,
@@ -117,8 +117,9 @@ def training_cost(run: FinishedRun) -> float | None:
         parent = run.parent and training_cost(run.parent)
     if not per_example or parent is None:
         return None
-    branch = branch_registry.make(config.get("branch", {"name": None}))
-    steps = run.result.step - (branch.first_step if branch else 0)
+    # Runs of older versions have no such entry.
+    first = config_lib.first_step({"branch": {"name": None}, **config})
+    steps = run.result.step - first
     technique = sos.extend.techniques().get(run.technique)
     products = technique.training_products if technique else 1
     return parent + (

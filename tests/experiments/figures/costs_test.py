@@ -62,7 +62,8 @@ def test_training_cost_counts_products_and_trunks(study):
 
 def test_training_cost_of_a_rewound_ticket_counts_its_own_steps(study):
     trunk = next(r for r in study.runs if r.label == "magnitude pruning")
-    config = resolve(branch(trunk.config, "lottery_ticket", step=175))
+    kept = {**trunk.config, "keep_steps": [175]}
+    config = resolve(branch(kept, "lottery_ticket", step=175))
     run = _counted(make_run(config, sparsity=0.9), trunk)
     assert training_cost(run) == 1.75 * TRAINING
 

@@ -153,3 +153,19 @@ def test_technique_style_variants_differ():
     assert [style.filled for style in styles] == 3 * [True, False, False]
     lightness = [sum(matplotlib.colors.to_rgb(s.colour)) for s in styles[:3]]
     assert lightness == sorted(lightness)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.952, 0.958), (0.05, 0.998)])
+def test_draw_tradeoff_any_range_of_accuracies_has_legible_ticks(
+    runs, low, high
+):
+    changed = [
+        replaced(run, metrics={"accuracy": low if i % 2 else high})
+        for i, run in enumerate(runs)
+    ]
+    figure = draw_tradeoff(Study(changed))
+    check_texts(figure)
+    (axes,) = figure.axes
+    limits = sorted(axes.get_ylim())
+    ticks = [y for y in axes.get_yticks() if limits[0] <= y <= limits[1]]
+    assert 3 <= len(ticks) <= 16
