@@ -63,17 +63,18 @@ class FinishedRun:
 
     @property
     def target_sparsity(self) -> float | None:
-        """The sparsity that the technique, or that of the parent, had to reach.
+        """The sparsity that the technique had to reach.
 
-        None if it has no required hyperparameter `sparsity`, as techniques
-        with a penalty.
+        That of the parent for a branch, whose masks are the parent's. None if
+        the technique has no required hyperparameter `sparsity`, as those with a
+        penalty.
         """
+        if self.parent is not None:
+            return self.parent.target_sparsity
         sparsity = self.config["sparsity"]
-        value = None
-        if "sparsity" in config_lib.required_hyperparameters(sparsity):
-            value = sparsity["sparsity"]
-        elif self.parent is not None:
-            value = self.parent.target_sparsity
+        if "sparsity" not in config_lib.required_hyperparameters(sparsity):
+            return None
+        value = sparsity["sparsity"]
         # A technique may take another form of sparsity, such as "2:4".
         return value if isinstance(value, float | int) else None
 
@@ -98,12 +99,12 @@ class FinishedRun:
     def hyperparameters(self) -> str:
         """Values of the required hyperparameters, for tables.
 
-        If there are none, those of the parent.
+        Those of the parent for a branch.
         """
+        if self.parent is not None:
+            return self.parent.hyperparameters
         sparsity = self.config["sparsity"]
         names = config_lib.required_hyperparameters(sparsity)
-        if not names and self.parent is not None:
-            return self.parent.hyperparameters
         return ", ".join(
             config_lib.format_value(sparsity[name]) for name in names
         )

@@ -12,6 +12,7 @@ from sos import registry
 from sos.errors import StorageError, UsageError
 from sos.experiments import results
 from sos.experiments.config import run_name
+from tests.support.results import make_study, make_toy_run
 
 OWN_TECHNIQUE = """
 import sos
@@ -115,6 +116,31 @@ def test_collect_branch_has_its_parent_and_its_target(with_branches):
     assert branch.hyperparameters == trunk.hyperparameters == "0.8"
     assert branch.directory == str(copy / branch.name)
     assert results.collect(copy)[-1] == branch
+
+
+def test_target_sparsity_of_a_branch_is_that_of_its_parent():
+    trunk = make_toy_run("l0", 0.8, 0, 0.9)
+    profile = make_toy_run("magnitude", 0.8, 0, 0.5)
+    assert profile.target_sparsity == 0.5
+    profile = dataclasses.replace(profile, parent=trunk)
+    assert profile.target_sparsity is None
+    assert profile.hyperparameters == trunk.hyperparameters == "0.001"
+
+
+def test_mean_frame_has_a_row_for_each_point():
+    runs = make_study(spread=0.01)
+    table = results.mean_frame(runs)
+    assert len(table) == len(runs) / 2
+    assert set(table["seeds"]) == {2}
+    first = table.iloc[0]
+    assert first["accuracy"] == pytest.approx(0.875)
+    assert (first["label"], first["train_steps"]) == ("dense", 12)
+    # They differ.
+    assert not {"seed", "name"} & set(table.columns)
+
+
+def test_frame_of_no_runs_has_the_first_columns():
+    assert list(results.frame([]).columns) == ["name", "label"]
 
 
 def test_point_of_branches_is_the_same_for_seeds_of_parents(with_branches):
