@@ -44,18 +44,18 @@ def run(options: argparse.Namespace) -> Any:
         options: The arguments of the command.
 
     Returns:
-        The `sos.experiments.comparison.Comparison`.
+        The `sos.experiments.published_comparison.Comparison`.
 
     Raises:
         UsageError: If an argument is invalid, or there are no finished runs.
         StorageError: If a run cannot be read or the file cannot be written.
     """
-    from sos.experiments import collect, comparison
+    from sos.experiments import collect, published_comparison
 
     runs = collect(options.workdir)
     if not runs:
         raise UsageError(f"there are no finished runs in {options.workdir}")
-    compared = comparison.compare(runs, options.reference, options.metric)
+    compared = published_comparison.compare(runs, options.reference, options.metric)
     if options.csv is not None:
         compared.save_csv(options.csv)
     return compared

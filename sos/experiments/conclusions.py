@@ -195,7 +195,7 @@ class _Study:
         first: Iterable[FinishedRun],
         second: Iterable[FinishedRun],
         sparsities: Sequence[float],
-        value: _Value = differences.accuracy,
+        value: _Value = differences.accuracy_percent,
     ) -> "_Comparison":
         """Compares values of two techniques at equal sparsities."""
         groups = [
@@ -204,7 +204,7 @@ class _Study:
         ]
         return self._comparison(
             *({_percent(s): v for s, v in group.items()} for group in groups),
-            is_accuracy=value is differences.accuracy,
+            is_accuracy=value is differences.accuracy_percent,
         )
 
     def compare_branches(
@@ -233,7 +233,7 @@ class _Study:
             for run in runs:
                 seed, sparsity = differences.seed_of(run), run.result.sparsity
                 values = differences.by_sparsity(others, [sparsity])
-                accuracy = differences.accuracy(run)
+                accuracy = differences.accuracy_percent(run)
                 if accuracy is not None and seed in values.get(sparsity, {}):
                     pairs[seed] = accuracy, values[sparsity][seed]
             mean = statistics.fmean(run.result.sparsity for run in runs)
@@ -279,7 +279,7 @@ def _by_trunk(
     """
     values: dict[str, dict[int, list[float]]] = {}
     for run in runs:
-        trunk, accuracy = _trunk(run), differences.accuracy(run)
+        trunk, accuracy = _trunk(run), differences.accuracy_percent(run)
         if accuracy is None:
             continue
         sparsity = trunk.target_sparsity

@@ -40,7 +40,7 @@ class Difference:
     seeds: tuple[int, int]
 
 
-def accuracy(run: FinishedRun) -> float | None:
+def accuracy_percent(run: FinishedRun) -> float | None:
     """Returns the accuracy of a run in percent; None if it has none."""
     value = run.result.metrics.get("accuracy")
     return None if value is None or math.isnan(value) else 100 * value
@@ -73,7 +73,7 @@ def seed_of(run: FinishedRun) -> int:
 def by_sparsity(
     runs: Iterable[FinishedRun],
     sparsities: Sequence[float],
-    value: Callable[[FinishedRun], float | None] = accuracy,
+    value: Callable[[FinishedRun], float | None] = accuracy_percent,
 ) -> dict[float, dict[int, float]]:
     """Returns values of one technique at given sparsities.
 

@@ -158,7 +158,7 @@ def _summary(
         accuracy
         for run in runs
         if run.result.sparsity is None
-        and (accuracy := differences.accuracy(run)) is not None
+        and (accuracy := differences.accuracy_percent(run)) is not None
     ]
     if dense:
         sentences.append(

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sos.experiments import published
-from sos.experiments.comparison import published_points, scored_runs
+from sos.experiments.published_comparison import published_points, scored_runs
 from sos.experiments.figures.curves import Curve, draw_bars, group_curves
 from sos.experiments.figures.style import (
     DENSE_STYLE,

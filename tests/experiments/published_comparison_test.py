@@ -4,7 +4,7 @@ import math
 import pytest
 
 from sos.errors import StorageError, UsageError
-from sos.experiments.comparison import FIELDS, compare
+from sos.experiments.published_comparison import FIELDS, compare
 from sos.experiments.config import resolve
 from sos.experiments.published import best
 from tests.support import toy_experiment
