@@ -181,7 +181,14 @@ def as_text(table: Any) -> str:
     width = 1000
     if sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
-    console = Console(width=width, no_color=True, force_terminal=False)
+    # Labels and paths may have brackets.
+    console = Console(
+        width=width,
+        no_color=True,
+        force_terminal=False,
+        markup=False,
+        emoji=False,
+    )
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())

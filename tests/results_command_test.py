@@ -9,8 +9,10 @@ from tests.support.results import make_study
 
 
 @pytest.fixture(autouse=True)
-def runs(monkeypatch):
+def runs(monkeypatch, tmp_path):
     """Runs that seem to be in any directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
     study = make_study()
     monkeypatch.setattr("sos.experiments.collect", lambda workdirs: study)
     return study
@@ -93,6 +95,7 @@ def test_results_exported_files_have_all_columns(capsys, tmp_path, runs):
     assert {path.name for path in tmp_path.iterdir()} == {
         csv.name,
         parquet.name,
+        "runs",
     }
 
 

@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sos.errors import UsageError
+from sos.commands.study import finished_runs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,12 +50,10 @@ def run(options: argparse.Namespace) -> Any:
         UsageError: If an argument is invalid, or there are no finished runs.
         StorageError: If a run cannot be read or the file cannot be written.
     """
-    from sos.experiments import collect, published_comparison
+    from sos.experiments.published_comparison import compare
 
-    runs = collect(options.workdir)
-    if not runs:
-        raise UsageError(f"there are no finished runs in {options.workdir}")
-    compared = published_comparison.compare(runs, options.reference, options.metric)
+    runs = finished_runs(options.workdir)
+    compared = compare(runs, options.reference, options.metric)
     if options.csv is not None:
         compared.save_csv(options.csv)
     return compared

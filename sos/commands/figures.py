@@ -8,6 +8,7 @@ models. With both, draws the runs over the best published results.
 import argparse
 from pathlib import Path
 
+from sos.commands.study import finished_runs
 from sos.errors import UsageError
 
 
@@ -54,7 +55,6 @@ def run(options: argparse.Namespace) -> str:
         UsageError: If an argument is invalid, or there are no finished runs.
         StorageError: If a run cannot be read or a file cannot be written.
     """
-    from sos.experiments import collect
     from sos.experiments.figures import FIGURES, Study, published, save_png
 
     workdir, model = options.workdir, options.reference
@@ -74,9 +74,7 @@ def run(options: argparse.Namespace) -> str:
             f"published_{model}_branches": published.draw_branches(model),
         }
     else:
-        runs = collect(workdir)
-        if not runs:
-            raise UsageError(f"there are no finished runs in {workdir}")
+        runs = finished_runs(workdir)
         if model is None:
             study = Study(runs)
             drawn = {spec.name: spec.draw(study) for spec in FIGURES}

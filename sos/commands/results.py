@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sos.commands.study import finished_runs
 from sos.errors import UsageError, reason
 from sos.files import atomic_write, storage_errors
 from sos.report import as_text
@@ -93,13 +94,9 @@ def run(options: argparse.Namespace) -> str:
         UsageError: If an argument is invalid, or there are no finished runs.
         StorageError: If a run cannot be read or a file cannot be written.
     """
-    from sos.experiments import collect, results
+    from sos.experiments import results
 
-    runs = collect(options.workdir)
-    if not runs:
-        raise UsageError(
-            f"there are no finished runs in {', '.join(options.workdir)}"
-        )
+    runs = finished_runs(*options.workdir)
     table = results.frame(runs)
     if options.where is not None:
         table = _query(table, options.where)

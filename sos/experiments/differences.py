@@ -41,7 +41,7 @@ class Difference:
 
 
 def accuracy_percent(run: FinishedRun) -> float | None:
-    """Returns the accuracy of a run in percent; None if it has none."""
+    """Returns the accuracy of a run in percent; None if it has none, or NaN."""
     value = run.result.metrics.get("accuracy")
     return None if value is None or math.isnan(value) else 100 * value
 
@@ -57,7 +57,8 @@ def target_sparsities(runs: Iterable[FinishedRun]) -> list[float]:
         if there are none.
     """
     targets = {run.target_sparsity for run in runs} - {None}
-    return sorted(targets) or list(SPARSITIES)
+    # A technique of a user may count sparsity in another unit.
+    return sorted(t for t in targets if 0 <= t < 1) or list(SPARSITIES)
 
 
 def seed_of(run: FinishedRun) -> int:
@@ -96,6 +97,8 @@ def by_sparsity(
             curve.setdefault(math.log1p(-sparsity), []).append(y)
     result: dict[float, dict[int, float]] = {}
     for sparsity in sparsities:
+        if sparsity >= 1:
+            continue
         x = math.log1p(-sparsity)
         for seed, curve in curves.items():
             ends = min(curve) - _END_TOLERANCE, max(curve) + _END_TOLERANCE

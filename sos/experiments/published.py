@@ -1,8 +1,8 @@
 """The published results of Gale, Elsen and Hooker 2019 (arXiv 1902.09574).
 
 The authors published tables of every run with their code. They are part of this
-package, in `data/`, with a README that names their source, their licence and
-what was changed.
+package, in `data/`, with a notice of their source, their licence and what was
+changed.
 """
 
 import csv

@@ -125,7 +125,7 @@ class Comparison:
             "published results."
         )
         if self.left_out:
-            caption += f" {self.left_out} runs without the metric are left out."
+            caption += f" Left out, without the metric: {self.left_out} runs."
         score = self.reference.score
         table = Table(
             title=f"{score[0].upper()}{score[1:]} of your runs, and of "
@@ -219,10 +219,10 @@ def scored_runs(
         if math.isfinite(run.result.metrics.get(metric, math.nan))
     ]
     if not scored:
-        names = {name for run in runs for name in run.result.metrics}
+        names = sorted({name for run in runs for name in run.result.metrics})
         raise UsageError(
-            f"No run has the metric {metric!r}. Choose one of theirs with "
-            f"--metric. Received: {', '.join(sorted(names)) or 'none'}"
+            f"No run has a finite metric {metric!r}. Choose another one with "
+            f"--metric. Metrics of the runs: {', '.join(names) or 'none'}"
         )
     return scored
 

@@ -21,7 +21,13 @@ from sos.files import atomic_write, storage_errors
 
 TABLE = "results.csv"
 # Numbers of a result, besides metrics.
-_MEASURED = ("sparsity", "achieved_sparsity", "model_sparsity", "seconds")
+_MEASURED = (
+    "sparsity",
+    "achieved_sparsity",
+    "model_sparsity",
+    "seconds",
+    "multiply_adds",
+)
 # First columns of every table. Other files are not replaced.
 _FIRST_COLUMNS = ("name", "label")
 
@@ -286,7 +292,8 @@ def mean_frame(runs: Iterable[FinishedRun]) -> pd.DataFrame:
     means = []
     for group in points.values():
         table = frame(group)
-        measured = [*_MEASURED, *group[0].result.metrics]
+        metrics = {name for run in group for name in run.result.metrics}
+        measured = {*_MEASURED, *metrics}
         shared = {
             name: values.iloc[0]
             for name, values in table.items()

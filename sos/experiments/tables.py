@@ -68,7 +68,9 @@ def accuracy_table(runs: Iterable[FinishedRun]) -> AccuracyTable:
     rows = []
     for label, group in labels.items():
         dense = [
-            differences.accuracy_percent(r) for r in group if r.result.sparsity is None
+            differences.accuracy_percent(r)
+            for r in group
+            if r.result.sparsity is None
         ]
         values = differences.by_sparsity(group, sparsities)
         columns = [

@@ -66,6 +66,15 @@ def test_command_without_finished_runs_fails(command, tmp_path, fails):
     assert "no finished runs" in message
 
 
+@pytest.mark.parametrize("command", ["figures", "compare", "results"])
+@pytest.mark.parametrize("name", ["missing", "a file"])
+def test_command_without_a_directory_fails(command, name, tmp_path, fails):
+    (tmp_path / "a file").touch()
+    arguments = ["--reference=resnet50"] * (command != "results")
+    message = fails(command, tmp_path / name, *arguments)
+    assert f"There is no directory {tmp_path / name}" in message
+
+
 @pytest.mark.parametrize("command", ["figures", "compare"])
 def test_command_unknown_reference_fails(command, finished, fails):
     assert "'vgg'" in fails(command, finished, "--reference=vgg")

@@ -177,3 +177,20 @@ def test_findings_profile_is_compared_at_the_sparsity_it_reaches():
 def test_signed_has_a_minus_sign_and_no_negative_zero():
     assert conclusions.signed(-1.25) == "−1.2"
     assert conclusions.signed(-0.01) == "+0.0"
+
+
+def test_findings_trunks_of_other_sparsity_at_each_seed_are_one_stratum():
+    runs = []
+    for seed in (0, 1):
+        trunk = make_toy_run("l0", 0.86 + 0.01 * seed, seed, 0.9)
+        trunk = dataclasses.replace(
+            trunk,
+            result=dataclasses.replace(
+                trunk.result, sparsity=0.88 + 0.02 * seed
+            ),
+        )
+        branch = {"name": "scratch", "multiplier": 1, "learning_rate": "scale"}
+        runs += [trunk, make_branch(trunk, "scratch-e", -0.02, branch)]
+    finding = _finding(runs, "Scratch-e does not reach")
+    assert finding.evidence == "89 %: +2.0 [+2.0, +2.0] (2 seeds)."
+    assert finding.verdict == "holds"

@@ -137,3 +137,11 @@ def test_difference_interval_contains_the_true_difference(
         low, high = difference(strata).interval
         hits += low <= 2 <= high
     assert hits / repeats == pytest.approx(expected, abs=0.06)
+
+
+def test_target_sparsities_beyond_one_are_left_out():
+    (run,) = _curve((0.9, 0.8), technique="magnitude")
+    sparsity = {**run.config["sparsity"], "sparsity": 90}
+    run = dataclasses.replace(run, config={**run.config, "sparsity": sparsity})
+    assert differences.target_sparsities([run]) == [*differences.SPARSITIES]
+    assert differences.by_sparsity([run], [1.0]) == {}

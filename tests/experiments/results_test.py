@@ -139,6 +139,16 @@ def test_mean_frame_has_a_row_for_each_point():
     assert not {"seed", "name"} & set(table.columns)
 
 
+def test_mean_frame_numbers_that_differ_between_seeds_are_means():
+    runs = make_study(branches=False)[2:4]
+    for cost, run in zip((100, 300), runs, strict=True):
+        object.__setattr__(run.result, "multiply_adds", cost)
+    # The first one lacks a metric.
+    runs[1].result.metrics["top5"] = 0.9
+    (row,) = results.mean_frame(runs).to_dict("records")
+    assert (row["multiply_adds"], row["top5"]) == (200, 0.9)
+
+
 def test_frame_of_no_runs_has_the_first_columns():
     assert list(results.frame([]).columns) == ["name", "label"]
 

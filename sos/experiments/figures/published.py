@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sos.experiments import published
-from sos.experiments.published_comparison import published_points, scored_runs
 from sos.experiments.figures.curves import Curve, draw_bars, group_curves
 from sos.experiments.figures.style import (
     DENSE_STYLE,
@@ -26,6 +25,7 @@ from sos.experiments.figures.style import (
     technique_style,
 )
 from sos.experiments.published import PublishedPoint, PublishedScore, Reference
+from sos.experiments.published_comparison import published_points, scored_runs
 from sos.experiments.results import FinishedRun
 
 # Lowest score of the axis, by model. Lower ones are counted in a note.

@@ -55,6 +55,7 @@ STYLE = {
     "lines.markeredgecolor": PAPER,
     "lines.markeredgewidth": 0.7,
     "text.color": INK,
+    "text.parse_math": False,  # Labels may have dollar signs.
     "xtick.color": INK,
     "ytick.color": INK,
     "xtick.major.width": 0.8,
