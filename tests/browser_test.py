@@ -190,3 +190,10 @@ def test_report_in_print_has_no_controls_and_is_light(open_page):
     assert page.locator("figure").first.is_visible()
     colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert colour == "rgb(255, 255, 255)"
+
+
+def test_report_in_print_fits_a_page(open_page):
+    # A4 with margins of a centimetre.
+    page = open_page(718)
+    page.emulate_media(media="print")
+    assert page.evaluate("document.documentElement.scrollWidth") == 718

@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from sos.commands.study import finished_runs
+from sos.commands.finished_runs import finished_runs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

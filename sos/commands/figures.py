@@ -8,7 +8,7 @@ models. With both, draws the runs over the best published results.
 import argparse
 from pathlib import Path
 
-from sos.commands.study import finished_runs
+from sos.commands.finished_runs import finished_runs
 from sos.errors import UsageError
 
 

@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sos.commands.study import finished_runs
+from sos.commands.finished_runs import finished_runs
 from sos.errors import UsageError, reason
 from sos.files import atomic_write, storage_errors
 from sos.report import as_text

@@ -18,9 +18,13 @@ class Cell:
 
     def __str__(self) -> str:
         text = f"{self.mean:.1f}"
-        if self.low == self.high:
-            return text
-        return f"{text} ({self.low:.1f}–{self.high:.1f})"
+        return f"{text} ({self.range})" if self.range else text
+
+    @property
+    def range(self) -> str:
+        """The range as text; empty if its rounded ends are equal."""
+        low, high = f"{self.low:.1f}", f"{self.high:.1f}"
+        return "" if low == high else f"{low}–{high}"
 
 
 @dataclasses.dataclass(frozen=True)

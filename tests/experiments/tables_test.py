@@ -22,6 +22,11 @@ def test_accuracy_table_labels_without_accuracy_have_no_row():
     assert [label for label, _ in tables.accuracy_table(runs).rows] == ["dense"]
 
 
+def test_cell_of_equal_rounded_ends_has_no_range():
+    assert str(tables.Cell(86.9, 86.88, 86.92)) == "86.9"
+    assert str(tables.Cell(86.9, 86.8, 87.0)) == "86.9 (86.8–87.0)"
+
+
 def test_accuracy_table_markdown_has_a_line_for_each_row():
     table = tables.accuracy_table(make_study(seeds=[0], branches=False))
     assert table.markdown().splitlines()[:4] == [

@@ -57,8 +57,8 @@ FIGURES = (
     FigureSpec(
         "layerwise",
         "Sparsity of each layer",
-        "The runs of each technique whose overall sparsity is nearest to the "
-        "one that is compared, with the layers in the order of the network.",
+        "Of each technique the runs nearest to one overall sparsity, with the "
+        "layers in the order of the network.",
         draw_layerwise,
     ),
     FigureSpec(
@@ -71,9 +71,10 @@ FIGURES = (
     FigureSpec(
         "training_curves",
         "Training",
-        "Means over the loops of training, and evaluations, of every seed. The "
-        "network becomes sparser in the shaded steps: those of the pruning "
-        "schedule, or of the growth of the penalty.",
+        "Means over the loops of training, and evaluations, of every seed; of "
+        "dense models, of one. The network becomes sparser in the shaded "
+        "steps: those of the pruning schedule, or of the growth of the "
+        "penalty.",
         draw_training_curves,
     ),
     FigureSpec(
@@ -99,7 +100,8 @@ FIGURES = (
         "as three dense forward passes of its batch, because masks save "
         "nothing there, twice as many for variational dropout, which computes "
         "means and variances, and for a branch also the training of its trunk. "
-        "Branches of different trunks are different lines.",
+        "Branches of different trunks are different lines. The plots have "
+        "different ranges of accuracy.",
         draw_costs,
     ),
 )

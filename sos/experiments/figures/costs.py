@@ -30,7 +30,8 @@ def draw_costs(study: Study) -> Figure | None:
 
     The plot of inference has all sparsities, that of training the runs of each
     label, and of each trunk, whose sparsity is nearest to
-    `study.layerwise_sparsity`.
+    `study.layerwise_sparsity`. As these are close together, it has its own
+    range of accuracies.
 
     Args:
         study: The study.
@@ -49,7 +50,7 @@ def draw_costs(study: Study) -> Figure | None:
     if not inference and not training:
         return None
     with matplotlib.rc_context(STYLE):
-        figure, ((left, right),) = new_grid(8.8, 3.9, 1, 2, sharey=True)
+        figure, ((left, right),) = new_grid(8.8, 3.9, 1, 2)
         for axes, drawn, position in (
             (left, inference, inference_cost),
             (right, training, training_cost),

@@ -40,7 +40,7 @@ def draw_training_curves(study: Study) -> Figure | None:
     There is a column for each label, with its runs whose sparsity is nearest to
     `study.layerwise_sparsity`: a line for the loops of each seed, and a marker
     for each evaluation. The steps in which the technique prunes or raises its
-    penalty are shaded. Dense models are drawn in every column.
+    penalty are shaded. One seed of dense models is drawn in every column.
 
     Args:
         study: The study.
@@ -55,7 +55,8 @@ def draw_training_curves(study: Study) -> Figure | None:
     ]
     if not curves:
         return None
-    dense = [run for c in study.dense for point in c.points for run in point]
+    # Dashed lines of several seeds would look like a solid one.
+    dense = [point[0] for curve in study.dense for point in curve.points]
     quantities = _quantities(study, [*_runs(curves), *dense])
     blocks = -(-len(curves) // _MAX_COLUMNS)
     columns = -(-len(curves) // blocks)
