@@ -228,7 +228,8 @@ def test_disk_use_parents_are_not_needed(toy_configs, tmp_path):
 def test_disk_use_counts_the_steps_that_are_kept(
     step, overrides, kept, further, toy_configs, tmp_path
 ):
-    ticket = branch(toy_configs[2], "lottery_ticket", step=step)
+    (trunk,) = sweeps.expand(toy_configs[2], [{"keep_steps": (5,)}])
+    ticket = branch(trunk, "lottery_ticket", step=step)
     one, several = (
         sweeps.estimate_disk_use(
             sweeps.expand(ticket, [changes]),
