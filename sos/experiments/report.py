@@ -57,7 +57,6 @@ def write_report(
     drawn: Iterable[tuple[figures.FigureSpec, Figure]],
     *,
     command: str,
-    seconds: float | None = None,
     eval_examples: int | None = None,
 ) -> None:
     """Writes the report of a study, atomically.
@@ -67,7 +66,6 @@ def write_report(
         study: The runs, of which there is at least one.
         drawn: The figures to show.
         command: The command that makes the study.
-        seconds: How long the command took; None if it is not known.
         eval_examples: Number of evaluation examples; None if it is not known.
 
     Raises:
@@ -121,7 +119,6 @@ def write_report(
         versions=_distinct(run.result.versions for run in runs),
         machine=_distinct(run.result.machine for run in runs),
         training_seconds=sum(run.result.seconds for run in runs),
-        seconds=seconds,
         command=command,
     )
     with (
