@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from sos.experiments.figures.curves import Curve, accuracy, draw_bars
-from sos.experiments.figures.style import log_axis
+from sos.experiments.figures.style import log_axis, set_least_range
 from sos.experiments.results import FinishedRun
 
 _ACCURACIES = (
@@ -16,6 +16,8 @@ _ACCURACIES = (
 )
 # Error at which a model without errors is drawn.
 _LEAST_ERROR = 1e-3
+# Of the limits of errors.
+_LEAST_RANGE = 1.05
 
 #: Returns the place of a run on the x axis; None if it has none.
 Position = Callable[[FinishedRun], float | None]
@@ -24,6 +26,11 @@ Position = Callable[[FinishedRun], float | None]
 def accuracy_axis(axes: Axes) -> None:
     """Makes the y axis one of accuracies."""
     log_axis(axes, "y", _ACCURACIES)
+
+
+def widen_accuracy_axis(axes: Axes) -> None:
+    """Keeps equal accuracies together. Call it when all are drawn."""
+    set_least_range(axes, "y", _LEAST_RANGE)
 
 
 def density(run: FinishedRun) -> float | None:

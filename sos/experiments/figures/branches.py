@@ -10,6 +10,7 @@ from sos.experiments.figures.accuracy_axes import (
     draw_accuracies,
     draw_dense,
     drawable,
+    widen_accuracy_axis,
 )
 from sos.experiments.figures.curves import Curve, seeds_caption
 from sos.experiments.figures.study import Study
@@ -19,9 +20,12 @@ from sos.experiments.figures.style import (
     log_axis,
     new_grid,
     share_legend,
+    wrap,
 )
 
 _MAX_COLUMNS = 3
+# Of a plot, in inches.
+_WIDTH = 4.0
 # Of the density beside branches. Trunks may go on.
 _MARGIN = 1.25
 
@@ -46,7 +50,7 @@ def draw_branches(study: Study) -> Figure | None:
     rows = -(-len(plots) // columns)
     with matplotlib.rc_context(STYLE):
         figure, grid = new_grid(
-            max(6.4, 4.0 * columns),
+            max(6.4, _WIDTH * columns),
             0.4 + 3.4 * rows,
             rows,
             columns,
@@ -61,7 +65,7 @@ def draw_branches(study: Study) -> Figure | None:
             _draw_plot(axes, [*dense, *curves])
             # Also above an empty place.
             axes.tick_params(labelbottom=True)
-            axes.set_title(f"Trunk: {title}", size=10)
+            axes.set_title(wrap(f"Trunk: {title}", _WIDTH - 0.3), size=9)
         densities = [
             density(run)
             for curves in plots.values()
@@ -70,6 +74,7 @@ def draw_branches(study: Study) -> Figure | None:
             for point in curve.points
             for run in point
         ]
+        widen_accuracy_axis(axes)
         axes.set_xlim(_MARGIN * max(densities), min(densities) / _MARGIN)
         figure.supxlabel("Sparsity reached (density on a log scale)", size=10)
         figure.supylabel("Test accuracy (error on a log scale)", size=10)

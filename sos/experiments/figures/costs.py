@@ -15,10 +15,16 @@ from sos.experiments.figures.accuracy_axes import (
     draw_accuracies,
     draw_dense,
     drawable,
+    widen_accuracy_axis,
 )
 from sos.experiments.figures.curves import Curve, seeds_caption
 from sos.experiments.figures.study import Study
-from sos.experiments.figures.style import STYLE, new_grid, share_legend
+from sos.experiments.figures.style import (
+    STYLE,
+    new_grid,
+    set_least_range,
+    share_legend,
+)
 from sos.experiments.results import FinishedRun
 
 # A training step computes outputs, gradients of inputs, gradients of weights.
@@ -80,6 +86,9 @@ def _draw(axes: Axes, curves: list[Curve], position: Position) -> None:
             style = dataclasses.replace(curve.style, marker="8")
             curve = dataclasses.replace(curve, label="_", style=style)
         draw_accuracies(axes, curve, position)
+    widen_accuracy_axis(axes)
+    # At least two of the ticks.
+    set_least_range(axes, "x", 5)
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))

@@ -1,6 +1,7 @@
 """How much the masks of two runs have in common."""
 
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 
 import matplotlib
@@ -17,6 +18,10 @@ from sos.experiments.results import FinishedRun
 # Runs of one label.
 _MAX_SEEDS = 3
 _CELL = 0.4
+# Of a few runs, beside which the label of the colours has its place.
+_LEAST_SIZE = 1.6
+# In a line of a name; three lines are as high as a cell.
+_LETTERS = 46
 
 #: Masks of one run by the paths of the weights.
 Masks = Mapping[str, np.ndarray]
@@ -50,13 +55,16 @@ def draw_mask_overlap(study: Study) -> Figure | None:
             masks = study.masks(one), study.masks(other)
             table[i, j], table[j, i] = overlap(*masks), chance_overlap(*masks)
     names = [
-        f"{run.label} {run.result.sparsity:.1%}, seed {run.config['seed']}"
+        textwrap.fill(
+            f"{run.label} {run.result.sparsity:.1%}, seed {run.config['seed']}",
+            _LETTERS,
+        )
         for run in runs
     ]
-    size = _CELL * len(runs)
-    label = 0.068 * max(map(len, names))
+    size = max(_CELL * len(runs), _LEAST_SIZE)
+    label = 0.068 * max(len(line) for n in names for line in n.splitlines())
     with matplotlib.rc_context(STYLE):
-        figure, axes = new_figure(size + label + 1.3, size + 0.75 * label + 0.6)
+        figure, axes = new_figure(size + label + 1.3, size + label + 0.5)
         greatest = np.nanmax(table, initial=0.01)
         image = draw_cells(
             axes,
@@ -68,9 +76,7 @@ def draw_mask_overlap(study: Study) -> Figure | None:
         axes.set_xticks(range(len(runs)), names)
         axes.set_yticks(range(len(runs)), names)
         axes.tick_params(labelsize=8)
-        axes.tick_params(axis="x", labelrotation=45)
-        for text in axes.get_xticklabels():
-            text.set(ha="right", rotation_mode="anchor")
+        axes.tick_params(axis="x", labelrotation=90)
         _separate(axes, groups.values())
         title = "Below the diagonal: measured. Above: by chance"
         axes.set_title(wrap(title, size + 0.8), size=9, loc="left")

@@ -189,14 +189,22 @@ def share_legend(figure: Figure, title: str | None = None) -> None:
         ):
             handles.setdefault(label, handle)
     # The width of a handle, and of letters.
-    inches = 0.55 + 0.069 * max(map(len, handles))
-    columns = int(figure.get_figwidth() / inches)
-    columns = max(1, min(len(handles), columns))
-    lines = -(-len(handles) // columns) + bool(title)
+    handle, letter = 0.55, 0.069
+    width = figure.get_figwidth()
+    # Between margins.
+    widest = int((width - handle - 0.3) / letter)
+    labels = [textwrap.fill(label, widest) for label in handles]
+    inches = handle + letter * min(max(map(len, handles)), widest)
+    columns = max(1, min(len(labels), int(width / inches)))
+    if columns > 1:
+        lines = -(-len(labels) // columns)
+    else:
+        lines = sum(label.count("\n") + 1 for label in labels)
+    lines += bool(title)
     figure.set_figheight(figure.get_figheight() + 0.19 * lines + 0.1)
     figure.legend(
         [*handles.values()],
-        [*handles],
+        labels,
         loc="outside upper center",
         ncols=columns,
         title=title,
@@ -231,9 +239,9 @@ class _PercentLocator(ticker.Locator):
             # A narrow range, where the scale is almost linear.
             locator = ticker.MaxNLocator(4, steps=[1, 2, 2.5, 5, 10])
             ticks = 1 - locator.tick_values(1 - high, 1 - low)
-            ticks = self._apart(
-                ticks[(ticks >= low) & (ticks <= high)], low, high
-            )
+            # A margin may go beyond 0 %.
+            ticks = ticks[(ticks >= low) & (ticks <= min(high, 1))]
+            ticks = self._apart(ticks, low, high)
         return ticks
 
     def _apart(
@@ -267,6 +275,26 @@ def log_axis(axes: Axes, name: str, percents: Sequence[float]) -> None:
     axis.set_major_locator(_PercentLocator(percents))
     axis.set_major_formatter(lambda value, _: f"{100 * (1 - value):.4g}%")
     axis.set_minor_locator(ticker.NullLocator())
+
+
+def set_least_range(axes: Axes, name: str, factor: float) -> None:
+    """Widens the limits of a log axis that are too near to each other.
+
+    Values that differ only in their last digits would be drawn far apart.
+
+    Args:
+        axes: The axes, with all data.
+        name: "x" or "y".
+        factor: Least quotient of the limits.
+    """
+    axis = axes.xaxis if name == "x" else axes.yaxis
+    low, high = sorted(axis.get_view_interval())
+    if high < factor * low:
+        margin = math.sqrt(factor * low / high)
+        limits = low / margin, high * margin
+        if axis.get_inverted():
+            limits = limits[::-1]
+        axes.set(**{f"{name}lim": limits})
 
 
 def _lighter(colour: str, variant: int) -> str:

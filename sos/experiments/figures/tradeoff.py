@@ -9,6 +9,7 @@ from sos.experiments.figures.accuracy_axes import (
     draw_accuracies,
     draw_dense,
     drawable,
+    widen_accuracy_axis,
 )
 from sos.experiments.figures.curves import seeds_caption
 from sos.experiments.figures.study import Study
@@ -51,6 +52,9 @@ def draw_tradeoff(study: Study) -> Figure | None:
                 draw_dense(axes, curve)
             else:
                 draw_accuracies(axes, curve, density)
+        if all(curve.dense for curve in curves):
+            axes.set_xlim(1.1, 0.09)
+        widen_accuracy_axis(axes)
         axes.set_xlabel("Sparsity reached (density on a log scale)")
         axes.set_ylabel("Test accuracy (error on a log scale)")
         share_legend(figure, seeds_caption(curves))

@@ -106,5 +106,23 @@ def test_draw_costs_places_runs_at_their_costs(study):
     assert "90%" in right.get_xlabel()
 
 
+@pytest.mark.parametrize("label", ["dense", "variational dropout"])
+def test_draw_costs_of_equal_costs_has_ticks_and_points(study, label):
+    figure = draw_costs(Study([r for r in study.runs if r.label == label]))
+    check_texts(figure)
+    for axes in figure.axes:
+        for ticks, limits in (
+            (axes.get_xticks(), axes.get_xlim()),
+            (axes.get_yticks(), axes.get_ylim()),
+        ):
+            low, high = sorted(limits)
+            assert high >= 1.04 * low
+            assert sum(low <= tick <= high for tick in ticks) >= 2
+        inside = axes.transAxes.inverted().transform(
+            axes.transData.transform(axes.lines[-1].get_xydata())
+        )
+        assert np.all((inside > 0.01) & (inside < 0.99))
+
+
 def test_draw_costs_without_multiply_adds_is_none(runs):
     assert draw_costs(Study(runs)) is None

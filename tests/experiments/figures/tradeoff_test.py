@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import matplotlib.colors
@@ -102,6 +103,25 @@ def test_draw_tradeoff_few_techniques_keep_their_colours(runs, axes, kept):
     other = labelled_lines(axes)[label]
     assert line.get_color() == other.get_color()
     assert line.get_marker() == other.get_marker()
+
+
+def test_draw_tradeoff_of_dense_models_has_no_negative_sparsities(runs):
+    (axes,) = draw_tradeoff(Study([r for r in runs if not r.technique])).axes
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert labels and not any("-" in label for label in labels)
+
+
+def test_draw_tradeoff_long_labels_stay_within_the_figure(runs):
+    long = [
+        dataclasses.replace(
+            run, config={**run.config, "label": f"{run.label} {'word ' * 20}"}
+        )
+        for run in runs
+    ]
+    figure = draw_tradeoff(Study(long))
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert 0 <= box.x0 and box.x1 <= figure.bbox.x1
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3])
