@@ -25,10 +25,10 @@ METHOD = (
     "bootstrap over seeds, resampled within each sparsity, in pairs where both "
     "sides have the same seeds. If some sparsities have several seeds, those "
     "with one are left out. A finding holds, or does not hold, if the "
-    "interval excludes zero and the difference is above the standard error "
-    "that the number of test images gives an accuracy. One side matches the "
-    "other if the interval excludes a loss above that standard error. "
-    "Everything else is undecided."
+    "interval excludes zero and the difference is larger than the standard "
+    "error that the number of evaluation examples gives an accuracy. One side "
+    "matches the other if the interval excludes a loss larger than that "
+    "standard error. Everything else is undecided."
 )
 #: What two seeds can give, for readers of a report.
 FEW_SEEDS = (
@@ -395,8 +395,8 @@ class _Comparison:
         if low <= 0 <= high:
             return "The interval contains zero."
         return (
-            "The difference is not above the standard error of an accuracy on "
-            f"the test images, {self.margin:.1f}."
+            "The difference is within the standard error of an accuracy on the "
+            f"evaluation examples, {self.margin:.1f}."
         )
 
 
