@@ -209,7 +209,8 @@ def scored_runs(
         Pairs of a run and its score.
 
     Raises:
-        UsageError: If no run has the metric.
+        UsageError: If no run has the metric, or it is a percentage instead of
+            a fraction.
     """
     metric = metric or reference.metric
     runs = list(runs)
@@ -223,6 +224,12 @@ def scored_runs(
         raise UsageError(
             f"No run has a finite metric {metric!r}. Choose another one with "
             f"--metric. Metrics of the runs: {', '.join(names) or 'none'}"
+        )
+    greatest = max(score for _, score in scored)
+    if reference.scale == 100 and greatest > 100:
+        raise UsageError(
+            f"The metric {metric!r} must be a fraction in [0, 1], as it is "
+            f"compared in percent. Received: {greatest / 100:g}"
         )
     return scored
 

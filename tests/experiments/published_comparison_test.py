@@ -156,6 +156,14 @@ def test_compare_without_the_metric_raises():
         compare([dense(0.7)], "transformer")
 
 
+def test_compare_accuracy_in_percent_raises():
+    with pytest.raises(UsageError, match=r"fraction in \[0, 1\].*: 76\.9"):
+        compare([dense(76.9)], "resnet50")
+    run = dense(0.769)
+    run.result.metrics["bleu"] = 27.3
+    assert only([run], "transformer").score == 27.3
+
+
 def test_compare_some_runs_without_the_metric_counts_them():
     runs = [dense(0.7), dense(math.nan, seed=1)]
     comparison = compare(runs, "resnet50")

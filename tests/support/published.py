@@ -91,7 +91,7 @@ authors repeated a run (dense models, scratch runs, lottery tickets), otherwise
 in points of accuracy or BLEU.
 
 - *Metric*: `accuracy` for ResNet-50, a fraction that is shown in percent, and
-  `bleu` for the Transformer. `--metric` names another one.
+  `bleu` for the Transformer, from 0 to 100. `--metric` names another one.
 - *Kind*: by technique, or by branch and its options. Magnitude pruning with
   rules is compared with the published non-uniform one, and branches only if
   their masks are of magnitude pruning, as the published ones are.
