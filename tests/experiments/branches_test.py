@@ -670,6 +670,23 @@ def test_profile_of_a_pruned_tensor_prunes_it(tmp_path):
         np.testing.assert_array_equal(mask, masks[path])
 
 
+@pytest.mark.parametrize("name", ["lottery_ticket", "transferred_profile"])
+def test_run_of_unnamed_layers_has_the_paths_of_a_new_process(name, tmp_path):
+    keras.layers.Dense(1)
+    trunk = config_lib.resolve(branch_tasks.config("Unnamed"))
+    config = branch_of(name, trunk)
+    for each in (trunk, config):
+        train(each, tmp_path, make_trainer=None)
+    masks = [
+        read_masks(str(directory_of(each, tmp_path)))
+        for each in (trunk, config)
+    ]
+    for each in masks:
+        assert list(each) == ["dense/kernel", "dense_1/kernel"]
+    for path, mask in masks[0].items():
+        assert mask.sum() == masks[1][path].sum()
+
+
 @pytest.fixture(scope="module", params=["Residual", "Transformer"])
 def network(request, tmp_path_factory):
     """A finished trunk of another network, and its work directory."""
