@@ -31,7 +31,9 @@ from sos.wrappers.base import find_wrappers, weights_by_path
 
 
 class Values(NamedTuple):
-    """Values of a checkpoint by canonical path, without technique state.
+    """Values of a checkpoint by canonical path.
+
+    Without those of techniques and of a constant learning rate.
 
     Attributes:
         model: Arrays of the model: weights, batch statistics, random states.
@@ -126,7 +128,7 @@ class Trunk:
         Returns:
             Pairs of a variable and its value: all variables of the model,
             except those of techniques, and the variables of the optimizer that
-            the trunk's has, too.
+            the trunk's has, too, except the learning rate.
 
         Raises:
             UsageError: If there is no checkpoint of the step, or the model has
@@ -221,17 +223,22 @@ def _variables(
 ) -> tuple[dict[str, keras.Variable], dict[str, keras.Variable]]:
     """Returns the variables of a model and its optimizer by canonical path.
 
-    Without the variables of techniques.
+    Without the variables of techniques, and a constant learning rate, which
+    belongs to the config.
     """
-    state = {
+    others = {
         id(variable)
         for technique in find_wrappers(model)
         for variable in keras_compat.own_variables(technique)
     }
+    others |= {
+        id(inner.learning_rate)
+        for inner in (optimizer, *keras_compat.inner_optimizers(optimizer))
+    }
     named = named_variables(model, optimizer)
 
     def select(variables: Collection[keras.Variable]) -> dict:
-        chosen = {id(variable) for variable in variables} - state
+        chosen = {id(variable) for variable in variables} - others
         return {n: v for n, v in named.items() if id(v) in chosen}
 
     return select(model.variables), select(optimizer.variables)
