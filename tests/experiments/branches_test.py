@@ -1,4 +1,5 @@
 import doctest
+import json
 import pathlib
 import shutil
 import signal
@@ -237,6 +238,54 @@ def test_branch_of_a_directory_reads_its_config(workdir):
     ) == config_lib.run_name(branch_of("scratch"))
 
 
+def test_branch_of_a_directory_in_the_home_directory(workdir, monkeypatch):
+    monkeypatch.setenv("HOME", str(workdir))
+    name = config_lib.run_name(trunk_of())
+    values = branch(f"~/{name}/", "scratch")
+    config = with_parent_directory(config_lib.resolve(values), "elsewhere")
+    assert config.parent == f"{workdir}/{name}/"
+
+
+def test_branch_of_a_renamed_directory_raises(copy):
+    directory = directory_of(trunk_of(), copy)
+    parent = str(directory.rename(copy / "best"))
+    with pytest.raises(UsageError, match=directory.name):
+        branch(parent, "scratch")
+    config = branch_of("scratch", overrides={"parent": parent})
+    initialize_fails(config, copy, directory.name)
+
+
+def test_branch_of_a_config_of_another_version_of_the_task_raises(copy):
+    path = directory_of(trunk_of(), copy) / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "dropped": 1}))
+    with pytest.raises(UsageError, match=f"{path.parent}.*'dropped'"):
+        branch(path.parent, "scratch")
+
+
+@pytest.mark.parametrize(
+    ("parent", "directories", "expected"),
+    [
+        # A name is never one of a directory elsewhere.
+        ("run", ["run"], "work/run"),
+        ("run", ["run", "work/run"], "work/run"),
+        ("old/run/", ["old/run", "work/run"], "old/run/"),
+        ("old/run/", ["work/run"], "work/run"),
+        # As given, for the error.
+        ("old/run/", [], "old/run/"),
+        ("ram://parents/run", [], "ram://parents/run"),
+    ],
+)
+def test_parent_is_a_name_in_the_work_directory_or_a_directory(
+    parent, directories, expected, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for directory in directories:
+        pathlib.Path(directory).mkdir(parents=True)
+    config = branch_of("scratch", overrides={"parent": parent})
+    assert with_parent_directory(config, "work").parent == expected
+
+
 def test_branch_of_an_empty_directory_raises(tmp_path):
     with pytest.raises(UsageError, match=str(tmp_path)):
         branch(tmp_path, "scratch")
@@ -249,6 +298,7 @@ def test_branch_of_an_empty_directory_raises(tmp_path):
         ("scratch", {"multiplayer": 2}, "multiplayer"),
         ("scratch", {"multiplier": 0.5}, "0.5"),
         ("scratch", {"learning_rate": "grow", "multiplier": 2}, "schedule"),
+        ("scratch", {"learning_rate": "hold"}, "'hold', multiplier=1"),
         ("lottery_ticket", {"step": -1}, "-1"),
         ("lottery_ticket", {"step": 5}, r"step=5.*\[0, 6, 12\]"),
         ("random_mask", {"step": 1}, "step"),
@@ -270,6 +320,7 @@ def test_branch_of_a_dense_run_raises():
     [
         ({"parent": None}, "parent=None"),
         ({"parent": ""}, "parent"),
+        ({"parent": "runs/.."}, "'runs/..'"),
         ({"branch": {"name": "lottery_ticket", "step": STEPS}}, "step=12"),
         ({"branch": {"name": "lottery_ticket", "at": 1}}, "'at'"),
         ({"branch": {"name": None, "step": 1}}, "'step'"),
@@ -592,6 +643,10 @@ def test_run_rewound_keeps_its_first_and_last_checkpoint(workdir, tmp_path):
     ticket = branch_of("rewound", config, step=8)
     _, optimizer = start(ticket, tmp_path)
     assert int(optimizer.iterations) == 8
+    with pytest.raises(UsageError, match="begins at step 6.*step=4"):
+        branch(config, "lottery_ticket", step=4)
+    with pytest.raises(UsageError, match=r"first, 6, .*\[4\]"):
+        branch_of("rewound", step=6, overrides={"keep_steps": [4]})
 
 
 class StopAt:
