@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from sos import keras_compat
-from sos.errors import UsageError
+from sos.errors import CheckpointError, DamagedCheckpointError, UsageError
 from sos.experiments import config as config_lib
 from sos.experiments.config import run_name
 from sos.experiments.run_files import (
@@ -180,7 +180,13 @@ class Trunk:
                 gradient_accumulation_steps=config.gradient_accumulation_steps,
             )
         checkpoints = self._checkpoints(configuration)
-        checkpoints.restore_step(step, model, optimizer)
+        try:
+            checkpoints.restore_step(step, model, optimizer)
+        except DamagedCheckpointError as error:
+            raise CheckpointError(
+                f"The checkpoint {checkpoints.path(step)} is damaged: {error}. "
+                "Move the directory of the run away and repeat the run."
+            ) from error
         variables, slots = _variables(model, optimizer)
         return Values(_arrays(variables), _arrays(slots))
 

@@ -7,9 +7,10 @@ import signal
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import sos
-from sos.errors import Stopped, UsageError
+from sos.errors import CheckpointError, Stopped, UsageError
 from sos.experiments import branch, branch_registry, run_files, runs
 from sos.experiments import config as config_lib
 from sos.experiments.launchers import TrainerCache
@@ -111,7 +112,7 @@ def dense_values(model):
 def store(config, masks, workdir):
     """Makes a finished run without a training."""
     config = config_lib.resolve(config)
-    directory = directory_of(config, workdir)
+    directory = run_directory(config, workdir)
     result = runs.Result(
         step=1,
         metrics={},
@@ -122,8 +123,9 @@ def store(config, masks, workdir):
         weights=(),
         versions={},
     )
-    run_files.write_config(config_lib.plain(config), str(directory))
-    run_files.write_result(result, masks, str(directory))
+    tf.io.gfile.makedirs(directory)
+    run_files.write_config(config_lib.plain(config), directory)
+    run_files.write_result(result, masks, directory)
     return config
 
 
@@ -558,6 +560,27 @@ def test_start_from_a_trunk_without_step_0(name, copy):
         return
     message = initialize_fails(config, copy, r"step 0.*\[6, 12\]")
     assert "keep_steps=(0,)" in message
+
+
+def test_start_from_a_damaged_checkpoint_names_it(copy):
+    directory = directory_of(trunk_of(), copy) / "checkpoints/step-00000006"
+    (directory / "variables.index").unlink()
+    with pytest.raises(CheckpointError, match=f"{directory} is damaged"):
+        start(branch_of("rewound", step=6), copy)
+
+
+def test_start_from_a_run_that_only_tensorflow_can_read():
+    masks = {
+        "a/kernel": np.eye(6, 16, dtype="uint8"),
+        "b/kernel": np.eye(16, 3, dtype="uint8"),
+    }
+    trunk = store(trunk_of(), masks, "ram://trunks")
+    directory = run_directory(trunk, "ram://trunks")
+    config = config_lib.resolve(branch(f"{directory}/", "scratch"))
+    assert config_lib.parent_name(config) == config_lib.run_name(trunk)
+    model, _ = start(config, "ram://branches")
+    for path, mask in sos.get_masks(model).items():
+        np.testing.assert_array_equal(mask, masks[path])
 
 
 def test_start_with_a_technique_that_changes_masks_raises(workdir):
