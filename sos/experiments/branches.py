@@ -166,6 +166,9 @@ class Scratch(Branch):
         rate, steps = trunk["learning_rate"], trunk["train_steps"]
         scaled = self.learning_rate == "scale"
         label = self._labels[self.multiplier > 1]
+        # As published. Other lengths are other curves in figures.
+        if self.multiplier not in (1, 2):
+            label += f", {self.multiplier:g} times as long"
         if not scaled:
             label += f", {self.learning_rate.replace('_', ' ')}"
         # Otherwise the task has a rate of its own.

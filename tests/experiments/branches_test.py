@@ -159,6 +159,7 @@ def test_branch_has_the_entries_of_the_trunk_and_fixed_masks():
     [
         ("scratch", {}, "scratch-e"),
         ("scratch", {"multiplier": 2}, "scratch-b"),
+        ("scratch", {"multiplier": 1.5}, "scratch-b, 1.5 times as long"),
         ("augmented_init", {}, "augmented init"),
         ("augmented_init", {"multiplier": 2}, "augmented init, scratch-b"),
         ("lottery_ticket", {}, "lottery ticket"),
