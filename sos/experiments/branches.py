@@ -57,8 +57,10 @@ def branch(
 
     Raises:
         UsageError: If the branch or an option is unknown or invalid, the trunk
-            is dense or will not keep a checkpoint that the branch needs, or
-            the seed would give the trunk's weights again.
+            is dense or will not keep a checkpoint that the branch needs, the
+            directory has no run or another name than its run, or the seed
+            would give the trunk's weights again.
+        StorageError: If the config of the run is damaged or cannot be read.
 
     Example:
     >>> import sos.experiments
