@@ -180,44 +180,47 @@ def make_sweep(
             f"{config.sparsity.technique}"
         )
     techniques = techniques or TECHNIQUES
-    profiles = profiles or {}
     examples = _TRAIN_EXAMPLES[config.data.name]
-    pruning = [{"sparsity": sparsity} for sparsity in sparsities]
+    pruned = [{"sparsity": sparsity} for sparsity in sparsities]
     grids: dict[str, list[Overrides]] = {
         "dense": [{}],
-        "magnitude": pruning,
-        "magnitude_dense_first": pruning,
-        "random": pruning,
+        "magnitude": pruned,
+        "magnitude_dense_first": pruned,
+        "random": pruned,
         "variational_dropout": [
             {"penalty_weight": penalty / examples}
             for penalty in variational_dropout
         ],
         "l0": [{"penalty_weight": penalty / examples} for penalty in l0],
     }
-    pruned, penalized = [], []
+
+    def runs(name: str, values: Overrides) -> Iterator[Overrides]:
+        for seed in seeds:
+            overrides = techniques[name](config)
+            overrides["sparsity"].update(values)
+            yield {**overrides, "seed": seed}
+
     for name, grid in grids.items():
         for values in grid:
-            for seed in seeds:
-                overrides = techniques[name](config)
-                overrides["sparsity"].update(values)
-                overrides["seed"] = seed
-                yield overrides
-                # The masks of the small first layer would leave so few weights
-                # that a lottery ticket may begin without an active unit.
-                dense_first = name == "magnitude_dense_first"
-                if dense_first and values["sparsity"] in branched:
-                    pruned += expand(config, [overrides])
-                if name in profiles and values == {
-                    "penalty_weight": profiles[name] / examples
-                }:
-                    penalized += expand(config, [overrides])
+            yield from runs(name, values)
+    # With a dense first layer: masks of the small one would leave so few
+    # weights that a lottery ticket may begin without an active unit.
+    trunks = [
+        trunk
+        for sparsity in branched
+        for trunk in expand(
+            config, runs("magnitude_dense_first", {"sparsity": sparsity})
+        )
+    ]
     for name, options in BRANCHES:
-        for trunk in pruned:
+        for trunk in trunks:
             yield branch(trunk, name, **options)
     # Its `sparsity` is that of the trunk.
     pruning = techniques["magnitude"](config)["sparsity"]
-    for trunk in penalized:
-        yield branch(trunk, "transferred_profile", **pruning)
+    for name, penalty in (profiles or {}).items():
+        values = {"penalty_weight": penalty / examples}
+        for trunk in expand(config, runs(name, values)):
+            yield branch(trunk, "transferred_profile", **pruning)
 
 
 def _dense(config: ml_collections.ConfigDict) -> Overrides:

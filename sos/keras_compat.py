@@ -164,6 +164,22 @@ def only_infers_shapes() -> bool:
 
 
 @contextmanager
+def new_name_counts() -> Iterator[None]:
+    """Numbers unnamed layers as in a new process.
+
+    `keras.utils.clear_session` would also reset settings.
+    """
+    state = inspect.getmodule(keras.backend.get_uid).global_state
+    name = "object_name_uids"
+    before = state.get_global_attribute(name)
+    state.set_global_attribute(name, None)
+    try:
+        yield
+    finally:
+        state.set_global_attribute(name, before)
+
+
+@contextmanager
 def unlocked(layer: keras.layers.Layer) -> Iterator[None]:
     """Allows adding variables and sublayers to a built layer."""
     locked = layer._tracker.locked

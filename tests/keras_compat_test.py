@@ -157,6 +157,16 @@ def test_only_infers_shapes_in_symbolic_calls_alone():
     assert len(seen) == 2 and not any(seen)
 
 
+def test_new_name_counts_begin_at_0_and_end_as_before():
+    layers.Dense(1)
+    policy = keras.config.dtype_policy()
+    with keras_compat.new_name_counts():
+        names = [layers.Dense(1).name for _ in range(2)]
+        assert keras.config.dtype_policy() is policy
+    assert names == ["dense", "dense_1"]
+    assert layers.Dense(1).name not in names[:1]
+
+
 def test_unlocked_layer_takes_sublayers():
     layer = layers.Dense(2)
     layer.build((None, 3))

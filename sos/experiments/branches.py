@@ -21,8 +21,7 @@ from sos.errors import UsageError
 from sos.experiments import branch_registry
 from sos.experiments import config as config_lib
 from sos.experiments.branch_registry import Branch, register
-from sos.experiments.run_files import read_config
-from sos.experiments.trunk import Trunk
+from sos.experiments.trunk import Trunk, read_resolved_config
 from sos.model_masks import set_masks
 from sos.training.learning_rates import lengthen
 from sos.wrappers.base import weights_by_path
@@ -58,8 +57,10 @@ def branch(
 
     Raises:
         UsageError: If the branch or an option is unknown or invalid, the trunk
-            is dense or will not keep a checkpoint that the branch needs, or
-            the seed would give the trunk's weights again.
+            is dense or will not keep a checkpoint that the branch needs, the
+            directory has no run or another name than its run, or the seed
+            would give the trunk's weights again.
+        StorageError: If the config of the run is damaged or cannot be read.
 
     Example:
     >>> import sos.experiments
@@ -106,14 +107,15 @@ def _read_trunk(
     """Returns the config of a trunk, and the entry `parent` of its branches."""
     parent = None
     if isinstance(trunk, str | os.PathLike):
-        parent = os.fspath(trunk)
-        trunk = read_config(parent)
-        if trunk is None:
+        parent = os.path.expanduser(os.fspath(trunk))
+        config = read_resolved_config(parent)
+        if config is None:
             raise UsageError(
                 "`trunk` must be a config or the directory of a run. There is "
                 f"no run in {parent!r}"
             )
-    config = config_lib.resolve(trunk)
+    else:
+        config = config_lib.resolve(trunk)
     name = config_lib.run_name(config)
     values = config_lib.plain(config)
     if values["sparsity"]["technique"] is None and not any(
@@ -148,14 +150,27 @@ class Scratch(Branch):
     _labels: ClassVar[tuple[str, str]] = ("scratch-e", "scratch-b")
 
     def __post_init__(self) -> None:
-        """Checks the multiplier."""
+        """Checks the options."""
         check_number("multiplier", self.multiplier, "[1, inf)")
+        if self.multiplier == 1 and self.learning_rate not in (
+            "scale",
+            "drop_from_start",
+        ):
+            raise UsageError(
+                "The option `learning_rate` of a branch that trains as long as "
+                "its trunk must be 'scale' or 'drop_from_start': no step is "
+                "left at which to hold or to drop the last rate. Received: "
+                f"learning_rate={self.learning_rate!r}, multiplier=1"
+            )
 
     def overrides(self, trunk: dict[str, Any]) -> dict[str, Any]:
         """Returns the label, the longer training and fixed masks."""
         rate, steps = trunk["learning_rate"], trunk["train_steps"]
         scaled = self.learning_rate == "scale"
         label = self._labels[self.multiplier > 1]
+        # As published. Other lengths are other curves in figures.
+        if self.multiplier not in (1, 2):
+            label += f", {self.multiplier:g} times as long"
         if not scaled:
             label += f", {self.learning_rate.replace('_', ' ')}"
         # Otherwise the task has a rate of its own.
@@ -261,11 +276,17 @@ class LotteryTicket(Branch):
         """Returns fixed masks and, if it is rewound, the label.
 
         Raises:
-            UsageError: If the trunk will not keep the checkpoint.
+            UsageError: If the trunk will not have or keep the checkpoint.
         """
+        first = config_lib.first_step(trunk)
+        if self.step < first:
+            raise UsageError(
+                f"The trunk begins at step {first}, and a lottery ticket of it "
+                f"there or later. Received: step={self.step}"
+            )
         kept = set(trunk["keep_steps"])
         if trunk["keep"] != "none":
-            kept |= {config_lib.first_step(trunk), trunk["train_steps"]}
+            kept |= {first, trunk["train_steps"]}
         if trunk["keep"] != "all" and self.step not in kept:
             raise UsageError(
                 "The trunk must keep the checkpoint from which a lottery "

@@ -78,7 +78,8 @@ def base_config() -> ml_collections.ConfigDict:
           replica's batch is split to save memory.
         - `parent`: The finished run that this one starts from: its name, if it
           is in the same work directory, or its directory. Only its name
-          identifies the run.
+          identifies the run, so if the directory is gone, it is looked for
+          in the same work directory.
         - `branch`: How the run starts from `parent`: `name`, one of
           `sos.experiments.branch_registry.branches()`, and its options.
           `sos.experiments.branch` makes the entries of such a run.
@@ -250,7 +251,9 @@ def parent_name(config: Mapping[str, Any]) -> str | None:
         config: A resolved config.
     """
     parent = config["parent"]
-    return parent and os.path.basename(os.path.normpath(parent))
+    if parent is None:
+        return None
+    return os.path.basename(os.path.normpath(parent))
 
 
 def label(config: Mapping[str, Any]) -> str:
@@ -511,10 +514,10 @@ def _check(config: Mapping[str, Any]) -> None:
             raise UsageError(
                 f"`config.{name}` must be a string. Received: {config[name]!r}"
             )
-    if config["parent"] == "":
+    if parent_name(config) in ("", ".", ".."):
         raise UsageError(
-            "`config.parent` must be the name or the directory of a run, or "
-            "None. Received: ''"
+            "`config.parent` must be the name of a run, a directory that ends "
+            f"in it, or None. Received: {config['parent']!r}"
         )
     for name, valid in (("keep", KEEP), ("dtype_policy", _DTYPE_POLICIES)):
         if config[name] not in valid:
@@ -527,20 +530,22 @@ def _check(config: Mapping[str, Any]) -> None:
             raise UsageError(
                 f"`config.{name}` must be a mapping. Received: {config[name]!r}"
             )
-    _check_keep_steps(config["keep_steps"], config["train_steps"])
     _check_sparsity(config["sparsity"], config["train_steps"])
     branch = branch_registry.make(config["branch"])
     if branch is not None:
         branch.check(config)
+    _check_keep_steps(
+        config["keep_steps"], first_step(config), config["train_steps"]
+    )
 
 
-def _check_keep_steps(steps: Any, train_steps: int) -> None:
+def _check_keep_steps(steps: Any, first: int, last: int) -> None:
     if not isinstance(steps, list | tuple) or not all(
-        type(step) is int and 0 <= step <= train_steps for step in steps
+        type(step) is int and first <= step <= last for step in steps
     ):
         raise UsageError(
-            "`config.keep_steps` must be a sequence of steps from 0 to "
-            f"`train_steps`={train_steps}. Received: {steps!r}"
+            "`config.keep_steps` must be a sequence of steps from the first, "
+            f"{first}, to `train_steps`={last}. Received: {steps!r}"
         )
 
 

@@ -30,6 +30,7 @@ from sos.errors import (
 )
 from sos.experiments import runs as runs_lib
 from sos.experiments.config import first_step, parent_name, resolve, run_name
+from sos.experiments.machine import cores
 from sos.experiments.progress import SweepProgress
 from sos.experiments.runs import Result, last_step, run_directory
 from sos.experiments.task import make_task
@@ -102,12 +103,9 @@ class LocalLauncher:
                 f"`workers` must be at least 1. Received: workers={workers}"
             )
         gpus = len(tf.config.list_physical_devices("GPU"))
-        # Absent on some systems.
-        affinity = getattr(os, "sched_getaffinity", None)
-        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-        self.workers = workers or gpus or min(cores, 8)
+        self.workers = workers or gpus or min(cores(), 8)
         # All workers together use all cores.
-        self._threads = max(1, cores // self.workers)
+        self._threads = max(1, cores() // self.workers)
 
     def launch(
         self,

@@ -25,16 +25,20 @@ def describe_machine(strategy: tf.distribute.Strategy) -> dict[str, str]:
     >>> machine["devices"]
     '1'
     """
-    # Absent on some systems.
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return {
         "platform": platform.platform(),
         "processor": processor(),
-        "cores": str(cores),
+        "cores": str(cores()),
         "device": _device_kind(strategy.extended.worker_devices[0]),
         "devices": str(strategy.num_replicas_in_sync),
     }
+
+
+def cores() -> int:
+    """Returns the number of cores that this process may use."""
+    # Absent on some systems.
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def processor() -> str:
@@ -54,7 +58,8 @@ def _device_kind(name: str) -> str:
     device = tf.DeviceSpec.from_string(name)
     kind = device.device_type or "CPU"
     if kind == "GPU":
-        gpu = tf.config.list_physical_devices("GPU")[device.device_index or 0]
+        # Indices count the visible ones.
+        gpu = tf.config.get_visible_devices("GPU")[device.device_index or 0]
         details = tf.config.experimental.get_device_details(gpu)
         return details.get("device_name", kind)
     return kind

@@ -61,7 +61,7 @@ class SweepProgress:
         """
         name = config_lib.run_name(config)
         self._configs[name] = config
-        self._steps[name] = 0
+        self._steps[name] = config_lib.first_step(config)
         if result is not None:
             self._steps[name] = result.step
             self._finished.add(name)

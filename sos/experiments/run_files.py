@@ -5,6 +5,7 @@ import io
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -146,7 +147,14 @@ def read_masks(directory: str) -> dict[str, np.ndarray] | None:
             content = io.BytesIO(file.read())
         with np.load(content, allow_pickle=False) as masks:
             return dict(masks)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (
+        # Of a compression method or encryption that was never used.
+        RuntimeError,
+        ValueError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise _damaged_file_error(path, str(error)) from error
     except (tf.errors.OpError, OSError) as error:
         raise StorageError(f"{path} cannot be read: {error}") from error

@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 import tensorflow as tf
 
+from sos import keras_compat
 from sos.errors import CheckpointError, DirectoryInUseError, UsageError
 from sos.experiments import config as config_lib
 from sos.experiments.machine import describe_machine
@@ -119,7 +120,11 @@ def run(
             path = os.path.join(directory, RESULT)
             print(f"The run is finished: {path}", file=sys.stderr, flush=True)
         return result
-    with config_lib.dtype_policy(config.dtype_policy):
+    with (
+        config_lib.dtype_policy(config.dtype_policy),
+        # Paths of weights name masks, and random numbers depend on them.
+        keras_compat.new_name_counts(),
+    ):
         # For initializers and layers without a seed.
         keras.utils.set_random_seed(config.seed)
         trainer = (make_trainer or _make_trainer)(

@@ -20,6 +20,7 @@ from sos.experiments.runs import (
 )
 from sos.experiments.task import make_task
 from sos.experiments.trunk import with_parent_directory
+from sos.training import trainer
 from sos.training.checkpoints import Checkpoints
 from sos.training.signals import StopSource
 
@@ -181,11 +182,7 @@ def estimate_disk_use(
         task = make_task(_without_parent(config))
         signature = task.compile_signature()
         if signature not in sizes:
-            model = task.build_model()
-            optimizer = task.build_optimizer(model)
-            if not optimizer.built:
-                optimizer.build(model.trainable_variables)
-            sizes[signature] = Checkpoints.nbytes(model, optimizer)
+            sizes[signature] = Checkpoints.nbytes(*trainer.build(task))
         size = sizes[signature]
         begin = config_lib.first_step(config)
         ends = {begin, config.train_steps}

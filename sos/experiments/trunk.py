@@ -11,8 +11,9 @@ import numpy as np
 import tensorflow as tf
 
 from sos import keras_compat
-from sos.errors import UsageError
+from sos.errors import CheckpointError, DamagedCheckpointError, UsageError
 from sos.experiments import config as config_lib
+from sos.experiments.config import run_name
 from sos.experiments.run_files import (
     CHECKPOINTS,
     read_config,
@@ -31,7 +32,9 @@ from sos.wrappers.base import find_wrappers, weights_by_path
 
 
 class Values(NamedTuple):
-    """Values of a checkpoint by canonical path, without technique state.
+    """Values of a checkpoint by canonical path.
+
+    Without those of techniques and of a constant learning rate.
 
     Attributes:
         model: Arrays of the model: weights, batch statistics, random states.
@@ -57,10 +60,11 @@ class Trunk:
         """The resolved config of the run.
 
         Raises:
-            UsageError: If there is no finished run in the directory.
+            UsageError: If there is no finished run in the directory, or as
+                `read_resolved_config`.
         """
-        stored = read_config(self.directory)
-        if stored is None or read_result(self.directory) is None:
+        config = read_resolved_config(self.directory)
+        if config is None or read_result(self.directory) is None:
             raise UsageError(
                 "`config.parent` must be a finished run: its name, if it is in "
                 "the same work directory, or its directory. "
@@ -68,7 +72,7 @@ class Trunk:
             )
         # Not `normpath`, which would change "gs://".
         workdir = os.path.dirname(self.directory.rstrip("/"))
-        return with_parent_directory(config_lib.resolve(stored), workdir)
+        return with_parent_directory(config, workdir)
 
     @property
     def steps(self) -> list[int]:
@@ -126,7 +130,7 @@ class Trunk:
         Returns:
             Pairs of a variable and its value: all variables of the model,
             except those of techniques, and the variables of the optimizer that
-            the trunk's has, too.
+            the trunk's has, too, except the learning rate.
 
         Raises:
             UsageError: If there is no checkpoint of the step, or the model has
@@ -176,7 +180,13 @@ class Trunk:
                 gradient_accumulation_steps=config.gradient_accumulation_steps,
             )
         checkpoints = self._checkpoints(configuration)
-        checkpoints.restore_step(step, model, optimizer)
+        try:
+            checkpoints.restore_step(step, model, optimizer)
+        except DamagedCheckpointError as error:
+            raise CheckpointError(
+                f"The checkpoint {checkpoints.path(step)} is damaged: {error}. "
+                "Move the directory of the run away and repeat the run."
+            ) from error
         variables, slots = _variables(model, optimizer)
         return Values(_arrays(variables), _arrays(slots))
 
@@ -196,6 +206,42 @@ class Trunk:
             )
 
 
+def read_resolved_config(directory: str) -> ml_collections.ConfigDict | None:
+    """Reads and resolves the config of a run that others start from.
+
+    Args:
+        directory: Directory of the run.
+
+    Returns:
+        The config; None if there is no run.
+
+    Raises:
+        UsageError: If the config does not fit the present version of its task,
+            or the directory does not have the name of the run.
+        StorageError: If the file is damaged or cannot be read.
+    """
+    stored = read_config(directory)
+    if stored is None:
+        return None
+    try:
+        config = config_lib.resolve(stored)
+    except UsageError as error:
+        raise UsageError(
+            f"The run {directory} cannot be the parent of others, because its "
+            f"config does not fit this version of its task. {error}"
+        ) from error
+    name, expected = os.path.basename(directory.rstrip("/")), run_name(config)
+    # The name is all that the names of its branches have of it: they would take
+    # the results of another run's for theirs.
+    if name != expected:
+        raise UsageError(
+            "The directory of a parent must be named after its config: "
+            f"{expected}. Received: {directory}. Rename it, or train the run "
+            "with this version of its task."
+        )
+    return config
+
+
 def with_parent_directory(
     config: ml_collections.ConfigDict, workdir: str | os.PathLike
 ) -> ml_collections.ConfigDict:
@@ -203,14 +249,19 @@ def with_parent_directory(
 
     Args:
         config: A resolved config.
-        workdir: Directory of the run and, if `parent` is a name, its parent.
+        workdir: Directory of the run and, if `parent` is a name or a directory
+            that is gone, its parent.
     """
     if config.parent is None:
         return config
     parent = os.path.expanduser(config.parent)
-    if not tf.io.gfile.isdir(parent):
-        workdir = os.path.expanduser(os.fspath(workdir))
-        parent = os.path.join(workdir, parent)
+    workdir = os.path.expanduser(os.fspath(workdir))
+    sibling = os.path.join(workdir, config_lib.parent_name(config))
+    is_name = "/" not in parent
+    if is_name or (
+        tf.io.gfile.isdir(sibling) and not tf.io.gfile.isdir(parent)
+    ):
+        parent = sibling
     changed = ml_collections.ConfigDict(config.to_dict())
     changed.parent = parent
     return changed.lock()
@@ -221,17 +272,22 @@ def _variables(
 ) -> tuple[dict[str, keras.Variable], dict[str, keras.Variable]]:
     """Returns the variables of a model and its optimizer by canonical path.
 
-    Without the variables of techniques.
+    Without the variables of techniques, and a constant learning rate, which
+    belongs to the config.
     """
-    state = {
+    others = {
         id(variable)
         for technique in find_wrappers(model)
         for variable in keras_compat.own_variables(technique)
     }
+    others |= {
+        id(inner.learning_rate)
+        for inner in (optimizer, *keras_compat.inner_optimizers(optimizer))
+    }
     named = named_variables(model, optimizer)
 
     def select(variables: Collection[keras.Variable]) -> dict:
-        chosen = {id(variable) for variable in variables} - state
+        chosen = {id(variable) for variable in variables} - others
         return {n: v for n, v in named.items() if id(v) in chosen}
 
     return select(model.variables), select(optimizer.variables)

@@ -1,4 +1,5 @@
 import doctest
+import json
 import pathlib
 import shutil
 import signal
@@ -6,9 +7,10 @@ import signal
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import sos
-from sos.errors import Stopped, UsageError
+from sos.errors import CheckpointError, Stopped, UsageError
 from sos.experiments import branch, branch_registry, run_files, runs
 from sos.experiments import config as config_lib
 from sos.experiments.launchers import TrainerCache
@@ -110,7 +112,7 @@ def dense_values(model):
 def store(config, masks, workdir):
     """Makes a finished run without a training."""
     config = config_lib.resolve(config)
-    directory = directory_of(config, workdir)
+    directory = run_directory(config, workdir)
     result = runs.Result(
         step=1,
         metrics={},
@@ -121,8 +123,9 @@ def store(config, masks, workdir):
         weights=(),
         versions={},
     )
-    run_files.write_config(config_lib.plain(config), str(directory))
-    run_files.write_result(result, masks, str(directory))
+    tf.io.gfile.makedirs(directory)
+    run_files.write_config(config_lib.plain(config), directory)
+    run_files.write_result(result, masks, directory)
     return config
 
 
@@ -156,6 +159,7 @@ def test_branch_has_the_entries_of_the_trunk_and_fixed_masks():
     [
         ("scratch", {}, "scratch-e"),
         ("scratch", {"multiplier": 2}, "scratch-b"),
+        ("scratch", {"multiplier": 1.5}, "scratch-b, 1.5 times as long"),
         ("augmented_init", {}, "augmented init"),
         ("augmented_init", {"multiplier": 2}, "augmented init, scratch-b"),
         ("lottery_ticket", {}, "lottery ticket"),
@@ -237,6 +241,54 @@ def test_branch_of_a_directory_reads_its_config(workdir):
     ) == config_lib.run_name(branch_of("scratch"))
 
 
+def test_branch_of_a_directory_in_the_home_directory(workdir, monkeypatch):
+    monkeypatch.setenv("HOME", str(workdir))
+    name = config_lib.run_name(trunk_of())
+    values = branch(f"~/{name}/", "scratch")
+    config = with_parent_directory(config_lib.resolve(values), "elsewhere")
+    assert config.parent == f"{workdir}/{name}/"
+
+
+def test_branch_of_a_renamed_directory_raises(copy):
+    directory = directory_of(trunk_of(), copy)
+    parent = str(directory.rename(copy / "best"))
+    with pytest.raises(UsageError, match=directory.name):
+        branch(parent, "scratch")
+    config = branch_of("scratch", overrides={"parent": parent})
+    initialize_fails(config, copy, directory.name)
+
+
+def test_branch_of_a_config_of_another_version_of_the_task_raises(copy):
+    path = directory_of(trunk_of(), copy) / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "dropped": 1}))
+    with pytest.raises(UsageError, match=f"{path.parent}.*'dropped'"):
+        branch(path.parent, "scratch")
+
+
+@pytest.mark.parametrize(
+    ("parent", "directories", "expected"),
+    [
+        # A name is never one of a directory elsewhere.
+        ("run", ["run"], "work/run"),
+        ("run", ["run", "work/run"], "work/run"),
+        ("old/run/", ["old/run", "work/run"], "old/run/"),
+        ("old/run/", ["work/run"], "work/run"),
+        # As given, for the error.
+        ("old/run/", [], "old/run/"),
+        ("ram://parents/run", [], "ram://parents/run"),
+    ],
+)
+def test_parent_is_a_name_in_the_work_directory_or_a_directory(
+    parent, directories, expected, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for directory in directories:
+        pathlib.Path(directory).mkdir(parents=True)
+    config = branch_of("scratch", overrides={"parent": parent})
+    assert with_parent_directory(config, "work").parent == expected
+
+
 def test_branch_of_an_empty_directory_raises(tmp_path):
     with pytest.raises(UsageError, match=str(tmp_path)):
         branch(tmp_path, "scratch")
@@ -249,6 +301,7 @@ def test_branch_of_an_empty_directory_raises(tmp_path):
         ("scratch", {"multiplayer": 2}, "multiplayer"),
         ("scratch", {"multiplier": 0.5}, "0.5"),
         ("scratch", {"learning_rate": "grow", "multiplier": 2}, "schedule"),
+        ("scratch", {"learning_rate": "hold"}, "'hold', multiplier=1"),
         ("lottery_ticket", {"step": -1}, "-1"),
         ("lottery_ticket", {"step": 5}, r"step=5.*\[0, 6, 12\]"),
         ("random_mask", {"step": 1}, "step"),
@@ -270,6 +323,7 @@ def test_branch_of_a_dense_run_raises():
     [
         ({"parent": None}, "parent=None"),
         ({"parent": ""}, "parent"),
+        ({"parent": "runs/.."}, "'runs/..'"),
         ({"branch": {"name": "lottery_ticket", "step": STEPS}}, "step=12"),
         ({"branch": {"name": "lottery_ticket", "at": 1}}, "'at'"),
         ({"branch": {"name": None, "step": 1}}, "'step'"),
@@ -316,6 +370,15 @@ def test_lottery_ticket_starts_from_the_bits_of_the_trunk(technique, workdir):
     masks = read_masks(str(directory_of(trunk, workdir)))
     for path, mask in sos.get_masks(model).items():
         np.testing.assert_array_equal(mask, masks[path])
+
+
+@pytest.mark.parametrize("step", [0, 6])
+def test_lottery_ticket_has_the_learning_rate_of_its_config(step, workdir):
+    overrides = {"optimizer": {"rate": 0.5}}
+    config = branch_of("lottery_ticket", step=step, overrides=overrides)
+    _, optimizer = start(config, workdir)
+    assert float(optimizer.learning_rate) == 0.5
+    assert int(optimizer.iterations) == step
 
 
 @pytest.mark.parametrize("name", ["scratch", "augmented_init", "random_mask"])
@@ -500,6 +563,27 @@ def test_start_from_a_trunk_without_step_0(name, copy):
     assert "keep_steps=(0,)" in message
 
 
+def test_start_from_a_damaged_checkpoint_names_it(copy):
+    directory = directory_of(trunk_of(), copy) / "checkpoints/step-00000006"
+    (directory / "variables.index").unlink()
+    with pytest.raises(CheckpointError, match=f"{directory} is damaged"):
+        start(branch_of("rewound", step=6), copy)
+
+
+def test_start_from_a_run_that_only_tensorflow_can_read():
+    masks = {
+        "a/kernel": np.eye(6, 16, dtype="uint8"),
+        "b/kernel": np.eye(16, 3, dtype="uint8"),
+    }
+    trunk = store(trunk_of(), masks, "ram://trunks")
+    directory = run_directory(trunk, "ram://trunks")
+    config = config_lib.resolve(branch(f"{directory}/", "scratch"))
+    assert config_lib.parent_name(config) == config_lib.run_name(trunk)
+    model, _ = start(config, "ram://branches")
+    for path, mask in sos.get_masks(model).items():
+        np.testing.assert_array_equal(mask, masks[path])
+
+
 def test_start_with_a_technique_that_changes_masks_raises(workdir):
     overrides = {"sparsity": trunk_of().sparsity.to_dict()}
     config = branch_of("lottery_ticket", overrides=overrides)
@@ -583,6 +667,10 @@ def test_run_rewound_keeps_its_first_and_last_checkpoint(workdir, tmp_path):
     ticket = branch_of("rewound", config, step=8)
     _, optimizer = start(ticket, tmp_path)
     assert int(optimizer.iterations) == 8
+    with pytest.raises(UsageError, match="begins at step 6.*step=4"):
+        branch(config, "lottery_ticket", step=4)
+    with pytest.raises(UsageError, match=r"first, 6, .*\[4\]"):
+        branch_of("rewound", step=6, overrides={"keep_steps": [4]})
 
 
 class StopAt:
@@ -670,6 +758,23 @@ def test_profile_of_a_pruned_tensor_prunes_it(tmp_path):
         np.testing.assert_array_equal(mask, masks[path])
 
 
+@pytest.mark.parametrize("name", ["lottery_ticket", "transferred_profile"])
+def test_run_of_unnamed_layers_has_the_paths_of_a_new_process(name, tmp_path):
+    keras.layers.Dense(1)
+    trunk = config_lib.resolve(branch_tasks.config("Unnamed"))
+    config = branch_of(name, trunk)
+    for each in (trunk, config):
+        train(each, tmp_path, make_trainer=None)
+    masks = [
+        read_masks(str(directory_of(each, tmp_path)))
+        for each in (trunk, config)
+    ]
+    for each in masks:
+        assert list(each) == ["dense/kernel", "dense_1/kernel"]
+    for path, mask in masks[0].items():
+        assert mask.sum() == masks[1][path].sum()
+
+
 @pytest.fixture(scope="module", params=["Residual", "Transformer"])
 def network(request, tmp_path_factory):
     """A finished trunk of another network, and its work directory."""
@@ -714,9 +819,8 @@ def test_rewound_network_of_two_replicas_has_the_trunks_values(network):
     values = dense_values(model).values()
     for value, expected in zip(values, stored.model.values(), strict=True):
         np.testing.assert_array_equal(value, expected)
-    for slot, expected in zip(
-        optimizer.variables, stored.optimizer.values(), strict=True
-    ):
+    slots = [v for v in optimizer.variables if v is not optimizer.learning_rate]
+    for slot, expected in zip(slots, stored.optimizer.values(), strict=True):
         np.testing.assert_array_equal(slot.numpy(), expected)
     assert stored.optimizer["optimizer/iteration"] == 2
 

@@ -145,8 +145,9 @@ def fake_workers(monkeypatch):
             if message is None:
                 pipe.close()
                 return
-            pipe.send(message)
+            # Before, because the next run may begin at once.
             received.append(name)
+            pipe.send(message)
 
     def start(pool, index, threads):
         pipe, other = multiprocessing.Pipe()

@@ -137,6 +137,20 @@ def test_sweep_progress_time_left_is_that_of_the_steps_left(toy_configs):
         assert shown.seconds_left() == pytest.approx(10.0 / 8 * 50)
 
 
+def test_sweep_progress_rewound_run_has_only_its_own_steps_left(toy_configs):
+    now = 1000.0
+    shown = progress.SweepProgress(quiet=True, timer=lambda: now)
+    trunk = {**plain(toy_configs[2]), "keep_steps": [8]}
+    ticket = resolve(branch(trunk, "lottery_ticket", step=8))
+    for config in (toy_configs[2], ticket):
+        shown.add(config)
+    with shown:
+        shown.begin(run_name(toy_configs[2]))
+        now += 6.0
+        shown.update(run_name(toy_configs[2]), _summary(6))
+        assert shown.seconds_left() == pytest.approx(6 + 4)
+
+
 def test_sweep_progress_label_with_brackets_is_shown(toy_configs):
     console = Console(file=io.StringIO(), width=120)
     shown = progress.SweepProgress(console)

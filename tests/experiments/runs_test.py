@@ -159,6 +159,21 @@ def test_read_masks_damaged_file_raises(one, content):
         runs.read_masks(str(one))
 
 
+def test_read_masks_damaged_byte_raises_or_is_not_noticed(one):
+    path = one / "masks.npz"
+    content = path.read_bytes()
+    errors = 0
+    for position in range(0, len(content), 3):
+        damaged = bytearray(content)
+        damaged[position] ^= 0x5D
+        path.write_bytes(damaged)
+        try:
+            runs.read_masks(str(one))
+        except StorageError:
+            errors += 1
+    assert errors > len(content) / 3 / 2
+
+
 def test_run_finished_run_is_not_repeated(one):
     result = run(
         toy_experiment.config("magnitude"), one.parent, make_trainer=fail

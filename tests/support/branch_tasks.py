@@ -1,4 +1,4 @@
-"""Tiny networks of the kinds of the study, and one big layer."""
+"""Tiny networks of several kinds, and one big layer."""
 
 import keras
 import numpy as np
@@ -60,6 +60,15 @@ class Transformer(ToyExperiment):
         x = layers.Dropout(0.1, name="dropout")(hidden(hidden(x)) + x)
         logits = table(layers.GlobalAveragePooling1D()(x), reverse=True)
         return self.sparsify(keras.Model(inputs, logits, name="transformer"))
+
+
+class Unnamed(ToyExperiment):
+    """Layers that Keras names."""
+
+    def build_model(self):
+        hidden = layers.Dense(8, activation="relu")
+        model = keras.Sequential([keras.Input((6,)), hidden, layers.Dense(3)])
+        return self.sparsify(model)
 
 
 class Wide(ToyExperiment):
