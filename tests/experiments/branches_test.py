@@ -248,7 +248,11 @@ def test_branch_of_an_empty_directory_raises(tmp_path):
         ("scratched", {}, "scratched"),
         ("scratch", {"multiplayer": 2}, "multiplayer"),
         ("scratch", {"multiplier": 0.5}, "0.5"),
-        ("scratch", {"learning_rate": "grow", "multiplier": 2}, "schedule"),
+        (
+            "scratch",
+            {"learning_rate": "grow", "multiplier": 2},
+            "learning_rate='grow'",
+        ),
         ("lottery_ticket", {"step": -1}, "-1"),
         ("lottery_ticket", {"step": 5}, r"step=5.*\[0, 6, 12\]"),
         ("random_mask", {"step": 1}, "step"),
