@@ -49,16 +49,18 @@ FIGURES = (
     FigureSpec(
         "branches",
         "Is the mask enough?",
-        "Runs that start from the masks of a finished run, the trunk, in the "
-        "plot of the trunk. Axes, means and ranges are those of the accuracy "
-        "against sparsity.",
+        "Networks that are trained with the masks of another run, the trunk. "
+        "Each trunk has a plot, with the axes of accuracy against sparsity. A "
+        "branch on the line of its trunk does as well without the weights that "
+        "pruning found.",
         draw_branches,
     ),
     FigureSpec(
         "layerwise",
         "Sparsity of each layer",
-        "The runs of each technique whose overall sparsity is nearest to the "
-        "one that is compared, with the layers in the order of the network.",
+        "Each technique at one overall sparsity, which is in brackets: the "
+        "nearest to 90 %, unless another one was chosen. The layers are in the "
+        "order of the network.",
         draw_layerwise,
     ),
     FigureSpec(
@@ -71,17 +73,18 @@ FIGURES = (
     FigureSpec(
         "training_curves",
         "Training",
-        "Means over the loops of training, and evaluations, of every seed. The "
-        "network becomes sparser in the shaded steps: those of the pruning "
-        "schedule, or of the growth of the penalty.",
+        "A line for each seed. Each of its points is the mean over the steps "
+        "since the one before. The shaded steps are those of the pruning "
+        "schedule, or in which the penalty grows.",
         draw_training_curves,
     ),
     FigureSpec(
         "mask_churn",
         "Changes of masks",
-        "Fraction of mask elements that change at each update, and of the kept "
-        "ones how many were pruned before it. The schedule alone forces the "
-        "dotted line: elements that must go, while none comes back.",
+        "Above, the fraction of mask elements that each update changes; dotted "
+        "is what the schedule alone needs, if no pruned element comes back. "
+        "Below, the fraction of the kept elements that come back in the "
+        "update.",
         draw_mask_churn,
     ),
     FigureSpec(
