@@ -85,10 +85,10 @@ python -m sos compare runs/imagenet --reference=resnet50 --csv=distances.csv
 ```
 
 Here `runs/imagenet` is a work directory of yours. The first command draws its
-finished runs over the best published results. The second prints how far each of your points, a mean over
-seeds, lies from the published one: in published standard deviations where the
-authors repeated a run (dense models, scratch runs, lottery tickets), otherwise
-in points of accuracy or BLEU.
+finished runs over the best published results. The second prints how far each of
+your points, a mean over seeds, lies from the published one: in published
+standard deviations where the authors repeated a run (dense models, scratch
+runs, lottery tickets), otherwise in points of accuracy or BLEU.
 
 - *Metric*: `accuracy` for ResNet-50, a fraction that is shown in percent, and
   `bleu` for the Transformer. `--metric` names another one.
