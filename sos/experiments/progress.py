@@ -68,11 +68,11 @@ class SweepProgress:
         """
         name = config_lib.run_name(config)
         self._configs[name] = config
-        self._parents[name] = parent
         self._steps[name] = 0
         if result is not None:
             self._steps[name] = result.step
             self._finished.add(name)
+        self._parents[name] = parent
 
     def __enter__(self) -> "SweepProgress":
         """Starts measuring time."""

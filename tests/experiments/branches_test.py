@@ -248,11 +248,7 @@ def test_branch_of_an_empty_directory_raises(tmp_path):
         ("scratched", {}, "scratched"),
         ("scratch", {"multiplayer": 2}, "multiplayer"),
         ("scratch", {"multiplier": 0.5}, "0.5"),
-        (
-            "scratch",
-            {"learning_rate": "grow", "multiplier": 2},
-            "learning_rate='grow'",
-        ),
+        ("scratch", {"learning_rate": "grow", "multiplier": 2}, "schedule"),
         ("lottery_ticket", {"step": -1}, "-1"),
         ("lottery_ticket", {"step": 5}, r"step=5.*\[0, 6, 12\]"),
         ("random_mask", {"step": 1}, "step"),
@@ -289,6 +285,11 @@ def test_resolve_invalid_branch_raises(overrides, part):
 def test_example_of_a_branch_of_your_own_runs():
     results = doctest.testmod(branch_registry)
     assert results.attempted > 0 == results.failed
+
+
+def test_scratch_variant_for_a_task_with_its_own_rate_names_the_option():
+    with pytest.raises(UsageError, match="Received: learning_rate='hold'"):
+        branch(trunk_of(), "scratch", multiplier=2, learning_rate="hold")
 
 
 def test_register_name_of_another_module_raises():

@@ -58,9 +58,8 @@ FIGURES = (
     FigureSpec(
         "layerwise",
         "Sparsity of each layer",
-        "Each technique at one overall sparsity, which is in brackets: the "
-        "nearest to 90 %, unless another one was chosen. The layers are in the "
-        "order of the network.",
+        "Of each technique the runs nearest to one overall sparsity, with the "
+        "layers in the order of the network.",
         draw_layerwise,
     ),
     FigureSpec(
@@ -73,9 +72,10 @@ FIGURES = (
     FigureSpec(
         "training_curves",
         "Training",
-        "A line for each seed. Each of its points is the mean over the steps "
-        "since the one before. The shaded steps are those of the pruning "
-        "schedule, or in which the penalty grows.",
+        "Means over the loops of training, and evaluations, of every seed; of "
+        "dense models, of one. The network becomes sparser in the shaded "
+        "steps: those of the pruning schedule, or of the growth of the "
+        "penalty.",
         draw_training_curves,
     ),
     FigureSpec(
