@@ -14,7 +14,7 @@ or `make study`, which also installs everything. One run of it:
 The argument after the colon is a key of `TECHNIQUES`, followed by
 hyperparameters of the technique, `seed` and `train_steps`; or the name of a
 branch (see `sos.experiments.branch`), followed by `parent`, the directory of
-the finished run whose masks it uses, and options of the branch:
+the finished run that it starts from, `seed` and options of the branch:
 
     python -m models.train --workdir=runs/one \
         --config=configs/fashion_mnist.py:scratch,multiplier=2,parent=runs/one/RUN
@@ -43,7 +43,7 @@ about 90 %: 86.0 (variational dropout) and 86.3 (L0).
 
 On 4,000 test images the standard error of an accuracy is 0.6 points. At 98 %
 the accuracy of magnitude pruning varies by several points between seeds. The
-study takes about twelve minutes on 2 CPU cores.
+study takes about 15 minutes on 2 CPU cores.
 
 The batch size, the number of steps, the optimizer and the learning rate are the
 same for all techniques, and every layer is sparse unless the label says

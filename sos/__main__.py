@@ -1,6 +1,7 @@
 """The command line of the package: `sos COMMAND` or `python -m sos COMMAND`."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -34,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: With code 2 if an argument is invalid or the command fails,
-            with code 130 if Ctrl-C interrupts it.
+            with code 130 if Ctrl-C interrupts it, with code 141 if the reader
+            of its output ends.
     """
     # With `python -m`, `sys.argv[0]` is the path of this file.
     as_module = Path(sys.argv[0]).name == "__main__.py"
@@ -60,11 +62,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with startup.quiet():
         tf.config.list_physical_devices()
     try:
-        print(options.run(options))
+        print(options.run(options), flush=True)
     except ReportedError as error:
         options.command.exit(2, f"{options.command.prog}: error: {error}\n")
     except KeyboardInterrupt:
         options.command.exit(128 + signal.SIGINT, "\nInterrupted.\n")
+    except BrokenPipeError:
+        # The reader has what it wants, as in `sos results DIR | head`. Python
+        # would complain when it flushes the rest.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,8 @@ def _check(weights: dict[str, SparseWeight], path: Any, mask: Any) -> Any:
         raise UsageError(
             f"The model has no sparse weight {path!r}. Its sparse weights: "
             f"{format_values(weights) or 'none'}. `sos.sparsity_report` "
-            "prints all weights with their techniques."
+            "prints all weights with their techniques. Give layers names: "
+            "Keras numbers those without one anew in each model."
         )
     technique = weights[path].technique
     if not isinstance(technique, MaskedWrapper):

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import pathlib
 import sys
 import zipfile
@@ -78,6 +79,18 @@ def test_command_line_interrupted_exits_with_130(monkeypatch, capsys):
         main(["report", "model.keras"])
     assert error.value.code == 130
     assert capsys.readouterr().err == "\nInterrupted.\n"
+
+
+def test_command_line_reader_that_ends_exits_quietly(monkeypatch, capfd):
+    monkeypatch.setattr("sos.commands.report.run", lambda options: "a line")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        with pytest.raises(SystemExit) as error:
+            main(["report", "model.keras"])
+    assert error.value.code == 141
+    assert capfd.readouterr().err == ""
 
 
 def test_command_csv_that_cannot_be_written_ends_with_one_line(

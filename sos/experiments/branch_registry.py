@@ -212,7 +212,7 @@ def make(entries: Mapping[str, Any]) -> Branch | None:
     unknown = sorted(set(values) - set(valid))
     if unknown:
         raise UsageError(
-            f"The branch {name!r} has the options "
+            f"Valid options of the branch {name!r}: "
             f"{format_values(valid) or 'none'}. "
             f"Received: {format_values(unknown)}"
         )

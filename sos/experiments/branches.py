@@ -173,8 +173,13 @@ class Scratch(Branch):
             label += f", {self.multiplier:g} times as long"
         if not scaled:
             label += f", {self.learning_rate.replace('_', ' ')}"
-        # Otherwise the task has a rate of its own.
-        if "schedule" in rate or not scaled:
+        if "schedule" not in rate and not scaled:
+            raise UsageError(
+                "The option `learning_rate` must be 'scale' for a task whose "
+                "config has no `learning_rate.schedule`. "
+                f"Received: learning_rate={self.learning_rate!r}"
+            )
+        if "schedule" in rate:
             rate = lengthen(
                 rate,
                 train_steps=steps,
@@ -290,7 +295,8 @@ class LotteryTicket(Branch):
         if trunk["keep"] != "all" and self.step not in kept:
             raise UsageError(
                 "The trunk must keep the checkpoint from which a lottery "
-                f"ticket starts: set its `keep_steps=({self.step},)`. "
+                f"ticket starts: set its `keep_steps=({self.step},)`. If it is "
+                "finished, move its directory away and train it again. "
                 f"Received: step={self.step}, and a trunk that keeps the steps "
                 f"{sorted(kept)}"
             )

@@ -45,19 +45,26 @@ class SweepProgress:
         )
         self._timer = timer
         self._configs: dict[str, Mapping[str, Any]] = {}
+        self._parents: dict[str, Mapping[str, Any] | None] = {}
         self._steps: dict[str, int] = {}
         self._finished: set[str] = set()
         self._running: dict[str, None] = {}
         self._waiting = False
 
     def add(
-        self, config: Mapping[str, Any], result: Result | None = None
+        self,
+        config: Mapping[str, Any],
+        result: Result | None = None,
+        *,
+        parent: Mapping[str, Any] | None = None,
     ) -> None:
         """Adds a run of the sweep, before it begins.
 
         Args:
             config: Resolved config.
             result: Result of the run if it is already finished.
+            parent: Config of the run that it starts from, unless that one is
+                added, too.
         """
         name = config_lib.run_name(config)
         self._configs[name] = config
@@ -65,6 +72,7 @@ class SweepProgress:
         if result is not None:
             self._steps[name] = result.step
             self._finished.add(name)
+        self._parents[name] = parent
 
     def __enter__(self) -> "SweepProgress":
         """Starts measuring time."""
@@ -183,8 +191,8 @@ class SweepProgress:
 
     def _title(self, name: str) -> str:
         config = self._configs[name]
-        parent = config_lib.parent_name(config)
-        return run_title(config, self._configs.get(parent))
+        parent = self._configs.get(config_lib.parent_name(config))
+        return run_title(config, parent or self._parents[name])
 
     def _show(self) -> None:
         seconds_left = self.seconds_left()

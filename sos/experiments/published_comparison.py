@@ -131,13 +131,15 @@ class Comparison:
             title=f"{score[0].upper()}{score[1:]} of your runs, and of "
             f"{self.reference.title} in the paper",
             box=rich.box.SIMPLE_HEAD,
+            show_edge=False,
+            collapse_padding=True,
             caption=caption,
             caption_justify="left",
         )
         table.add_column("your runs", overflow="fold")
-        for heading in ("number", "sparsity", "yours", "published", "distance"):
+        for heading in ("runs", "sparsity", "yours", "published", "distance"):
             table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("compared with")
+        table.add_column("compared with", overflow="fold")
         for point in self.points:
             table.add_row(*_cells(point))
         return table
@@ -321,7 +323,7 @@ def _cells(point: ComparedPoint) -> Iterator[str]:
         yield from ("–", "–")
     elif point.published_sd is None:
         yield f"{point.published_score:.2f}"
-        yield f"{point.difference:+.2f} points"
+        yield f"{point.difference:+.2f}"
     else:
         yield f"{point.published_score:.2f} ± {point.published_sd:.2f}"
         yield f"{point.deviations:+.1f} sd"

@@ -12,6 +12,7 @@ from sos.errors import ReportedError, UsageError
 from sos.experiments import config as config_lib
 from sos.experiments.launchers import Launcher, LocalLauncher
 from sos.experiments.progress import SweepProgress
+from sos.experiments.run_files import read_config
 from sos.experiments.runs import (
     Result,
     find_result,
@@ -255,7 +256,10 @@ def run_sweep(
         result = find_result(config, workdir)
         if result is None:
             pending.append(config)
-        progress.add(config, result)
+        parent = None
+        if config.parent is not None:
+            parent = read_config(with_parent_directory(config, workdir).parent)
+        progress.add(config, result, parent=parent)
     _check_parents(pending, workdir)
     with progress:
         failures = launcher.launch(

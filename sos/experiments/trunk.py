@@ -167,10 +167,11 @@ class Trunk:
         config = self.config
         if step not in self.steps:
             raise UsageError(
-                f"The run {self.directory} has no checkpoint of step {step} "
-                f"any more, only those of the steps {self.steps}. Repeat it "
-                "with the config entry `keep='trunk'`, which keeps the first "
-                f"and the last one, `keep_steps=({step},)` or `keep='all'`."
+                f"The run {self.directory} has no checkpoint of step {step}, "
+                f"only those of the steps {self.steps}. Move its directory "
+                "away and train it again with the config entry `keep='trunk'`, "
+                "which keeps the first and the last one, "
+                f"`keep_steps=({step},)` or `keep='all'`."
             )
         with config_lib.dtype_policy(config.dtype_policy):
             task = config_lib.load_task(config.task)(config)

@@ -341,6 +341,11 @@ def test_example_of_a_branch_of_your_own_runs():
     assert results.attempted > 0 == results.failed
 
 
+def test_scratch_variant_for_a_task_with_its_own_rate_names_the_option():
+    with pytest.raises(UsageError, match="Received: learning_rate='hold'"):
+        branch(trunk_of(), "scratch", multiplier=2, learning_rate="hold")
+
+
 def test_register_name_of_another_module_raises():
     with pytest.raises(UsageError, match="scratch"):
         branch_registry.register("scratch")(Trunk)

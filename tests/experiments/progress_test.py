@@ -105,6 +105,19 @@ def test_sweep_progress_has_a_line_for_each_run(sweep, toy_configs):
     assert "accuracy 85.00%  sparsity 90.00%" in lines[2]
 
 
+def test_sweep_progress_branch_of_a_run_outside_has_its_hyperparameters(
+    toy_configs,
+):
+    trunk = toy_configs[2]
+    config = resolve(branch(trunk, "scratch"))
+    console = Console(file=io.StringIO(), width=120)
+    shown = progress.SweepProgress(console)
+    shown.add(config, parent=plain(trunk))
+    with shown:
+        shown.finish(run_name(config), make_result())
+    assert "scratch-e 0.8, seed 1000" in console.file.getvalue()
+
+
 def test_sweep_progress_names_what_was_finished_before(toy_configs):
     console = Console(file=io.StringIO(), width=120)
     shown = progress.SweepProgress(console)

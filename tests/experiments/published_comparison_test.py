@@ -186,10 +186,10 @@ def test_comparison_printed_has_a_row_for_each_point():
     rows = [" ".join(line.split()) for line in lines]
     assert "Top-1 accuracy (%)" in rows[0]
     start = rows.index(
-        "magnitude pruning 1 90.0% 73.00 73.91 -0.91 points best of 51 runs"
+        "magnitude pruning 1 90.0% 73.00 73.91 -0.91 best of 51 runs"
     )
     assert rows[start + 1 : start + 4] == [
-        "magnitude pruning 1 95.0% 74.00 70.59 +3.41 points best of 22 runs",
+        "magnitude pruning 1 95.0% 74.00 70.59 +3.41 best of 22 runs",
         "dense 1 0.0% 76.00 76.69 ± 0.11 -6.5 sd mean of 3 runs",
         "fixed mask 1 95.0% 62.00 62.63 ± 0.09 -7.0 sd mean of 9 runs: "
         "scratch-e",

@@ -45,7 +45,7 @@ TEXT = """\
 # The published results
 
 Gale, Elsen and Hooker published with their paper ([arXiv
-1902.09574](https://arxiv.org/abs/1902.09574)) the results of every run:
+1902.09574](https://arxiv.org/abs/1902.09574)) the results of their runs:
 {rows:,} rows of {tables} tables, for ResNet-50 on ImageNet and a Transformer on
 WMT 2014 English-German. They are part of this package, so that the figures of
 the paper can be made from its data, and your runs compared with them.
@@ -59,9 +59,9 @@ python -m sos figures --reference=resnet50
 python -m sos figures --reference=transformer
 ```
 
-draws two figures each. The first shows all scores. A line joins those of a
-technique that none of its other scores exceeds at the same sparsity or a higher
-one.
+draws two figures each, as PNG files in the current directory or in
+`--out=DIRECTORY`. The first shows all scores. A line joins those of a technique
+that none of its other scores exceeds at the same sparsity or a higher one.
 
 ![All scores of ResNet-50 against sparsity](published_resnet50.png)
 
@@ -84,11 +84,11 @@ python -m sos figures runs/imagenet --reference=resnet50
 python -m sos compare runs/imagenet --reference=resnet50 --csv=distances.csv
 ```
 
-The first command draws the finished runs of a work directory over the best
-published results. The second prints how far each of your points, a mean over
-seeds, lies from the published one: in published standard deviations where the
-authors repeated a run (dense models, scratch runs, lottery tickets), otherwise
-in points of accuracy or BLEU.
+Here `runs/imagenet` is a work directory of yours. The first command draws its
+finished runs over the best published results. The second prints how far each of
+your points, a mean over seeds, lies from the published one: in published
+standard deviations where the authors repeated a run (dense models, scratch
+runs, lottery tickets), otherwise in points of accuracy or BLEU.
 
 - *Metric*: `accuracy` for ResNet-50, a fraction that is shown in percent, and
   `bleu` for the Transformer, from 0 to 100. `--metric` names another one.

@@ -49,9 +49,10 @@ FIGURES = (
     FigureSpec(
         "branches",
         "Is the mask enough?",
-        "Runs that start from the masks of a finished run, the trunk, in the "
-        "plot of the trunk. Axes, means and ranges are those of the accuracy "
-        "against sparsity.",
+        "Networks that are trained with the masks of another run, the trunk. "
+        "Each trunk has a plot, with the axes of accuracy against sparsity. A "
+        "branch on the line of its trunk does as well without the weights that "
+        "pruning found.",
         draw_branches,
     ),
     FigureSpec(
@@ -80,9 +81,10 @@ FIGURES = (
     FigureSpec(
         "mask_churn",
         "Changes of masks",
-        "Fraction of mask elements that change at each update, and of the kept "
-        "ones how many were pruned before it. The schedule alone forces the "
-        "dotted line: elements that must go, while none comes back.",
+        "Above, the fraction of mask elements that each update changes; dotted "
+        "is what the schedule alone needs, if no pruned element comes back. "
+        "Below, the fraction of the kept elements that come back in the "
+        "update.",
         draw_mask_churn,
     ),
     FigureSpec(
