@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import keras
+import ml_collections
 
 from sos.arguments import format_values
 from sos.errors import UsageError
@@ -108,7 +109,7 @@ class Branch:
         model: keras.Model,
         optimizer: keras.optimizers.Optimizer,
         *,
-        seed: int,
+        config: ml_collections.ConfigDict,
     ) -> None:
         """Sets the initial values of a run; see `Task.initialize`.
 
@@ -118,7 +119,7 @@ class Branch:
             trunk: The trunk.
             model: The new sparse model.
             optimizer: Its optimizer, built.
-            seed: Seed of the run.
+            config: The resolved config of the run.
         """
 
 

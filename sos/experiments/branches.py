@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import keras
+import ml_collections
 import numpy as np
 
 import sos
@@ -199,9 +200,18 @@ class Scratch(Branch):
         model: keras.Model,
         optimizer: keras.optimizers.Optimizer,
         *,
-        seed: int,
+        config: ml_collections.ConfigDict,
     ) -> None:
-        """Sets the trunk's masks, after checking that the weights are fresh."""
+        """Sets the trunk's masks, after checking steps and weights."""
+        steps = round(self.multiplier * trunk.config.train_steps)
+        if config.train_steps != steps:
+            # An override of one entry leaves the others as they were.
+            raise UsageError(
+                f"A branch with multiplier={self.multiplier} of a run of "
+                f"{trunk.config.train_steps} steps must train for {steps}. "
+                f"Received: config.train_steps={config.train_steps}. Make the "
+                "config with `sos.experiments.branch(..., multiplier=...)`."
+            )
         masks = _fixed_masks(trunk, model)
         _check_fresh(trunk, model, optimizer)
         set_masks(model, masks)
@@ -237,10 +247,10 @@ class AugmentedInit(Scratch):
         model: keras.Model,
         optimizer: keras.optimizers.Optimizer,
         *,
-        seed: int,
+        config: ml_collections.ConfigDict,
     ) -> None:
         """Sets the trunk's masks and scales the fresh weights."""
-        super().initialize(trunk, model, optimizer, seed=seed)
+        super().initialize(trunk, model, optimizer, config=config)
         for path, weight in weights_by_path(model).items():
             density = np.mean(trunk.masks[path])
             if density > 0:
@@ -320,7 +330,7 @@ class LotteryTicket(Branch):
         model: keras.Model,
         optimizer: keras.optimizers.Optimizer,
         *,
-        seed: int,
+        config: ml_collections.ConfigDict,
     ) -> None:
         """Sets the trunk's masks and the values of its checkpoint."""
         masks = _fixed_masks(trunk, model)
@@ -345,11 +355,11 @@ class RandomMask(Branch):
         model: keras.Model,
         optimizer: keras.optimizers.Optimizer,
         *,
-        seed: int,
+        config: ml_collections.ConfigDict,
     ) -> None:
         """Sets the masks, a function of the seed and the weights' paths."""
         masks = {
-            path: random_mask(path, mask.shape, int(mask.sum()), seed)
+            path: random_mask(path, mask.shape, int(mask.sum()), config.seed)
             for path, mask in _fixed_masks(trunk, model).items()
         }
         set_masks(model, masks)
@@ -419,7 +429,7 @@ class TransferredProfile(Branch):
         model: keras.Model,
         optimizer: keras.optimizers.Optimizer,
         *,
-        seed: int,
+        config: ml_collections.ConfigDict,
     ) -> None:
         """Checks that the masks are of this model."""
         trunk.masks_for(model)

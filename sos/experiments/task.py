@@ -139,7 +139,7 @@ class ExperimentTask(Task):
                 Trunk(self.config.parent),
                 model,
                 optimizer,
-                seed=self.config.seed,
+                config=self.config,
             )
 
     def sparsify(self, model: keras.Model) -> keras.Model:

@@ -527,6 +527,12 @@ def test_start_from_an_unfinished_run_raises(copy):
     initialize_fails(branch_of("scratch"), copy, "finished")
 
 
+def test_start_from_scratch_for_other_steps_than_the_multiplier_raises(workdir):
+    values = branch_of("scratch").to_dict()
+    values["branch"]["multiplier"] = 2
+    initialize_fails(config_lib.resolve(values), workdir, "train for 24")
+
+
 def test_start_from_a_dense_run_raises(workdir):
     parent = config_lib.run_name(trunk_of("dense"))
     config = branch_of("scratch", overrides={"parent": parent})

@@ -17,13 +17,19 @@ import dataclasses
 import decimal
 import io
 import lzma
+import os
 import pathlib
 import statistics
 import sys
 
-from sos.experiments import published
-from sos.experiments.figures import published as drawing
-from sos.experiments.published import BEST, REFERENCES, RESULTS
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from sos import startup
+
+with startup.quiet():
+    from sos.experiments import published
+    from sos.experiments.figures import published as drawing
+    from sos.experiments.published import BEST, REFERENCES, RESULTS
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DATA = ROOT / "sos/experiments/data"
