@@ -21,6 +21,7 @@ import sos.training.tpu_check
 # Its task is in the examples of `sos.experiments`.
 from models import fashion_mnist as fashion_mnist
 from sos import registry
+from sos.experiments import branch_registry
 
 # Packages and modules whose public objects need an example: those in `__all__`
 # or, without it, all classes and functions of the module. Examples of a package
@@ -86,13 +87,18 @@ def test_public_objects_have_examples(package):
 )
 def test_examples_of_public_objects_run(package, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # Examples register techniques. Other tests may have used their names.
-    own = {
-        name: technique
-        for name, technique in registry.techniques().items()
-        if technique.__module__.startswith("sos.")
-    }
-    monkeypatch.setattr(registry, "_techniques", own)
+    # Examples register techniques and branches. Other tests may have used their
+    # names.
+    for module, name, registered in (
+        (registry, "_techniques", registry.techniques()),
+        (branch_registry, "_branches", branch_registry.branches()),
+    ):
+        own = {
+            key: value
+            for key, value in registered.items()
+            if value.__module__.startswith("sos.")
+        }
+        monkeypatch.setattr(module, name, own)
     # AutoGraph looks for the module of the functions in examples.
     namespace = {"__name__": package.__name__}
     runner = doctest.DocTestRunner(optionflags=doctest.FAIL_FAST)
