@@ -19,6 +19,9 @@ from sos.experiments import branch_registry
 # and Ito 2008), each with a marker for prints in grey.
 _COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
+# Place of models that are sparse by rules alone, after the techniques of the
+# package.
+_RULES = 5
 # For variants of one technique, such as those with other rules.
 _LINES = ("-", (0, (4, 1.5)), (0, (1.5, 1.5)))
 # Those of branches, which are drawn beside techniques: far from the colours of
@@ -107,7 +110,11 @@ def technique_style(technique: str | None, variant: int = 0) -> Style:
         variant: Number of the variant, such as one with other rules. Those
             from 1 on are lighter, with open markers and other lines.
     """
-    index = _index(technique, sos.extend.techniques())
+    index = _RULES
+    if technique is not None:
+        index = _index(technique, sos.extend.techniques())
+        # Techniques of users come after it.
+        index += index >= _RULES
     return _style(index, variant, _COLOURS, _MARKERS, _LINES)
 
 

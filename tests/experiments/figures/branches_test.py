@@ -3,6 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from sos import registry
 from sos.experiments import branch_registry
 from sos.experiments.figures.branches import draw_branches
 from sos.experiments.figures.study import Study
@@ -90,6 +91,19 @@ def test_branch_style_differs_between_branches_and_from_techniques():
         variants
     )
     assert not {s.line for s in variants} & {s.line for s in techniques}
+
+
+def test_technique_style_of_a_users_technique_leaves_the_others(monkeypatch):
+    own = [
+        name
+        for name, cls in registry.techniques().items()
+        if cls.__module__.startswith("sos.")
+    ]
+    monkeypatch.setattr(registry, "_techniques", dict.fromkeys(own, object))
+    before = {name: technique_style(name) for name in (*own, None)}
+    monkeypatch.setitem(registry._techniques, "Mine", object)
+    assert technique_style("Mine") not in before.values()
+    assert {name: technique_style(name) for name in before} == before
 
 
 def test_branch_style_of_a_users_branch_leaves_the_others(monkeypatch):
