@@ -13,7 +13,7 @@ from sos.wrappers.sparse_weight import SparseWeight
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskChanges:
-    """What an update changed, over all masks that it updated.
+    """Counts of the changes of an update, over all its masks.
 
     Attributes:
         elements: Number of elements of the masks.

@@ -1,4 +1,4 @@
-"""What figures show, read from matplotlib's objects."""
+"""Reads what figures show from matplotlib's objects."""
 
 import dataclasses
 import itertools
