@@ -29,9 +29,6 @@ def sample_gate(log_alpha: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
         Gates in [0, 1], float32 of the same shape.
     """
     u = noise.uniform(tf.shape(log_alpha), key)
-    # u is a multiple of 2^-23 in [0, 1). Half a step more keeps both logarithms
-    # finite and the distribution symmetric.
-    u = u + 2.0**-24
     logit = tf.math.log(u) - tf.math.log1p(-u)
     s = tf.sigmoid((logit + log_alpha) / BETA)
     return tf.clip_by_value(s * (ZETA - GAMMA) + GAMMA, 0.0, 1.0)
