@@ -9,6 +9,7 @@ import scipy.stats
 import tensorflow as tf
 
 import sos
+from sos import noise
 from sos.wrappers import l0
 from tests.support import techniques
 
@@ -80,16 +81,151 @@ def test_sampled_gates_are_hard_concrete(log_alpha):
     assert scipy.stats.kstest(within, "uniform").pvalue > 1e-3
 
 
-def test_sampled_gates_are_finite_at_all_noise_and_extreme_log_alpha():
-    log_alpha = tf.repeat(tf.constant([-1e5, -80.0, 0.0, 80.0, 1e5]), 100_000)
+def eager(function):
+    return function
+
+
+def graph(function):
+    return tf.function(function)
+
+
+def xla(function):
+    return tf.function(function, jit_compile=True)
+
+
+MODES = [eager, graph, xla]
+KEY = tf.constant([3, 4])
+
+
+def with_gradient(log_alpha, upstream=1.0):
+    """Gates, and the gradient of their weighted sum by log alpha."""
     with tf.GradientTape() as tape:
         tape.watch(log_alpha)
-        z = l0.sample_gate(log_alpha, [1, 2])
-    z, gradient = z.numpy(), tape.gradient(z, log_alpha).numpy()
-    assert np.isfinite(z).all()
-    assert np.isfinite(gradient).all()
-    assert (z[:200_000] == 0).all()
-    assert (z[300_000:] == 1).all()
+        gate = l0.sample_gate(log_alpha, KEY)
+    return gate, tape.gradient(
+        gate, log_alpha, tf.fill([gate.shape[0]], upstream)
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sampled_gates_equal_the_formula_of_the_paper_in_float64(mode):
+    count = 100_000
+    log_alpha = techniques.normal(count, seed=1, scale=4)
+    u = np.float64(noise.uniform([count], KEY))
+    gate, gradient = mode(with_gradient)(tf.constant(log_alpha))
+    expected = gate_of(u, np.float64(log_alpha))
+    np.testing.assert_allclose(gate, expected, rtol=0, atol=3e-7)
+    s = scipy.special.expit((scipy.special.logit(u) + log_alpha) / BETA)
+    inside = (expected > 0) & (expected < 1)
+    slope = np.where(inside, s * (1 - s) * (ZETA - GAMMA) / BETA, 0.0)
+    # Rounding alone decides whether gates next to 0 and 1 are clipped.
+    decided = np.minimum(abs(expected), abs(expected - 1)) > 1e-6
+    decided |= ~inside
+    np.testing.assert_allclose(
+        gradient.numpy()[decided], slope[decided], rtol=0, atol=1e-6
+    )
+    assert 20_000 < inside.sum() < 80_000
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sampled_gates_at_extreme_log_alpha_are_zero_and_one(mode):
+    count = 10_000
+    log_alpha = [-np.inf, -1e5, -88.0, 88.0, 1e5, np.inf]
+    gate, gradient = mode(with_gradient)(
+        tf.repeat(tf.constant(log_alpha, tf.float32), count)
+    )
+    np.testing.assert_array_equal(
+        np.reshape(gate, [6, count])[:, 0], [0, 0, 0, 1, 1, 1]
+    )
+    assert np.ptp(np.reshape(gate, [6, count]), axis=1).max() == 0
+    np.testing.assert_array_equal(gradient, np.zeros(6 * count))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sampled_gates_of_nan_and_of_nan_upstream_are_nan(mode):
+    log_alpha = tf.constant([np.nan, 0.0], tf.float32)
+    gate, gradient = mode(with_gradient)(log_alpha)
+    np.testing.assert_array_equal(np.isnan(gate), [True, False])
+    np.testing.assert_array_equal(np.isnan(gradient), [True, False])
+    _, gradient = mode(with_gradient)(tf.zeros(1000), np.nan)
+    inside = np.isnan(gradient)
+    assert 100 < inside.sum() < 900
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sampled_gates_second_derivative_equals_finite_differences(mode):
+    log_alpha = techniques.normal(200, scale=1.5)
+    upstream = techniques.normal(200, seed=1)
+
+    @mode
+    def second(log_alpha):
+        with tf.GradientTape() as outer:
+            outer.watch(log_alpha)
+            with tf.GradientTape() as inner:
+                inner.watch(log_alpha)
+                square = l0.sample_gate(log_alpha, KEY) ** 2
+            first = inner.gradient(square, log_alpha, upstream)
+        return outer.gradient(first, log_alpha)
+
+    u = np.float64(noise.uniform([200], KEY))
+    centre, h = np.float64(log_alpha), 1e-4
+    below, at, above = (
+        gate_of(u, x) ** 2 for x in (centre - h, centre, centre + h)
+    )
+    expected = upstream * (above - 2 * at + below) / h**2
+    # Differences across a clip are none of one derivative.
+    smooth = ((above > 0) & (below < 1) & (below > 0) & (above < 1)) | (
+        above == below
+    )
+    assert smooth.sum() > 190
+    assert 50 < (expected != 0).sum() < 150
+    found = second(tf.constant(log_alpha)).numpy()
+    np.testing.assert_allclose(
+        found[smooth], expected[smooth], rtol=1e-4, atol=2e-6
+    )
+
+
+def test_sampled_gates_third_derivative_is_that_of_the_gate():
+    log_alpha = tf.zeros([50])
+    u = np.float64(noise.uniform([50], KEY))
+    derivatives = [l0.sample_gate]
+    for _ in range(3):
+
+        def derivative(log_alpha, key, function=derivatives[-1]):
+            with tf.GradientTape() as tape:
+                tape.watch(log_alpha)
+                value = function(log_alpha, key)
+            return tape.gradient(value, log_alpha)
+
+        derivatives.append(derivative)
+    # s' = s (1 - s) / beta, and so on by the chain rule.
+    s = scipy.special.expit(scipy.special.logit(u) / BETA)
+    z = gate_of(u, 0.0)
+    third = s * (1 - s) * (1 - 6 * s + 6 * s**2) * (ZETA - GAMMA) / BETA**3
+    expected = np.where((z > 0) & (z < 1), third, 0.0)
+    found = derivatives[3](log_alpha, KEY)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_of_sampled_gates_reads_nothing_but_the_gates():
+    graph = tf.Graph()
+    with graph.as_default():
+        log_alpha = tf.compat.v1.placeholder(tf.float32, [100])
+        upstream = tf.compat.v1.placeholder(tf.float32, [100])
+        gate = l0.sample_gate(log_alpha, KEY.numpy())
+        forward = set(graph.get_operations())
+        (gradient,) = tf.gradients(gate, log_alpha, upstream)
+    read, queue = set(), [gradient.op]
+    while queue:
+        for tensor in queue.pop().inputs:
+            if tensor.op not in forward:
+                queue.append(tensor.op)
+            elif tensor.shape.num_elements() > 1:
+                read.add(tensor.op.type)
+    # The gate is the larger of the stretched one and 0. Log alpha is read for
+    # the second derivative alone, through identities.
+    assert read <= {"Maximum", "Placeholder", "Identity"}
+    assert "Maximum" in read
 
 
 @pytest.mark.parametrize("log_alpha", LOG_ALPHAS)
