@@ -3,11 +3,11 @@ import threading
 import keras
 import numpy as np
 import pytest
-import scipy.stats
 import tensorflow as tf
 
 import sos
 from sos import noise
+from tests.support import noise_quality as quality
 from tests.support import techniques
 
 NOISY = ["L0Regularization", "VariationalDropout"]
@@ -36,49 +36,357 @@ def test_text_id_is_the_same_in_every_process():
     assert 0 <= min(noise.text_id(str(i)) for i in range(999))
 
 
-def test_uniform_and_normal_have_their_distributions():
-    u = noise.uniform([200_000], key()).numpy()
-    assert u.min() >= 0
-    assert u.max() < 1
-    assert scipy.stats.kstest(u, "uniform").pvalue > 1e-3
-    # An odd size, as normal numbers are drawn in pairs.
-    z = noise.normal(tf.constant([3, 66_667]), key()).numpy()
-    assert z.shape == (3, 66_667)
-    assert z.dtype == np.float32
-    assert scipy.stats.kstest(z.ravel(), "norm").pvalue > 1e-3
-    assert np.abs(np.corrcoef(z) - np.eye(3)).max() < 6 / np.sqrt(66_667)
-    # The two of a pair are dependent neither in sign nor in size.
-    flat = z.ravel()[:200_000]
-    for values in (flat, np.abs(flat)):
-        halves = np.corrcoef(values[:100_000], values[100_000:])
-        assert abs(halves[0, 1]) < 5 / np.sqrt(100_000)
-    assert noise.normal(tf.constant([0, 4]), key()).shape == (0, 4)
+# Words.
+
+
+def hash_by_numpy(x):
+    x = (x ^ x >> 16) * np.uint32(0x21F0AAAD)
+    x = (x ^ x >> 15) * np.uint32(0xD35A2D97)
+    return x ^ x >> 15
+
+
+def words_by_integers(shape, key):
+    """The words of a key, with counters of Python's integers."""
+    start, step = (int(half) for half in key)
+    step |= 1
+    counters = np.empty(shape, np.uint32)
+    *_, columns = (1, *shape)
+    for place in range(counters.size):
+        r, c = divmod(place, columns)
+        x = start + step * r + 0x3C6EF372 * r**2
+        x += 0x85EBCA6B * step * c + 0x85655C6A * c**2
+        counters.flat[place] = x % 2**32
+    return hash_by_numpy(counters)
+
+
+SHAPES = [(), (0,), (1,), (7,), (0, 4), (3, 0), (5, 1), (1, 3), (4, 3), (8, 6)]
+SHAPES += [(2, 3, 1), (2, 1, 5, 3, 1), (2, 3, 2, 5, 7)]
+
+
+def eager(function):
+    return function
+
+
+def graph(function):
+    return tf.function(function)
+
+
+def xla(function):
+    return tf.function(function, jit_compile=True)
+
+
+MODES = [eager, graph, xla]
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_bits_equal_the_hash_by_integers(mode, shape):
+    for k in (key(), [-1, -1], [2**31 - 1, -(2**31)]):
+        words = mode(lambda k: noise.bits(list(shape), k))(tf.constant(k))
+        assert words.dtype == tf.uint32
+        np.testing.assert_array_equal(words, words_by_integers(shape, k))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bits_of_a_dynamic_shape_equal_those_of_a_static_one(shape):
+    k = key()
+
+    @tf.function(input_signature=[tf.TensorSpec([len(shape)], tf.int32)])
+    def draw(shape):
+        return noise.bits(shape, k)
+
+    words = draw(tf.constant(shape, tf.int32))
+    np.testing.assert_array_equal(words, noise.bits(list(shape), k))
+
+
+@pytest.mark.parametrize("shape", [(1_000_000,), (1_000_000, 1)])
+def test_bits_of_one_row_or_column_are_all_different(shape):
+    assert np.unique(noise.bits(shape, key())).size == 1_000_000
+
+
+def test_bits_of_rows_and_columns_repeat_as_often_as_random_ones():
+    words = noise.bits([10_000, 100], key()).numpy()
+    expected = words.size**2 / 2 / 2**32
+    repeated = words.size - np.unique(words).size
+    assert abs(repeated - expected) < 5 * expected**0.5
+
+
+@pytest.mark.parametrize(
+    "shape, factor", [((200_000, 1), 1), ((200_000,), 0x85EBCA6B)]
+)
+def test_bits_at_a_lag_that_the_hash_correlates_are_independent(shape, factor):
+    # Hashes of counters that differ by 2^31 + 2^15 give numbers of correlation
+    # -0.1, and in a linear sequence of these steps all at one lag do.
+    step, lag = 2**16 + 1, 2**15
+
+    def correlation(words):
+        numbers = quality.standardized(box_muller(words))
+        return np.mean(numbers[:-lag] * numbers[lag:])
+
+    linear = np.arange(200_000, dtype=np.uint32) * np.uint32(step)
+    assert correlation(hash_by_numpy(linear)) < -0.05
+    # The key whose rows, or columns, have this step.
+    k = step * pow(factor, -1, 2**32) % 2**32
+    words = noise.bits(shape, np.array([0, k], np.uint32).view(np.int32))
+    assert abs(correlation(np.ravel(words))) < 5 / 200_000**0.5
+
+
+def test_bits_in_a_graph_need_no_large_constants():
+    draw = tf.function(lambda k: noise.bits([2000, 500], k))
+    definition = draw.get_concrete_function(tf.constant(key())).graph
+    assert definition.as_graph_def().ByteSize() < 20_000
+
+
+# Distributions.
+
+
+def give_words(monkeypatch, words):
+    """Lets `noise` draw these words."""
+    monkeypatch.setattr(noise, "bits", lambda shape, key: tf.constant(words))
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("mode", MODES)
+def test_uniform_numbers_are_odd_multiples_within_zero_and_one(
+    mode, monkeypatch
+):
+    words = np.r_[noise.bits([100_000], key()), [0, 511, 512, 2**32 - 1]]
+    words = words.astype(np.uint32)
+    give_words(monkeypatch, words)
+    found = mode(lambda: noise.uniform([words.size], [1, 2]))()
+    assert found.dtype == tf.float32
+    expected = (2 * (words >> 9).astype(np.float64) + 1) / 2**24
+    np.testing.assert_array_equal(found, expected)
+    assert expected.min() == 2**-24
+    assert expected.max() == 1 - 2**-24
+    # What logarithms of u and 1 - u need.
+    assert (1 - found.numpy()).min() > 0
+
+
+def box_muller(words):
+    words = np.int64(words)
+    radius = np.sqrt(-2 * np.log(((words >> 16) + 0.5) / 2**16))
+    return radius * np.cos(2 * np.pi * (words & 0xFFFF) / 2**16)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_normal_numbers_are_box_and_mullers(mode, monkeypatch):
+    halves = np.arange(2**16, dtype=np.uint32)
+    others = np.random.default_rng(0).permutation(halves)
+    # Every radius and every angle.
+    words = halves << np.uint32(16) | others
+    give_words(monkeypatch, words)
+    found = mode(lambda: noise.normal([words.size], [1, 2]))()
+    assert found.dtype == tf.float32
+    np.testing.assert_allclose(found, box_muller(words), rtol=0, atol=2e-6)
+
+
+def test_normal_numbers_have_the_moments_of_all_words(monkeypatch):
+    halves = np.arange(2**16, dtype=np.uint32)
+    # The angle 0 shows the radius, and one radius the cosine: all 2^32 numbers
+    # are their products.
+    words = np.concatenate([halves << np.uint32(16), halves])
+    give_words(monkeypatch, words)
+    numbers = np.float64(noise.normal([words.size], key()))
+    radius, cosine = numbers[: 2**16], numbers[2**16 :]
+    cosine = cosine / cosine[0]
+
+    def moment(power):
+        return np.mean(radius**power) * np.mean(cosine**power)
+
+    for power in range(1, 13):
+        expected = quality.normal_moment(power)
+        assert moment(power) == pytest.approx(expected, rel=2e-6, abs=1e-5)
+    # As the docstring says.
+    assert moment(2) == pytest.approx(1 - 5e-6, abs=1e-6)
+    assert moment(4) / moment(2) ** 2 == pytest.approx(2.9998, abs=5e-5)
+    assert radius.max() == pytest.approx(4.86, abs=5e-3)
 
 
 @pytest.mark.oldest
 @pytest.mark.parametrize("function", [noise.uniform, noise.normal])
 def test_numbers_are_the_same_with_and_without_xla(function):
-    compiled = tf.function(function, jit_compile=True)
+    compiled = xla(function)
     for seed in (-5, 0, 12):
         k = tf.constant(key(seed))
         np.testing.assert_allclose(
-            function([1001], k), compiled([1001], k), rtol=1e-5, atol=1e-6
+            function([1001], k), compiled([1001], k), rtol=1e-6, atol=1e-6
         )
 
 
-def test_streams_of_neighbouring_keys_are_independent():
-    streams = [
-        noise.normal([20_000], key(seed, name, step)).numpy()
-        for seed, name, step in (
-            (0, "a", 0),
-            (1, "a", 0),
-            (0, "b", 0),
-            (0, "a", 1),
-            (1, "a", 1),
-        )
+# Quality. The heavy tests are `python -m tests.support.noise_quality`.
+
+NUMBERS, KEYS = 400_000, 30
+
+
+def test_noise_quality_of_a_small_run_is_that_of_true_random_numbers(capsys):
+    with pytest.raises(SystemExit) as stop:
+        quality.main([f"--numbers={NUMBERS}", f"--keys={KEYS}"])
+    output = capsys.readouterr().out
+    assert stop.value.code == 0, output
+    assert "bound of |z|: 6.0" in output
+
+
+def test_noise_quality_of_a_hash_with_one_multiplication_is_bad(monkeypatch):
+    constant = noise._uint32
+    monkeypatch.setattr(
+        noise, "_uint32", lambda n: constant(1 if n == 0xD35A2D97 else n)
+    )
+    found = list(quality.one_stream([NUMBERS], 0))
+    wrong = " ".join(score.name for score in quality.failures(found))
+    for statistic in ("pairs of bits", "pairs of byte", "numbers at lag"):
+        assert statistic in wrong
+
+
+def test_noise_quality_of_keys_that_are_not_mixed_is_bad(monkeypatch):
+    monkeypatch.setattr(noise, "_mix", lambda key: key)
+    found = list(quality.many_streams(NUMBERS, KEYS))
+    wrong = " ".join(score.name for score in quality.failures(found))
+    for statistic in ("two streams", "position over streams", "shared words"):
+        assert statistic in wrong
+
+
+def test_noise_quality_reports_scores_out_of_bounds(monkeypatch, capsys):
+    found = [
+        quality.Score("g", "good", -6.0),
+        quality.Score("g", "high", 7.5),
+        quality.Score("g", "none", float("nan")),
     ]
-    correlation = np.corrcoef(streams) - np.eye(5)
-    assert np.abs(correlation).max() < 5 / np.sqrt(20_000)
+    monkeypatch.setattr(quality, "scores", lambda numbers, keys: found)
+    with pytest.raises(SystemExit) as stop:
+        quality.main([])
+    assert stop.value.code == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == ["g: high: z = 7.50", "g: none: z = nan"]
+
+
+@pytest.mark.parametrize(
+    "flag", ["--numbers=399_999", "--numbers=1_000_000_000", "--keys=9"]
+)
+def test_noise_quality_rejects_sizes_out_of_range(flag, capsys):
+    with pytest.raises(SystemExit) as stop:
+        quality.main([flag])
+    assert stop.value.code == 2
+    assert "must be from" in capsys.readouterr().err
+
+
+def assert_true_random(scores):
+    scores = [quality.Score("", name, z) for name, z in scores]
+    assert not quality.failures(scores)
+
+
+@pytest.mark.parametrize("what", ["seed", "step"])
+def test_streams_of_keys_that_differ_in_one_bit_are_independent(what):
+    values = [0, *(1 << i for i in range(31)), -(2**31)]
+    keys = [key(**{what: value}) for value in values]
+    rows = [noise.normal([20_000], k).numpy() for k in keys]
+    assert_true_random(quality.independence(np.float64(rows)))
+    assert_true_random(quality.shifted([(rows[0], row) for row in rows[1:]]))
+    words = [noise.bits([20_000], k).numpy() for k in keys]
+    assert_true_random(quality.shared_words(words))
+
+
+def test_keys_have_64_random_bits():
+    draw = tf.function(lambda step: noise.key(0, "a", step))
+    keys = np.stack([draw(tf.constant(step)) for step in range(2000)])
+    ones = np.unpackbits(keys.view(np.uint8), axis=1)
+    signs = 1 - 2.0 * ones
+    assert_true_random(quality.family(signs.sum(0) / 2000**0.5))
+    pairs = (signs.T @ signs)[np.triu_indices(64, 1)] / 2000**0.5
+    assert_true_random(quality.family(pairs))
+    # Neither half is the same in two layers, steps or replicas, as the start or
+    # the step of their sequences would be.
+    halves = [key(0, name, step) for name in "abcd" for step in range(100)]
+    assert np.unique(halves).size == 800
+
+
+def test_streams_of_replicas_are_independent():
+    strategy = techniques.two_replicas()
+
+    @tf.function
+    def draw():
+        return noise.normal([50_000], noise.key(0, "a", tf.constant(0)))
+
+    rows = np.float64(strategy.experimental_local_results(strategy.run(draw)))
+    np.testing.assert_array_equal(rows[0], noise.normal([50_000], key()))
+    assert_true_random(quality.shifted([tuple(rows)]))
+
+
+def test_posterior_sample_is_the_same_on_all_replicas():
+    strategy = techniques.two_replicas()
+
+    @tf.function
+    def draw():
+        with noise.posterior_sample(3):
+            return noise.key(0, "a", noise.current_sample())
+
+    first, second = strategy.experimental_local_results(strategy.run(draw))
+    np.testing.assert_array_equal(first, second)
+
+
+# Why keys must come from `noise.key`: what is true of others.
+
+
+def test_streams_of_raw_keys_with_one_bit_of_the_start_are_uncorrelated():
+    start, step = key()
+    bits = [0, *(1 << i for i in range(31)), -(2**31)]
+    keys = [[start ^ np.int32(bit), step] for bit in bits]
+    rows = np.stack([noise.normal([20_000], k) for k in keys])
+    for function in quality.VIEWS.values():
+        first, *others = quality.standardized(function(rows))
+        z = np.array(others) @ first / 20_000**0.5
+        assert_true_random(quality.family(z))
+
+
+def test_streams_of_raw_keys_with_two_bits_of_the_start_are_correlated():
+    start, step = key()
+    a = noise.normal([20_000], [start, step])
+    b = noise.normal([20_000], [start ^ np.int32(2**15 - 2**31), step])
+    assert -0.2 < np.corrcoef(a, b)[0, 1] < -0.05
+
+
+def test_streams_of_raw_keys_with_one_bit_of_the_step_share_words():
+    start, step = key()
+    words = noise.bits([4096], [start, step]).numpy()
+    for bit, period in ((1, 1), (-(2**31), 2), (1 << 30, 4), (1 << 22, 1024)):
+        others = noise.bits([4096], [start, step ^ np.int32(bit)]).numpy()
+        equal = np.flatnonzero(words == others)
+        np.testing.assert_array_equal(equal, np.arange(0, 4096, period))
+
+
+# Redrawing.
+
+
+def test_redraws_is_for_accelerators(monkeypatch):
+    assert not noise.redraws()
+    devices = tf.config.list_logical_devices
+    monkeypatch.setattr(
+        tf.config,
+        "list_logical_devices",
+        lambda kind=None: ["a GPU"] if kind == "GPU" else devices(kind),
+    )
+    assert noise.redraws()
+    with noise.redrawing(False):
+        assert not noise.redraws()
+
+
+def test_redrawing_nests_and_closes():
+    with noise.redrawing(True):
+        assert noise.redraws()
+        with pytest.raises(KeyError), noise.redrawing(False):
+            assert not noise.redraws()
+            raise KeyError
+        assert noise.redraws()
+        seen = []
+        thread = threading.Thread(target=lambda: seen.append(noise.redraws()))
+        thread.start()
+        thread.join()
+        assert seen == [False]
+    assert not noise.redraws()
+
+
+# Scopes.
 
 
 def test_noise_scopes_nest_and_close():

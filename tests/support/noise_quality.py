@@ -48,6 +48,8 @@ VIEWS = {
     "squares": np.square,
     "absolute values": np.abs,
 }
+# Lengths of the last axis.
+COLUMNS = (1, 3, 64, 1000)
 # Chi-squared tests of 2^16 cells need several numbers in each.
 MIN_NUMBERS = 400_000
 # Probability that true random numbers fail.
@@ -105,12 +107,11 @@ def distribution(values: np.ndarray, name: str) -> Scores:
     yield f"Kolmogorov-Smirnov, {name}", scipy.stats.norm.isf(p)
 
 
-def chi_squared(statistic: float, freedom: int) -> float:
-    """Returns the z score of a chi^2 (Wilson and Hilferty 1931)."""
+def chi_squared(statistic: np.ndarray, freedom: int) -> np.ndarray:
+    """Returns the z scores of chi^2 (Wilson and Hilferty 1931)."""
     variance = 2 / (9 * freedom)
-    return float(
-        ((statistic / freedom) ** (1 / 3) - (1 - variance)) / variance**0.5
-    )
+    root = (statistic / freedom) ** (1 / 3)
+    return (root - (1 - variance)) / variance**0.5
 
 
 def frequencies(cells: np.ndarray) -> float:
@@ -163,14 +164,8 @@ def lags(values: np.ndarray, at: list[int]) -> Scores:
 
 def words_of(words: np.ndarray) -> Scores:
     """Scores halves and bytes of words, and bytes of neighbours."""
-    # Words of one call are drawn without replacement, and 2^32 words have equal
-    # numbers of all halves: what is left of chi^2's mean at `words.size`.
-    left = 1 - words.size / 2**32
-    for name, half in (("high", words >> 16), ("low", words & 0xFFFF)):
-        counts = np.bincount(half, minlength=2**16)
-        expected = words.size / counts.size
-        statistic = np.square(counts - expected).sum() / expected / left
-        yield f"{name} halves", chi_squared(statistic, counts.size - 1)
+    yield "high halves", frequencies(words >> 16)
+    yield "low halves", frequencies(words & 0xFFFF)
     parts = [(words >> (8 * i)) & 0xFF for i in range(4)]
     for i, j in itertools.combinations(range(4), 2):
         yield f"bytes {i} and {j}", frequencies(parts[i] << 8 | parts[j])
@@ -213,19 +208,15 @@ def independence(rows: np.ndarray) -> Scores:
         z = (x @ x.T)[upper] / positions**0.5
         for name, score in family(z):
             yield f"{view} of two streams, {name}", score
-    for name, x in (
-        ("numbers", rows / normal_moment(2) ** 0.5),
-        ("squares", (rows**2 - normal_moment(2)) / square_deviation()),
-    ):
-        for axis, what in ((0, "position over streams"), (1, "stream")):
-            z = x.sum(axis) / x.shape[axis] ** 0.5
+    rows = rows / normal_moment(2) ** 0.5
+    for axis, what in ((0, "position over streams"), (1, "stream")):
+        count = rows.shape[axis]
+        for name, z in (
+            ("sum", rows.sum(axis) / count**0.5),
+            ("sum of squares", chi_squared(np.square(rows).sum(axis), count)),
+        ):
             for suffix, score in family(z):
                 yield f"{name} of a {what}, {suffix}", score
-
-
-def square_deviation() -> float:
-    """Returns the standard deviation of squared normal numbers."""
-    return (normal_moment(4) - normal_moment(2) ** 2) ** 0.5
 
 
 def shared_words(rows: list[np.ndarray]) -> Scores:
@@ -297,19 +288,19 @@ def named(group: str, found: Scores) -> Iterator[Score]:
     return (Score(group, name, float(z)) for name, z in found)
 
 
-def one_stream(numbers: int, step: int) -> Iterator[Score]:
+def one_stream(shape: list[int], step: int) -> Iterator[Score]:
     """Computes the scores of words and numbers of one key."""
     k = key(0, "kernel", step)
-    words = noise.bits([numbers], k).numpy()
-    yield from named(f"words, step {step}", words_of(words))
-    yield from named(f"bits, step {step}", bits_of(words))
-    uniform = noise.uniform([numbers], k).numpy()
-    yield from named(f"uniform, step {step}", moments(uniform, uniform_moment))
-    yield from named(f"uniform, step {step}", distribution(uniform, "uniform"))
-    normal = noise.normal([numbers], k).numpy()
-    yield from named(f"normal, step {step}", moments(normal, normal_moment))
-    yield from named(f"normal, step {step}", distribution(normal, "norm"))
-    yield from named(f"correlations, step {step}", lags(normal, LAGS))
+    words = noise.bits(shape, k).numpy().ravel()
+    yield from named(f"words {shape}", words_of(words))
+    yield from named(f"bits {shape}", bits_of(words))
+    uniform = noise.uniform(shape, k).numpy().ravel()
+    yield from named(f"uniform {shape}", moments(uniform, uniform_moment))
+    yield from named(f"uniform {shape}", distribution(uniform, "uniform"))
+    normal = noise.normal(shape, k).numpy().ravel()
+    yield from named(f"normal {shape}", moments(normal, normal_moment))
+    yield from named(f"normal {shape}", distribution(normal, "norm"))
+    yield from named(f"correlations {shape}", lags(normal, LAGS))
 
 
 def many_streams(numbers: int, keys: int) -> Iterator[Score]:
@@ -337,7 +328,10 @@ def scores(numbers: int, keys: int) -> list[Score]:
         keys: How many streams are compared with each other; the numbers of a
             position are those of ten times as many steps.
     """
-    found = [one_stream(numbers, step) for step in range(4)]
+    # One row, one column, and those of activations and kernels.
+    rows = [numbers // columns for columns in COLUMNS]
+    shapes = [[numbers], *map(list, zip(rows, COLUMNS, strict=True))]
+    found = [one_stream(shape, step) for step, shape in enumerate(shapes)]
     return [*itertools.chain(*found), *many_streams(numbers, keys)]
 
 
@@ -374,9 +368,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--keys", type=int, default=300, help="of streams")
     options = parser.parse_args(argv)
-    if not MIN_NUMBERS <= options.numbers <= 2**28:
+    if not MIN_NUMBERS <= options.numbers <= 2**25:
         parser.error(
-            f"--numbers must be from {MIN_NUMBERS:,} to {2**28:,}. "
+            f"--numbers must be from {MIN_NUMBERS:,} to {2**25:,}. "
             f"Received: {options.numbers}"
         )
     if not 10 <= options.keys <= options.numbers // 1000:
