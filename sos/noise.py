@@ -208,7 +208,7 @@ def normal(shape: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
     """Draws standard normal noise by the Box-Muller transform.
 
     One word gives one number: its high half the radius, its low half the angle.
-    So the largest number is 4.86, the variance 1 - 5e-6 and the kurtosis
+    So the largest number is 4.85, the variance 1 - 5e-6 and the kurtosis
     2.9998.
 
     Args:

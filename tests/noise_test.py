@@ -1,3 +1,4 @@
+import math
 import threading
 
 import keras
@@ -47,16 +48,16 @@ def hash_by_numpy(x):
 
 def words_by_integers(shape, key):
     """The words of a key, with counters of Python's integers."""
-    start, step = (int(half) for half in key)
+    start, step = map(int, key)
     step |= 1
-    counters = np.empty(shape, np.uint32)
-    *_, columns = (1, *shape)
-    for place in range(counters.size):
+    columns = shape[-1] if shape else 1
+    counters = []
+    for place in range(math.prod(shape)):
         r, c = divmod(place, columns)
         x = start + step * r + 0x3C6EF372 * r**2
         x += 0x85EBCA6B * step * c + 0x85655C6A * c**2
-        counters.flat[place] = x % 2**32
-    return hash_by_numpy(counters)
+        counters.append(x % 2**32)
+    return hash_by_numpy(np.array(counters, np.uint32)).reshape(shape)
 
 
 SHAPES = [(), (0,), (1,), (7,), (0, 4), (3, 0), (5, 1), (1, 3), (4, 3), (8, 6)]
@@ -196,12 +197,14 @@ def test_normal_numbers_have_the_moments_of_all_words(monkeypatch):
         return np.mean(radius**power) * np.mean(cosine**power)
 
     for power in range(1, 13):
+        # The angles are rounded to float32, which odd moments show.
+        scale = quality.normal_moment(power + power % 2)
         expected = quality.normal_moment(power)
-        assert moment(power) == pytest.approx(expected, rel=2e-6, abs=1e-5)
+        assert moment(power) == pytest.approx(expected, abs=2e-6 * scale)
     # As the docstring says.
     assert moment(2) == pytest.approx(1 - 5e-6, abs=1e-6)
     assert moment(4) / moment(2) ** 2 == pytest.approx(2.9998, abs=5e-5)
-    assert radius.max() == pytest.approx(4.86, abs=5e-3)
+    assert radius.max() == pytest.approx(4.85, abs=5e-3)
 
 
 @pytest.mark.oldest
@@ -228,14 +231,17 @@ def test_noise_quality_of_a_small_run_is_that_of_true_random_numbers(capsys):
     assert "bound of |z|: 6.0" in output
 
 
-def test_noise_quality_of_a_hash_with_one_multiplication_is_bad(monkeypatch):
+def test_noise_quality_of_a_linear_counter_multiplied_once_is_bad(monkeypatch):
+    def linear(count, step, square):
+        return tf.cast(tf.range(count), tf.uint32) * step
+
     constant = noise._uint32
-    monkeypatch.setattr(
-        noise, "_uint32", lambda n: constant(1 if n == 0xD35A2D97 else n)
-    )
+    once = {0xD35A2D97: 1}
+    monkeypatch.setattr(noise, "_quadratic", linear)
+    monkeypatch.setattr(noise, "_uint32", lambda n: constant(once.get(n, n)))
     found = list(quality.one_stream([NUMBERS], 0))
     wrong = " ".join(score.name for score in quality.failures(found))
-    for statistic in ("pairs of bits", "pairs of byte", "numbers at lag"):
+    for statistic in ("pairs of bits", "pairs of byte", "at all lags"):
         assert statistic in wrong
 
 
