@@ -152,28 +152,26 @@ def bits(shape: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
     if shape.shape[0] == 0:
         return tf.reshape(bits([1], key), shape)
     start, step = tf.unstack(tf.bitcast(key, tf.uint32))
-    step = tf.bitwise.bitwise_or(step, _uint32(1))
     # A sum of rows and columns: TensorFlow would fold a range over all
     # positions into a constant, and a flat one costs a TPU a copy to reshape.
-    # Constants are odd for the steps and even for the squares, so that no two
-    # rows are equal, nor two columns.
-    rows = tf.reduce_prod(shape[:-1])
-    rows = start + _quadratic(rows, step, _uint32(0x3C6EF372))
+    rows = start + _quadratic(tf.reduce_prod(shape[:-1]), step)
     rows = tf.reshape(rows, tf.concat([shape[:-1], [1]], 0))
-    step *= _uint32(0x85EBCA6B)
-    columns = _quadratic(shape[-1], step, _uint32(0x85655C6A))
+    columns = _quadratic(shape[-1], start + step)
     x = rows + columns
     x = _fold(x, 16) * _uint32(0x21F0AAAD)
     x = _fold(x, 15) * _uint32(0xD35A2D97)
     return _fold(x, 15)
 
 
-def _quadratic(
-    count: tf.Tensor, step: tf.Tensor, square: tf.Tensor
-) -> tf.Tensor:
-    """Returns step n + square n^2 for n < count, uint32 of shape [count]."""
+def _quadratic(count: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
+    """Returns (n + a n^2) times the odd number step | 1 for n < count.
+
+    As a is even, no two of them are equal. All of it depends on the key, so
+    that XLA, too, folds nothing into a constant.
+    """
     n = tf.cast(tf.range(count), tf.uint32)
-    return n * (step + n * square)
+    step = tf.bitwise.bitwise_or(step, _uint32(1))
+    return n * (step + n * (step * _uint32(0x3C6EF372)))
 
 
 def _fold(x: tf.Tensor, shift: int) -> tf.Tensor:
