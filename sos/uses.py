@@ -60,6 +60,8 @@ class LinearMap(Use):
         inputs: The inputs of the linear map, a floating-point tensor.
         function: `function(weight, inputs)`, linear in both arguments. They
             have the shapes of `weight` and `inputs` and the dtype of `inputs`.
+            It may read variables of the layer, but must not use other tensors
+            that depend on trainable variables.
         finish: Function that turns the outputs of `function` into those of the
             call, for example by adding a bias and applying an activation.
         positions: As for `Use`.

@@ -6,15 +6,17 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from sos import noise
 from sos.arguments import check_number
 from sos.registry import register
 from sos.uses import LinearMap, LookUp
 from sos.wrappers.hyperparameters import Hyperparameter
+from sos.wrappers.normal_sampling import (
+    EPSILON,
+    deviate_linear_map,
+    sample,
+)
 from sos.wrappers.penalized import PenalizedWrapper
 from sos.wrappers.sparse_weight import SparseWeight
-
-EPSILON = 1e-8
 
 # Constants of Molchanov et al. 2017, equation 14.
 K1 = 0.63576
@@ -146,10 +148,8 @@ class VariationalDropout(PenalizedWrapper):
     def training_weight(self, weight: SparseWeight) -> tf.Tensor:
         """Returns a sample of the weight, equal for all calls in a step."""
         theta, log_sigma2 = self._parameters(weight)
-        sigma = tf.sqrt(self._variance(theta, log_sigma2) + EPSILON)
-        key = self.noise_key(weight, "weight")
-        sample = noise.normal(tf.shape(theta), key)
-        return theta + sigma * sample
+        variance = self._variance(theta, log_sigma2)
+        return sample(theta, variance, self.noise_key(weight, "weight"))
 
     def evaluation_weight(self, weight: SparseWeight) -> tf.Tensor:
         """Returns theta where unclipped log alpha < threshold, else 0."""
@@ -188,32 +188,13 @@ class VariationalDropout(PenalizedWrapper):
         if isinstance(use, LookUp):
             theta, log_sigma2 = use.rows(theta, log_sigma2)
             variance = self._variance(theta, log_sigma2)
-            return use.finish(self._sample(weight, "rows", theta, variance))
+            key = self.noise_key(weight, "rows", per_call=True)
+            return use.finish(sample(theta, variance, key))
         variance = self._variance(theta, log_sigma2)
-        inputs, scale = use.inputs, 1.0
-        if inputs.dtype == tf.float16:
-            # Without scaling, variances below e^-10 underflow, and squares
-            # overflow.
-            largest = tf.reduce_max(tf.abs(inputs)) + tf.cast(1e-4, tf.float16)
-            largest = tf.stop_gradient(largest)
-            deviation = tf.stop_gradient(tf.sqrt(tf.reduce_max(variance)))
-            squares = tf.square(inputs / largest)
-            scale = tf.square(tf.cast(largest, tf.float32) * deviation)
-            variance = variance / tf.square(deviation)
-        else:
-            squares = tf.square(inputs)
-        mean = use(theta, inputs)
-        spread = use(variance, squares)
-        # No gradient where the variance is 0: the derivative of the square root
-        # would be infinite in float16, and NaN when multiplied by zeros.
-        spread = tf.where(spread > 0, spread, tf.zeros_like(spread))
-        outputs = self._sample(
-            weight,
-            "output",
-            tf.cast(mean, tf.float32),
-            tf.cast(spread, tf.float32) * scale,
-        )
-        return use.finish(tf.cast(outputs, mean.dtype))
+        mean = use(theta, use.inputs)
+        key = self.noise_key(weight, "output", per_call=True)
+        deviation = self._deviation(use, variance, key)
+        return use.finish(mean + tf.cast(deviation, mean.dtype))
 
     def get_config(self) -> dict[str, Any]:
         """Returns the layer's configuration, for `from_config`."""
@@ -243,13 +224,28 @@ class VariationalDropout(PenalizedWrapper):
         least, most = math.exp(-limit) * square, math.exp(limit) * square
         return tf.minimum(tf.maximum(variance, least), most)
 
-    def _sample(
-        self,
-        weight: SparseWeight,
-        kind: str,
-        mean: tf.Tensor,
-        variance: tf.Tensor,
+    def _deviation(
+        self, use: LinearMap, variance: tf.Tensor, key: tf.Tensor
     ) -> tf.Tensor:
-        key = self.noise_key(weight, kind, per_call=True)
-        sample = noise.normal(tf.shape(mean), key)
-        return mean + tf.sqrt(variance + EPSILON) * sample
+        """Returns the noise that is added to the means of outputs."""
+        dtype = use.inputs.dtype
+        if dtype != tf.float16:
+            return deviate_linear_map(
+                use, use.inputs, variance, key, spread_dtype=dtype, dtype=dtype
+            )
+        # Without scaling, variances below e^-10 underflow, and squares
+        # overflow. The outputs do not depend on the scales.
+        largest = tf.reduce_max(tf.abs(use.inputs)) + tf.cast(1e-4, dtype)
+        largest = tf.stop_gradient(largest)
+        widest = tf.stop_gradient(tf.sqrt(tf.reduce_max(variance)))
+        scale = tf.cast(largest, tf.float32) * widest
+        deviation = deviate_linear_map(
+            use,
+            use.inputs / largest,
+            variance / tf.square(widest),
+            key,
+            epsilon=EPSILON / tf.square(scale),
+            spread_dtype=dtype,
+            dtype=tf.float32,
+        )
+        return scale * deviation

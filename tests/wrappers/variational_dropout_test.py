@@ -8,6 +8,7 @@ import scipy.stats
 import tensorflow as tf
 
 import sos
+from sos import noise
 from sos.wrappers import variational_dropout as vd
 from tests.support import techniques
 
@@ -414,6 +415,38 @@ def test_weights_of_one_layer_have_noise_of_their_own():
         np.ravel(wrapper.training_weight(w)) for w in wrapper.sparse_weights
     ]
     assert abs(np.corrcoef(kernel, recurrent)[0, 1]) < 6 / 30
+
+
+# Noise that is drawn again.
+
+
+@pytest.mark.parametrize(
+    "policy", ["float32", "mixed_bfloat16", "mixed_float16"]
+)
+@pytest.mark.parametrize("name", ["dense", "conv_stride", "embedding", "rnn"])
+def test_gradients_are_the_same_whether_noise_is_kept_or_drawn_again(
+    name, policy
+):
+    layer, shape = PLAIN[name]()
+    layer.dtype_policy = policy
+    wrapper = wrap(layer, (None, *shape))
+    techniques.bind(wrapper)
+    x = inputs_for(name, shape)
+
+    def outputs_and_gradients(redraws):
+        @tf.function
+        def compute():
+            with noise.redrawing(redraws), tf.GradientTape() as tape:
+                outputs = tf.cast(wrapper(x, training=True), tf.float32)
+                loss = tf.reduce_mean(tf.square(outputs))
+            variables = wrapper.trainable_variables
+            return [outputs, *tape.gradient(loss, variables)]
+
+        return [np.float64(tf.convert_to_tensor(t)) for t in compute()]
+
+    kept, redrawn = outputs_and_gradients(False), outputs_and_gradients(True)
+    for first, second in zip(kept, redrawn, strict=True):
+        np.testing.assert_allclose(second, first, rtol=1e-6, atol=1e-7)
 
 
 # Clipping and gradients.
