@@ -1,3 +1,4 @@
+import json
 import re
 
 import keras
@@ -8,7 +9,7 @@ import scipy.stats
 import tensorflow as tf
 
 import sos
-from sos import noise
+from sos import noise, processor, uses
 from sos.wrappers import variational_dropout as vd
 from tests.support import techniques
 
@@ -75,7 +76,14 @@ def wrap(layer, shape, *, seed=0, log_sigma2=None, **settings):
     # Noise is a function of paths, in which Keras numbers what was made before.
     for inner in layer._flatten_layers():
         inner.name = re.sub(r"_\d+$", "", inner.name)
-    settings = {"penalty_weight": 1.0, **settings}
+    # The same numbers on all CPUs, for exact comparisons.
+    settings = {
+        "penalty_weight": 1.0,
+        "variance_dtype": None
+        if layer.compute_dtype == "float16"
+        else "float32",
+        **settings,
+    }
     wrapper = sos.VariationalDropout(layer, **settings)
     wrapper.build(shape)
     for i, variable in enumerate(layer.weights):
@@ -447,6 +455,87 @@ def test_gradients_are_the_same_whether_noise_is_kept_or_drawn_again(
     kept, redrawn = outputs_and_gradients(False), outputs_and_gradients(True)
     for first, second in zip(kept, redrawn, strict=True):
         np.testing.assert_allclose(second, first, rtol=1e-6, atol=1e-7)
+
+
+# The dtype of variances.
+
+
+@pytest.fixture
+def fast_bfloat16(monkeypatch):
+    """A CPU that multiplies bfloat16 natively."""
+    monkeypatch.setattr(processor, "multiplies_bfloat16", lambda: True)
+
+
+def spread_dtype(layer, shape, **settings):
+    """The dtype of variances that a wrapper chooses."""
+    wrapper = wrap(
+        layer, (None, *shape), **{"variance_dtype": None, **settings}
+    )
+    (use,) = uses.describe(layer.plain_class, layer, tf.zeros((2, *shape)))
+    return wrapper._spread_dtype(use)
+
+
+@pytest.mark.parametrize("name", ["dense", "conv_stride", "time_distributed"])
+def test_variances_are_bfloat16_on_a_cpu_that_multiplies_it(
+    name, fast_bfloat16
+):
+    assert spread_dtype(*LINEAR[name]()) == tf.bfloat16
+    assert spread_dtype(*LINEAR[name](), variance_dtype="float32") == tf.float32
+    with noise.redrawing(True):  # As with an accelerator.
+        assert spread_dtype(*LINEAR[name]()) == tf.float32
+
+
+def test_variances_are_float32_on_other_cpus(monkeypatch):
+    monkeypatch.setattr(processor, "multiplies_bfloat16", lambda: False)
+    layer, shape = LINEAR["dense"]()
+    assert spread_dtype(layer, shape) == tf.float32
+    assert spread_dtype(layer, shape, variance_dtype="bfloat16") == tf.bfloat16
+
+
+def test_variances_of_registered_layers_are_float32(fast_bfloat16):
+    """Their function may not take bfloat16."""
+    use = sos.extend.LinearMap(
+        keras.Variable(tf.ones((4, 3))),
+        inputs=tf.ones((2, 4)),
+        function=lambda weight, x: tf.matmul(x, weight),
+    )
+    wrapper = wrap(keras.layers.Dense(3), (None, 4), variance_dtype=None)
+    assert wrapper._spread_dtype(use) == tf.float32
+
+
+def test_variances_in_bfloat16_are_unbiased_and_means_exact():
+    layer = keras.layers.Dense(256, use_bias=False)
+    noises = {}
+    for dtype in ("float32", "bfloat16"):
+        wrapper = wrap(layer, (None, 64), variance_dtype=dtype)
+        layer.kernel.assign(tf.zeros((64, 256)))
+        techniques.state(wrapper, "log_sigma2").assign(
+            techniques.normal(64, 256, seed=2)
+        )
+        wrapper.clip_log_alpha = None
+        techniques.bind(wrapper)
+        x = techniques.normal(500, 64, seed=3)
+        noises[dtype] = np.float64(wrapper(x, training=True))
+    # The same noise, so that its factors can be compared.
+    errors = (noises["bfloat16"] / noises["float32"]) ** 2 - 1
+    assert abs(errors.mean()) < 5e-5
+    assert errors.std() < 2.5e-3
+    assert np.abs(errors).max() < 0.012
+
+
+def test_variance_dtype_is_restored_from_a_configuration():
+    wrapper = wrap(keras.layers.Dense(3), (None, 4), variance_dtype="bfloat16")
+    config = json.loads(json.dumps(wrapper.get_config()))
+    restored = sos.VariationalDropout.from_config(config)
+    assert restored.variance_dtype == "bfloat16"
+    del config["variance_dtype"]  # A file of an earlier version.
+    assert sos.VariationalDropout.from_config(config).variance_dtype is None
+
+
+@pytest.mark.parametrize("value", ["float16", "int8", 16])
+def test_variance_dtype_of_another_value_raises_an_error(value):
+    with pytest.raises(ValueError, match="one of None, 'float32', 'bfloat16'"):
+        wrap(keras.layers.Dense(2), (None, 2), variance_dtype=value)
 
 
 # Clipping and gradients.
