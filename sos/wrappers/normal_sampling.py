@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from sos import noise
+from sos.traced import traced
 from sos.uses import LinearMap
 
 #: Added to variances, so that the gradient of their square root is finite.
@@ -162,6 +163,7 @@ class _Product:
         )
 
 
+@traced
 def _draw(
     variance: tf.Tensor, epsilon: tf.Tensor | float, key: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:

@@ -10,6 +10,7 @@ from sos import noise, processor
 from sos.arguments import check_number, format_values
 from sos.errors import UsageError
 from sos.registry import register
+from sos.traced import traced
 from sos.uses import LinearMap, LookUp
 from sos.wrappers.hyperparameters import Hyperparameter
 from sos.wrappers.normal_sampling import (
@@ -70,6 +71,81 @@ def kl_divergence(log_alpha: tf.Tensor) -> tf.Tensor:
     return K1 * tf.sigmoid(-K2 - K3 * log_alpha) + 0.5 * tf.nn.softplus(
         -log_alpha
     )
+
+
+@traced
+def _clipped_variance(
+    theta: tf.Tensor, log_sigma2: tf.Tensor, limit: float
+) -> tf.Tensor:
+    """Returns sigma^2 with log alpha clipped to [-limit, limit].
+
+    Where it is clipped, sigma^2 is theta^2 times a constant: log sigma^2 gets
+    no gradient, theta does. The gradient is written by hand, as automatic
+    differentiation computes three times as many tensors.
+    """
+
+    @tf.custom_gradient
+    def clip(theta: tf.Tensor, log_sigma2: tf.Tensor) -> tuple:
+        # Finite, as second-order gradients multiply it by zero.
+        exact = tf.exp(tf.minimum(log_sigma2, 80.0))
+        # Clipping sigma^2 needs no logarithms, unlike clipping log alpha.
+        square = tf.square(theta) + EPSILON
+        least, most = math.exp(-limit) * square, math.exp(limit) * square
+        variance = tf.minimum(tf.maximum(exact, least), most)
+
+        def gradient(upstream: tf.Tensor) -> tuple:
+            # The derivative of a variance by its logarithm is itself.
+            of_log = upstream * variance
+            of_log_sigma2 = tf.where(
+                variance == exact, of_log, tf.zeros_like(of_log)
+            )
+            of_log_square = of_log - of_log_sigma2
+            return of_log_square * _log_square_slope(
+                theta, square
+            ), of_log_sigma2
+
+        return variance, gradient
+
+    return clip(theta, log_sigma2)
+
+
+@traced
+def _clipped_divergence(
+    theta: tf.Tensor, log_sigma2: tf.Tensor, limit: float
+) -> tf.Tensor:
+    """Returns the sum of KL divergences, with log alpha clipped.
+
+    Where it is clipped, the gradient is zero. It is written by hand, as that of
+    `_clipped_variance`.
+    """
+
+    @tf.custom_gradient
+    def divergence(theta: tf.Tensor, log_sigma2: tf.Tensor) -> tuple:
+        square = tf.square(theta) + EPSILON
+        exact = log_sigma2 - tf.math.log(square)
+        log_alpha = tf.clip_by_value(exact, -limit, limit)
+        # The two terms of `kl_divergence`.
+        sigmoid = tf.sigmoid(-K2 - K3 * log_alpha)
+        softplus = tf.nn.softplus(-log_alpha)
+        total = K1 * tf.reduce_sum(sigmoid) + 0.5 * tf.reduce_sum(softplus)
+
+        def gradient(upstream: tf.Tensor) -> tuple:
+            slope = (K1 * K3 * upstream) * (tf.square(sigmoid) - sigmoid)
+            slope -= (0.5 * upstream) * tf.sigmoid(-log_alpha)
+            of_log_sigma2 = tf.where(
+                log_alpha == exact, slope, tf.zeros_like(slope)
+            )
+            of_theta = -of_log_sigma2 * _log_square_slope(theta, square)
+            return of_theta, of_log_sigma2
+
+        return total, gradient
+
+    return divergence(theta, log_sigma2)
+
+
+def _log_square_slope(theta: tf.Tensor, square: tf.Tensor) -> tf.Tensor:
+    """Returns the derivative of log(theta^2 + epsilon)."""
+    return 2 * theta / square
 
 
 @register
@@ -181,11 +257,11 @@ class VariationalDropout(PenalizedWrapper):
 
     def penalty(self, weight: SparseWeight) -> tf.Tensor:
         """Returns the sum of the KL divergences, with log alpha clipped."""
-        log_alpha = log_alpha_of(*self._parameters(weight))
+        theta, log_sigma2 = self._parameters(weight)
         limit = self.clip_log_alpha
-        if limit is not None:
-            log_alpha = tf.clip_by_value(log_alpha, -limit, limit)
-        return tf.reduce_sum(kl_divergence(log_alpha))
+        return _clipped_divergence(
+            theta, log_sigma2, math.inf if limit is None else limit
+        )
 
     def use_output(
         self, weight: SparseWeight, use: LinearMap | LookUp
@@ -226,23 +302,12 @@ class VariationalDropout(PenalizedWrapper):
 
     def _parameters(self, weight: SparseWeight) -> tuple[tf.Tensor, tf.Tensor]:
         theta = tf.cast(weight.value, tf.float32)
-        return theta, weight.state["log_sigma2"].value
+        return theta, tf.convert_to_tensor(weight.state["log_sigma2"].value)
 
     def _variance(self, theta: tf.Tensor, log_sigma2: tf.Tensor) -> tf.Tensor:
-        """Returns sigma^2 with log alpha clipped to its limits.
-
-        Where it is clipped, sigma^2 is theta^2 times a constant: log sigma^2
-        gets no gradient, theta does.
-        """
-        limit = self.clip_log_alpha
-        if limit is None:
+        if self.clip_log_alpha is None:
             return tf.exp(log_sigma2)
-        # An infinite variance would be clipped, but its gradient would be NaN.
-        variance = tf.exp(tf.minimum(log_sigma2, 80.0))
-        # Clipping sigma^2 needs no logarithms, unlike clipping log alpha.
-        square = tf.square(theta) + EPSILON
-        least, most = math.exp(-limit) * square, math.exp(limit) * square
-        return tf.minimum(tf.maximum(variance, least), most)
+        return _clipped_variance(theta, log_sigma2, self.clip_log_alpha)
 
     def _deviation(
         self, use: LinearMap, variance: tf.Tensor, key: tf.Tensor

@@ -680,6 +680,52 @@ def test_penalty_and_its_gradients(clip):
         assert all((g[outside] == 0).all() for g in found)
 
 
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize(
+    "function", [vd._clipped_variance, vd._clipped_divergence]
+)
+def test_second_order_gradients_by_clipped_log_alpha(function, traced):
+    """Against differences of the first, within and outside of the limits."""
+    theta = tf.constant(techniques.normal(40, seed=1))
+    log_alpha = np.resize([-3.0, 9.0, -11.0, 0.5, 7.0], 40)
+    log_sigma2 = tf.cast(log_alpha + np.log(theta.numpy() ** 2), tf.float32)
+
+    def gradient(*args):
+        with tf.GradientTape() as tape:
+            tape.watch(args)
+            value = tf.reduce_sum(function(*args, 8.0))
+        return tape.gradient(value, args)
+
+    def second(*args):
+        with tf.GradientTape() as tape:
+            tape.watch(args)
+            total = tf.add_n([tf.reduce_sum(g) for g in gradient(*args)])
+        return tape.gradient(total, args)
+
+    found = (tf.function(second) if traced else second)(theta, log_sigma2)
+    # Elements are independent: one step moves all of them.
+    for index in range(2):
+        step = [0.0, 0.0]
+        step[index] = 1e-3
+        above = gradient(theta + step[0], log_sigma2 + step[1])
+        below = gradient(theta - step[0], log_sigma2 - step[1])
+        expected = (tf.add_n(above) - tf.add_n(below)) / 2e-3
+        # The second derivative by theta itself is steep near zero.
+        near = np.abs(theta) > 0.1
+        np.testing.assert_allclose(
+            found[index][near], expected[near], rtol=0.02, atol=0.02
+        )
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_gradient_of_a_huge_variance_that_is_clipped_is_zero(persistent):
+    log_sigma2 = tf.constant([100.0, 1e4, -1e4])
+    with tf.GradientTape(persistent=persistent) as tape:
+        tape.watch(log_sigma2)
+        variance = vd._clipped_variance(tf.ones(3), log_sigma2, 8.0)
+    np.testing.assert_array_equal(tape.gradient(variance, log_sigma2), [0] * 3)
+
+
 def test_penalty_of_many_normals():
     generator = np.random.default_rng(10)
     theta, log_sigma2 = generator.normal(size=(2, 256, 128))
