@@ -55,6 +55,8 @@ def _kernel_use(
     inputs: Any,
     function: Callable[[Any, Any], Any],
     positions: Callable[[], int | None],
+    *,
+    fast_in_bfloat16: bool = True,
 ) -> Use:
     if getattr(layer, "quantization_mode", None) is not None:
         return None
@@ -71,6 +73,7 @@ def _kernel_use(
         inputs=inputs,
         function=function,
         finish=_finish(layer, adapter),
+        fast_in_bfloat16=fast_in_bfloat16,
         positions=positions,
     )
 
@@ -165,8 +168,13 @@ def _depthwise_convolution(layer: Any, inputs: Any, **kwargs: Any) -> Use:
             data_format=layer.data_format,
         )
 
+    # oneDNN does not compute these: bfloat16 takes as long as float32.
     return _kernel_use(
-        layer, inputs, function, _output_positions(layer, inputs)
+        layer,
+        inputs,
+        function,
+        _output_positions(layer, inputs),
+        fast_in_bfloat16=False,
     )
 
 
@@ -248,6 +256,7 @@ def _reversible_embedding(
         inputs=keras.ops.cast(inputs, dtype),
         function=function,
         finish=finish,
+        fast_in_bfloat16=True,
         positions=lambda: _product(inputs.shape[1:-1]),
     )
 
@@ -295,6 +304,7 @@ def _time_distributed(
         inputs=unflat(use.inputs),
         function=lambda weight, x: unflat(use.function(weight, flat(x))),
         finish=lambda outputs: unflat(use.finish(flat(outputs))),
+        fast_in_bfloat16=use.fast_in_bfloat16,
         positions=positions(per_step[0]),
     )
 

@@ -60,8 +60,12 @@ class LinearMap(Use):
         inputs: The inputs of the linear map, a floating-point tensor.
         function: `function(weight, inputs)`, linear in both arguments. They
             have the shapes of `weight` and `inputs` and the dtype of `inputs`.
+            It may read variables of the layer, but must not use other tensors
+            that depend on trainable variables.
         finish: Function that turns the outputs of `function` into those of the
             call, for example by adding a bias and applying an activation.
+        fast_in_bfloat16: Whether `function` also takes arguments of bfloat16,
+            and is faster with them on CPUs that multiply bfloat16 natively.
         positions: As for `Use`.
 
     Example:
@@ -83,6 +87,7 @@ class LinearMap(Use):
     inputs: Any = None
     function: Callable[[Any, Any], Any] = None
     finish: Callable[[Any], Any] = _unchanged
+    fast_in_bfloat16: bool = False
 
     def __call__(self, weight: tf.Tensor, inputs: tf.Tensor) -> tf.Tensor:
         """Applies `function`, with the weight cast to the inputs' dtype."""

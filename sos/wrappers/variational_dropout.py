@@ -6,15 +6,22 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from sos import noise
-from sos.arguments import check_number
+from sos import noise, processor
+from sos.arguments import check_number, format_values
+from sos.errors import UsageError
 from sos.registry import register
+from sos.traced import traced
 from sos.uses import LinearMap, LookUp
 from sos.wrappers.hyperparameters import Hyperparameter
+from sos.wrappers.normal_sampling import (
+    EPSILON,
+    deviate_linear_map,
+    sample,
+)
 from sos.wrappers.penalized import PenalizedWrapper
 from sos.wrappers.sparse_weight import SparseWeight
 
-EPSILON = 1e-8
+VARIANCE_DTYPES = (None, "float32", "bfloat16")
 
 # Constants of Molchanov et al. 2017, equation 14.
 K1 = 0.63576
@@ -66,6 +73,81 @@ def kl_divergence(log_alpha: tf.Tensor) -> tf.Tensor:
     )
 
 
+@traced
+def _clipped_variance(
+    theta: tf.Tensor, log_sigma2: tf.Tensor, limit: float
+) -> tf.Tensor:
+    """Returns sigma^2 with log alpha clipped to [-limit, limit].
+
+    Where it is clipped, sigma^2 is theta^2 times a constant: log sigma^2 gets
+    no gradient, theta does. The gradient is written by hand, as automatic
+    differentiation computes three times as many tensors.
+    """
+
+    @tf.custom_gradient
+    def clip(theta: tf.Tensor, log_sigma2: tf.Tensor) -> tuple:
+        # Finite, as second-order gradients multiply it by zero.
+        exact = tf.exp(tf.minimum(log_sigma2, 80.0))
+        # Clipping sigma^2 needs no logarithms, unlike clipping log alpha.
+        square = tf.square(theta) + EPSILON
+        least, most = math.exp(-limit) * square, math.exp(limit) * square
+        variance = tf.minimum(tf.maximum(exact, least), most)
+
+        def gradient(upstream: tf.Tensor) -> tuple:
+            # The derivative of a variance by its logarithm is itself.
+            of_log = upstream * variance
+            of_log_sigma2 = tf.where(
+                variance == exact, of_log, tf.zeros_like(of_log)
+            )
+            of_log_square = of_log - of_log_sigma2
+            return of_log_square * _log_square_slope(
+                theta, square
+            ), of_log_sigma2
+
+        return variance, gradient
+
+    return clip(theta, log_sigma2)
+
+
+@traced
+def _clipped_divergence(
+    theta: tf.Tensor, log_sigma2: tf.Tensor, limit: float
+) -> tf.Tensor:
+    """Returns the sum of KL divergences, with log alpha clipped.
+
+    Where it is clipped, the gradient is zero. It is written by hand, as that of
+    `_clipped_variance`.
+    """
+
+    @tf.custom_gradient
+    def divergence(theta: tf.Tensor, log_sigma2: tf.Tensor) -> tuple:
+        square = tf.square(theta) + EPSILON
+        exact = log_sigma2 - tf.math.log(square)
+        log_alpha = tf.clip_by_value(exact, -limit, limit)
+        # The two terms of `kl_divergence`.
+        sigmoid = tf.sigmoid(-K2 - K3 * log_alpha)
+        softplus = tf.nn.softplus(-log_alpha)
+        total = K1 * tf.reduce_sum(sigmoid) + 0.5 * tf.reduce_sum(softplus)
+
+        def gradient(upstream: tf.Tensor) -> tuple:
+            slope = (K1 * K3 * upstream) * (tf.square(sigmoid) - sigmoid)
+            slope -= (0.5 * upstream) * tf.sigmoid(-log_alpha)
+            of_log_sigma2 = tf.where(
+                log_alpha == exact, slope, tf.zeros_like(slope)
+            )
+            of_theta = -of_log_sigma2 * _log_square_slope(theta, square)
+            return of_theta, of_log_sigma2
+
+        return total, gradient
+
+    return divergence(theta, log_sigma2)
+
+
+def _log_square_slope(theta: tf.Tensor, square: tf.Tensor) -> tf.Tensor:
+    """Returns the derivative of log(theta^2 + epsilon)."""
+    return 2 * theta / square
+
+
 @register
 class VariationalDropout(PenalizedWrapper):
     """Learns a variance for each weight and removes noisy weights.
@@ -89,11 +171,18 @@ class VariationalDropout(PenalizedWrapper):
             may be set at any time.
         clip_log_alpha: Limit of |log alpha| in training, in (0, 80]; None for
             no limit.
+        variance_dtype: Dtype in which variances of outputs are computed in
+            training, "float32" or "bfloat16". By default the layer's compute
+            dtype; but bfloat16 for layers of Keras in float32, where there is
+            no accelerator and the CPU multiplies bfloat16 natively: products
+            take about 0.6 times as long. The rounding errors of a variance have
+            no bias and a standard deviation of 0.2 % (at most 1.2 %); means of
+            outputs stay exact. Set "float32" for the same results on all CPUs.
         **kwargs: As for `PenalizedWrapper`: `num_examples` or `penalty_weight`,
             `ramp`, `begin_step`, `end_step`, `seed`.
 
     Raises:
-        UsageError: If a number is out of range.
+        UsageError: If a number is out of range, or `variance_dtype` invalid.
 
     Example:
     >>> import keras, sos
@@ -118,6 +207,7 @@ class VariationalDropout(PenalizedWrapper):
         initial_log_sigma2: float = -10.0,
         threshold: float = 3.0,
         clip_log_alpha: float | None = 8.0,
+        variance_dtype: str | None = None,
         **kwargs: Any,
     ) -> None:
         if clip_log_alpha is not None:
@@ -130,10 +220,17 @@ class VariationalDropout(PenalizedWrapper):
         initial_log_sigma2 = check_number(
             "initial_log_sigma2", initial_log_sigma2
         )
+        if variance_dtype not in VARIANCE_DTYPES:
+            raise UsageError(
+                "`variance_dtype` must be one of "
+                f"{format_values(VARIANCE_DTYPES)}. "
+                f"Received: variance_dtype={variance_dtype!r}"
+            )
         super().__init__(layer, **kwargs)
         self.initial_log_sigma2 = initial_log_sigma2
         self.threshold = threshold
         self.clip_log_alpha = clip_log_alpha
+        self.variance_dtype = variance_dtype
 
     def build_weight(self, weight: SparseWeight) -> None:
         """Adds log sigma^2."""
@@ -146,10 +243,8 @@ class VariationalDropout(PenalizedWrapper):
     def training_weight(self, weight: SparseWeight) -> tf.Tensor:
         """Returns a sample of the weight, equal for all calls in a step."""
         theta, log_sigma2 = self._parameters(weight)
-        sigma = tf.sqrt(self._variance(theta, log_sigma2) + EPSILON)
-        key = self.noise_key(weight, "weight")
-        sample = noise.normal(tf.shape(theta), key)
-        return theta + sigma * sample
+        variance = self._variance(theta, log_sigma2)
+        return sample(theta, variance, self.noise_key(weight, "weight"))
 
     def evaluation_weight(self, weight: SparseWeight) -> tf.Tensor:
         """Returns theta where unclipped log alpha < threshold, else 0."""
@@ -162,11 +257,11 @@ class VariationalDropout(PenalizedWrapper):
 
     def penalty(self, weight: SparseWeight) -> tf.Tensor:
         """Returns the sum of the KL divergences, with log alpha clipped."""
-        log_alpha = log_alpha_of(*self._parameters(weight))
+        theta, log_sigma2 = self._parameters(weight)
         limit = self.clip_log_alpha
-        if limit is not None:
-            log_alpha = tf.clip_by_value(log_alpha, -limit, limit)
-        return tf.reduce_sum(kl_divergence(log_alpha))
+        return _clipped_divergence(
+            theta, log_sigma2, math.inf if limit is None else limit
+        )
 
     def use_output(
         self, weight: SparseWeight, use: LinearMap | LookUp
@@ -188,32 +283,13 @@ class VariationalDropout(PenalizedWrapper):
         if isinstance(use, LookUp):
             theta, log_sigma2 = use.rows(theta, log_sigma2)
             variance = self._variance(theta, log_sigma2)
-            return use.finish(self._sample(weight, "rows", theta, variance))
+            key = self.noise_key(weight, "rows", per_call=True)
+            return use.finish(sample(theta, variance, key))
         variance = self._variance(theta, log_sigma2)
-        inputs, scale = use.inputs, 1.0
-        if inputs.dtype == tf.float16:
-            # Without scaling, variances below e^-10 underflow, and squares
-            # overflow.
-            largest = tf.reduce_max(tf.abs(inputs)) + tf.cast(1e-4, tf.float16)
-            largest = tf.stop_gradient(largest)
-            deviation = tf.stop_gradient(tf.sqrt(tf.reduce_max(variance)))
-            squares = tf.square(inputs / largest)
-            scale = tf.square(tf.cast(largest, tf.float32) * deviation)
-            variance = variance / tf.square(deviation)
-        else:
-            squares = tf.square(inputs)
-        mean = use(theta, inputs)
-        spread = use(variance, squares)
-        # No gradient where the variance is 0: the derivative of the square root
-        # would be infinite in float16, and NaN when multiplied by zeros.
-        spread = tf.where(spread > 0, spread, tf.zeros_like(spread))
-        outputs = self._sample(
-            weight,
-            "output",
-            tf.cast(mean, tf.float32),
-            tf.cast(spread, tf.float32) * scale,
-        )
-        return use.finish(tf.cast(outputs, mean.dtype))
+        mean = use(theta, use.inputs)
+        key = self.noise_key(weight, "output", per_call=True)
+        deviation = self._deviation(use, variance, key)
+        return use.finish(mean + tf.cast(deviation, mean.dtype))
 
     def get_config(self) -> dict[str, Any]:
         """Returns the layer's configuration, for `from_config`."""
@@ -221,35 +297,56 @@ class VariationalDropout(PenalizedWrapper):
             **super().get_config(),
             "initial_log_sigma2": self.initial_log_sigma2,
             "clip_log_alpha": self.clip_log_alpha,
+            "variance_dtype": self.variance_dtype,
         }
 
     def _parameters(self, weight: SparseWeight) -> tuple[tf.Tensor, tf.Tensor]:
         theta = tf.cast(weight.value, tf.float32)
-        return theta, weight.state["log_sigma2"].value
+        return theta, tf.convert_to_tensor(weight.state["log_sigma2"].value)
 
     def _variance(self, theta: tf.Tensor, log_sigma2: tf.Tensor) -> tf.Tensor:
-        """Returns sigma^2 with log alpha clipped to its limits.
-
-        Where it is clipped, sigma^2 is theta^2 times a constant: log sigma^2
-        gets no gradient, theta does.
-        """
-        limit = self.clip_log_alpha
-        if limit is None:
+        if self.clip_log_alpha is None:
             return tf.exp(log_sigma2)
-        # An infinite variance would be clipped, but its gradient would be NaN.
-        variance = tf.exp(tf.minimum(log_sigma2, 80.0))
-        # Clipping sigma^2 needs no logarithms, unlike clipping log alpha.
-        square = tf.square(theta) + EPSILON
-        least, most = math.exp(-limit) * square, math.exp(limit) * square
-        return tf.minimum(tf.maximum(variance, least), most)
+        return _clipped_variance(theta, log_sigma2, self.clip_log_alpha)
 
-    def _sample(
-        self,
-        weight: SparseWeight,
-        kind: str,
-        mean: tf.Tensor,
-        variance: tf.Tensor,
+    def _deviation(
+        self, use: LinearMap, variance: tf.Tensor, key: tf.Tensor
     ) -> tf.Tensor:
-        key = self.noise_key(weight, kind, per_call=True)
-        sample = noise.normal(tf.shape(mean), key)
-        return mean + tf.sqrt(variance + EPSILON) * sample
+        """Returns the noise that is added to the means of outputs."""
+        dtype, spread_dtype = use.inputs.dtype, self._spread_dtype(use)
+        if spread_dtype != tf.float16:
+            return deviate_linear_map(
+                use,
+                use.inputs,
+                variance,
+                key,
+                spread_dtype=spread_dtype,
+                dtype=dtype,
+            )
+        # Without scaling, variances below e^-10 underflow, and squares
+        # overflow. The outputs do not depend on the scales.
+        largest = tf.reduce_max(tf.abs(use.inputs)) + tf.cast(1e-4, dtype)
+        largest = tf.stop_gradient(largest)
+        widest = tf.stop_gradient(tf.sqrt(tf.reduce_max(variance)))
+        scale = tf.cast(largest, tf.float32) * widest
+        deviation = deviate_linear_map(
+            use,
+            use.inputs / largest,
+            variance / tf.square(widest),
+            key,
+            epsilon=EPSILON / tf.square(scale),
+            spread_dtype=spread_dtype,
+            dtype=tf.float32,
+        )
+        return scale * deviation
+
+    def _spread_dtype(self, use: LinearMap) -> tf.DType:
+        """Returns the dtype in which variances of outputs are computed."""
+        if self.variance_dtype is not None:
+            return tf.as_dtype(self.variance_dtype)
+        dtype = use.inputs.dtype
+        fast = use.fast_in_bfloat16 and processor.multiplies_bfloat16()
+        # With an accelerator, the CPU's abilities do not matter.
+        if fast and dtype == tf.float32 and not noise.redraws():
+            return tf.bfloat16
+        return dtype

@@ -1,3 +1,4 @@
+import json
 import re
 
 import keras
@@ -8,6 +9,7 @@ import scipy.stats
 import tensorflow as tf
 
 import sos
+from sos import noise, processor, uses
 from sos.wrappers import variational_dropout as vd
 from tests.support import techniques
 
@@ -74,7 +76,14 @@ def wrap(layer, shape, *, seed=0, log_sigma2=None, **settings):
     # Noise is a function of paths, in which Keras numbers what was made before.
     for inner in layer._flatten_layers():
         inner.name = re.sub(r"_\d+$", "", inner.name)
-    settings = {"penalty_weight": 1.0, **settings}
+    # The same numbers on all CPUs, for exact comparisons.
+    settings = {
+        "penalty_weight": 1.0,
+        "variance_dtype": None
+        if layer.compute_dtype == "float16"
+        else "float32",
+        **settings,
+    }
     wrapper = sos.VariationalDropout(layer, **settings)
     wrapper.build(shape)
     for i, variable in enumerate(layer.weights):
@@ -416,6 +425,119 @@ def test_weights_of_one_layer_have_noise_of_their_own():
     assert abs(np.corrcoef(kernel, recurrent)[0, 1]) < 6 / 30
 
 
+# Noise that is drawn again.
+
+
+@pytest.mark.parametrize(
+    "policy", ["float32", "mixed_bfloat16", "mixed_float16"]
+)
+@pytest.mark.parametrize("name", ["dense", "conv_stride", "embedding", "rnn"])
+def test_gradients_are_the_same_whether_noise_is_kept_or_drawn_again(
+    name, policy
+):
+    layer, shape = PLAIN[name]()
+    layer.dtype_policy = policy
+    wrapper = wrap(layer, (None, *shape))
+    techniques.bind(wrapper)
+    x = inputs_for(name, shape)
+
+    def outputs_and_gradients(redraws):
+        @tf.function
+        def compute():
+            with noise.redrawing(redraws), tf.GradientTape() as tape:
+                outputs = tf.cast(wrapper(x, training=True), tf.float32)
+                loss = tf.reduce_mean(tf.square(outputs))
+            variables = wrapper.trainable_variables
+            return [outputs, *tape.gradient(loss, variables)]
+
+        return [np.float64(tf.convert_to_tensor(t)) for t in compute()]
+
+    kept, redrawn = outputs_and_gradients(False), outputs_and_gradients(True)
+    for first, second in zip(kept, redrawn, strict=True):
+        np.testing.assert_allclose(second, first, rtol=1e-6, atol=1e-7)
+
+
+# The dtype of variances.
+
+
+@pytest.fixture
+def fast_bfloat16(monkeypatch):
+    """A CPU that multiplies bfloat16 natively."""
+    monkeypatch.setattr(processor, "multiplies_bfloat16", lambda: True)
+
+
+def spread_dtype(layer, shape, **settings):
+    """The dtype of variances that a wrapper chooses."""
+    wrapper = wrap(
+        layer, (None, *shape), **{"variance_dtype": None, **settings}
+    )
+    (use,) = uses.describe(layer.plain_class, layer, tf.zeros((2, *shape)))
+    return wrapper._spread_dtype(use)
+
+
+@pytest.mark.parametrize("name", ["dense", "conv_stride", "time_distributed"])
+def test_variances_are_bfloat16_on_a_cpu_that_multiplies_it(
+    name, fast_bfloat16
+):
+    assert spread_dtype(*LINEAR[name]()) == tf.bfloat16
+    assert spread_dtype(*LINEAR[name](), variance_dtype="float32") == tf.float32
+    with noise.redrawing(True):  # As with an accelerator.
+        assert spread_dtype(*LINEAR[name]()) == tf.float32
+
+
+def test_variances_are_float32_on_other_cpus(monkeypatch):
+    monkeypatch.setattr(processor, "multiplies_bfloat16", lambda: False)
+    layer, shape = LINEAR["dense"]()
+    assert spread_dtype(layer, shape) == tf.float32
+    assert spread_dtype(layer, shape, variance_dtype="bfloat16") == tf.bfloat16
+
+
+def test_variances_of_registered_layers_are_float32(fast_bfloat16):
+    """Their function may not take bfloat16."""
+    use = sos.extend.LinearMap(
+        keras.Variable(tf.ones((4, 3))),
+        inputs=tf.ones((2, 4)),
+        function=lambda weight, x: tf.matmul(x, weight),
+    )
+    wrapper = wrap(keras.layers.Dense(3), (None, 4), variance_dtype=None)
+    assert wrapper._spread_dtype(use) == tf.float32
+
+
+def test_variances_in_bfloat16_are_unbiased_and_means_exact():
+    layer = keras.layers.Dense(256, use_bias=False)
+    noises = {}
+    for dtype in ("float32", "bfloat16"):
+        wrapper = wrap(layer, (None, 64), variance_dtype=dtype)
+        layer.kernel.assign(tf.zeros((64, 256)))
+        techniques.state(wrapper, "log_sigma2").assign(
+            techniques.normal(64, 256, seed=2)
+        )
+        wrapper.clip_log_alpha = None
+        techniques.bind(wrapper)
+        x = techniques.normal(500, 64, seed=3)
+        noises[dtype] = np.float64(wrapper(x, training=True))
+    # The same noise, so that its factors can be compared.
+    errors = (noises["bfloat16"] / noises["float32"]) ** 2 - 1
+    assert abs(errors.mean()) < 5e-5
+    assert errors.std() < 2.5e-3
+    assert np.abs(errors).max() < 0.012
+
+
+def test_variance_dtype_is_restored_from_a_configuration():
+    wrapper = wrap(keras.layers.Dense(3), (None, 4), variance_dtype="bfloat16")
+    config = json.loads(json.dumps(wrapper.get_config()))
+    restored = sos.VariationalDropout.from_config(config)
+    assert restored.variance_dtype == "bfloat16"
+    del config["variance_dtype"]  # A file of an earlier version.
+    assert sos.VariationalDropout.from_config(config).variance_dtype is None
+
+
+@pytest.mark.parametrize("value", ["float16", "int8", 16])
+def test_variance_dtype_of_another_value_raises_an_error(value):
+    with pytest.raises(ValueError, match="one of None, 'float32', 'bfloat16'"):
+        wrap(keras.layers.Dense(2), (None, 2), variance_dtype=value)
+
+
 # Clipping and gradients.
 
 
@@ -556,6 +678,52 @@ def test_penalty_and_its_gradients(clip):
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
     if clip is not None:
         assert all((g[outside] == 0).all() for g in found)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize(
+    "function", [vd._clipped_variance, vd._clipped_divergence]
+)
+def test_second_order_gradients_by_clipped_log_alpha(function, traced):
+    """Against differences of the first, within and outside of the limits."""
+    theta = tf.constant(techniques.normal(40, seed=1))
+    log_alpha = np.resize([-3.0, 9.0, -11.0, 0.5, 7.0], 40)
+    log_sigma2 = tf.cast(log_alpha + np.log(theta.numpy() ** 2), tf.float32)
+
+    def gradient(*args):
+        with tf.GradientTape() as tape:
+            tape.watch(args)
+            value = tf.reduce_sum(function(*args, 8.0))
+        return tape.gradient(value, args)
+
+    def second(*args):
+        with tf.GradientTape() as tape:
+            tape.watch(args)
+            total = tf.add_n([tf.reduce_sum(g) for g in gradient(*args)])
+        return tape.gradient(total, args)
+
+    found = (tf.function(second) if traced else second)(theta, log_sigma2)
+    # Elements are independent: one step moves all of them.
+    for index in range(2):
+        step = [0.0, 0.0]
+        step[index] = 1e-3
+        above = gradient(theta + step[0], log_sigma2 + step[1])
+        below = gradient(theta - step[0], log_sigma2 - step[1])
+        expected = (tf.add_n(above) - tf.add_n(below)) / 2e-3
+        # The second derivative by theta itself is steep near zero.
+        near = np.abs(theta) > 0.1
+        np.testing.assert_allclose(
+            found[index][near], expected[near], rtol=0.02, atol=0.02
+        )
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_gradient_of_a_huge_variance_that_is_clipped_is_zero(persistent):
+    log_sigma2 = tf.constant([100.0, 1e4, -1e4])
+    with tf.GradientTape(persistent=persistent) as tape:
+        tape.watch(log_sigma2)
+        variance = vd._clipped_variance(tf.ones(3), log_sigma2, 8.0)
+    np.testing.assert_array_equal(tape.gradient(variance, log_sigma2), [0] * 3)
 
 
 def test_penalty_of_many_normals():
