@@ -1,5 +1,6 @@
 """Helpers of benchmarks: the description of the machine, and the report."""
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -9,6 +10,8 @@ from collections.abc import Mapping
 import rich.console
 import rich.table
 
+import sos
+from benchmarks.networks import DENSE
 from sos.experiments.machine import processor
 
 
@@ -22,6 +25,27 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
     }
+
+
+def integers(text: str) -> list[int]:
+    """Parses integers that are separated by commas, the value of a flag."""
+    return [int(part) for part in text.split(",")]
+
+
+def techniques(text: str) -> list[str]:
+    """Parses techniques that are separated by commas, the value of a flag.
+
+    Raises:
+        argparse.ArgumentTypeError: If one is unknown.
+    """
+    known = [DENSE, *sos.extend.techniques()]
+    names = text.split(",")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"must be some of {','.join(known)}. Received: {unknown[0]!r}"
+        )
+    return names
 
 
 def print_report(
