@@ -48,6 +48,7 @@ from benchmarks.compilers import (
     make_environment,
     run_worker,
 )
+from benchmarks.lowering import specs
 from benchmarks.tpu_lowering import lower
 from sos.training import tpu_check
 
@@ -91,7 +92,7 @@ def trace(model_name: str, technique: str, replicas: int, batch: int) -> Any:
 
     network = networks.NETWORKS[model_name]
     function = train.get_concrete_function(
-        *training.specs(network.data(batch, network.size))
+        *specs(network.data(batch, network.size))
     )
     tpu_check.check(function)
     return function

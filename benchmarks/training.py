@@ -1,14 +1,12 @@
 """The engine's training step of a network, as benchmarks measure it."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import keras
 import tensorflow as tf
 
 import sos
 from benchmarks import networks
-from benchmarks.recipes import Recipe
 from sos.training.steps import Steps
 from sos.training.task import Task
 
@@ -49,11 +47,6 @@ class Classification(Task):
             "loss": (tf.reduce_sum(losses), count),
             "accuracy": (tf.reduce_sum(correct), count),
         }
-
-
-def specs(data: Sequence[Recipe]) -> list[tf.TensorSpec]:
-    """Returns the specs of tensors that the recipes make."""
-    return [tf.TensorSpec(recipe.shape, recipe.dtype) for recipe in data]
 
 
 @dataclasses.dataclass(frozen=True)
