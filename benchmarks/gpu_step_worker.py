@@ -203,20 +203,23 @@ def check_modules(names, results):
     def check(name):
         program = Program(name, device, None)
         program.make_arguments(device)
-        worst = 0.0
+        found = []
         for step in range(program.metadata["steps"]):
             before = [np.asarray(array) for array in program.arguments]
             program.run(1)
             expected = np.load(FOLDER / f"{name}_{step}.npz")
-            worst = max(worst, difference(program, before, expected))
-        return {"difference": worst}
+            found += differences(program, before, expected)
+        return {
+            "largest": round_off(max(found)),
+            "median": round_off(statistics.median(found)),
+        }
 
     for name in names:
         results.attempt(name, check, name)
 
 
-def difference(program, before, expected):
-    """Returns how far the variables are from those of TensorFlow.
+def differences(program, before, expected):
+    """Compares the variables that a step assigns with those of TensorFlow.
 
     Args:
         program: The program after a step.
@@ -224,12 +227,12 @@ def difference(program, before, expected):
         expected: TensorFlow's variables after the step, by argument.
 
     Returns:
-        The largest norm of a variable's difference, relative to the norm of the
+        The norm of each variable's difference, relative to the norm of the
         step's change of that variable. Changes below a millionth of the largest
         count as a millionth: those of biases before batch normalization are
         only rounding.
     """
-    differences, changes = [], []
+    errors, changes = [], []
     for argument in program.aliases.values():
         old, new, wanted = (
             np.asarray(array).astype(np.float64)
@@ -239,13 +242,15 @@ def difference(program, before, expected):
                 expected[str(argument)],
             )
         )
-        differences.append(np.linalg.norm((new - wanted).ravel()))
+        errors.append(np.linalg.norm((new - wanted).ravel()))
         changes.append(np.linalg.norm((wanted - old).ravel()))
     floor = 1e-6 * max(changes)
-    return max(
-        float(d / max(c, floor))
-        for d, c in zip(differences, changes, strict=True)
-    )
+    return [e / max(c, floor) for e, c in zip(errors, changes, strict=True)]
+
+
+def round_off(number):
+    """Rounds to two digits."""
+    return float(f"{number:.1e}")
 
 
 def main():
