@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 from collections.abc import Mapping
 
 import rich.console
@@ -48,6 +49,12 @@ def techniques(text: str) -> list[str]:
     return names
 
 
+def console() -> rich.console.Console:
+    """Returns a console for tables, wide enough where nobody looks."""
+    columns = shutil.get_terminal_size().columns
+    return rich.console.Console(width=max(columns, 110))
+
+
 def print_report(
     title: str, report: Mapping[str, object], as_json: bool
 ) -> None:
@@ -70,7 +77,7 @@ def print_report(
         table.add_column(key.replace("_", " "), justify="right")
     for name, values in rows.items():
         table.add_row(name, *(f"{value:,.2f}" for value in values.values()))
-    console = rich.console.Console()
-    console.print(table)
+    output = console()
+    output.print(table)
     for key, value in report["machine"].items():
-        console.print(f"{key}: {value}", highlight=False)
+        output.print(f"{key}: {value}", highlight=False)

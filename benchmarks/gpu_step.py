@@ -47,7 +47,6 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
-import rich.console
 import rich.table
 import tensorflow as tf
 
@@ -56,7 +55,7 @@ from tensorflow.compiler.tf2xla.python import xla
 
 import sos
 from benchmarks import networks, training
-from benchmarks.common import integers, machine, techniques
+from benchmarks.common import console, integers, machine, techniques
 from benchmarks.compilers import (
     FOLDER,
     OutOfMemory,
@@ -110,6 +109,17 @@ CHECKS = {
 }
 CHECK_BATCH_SIZE = 4
 CHECK_STEPS = 2
+
+# Headers of columns, where they are not the name.
+COLUMNS = {
+    "milliseconds": "ms",
+    "times_base": "times",
+    "memory_gib": "GiB",
+    "memory_times_base": "times",
+    "gigabytes": "GB moved",
+    "gflop": "GFLOP",
+    "compile_s": "compile s",
+}
 
 COPY = "one read and write"
 SORT = "sorting each tensor"
@@ -424,35 +434,34 @@ def figures(
 
 def print_tables(report: dict[str, Any]) -> None:
     """Prints a report as tables."""
-    console = rich.console.Console()
-    titles = {
-        "results": f"One training step of {report['model']}",
-        "mask_update": f"One mask update of {report['model']}",
-    }
-    how = {
+    output = console()
+    where = {
         "run": f"on {report['device']}",
         "compile": f"compiled for {report['device']}",
-        "check": "on the CPU, compared with TensorFlow",
-    }
-    for key, title in titles.items():
+        "check": "compared with TensorFlow on the CPU",
+    }[report["action"]]
+    for key, title, base in (
+        ("results", "training step", "the dense model"),
+        ("mask_update", "mask update", COPY),
+    ):
         rows = report[key]
         if not rows:
             continue
-        table = rich.table.Table(
-            title=f"{title} {how[report['action']]}", title_justify="left"
-        )
+        title = f"One {title} of {report['model']}, {where}"
+        if report["action"] != "check":
+            title += f'; "times" compares with {base}'
+        table = rich.table.Table(title=title, title_justify="left")
         table.add_column("", no_wrap=True)
-        base = "dense" if key == "results" else "read and write"
         for column in next(iter(rows.values())):
-            text = column.replace("times_base", f"times_{base}")
-            table.add_column(text.replace("_", " "), justify="right")
+            text = COLUMNS.get(column, column)
+            table.add_column(text, justify="right")
         for label, values in rows.items():
             table.add_row(label, *(_format(v) for v in values.values()))
-        console.print(table)
+        output.print(table)
     for label in report["out_of_memory"]:
-        console.print(f"{label}: does not fit the memory", highlight=False)
+        output.print(f"{label}: does not fit the memory", highlight=False)
     for name, value in machine().items():
-        console.print(f"{name}: {value}", highlight=False)
+        output.print(f"{name}: {value}", highlight=False)
 
 
 def _format(value: float | str | None) -> str:

@@ -35,13 +35,18 @@ import time
 from typing import Any
 
 import keras
-import rich.console
 import rich.table
 import tensorflow as tf
 
 import sos
 from benchmarks import networks, training
-from benchmarks.common import integers, machine, print_report, techniques
+from benchmarks.common import (
+    console,
+    integers,
+    machine,
+    print_report,
+    techniques,
+)
 from benchmarks.compilers import (
     FOLDER,
     OutOfMemory,
@@ -149,8 +154,8 @@ def measure(
 
 def print_tables(report: dict[str, Any]) -> None:
     """Prints a report as two tables, memory and operations."""
-    console = rich.console.Console()
-    console.print(
+    output = console()
+    output.print(
         f"One training step of {report['model']} for {report['topology']}: "
         f"{report['replicas']} replicas",
         highlight=False,
@@ -173,9 +178,9 @@ def print_tables(report: dict[str, Any]) -> None:
             table.add_row(name, *(f"{figures[key]:,}" for key in columns))
         for name in report["out_of_memory"]:
             table.add_row(f"{name}: does not fit")
-        console.print(table)
+        output.print(table)
     for key, value in machine().items():
-        console.print(f"{key}: {value}", highlight=False)
+        output.print(f"{key}: {value}", highlight=False)
 
 
 def parse_flags() -> argparse.Namespace:
