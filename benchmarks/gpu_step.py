@@ -391,14 +391,15 @@ def read_report(folder: pathlib.Path) -> dict[str, Any]:
                 )
         else:
             base = results.get(row["base"], {})
-            report[row["table"]][label] = figures(result, base)
+            timed = plan["action"] == "run"
+            report[row["table"]][label] = figures(result, base, timed)
             if result.get("equal") is False:
                 report["errors"][label] = "differs from the masks of the host"
     return report
 
 
 def figures(
-    result: dict[str, Any], base: dict[str, Any]
+    result: dict[str, Any], base: dict[str, Any], timed: bool
 ) -> dict[str, float | None]:
     """Returns the figures of a module to print, by name.
 
@@ -406,11 +407,11 @@ def figures(
         result: What the worker measured.
         base: The same of the module with which it is compared, or an empty
             dictionary.
+        timed: Whether to include times, None if it was cut off before these.
     """
     printed = {}
-    if "rounds_ms" in result:
-        rounds = result["rounds_ms"]
-        printed["milliseconds"] = round(statistics.median(rounds), 3)
+    if timed:
+        rounds = result.get("rounds_ms", [])
         # Within a round both ran at the same clock.
         ratios = [
             ours / theirs
@@ -418,9 +419,8 @@ def figures(
                 rounds, base.get("rounds_ms", []), strict=False
             )
         ]
-        printed["times_base"] = (
-            round(statistics.median(ratios), 3) if ratios else None
-        )
+        printed["milliseconds"] = _median(rounds)
+        printed["times_base"] = _median(ratios)
     printed["memory_gib"] = round(result["total"] / 2**30, 3)
     printed["memory_times_base"] = (
         round(result["total"] / base["total"], 3) if "total" in base else None
@@ -430,6 +430,10 @@ def figures(
     printed["kernels"] = result["kernels"]
     printed["compile_s"] = round(result["compile_s"], 1)
     return printed
+
+
+def _median(values: list[float]) -> float | None:
+    return round(statistics.median(values), 3) if values else None
 
 
 def print_tables(report: dict[str, Any]) -> None:
