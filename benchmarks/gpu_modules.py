@@ -47,10 +47,11 @@ class Check(NamedTuple):
     bound: float
 
 
-# By dtype policy. The first tells whether nothing was lost on the way from
-# TensorFlow. It needs XLA on both sides, as noise is float32, in which kernels
-# round differently. The others tell whether XLA computes the same as other
-# kernels; in some variables a few rounded numbers of few are all.
+# By dtype policy. float64 shows that nothing was lost on the way from
+# TensorFlow. XLA is on both sides, because noise is float32 even there, and
+# other kernels round its logarithms differently. The others show that XLA
+# computes the same as other kernels. Of these the median is bounded: in small
+# variables, one number that is rounded differently makes a large difference.
 CHECKS = {
     "float64": Check(True, "largest", 1e-11),
     "float32": Check(False, "median", 1e-4),

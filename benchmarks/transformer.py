@@ -8,6 +8,7 @@ label smoothing and decoding are left out.
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 import sos
 
@@ -57,7 +58,7 @@ class Transformer(keras.Model):
         self.decoder_norm = keras.layers.LayerNormalization(name="decoder_norm")
         self.positions = _positions(length, width)
 
-    def call(self, source, target):
+    def call(self, source: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
         """Computes logits.
 
         Args:
@@ -83,7 +84,7 @@ class Transformer(keras.Model):
         with sos.noise_scope("logits"):
             return self.table(x, reverse=True)
 
-    def _embed(self, tokens):
+    def _embed(self, tokens: tf.Tensor) -> tf.Tensor:
         x = self.table(tokens) * self.positions.shape[1] ** 0.5
         return x + keras.ops.cast(self.positions[: tokens.shape[1]], x.dtype)
 
@@ -125,7 +126,12 @@ class Block(keras.Layer):
         )
         self.contraction = layers.Dense(width, name=f"{name}_contraction")
 
-    def call(self, x, memory=None, visible=None):
+    def call(
+        self,
+        x: tf.Tensor,
+        memory: tf.Tensor | None = None,
+        visible: tf.Tensor | None = None,
+    ) -> tf.Tensor:
         """Applies the block.
 
         Args:
@@ -170,7 +176,13 @@ class Attention(keras.Layer):
         self.value, self.mixture = dense("value"), dense("mixture")
         self.head_shape = (heads, width // heads)
 
-    def call(self, x, memory, visible=None, causal=False):
+    def call(
+        self,
+        x: tf.Tensor,
+        memory: tf.Tensor,
+        visible: tf.Tensor | None = None,
+        causal: bool = False,
+    ) -> tf.Tensor:
         """Attends from `x` to `memory`.
 
         Args:
@@ -192,7 +204,7 @@ class Attention(keras.Layer):
         )
         return self.mixture(keras.ops.reshape(y, keras.ops.shape(x)))
 
-    def _split(self, x):
+    def _split(self, x: tf.Tensor) -> tf.Tensor:
         """Splits features into heads: [batch, length, heads, features]."""
         shape = (*keras.ops.shape(x)[:-1], *self.head_shape)
         return keras.ops.reshape(x, shape)
