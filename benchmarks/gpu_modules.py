@@ -118,7 +118,7 @@ class Modules:
 
 def _reset(policy: str) -> None:
     """Forgets earlier models, whose memory adds up, and sets the policy."""
-    keras.backend.clear_session()
+    training.forget()
     keras.config.set_dtype_policy(policy)
 
 

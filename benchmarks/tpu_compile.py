@@ -126,9 +126,11 @@ def measure(
         RuntimeError: If the compiler rejects the step.
     """
     begin = time.perf_counter()
-    keras.backend.clear_session()
-    function = trace(flags.model, technique, flags.replicas, batch_size)
-    module, batch_arguments = lower(function)
+    module, batch_arguments = lower(
+        trace(flags.model, technique, flags.replicas, batch_size)
+    )
+    # The compiler needs the memory of the model and its graph.
+    training.forget()
     lowered = time.perf_counter()
     if python is None:
         return {

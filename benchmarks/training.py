@@ -1,6 +1,7 @@
 """The engine's training step of a network, as benchmarks measure it."""
 
 import dataclasses
+import gc
 
 import keras
 import tensorflow as tf
@@ -86,3 +87,13 @@ def prepare(
     if steps.sparse_weights:
         updater = sos.SparsityUpdater(model, optimizer)
     return Training(model, optimizer, steps, updater)
+
+
+def forget() -> None:
+    """Frees the memory of models that nothing refers to, and of their graphs.
+
+    Keras's dtype policy is reset.
+    """
+    keras.backend.clear_session()
+    # Models and traced functions refer to each other.
+    gc.collect()
