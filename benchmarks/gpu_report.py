@@ -18,7 +18,6 @@ COLUMNS = {
     "memory_gib": "GiB",
     "memory_times_base": "times",
     "gigabytes": "GB moved",
-    "gflop": "GFLOP",
     "compile_s": "compile s",
 }
 
@@ -107,7 +106,6 @@ def figures(
         round(result["total"] / base["total"], 3) if "total" in base else None
     )
     printed["gigabytes"] = round(result["bytes"] / 1e9, 3)
-    printed["gflop"] = round(result["flops"] / 1e9, 1)
     printed["kernels"] = result["kernels"]
     printed["compile_s"] = round(result["compile_s"], 1)
     return printed

@@ -79,7 +79,6 @@ def test_results_compares_medians_of_ratios_within_rounds(tmp_path):
         "memory_gib": 3,
         "memory_times_base": 1.5,
         "gigabytes": 3,
-        "gflop": 5,
         "kernels": 7,
         "compile_s": 1.2,
     }
