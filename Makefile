@@ -108,8 +108,10 @@ format: $(READY)  ## repair what can be repaired of style and formatting
 	@$(RUN) -m ruff check --fix $(SOURCES)
 	@$(RUN) -m ruff format $(SOURCES)
 
-bench: $(READY)  ## run every benchmark (ARGS go to each)
-	@for name in mask_update train_step resume launchers; do \
+# Without tpu_compile and gpu_step, which install a compiler.
+bench: $(READY)  ## run every benchmark of CPUs (ARGS go to each)
+	@for name in mask_update train_step "train_step --model=transformer" \
+			frozen resume launchers; do \
 		$(RUN) -m benchmarks.$$name $(ARGS) || exit; \
 	done
 

@@ -2,7 +2,11 @@
 
 import os
 
-# All benchmarks measure on the CPU.
+# TensorFlow measures and lowers on the CPU in all benchmarks. Other processes
+# may use the GPUs that the user chose, all if none.
+os.environ.setdefault(
+    "BENCHMARKS_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+)
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 

@@ -1,14 +1,18 @@
 """Helpers of benchmarks: the description of the machine, and the report."""
 
+import argparse
 import importlib.metadata
 import json
 import os
 import platform
+import shutil
 from collections.abc import Mapping
 
 import rich.console
 import rich.table
 
+import sos
+from benchmarks.networks import DENSE
 from sos.experiments.machine import processor
 
 
@@ -22,6 +26,33 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
     }
+
+
+def integers(text: str) -> list[int]:
+    """Parses integers that are separated by commas, the value of a flag."""
+    return [int(part) for part in text.split(",")]
+
+
+def techniques(text: str) -> list[str]:
+    """Parses techniques that are separated by commas, the value of a flag.
+
+    Raises:
+        argparse.ArgumentTypeError: If one is unknown.
+    """
+    known = [DENSE, *sos.extend.techniques()]
+    names = text.split(",")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"must be some of {','.join(known)}. Received: {unknown[0]!r}"
+        )
+    return names
+
+
+def console() -> rich.console.Console:
+    """Returns a console for tables, wide enough where nobody looks."""
+    columns = shutil.get_terminal_size().columns
+    return rich.console.Console(width=max(columns, 110))
 
 
 def print_report(
@@ -46,7 +77,7 @@ def print_report(
         table.add_column(key.replace("_", " "), justify="right")
     for name, values in rows.items():
         table.add_row(name, *(f"{value:,.2f}" for value in values.values()))
-    console = rich.console.Console()
-    console.print(table)
+    output = console()
+    output.print(table)
     for key, value in report["machine"].items():
-        console.print(f"{key}: {value}", highlight=False)
+        output.print(f"{key}: {value}", highlight=False)

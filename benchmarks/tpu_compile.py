@@ -1,8 +1,9 @@
 """Compiles training steps for a TPU, on a machine without one.
 
-    python -m benchmarks.tpu_compile [--model=convnet|resnet50]
-        [--technique=NAME] [--replicas=N] [--topology=v5e:2x2]
-        [--batch_size=N] [--lower_only] [--json]
+    python -m benchmarks.tpu_compile
+        [--model=convnet|resnet50|transformer|attention]
+        [--technique=NAME,NAME] [--batch_size=N,N] [--replicas=N]
+        [--topology=v5e:2x2] [--lower_only] [--json]
 
 The engine's training step is traced in mixed bfloat16 under a TPUStrategy
 without a TPU (`sos.training.tpu_check`), checked, lowered, and compiled by the
@@ -18,72 +19,49 @@ seconds.
 Results are for one replica and one step. "Total" is the memory of arguments,
 temporaries, code and results; variables are updated in place. "Peak" is
 reported by the compiler. It may exceed the total, and seems to include the
-core's small memories. TensorFlow's runtime may need more, and the lowering
-approximates in two places: see `benchmarks.tpu_lowering`.
+core's small memories. A step that does not fit is a result: its row says so,
+and the others go on. TensorFlow's runtime may need more memory, and the
+lowering approximates in two places: see `benchmarks.tpu_lowering`.
 """
 
 import argparse
 import json
 import math
-import os
 import pathlib
 import re
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
-import venv
 from typing import Any
 
 import keras
-import rich.console
 import rich.table
 import tensorflow as tf
 
 import sos
-from benchmarks import networks
-from benchmarks.common import machine, print_report
-from benchmarks.networks import DENSE
+from benchmarks import networks, training
+from benchmarks.common import (
+    console,
+    integers,
+    machine,
+    print_report,
+    techniques,
+)
+from benchmarks.compilers import (
+    FOLDER,
+    OutOfMemory,
+    make_environment,
+    run_worker,
+)
+from benchmarks.lowering import specs
 from benchmarks.tpu_lowering import lower
 from sos.training import tpu_check
-from sos.training.steps import Steps
-from sos.training.task import Task
 
-HYPERPARAMETERS = {
-    "schedule": "constant",
-    "sparsity": 0.9,
-    "frequency": 100,
-    "penalty_weight": 1e-7,
-}
 REQUIREMENT = "jax[tpu]==0.10.2"
-ENVIRONMENT = pathlib.Path.home() / ".cache" / "sos" / "tpu_compile"
+ENVIRONMENT = FOLDER / "tpu_compile"
 WORKER = pathlib.Path(__file__).with_name("tpu_compile_worker.py")
 # Memory figures to print. The limit is what the compiler may use.
 MEMORY = ("arguments", "temporaries", "code", "total", "peak", "limit")
-
-
-class Classification(Task):
-    """Classifies images into one of several classes."""
-
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
-
-    def compute_metrics(
-        self, model: keras.Model, batch: Any, training: bool
-    ) -> dict[str, tuple[tf.Tensor, tf.Tensor]]:
-        """Computes cross-entropy and accuracy."""
-        logits = tf.cast(model(batch["image"], training=training), tf.float32)
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
-            batch["label"], logits
-        )
-        predictions = tf.argmax(logits, axis=-1, output_type=tf.int32)
-        correct = tf.cast(predictions == batch["label"], tf.float32)
-        count = tf.cast(tf.size(losses), tf.float32)
-        return {
-            "loss": (tf.reduce_sum(losses), count),
-            "accuracy": (tf.reduce_sum(correct), count),
-        }
 
 
 def trace(model_name: str, technique: str, replicas: int, batch: int) -> Any:
@@ -91,12 +69,12 @@ def trace(model_name: str, technique: str, replicas: int, batch: int) -> Any:
 
     Args:
         model_name: One of `networks.NETWORKS`.
-        technique: Name of a technique, or `DENSE`.
+        technique: Name of a technique, or "dense".
         replicas: Number of replicas.
         batch: Batch size of one replica.
 
     Returns:
-        A concrete function of images and labels.
+        A concrete function of the model's inputs and the labels.
     """
     strategy = tpu_check.deviceless_strategy(replicas)
     # One replica's variables are lowered. A packed variable represents those of
@@ -104,146 +82,38 @@ def trace(model_name: str, technique: str, replicas: int, batch: int) -> Any:
     strategy._enable_packed_variable_in_eager_mode = False
     keras.config.set_dtype_policy("mixed_bfloat16")
     with strategy.scope():
-        model = networks.build(model_name, technique, HYPERPARAMETERS)
-        optimizer = keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True)
-        optimizer.build(model.trainable_variables)
-        task = Classification(batch * replicas)
-        steps = Steps(task, model, optimizer)
-    if steps.sparse_weights:
+        prepared = training.prepare(model_name, technique, batch * replicas)
+    if prepared.updater:
         # Not `start`, which would update masks, for which it needs a TPU.
-        updater = sos.SparsityUpdater(model, optimizer)
-        updater.resume()
+        prepared.updater.resume()
 
-    def replica_step(batch: dict[str, tf.Tensor]) -> None:
+    def replica_step(*batch: tf.Tensor) -> None:
         # Without the results, which go to the host.
-        steps.train_step(batch)
+        prepared.loss(list(batch))
 
     @tf.function
-    def train(image: tf.Tensor, label: tf.Tensor) -> None:
-        data = {"image": image, "label": label}
-        strategy.run(replica_step, args=(data,))
+    def train(*batch: tf.Tensor) -> None:
+        strategy.run(replica_step, args=batch)
 
-    shape, _ = networks.NETWORKS[model_name]
+    network = networks.NETWORKS[model_name]
     function = train.get_concrete_function(
-        tf.TensorSpec((batch, *shape)), tf.TensorSpec((batch,), tf.int32)
+        *specs(network.data(batch, network.size))
     )
     tpu_check.check(function)
     return function
 
 
-def make_environment(folder: pathlib.Path) -> pathlib.Path:
-    """Creates the compiler's virtual environment, unless it exists.
-
-    Args:
-        folder: Directory of the environment.
-
-    Returns:
-        Path of its Python.
-
-    Raises:
-        SystemExit: If it cannot be created.
-    """
-    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
-    ready = folder / ".ready"
-    # Written last: an interrupted installation is repeated.
-    if ready.is_file() and ready.read_text("utf-8") == REQUIREMENT:
-        return python
-    if folder.exists() and not (folder / "pyvenv.cfg").is_file():
-        if not folder.is_dir() or any(folder.iterdir()):
-            raise SystemExit(
-                f"{folder} is not empty and not a virtual environment. Choose "
-                "another --venv."
-            )
-    print(
-        f"Installing {REQUIREMENT} into {folder}, once (200 MB to download)",
-        file=sys.stderr,
-        flush=True,
-    )
-    pip = [python, "-m", "pip", "--disable-pip-version-check", "install"]
-    try:
-        venv.create(folder, with_pip=True, clear=True)
-        subprocess.run(
-            [*pip, "--quiet", "--no-input", REQUIREMENT],
-            check=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=_clean_environment(),
-        )
-    except (OSError, subprocess.CalledProcessError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        output = getattr(error, "stderr", None) or str(error)
-        if isinstance(output, bytes):
-            output = output.decode(errors="replace")
-        lines = [line for line in output.splitlines() if "ERROR" in line]
-        reason = (lines or output.splitlines() or ["unknown"])[-1].strip()
-        raise SystemExit(
-            f"The compiler's environment {folder} cannot be created: {reason}. "
-            "It needs the network and a writable directory."
-        ) from None
-    ready.write_text(REQUIREMENT, "utf-8")
-    return python
-
-
-def compile_for_tpu(
-    python: pathlib.Path,
-    module: bytes,
-    *,
-    topology: str,
-    replicas: int,
-    batch_arguments: int,
-) -> dict[str, float]:
-    """Compiles a lowered step in its own process, because libtpu may abort.
-
-    Args:
-        python: Path of Python in the compiler's environment.
-        module: StableHLO bytecode.
-        topology: Name of the topology.
-        replicas: Number of replicas.
-        batch_arguments: Number of arguments that are data; these come first.
-
-    Returns:
-        Figures of `tpu_compile_worker` by name.
-
-    Raises:
-        RuntimeError: If the compiler rejects the module.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder) / "step.mlirbc"
-        path.write_bytes(module)
-        command = [python, WORKER, path, topology, replicas, batch_arguments]
-        result = subprocess.run(
-            [str(part) for part in command],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            cwd=folder,
-            env=_clean_environment(),
-        )
-    try:
-        figures = json.loads(result.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        lines = result.stderr.strip().splitlines() or ["no output"]
-        figures = {"error": f"exit code {result.returncode}: {lines[-1]}"}
-    if "error" in figures:
-        raise RuntimeError(figures["error"])
-    return figures
-
-
-def _clean_environment() -> dict[str, str]:
-    """Returns the environment variables without those of this environment."""
-    excluded = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
-    return {k: v for k, v in os.environ.items() if k not in excluded}
-
-
 def measure(
-    technique: str, flags: argparse.Namespace, python: pathlib.Path | None
+    technique: str,
+    batch_size: int,
+    flags: argparse.Namespace,
+    python: pathlib.Path | None,
 ) -> dict[str, float]:
     """Measures one technique.
 
     Args:
-        technique: Name of a technique, or `DENSE`.
+        technique: Name of a technique, or "dense".
+        batch_size: Batch size of one replica.
         flags: The flags.
         python: Path of Python in the compiler's environment; None to only
             lower the step.
@@ -252,11 +122,15 @@ def measure(
         Figures to print, by name.
 
     Raises:
+        OutOfMemory: If the step does not fit the TPU's memory.
         RuntimeError: If the compiler rejects the step.
     """
     begin = time.perf_counter()
-    function = trace(flags.model, technique, flags.replicas, flags.batch_size)
-    module, batch_arguments = lower(function)
+    module, batch_arguments = lower(
+        trace(flags.model, technique, flags.replicas, batch_size)
+    )
+    # The compiler needs the memory of the model and its graph.
+    training.forget()
     lowered = time.perf_counter()
     if python is None:
         return {
@@ -264,13 +138,12 @@ def measure(
             "batch_arguments": batch_arguments,
             "lower_s": round(lowered - begin, 1),
         }
-    figures = compile_for_tpu(
-        python,
-        module,
-        topology=flags.topology,
-        replicas=flags.replicas,
-        batch_arguments=batch_arguments,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "step.mlirbc"
+        path.write_bytes(module)
+        figures = run_worker(
+            python, WORKER, path, flags.topology, flags.replicas
+        )
     return {
         **{f"{name}_mib": round(figures[name] / 2**20, 1) for name in MEMORY},
         "gflop": round(figures["flops"] / 1e9, 3),
@@ -283,11 +156,10 @@ def measure(
 
 def print_tables(report: dict[str, Any]) -> None:
     """Prints a report as two tables, memory and operations."""
-    console = rich.console.Console()
-    console.print(
+    output = console()
+    output.print(
         f"One training step of {report['model']} for {report['topology']}: "
-        f"{report['replicas']} replicas, each with a batch of "
-        f"{report['batch_per_replica']}",
+        f"{report['replicas']} replicas",
         highlight=False,
     )
     rows = report["results"]
@@ -300,20 +172,21 @@ def print_tables(report: dict[str, Any]) -> None:
         ("Operations of one replica, and seconds on this machine", operations),
     ):
         table = rich.table.Table(title=title, title_justify="left")
-        table.add_column("", no_wrap=True)
+        table.add_column("technique, batch of a replica", no_wrap=True)
         for key in columns:
             name = key.removesuffix("_mib").replace("_", " ")
             table.add_column(name, justify="right")
         for name, figures in rows.items():
             table.add_row(name, *(f"{figures[key]:,}" for key in columns))
-        console.print(table)
+        for name in report["out_of_memory"]:
+            table.add_row(f"{name}: does not fit")
+        output.print(table)
     for key, value in machine().items():
-        console.print(f"{key}: {value}", highlight=False)
+        output.print(f"{key}: {value}", highlight=False)
 
 
 def parse_flags() -> argparse.Namespace:
     """Parses and validates the command line."""
-    techniques = [DENSE, *sos.extend.techniques()]
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -327,9 +200,9 @@ def parse_flags() -> argparse.Namespace:
     )
     add(
         "--technique",
-        choices=techniques,
-        metavar="NAME",
-        help=f"one of {', '.join(techniques)}; all by default",
+        type=techniques,
+        default=",".join([networks.DENSE, *sos.extend.techniques()]),
+        help="techniques, separated by commas",
     )
     add("--topology", default="v5e:2x2", help="kind and topology of TPU")
     add(
@@ -339,9 +212,9 @@ def parse_flags() -> argparse.Namespace:
     )
     add(
         "--batch_size",
-        type=int,
-        default=32,
-        help="number of images per replica",
+        type=integers,
+        default="32",
+        help="number of examples per replica; several separated by commas",
     )
     add(
         "--venv",
@@ -364,12 +237,12 @@ def parse_flags() -> argparse.Namespace:
     if flags.replicas is None:
         sizes = flags.topology.partition(":")[2].split("x")
         flags.replicas = math.prod(map(int, sizes))
-    for name in ("replicas", "batch_size"):
-        if getattr(flags, name) < 1:
-            parser.error(
-                f"--{name} must be at least 1. Received: {getattr(flags, name)}"
-            )
-    flags.techniques = [flags.technique] if flags.technique else techniques
+    for name, least in (
+        ("replicas", flags.replicas),
+        ("batch_size", min(flags.batch_size)),
+    ):
+        if least < 1:
+            parser.error(f"--{name} must be at least 1. Received: {least}")
     return flags
 
 
@@ -378,27 +251,31 @@ def main() -> None:
     flags = parse_flags()
     python = None
     if not flags.lower_only:
-        python = make_environment(flags.venv.expanduser().resolve())
+        python = make_environment(flags.venv, REQUIREMENT, "200 MB")
     results: dict[str, dict[str, float]] = {}
+    out_of_memory: dict[str, str] = {}
     errors: dict[str, str] = {}
-    for technique in flags.techniques:
-        try:
-            results[technique] = measure(technique, flags, python)
-        except RuntimeError as error:
-            errors[technique] = str(error)
-            print(
-                f"{technique}: the compiler failed: {error}",
-                file=sys.stderr,
-                flush=True,
-            )
+    for batch_size in flags.batch_size:
+        for technique in flags.technique:
+            name = f"{technique}, {batch_size}"
+            try:
+                results[name] = measure(technique, batch_size, flags, python)
+                message = json.dumps(results[name])
+            except OutOfMemory as error:
+                out_of_memory[name] = message = str(error)
+            except RuntimeError as error:
+                errors[name] = str(error)
+                message = f"the compiler failed: {error}"
+            # At once, as one may take an hour.
+            print(f"{name}: {message}", file=sys.stderr, flush=True)
     report = {
         "benchmark": "tpu_compile",
         "model": flags.model,
         "topology": flags.topology,
         "replicas": flags.replicas,
-        "batch_per_replica": flags.batch_size,
         "compiler": None if flags.lower_only else REQUIREMENT,
         "errors": errors,
+        "out_of_memory": out_of_memory,
         "results": results,
     }
     if flags.json:

@@ -1,17 +1,15 @@
 """Compiles a module for a TPU without one; a subprocess of `tpu_compile`.
 
-    python tpu_compile_worker.py MODULE TOPOLOGY REPLICAS BATCH_ARGUMENTS
+    python tpu_compile_worker.py MODULE TOPOLOGY REPLICAS
 
 It runs in its own environment, because the compiler (libtpu) comes with JAX,
 which is not a dependency of this project. MODULE is a file of StableHLO
-bytecode. Its first BATCH_ARGUMENTS arguments are data, the others variables.
-The last line of the output is a JSON object: figures, or an "error".
+bytecode. The last line of the output is a JSON object: figures, or an "error".
 """
 
 import importlib
 import json
 import os
-import pathlib
 import re
 import sys
 
@@ -22,15 +20,10 @@ os.environ["TPU_WORKER_ID"] = "0"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 
-import numpy as np
-
-# Imported by name, because the project's environment lacks them. Private
-# modules are the reason why the version of JAX is pinned.
+# Imported by name, because the project's environment lacks them, and from this
+# folder, because this environment lacks the project.
 topologies = importlib.import_module("jax.experimental.topologies")
-_jax = importlib.import_module("jax._src.lib")._jax
-compiler = importlib.import_module("jax._src.compiler")
-mlir = importlib.import_module("jax._src.interpreters.mlir")
-ir = importlib.import_module("jax._src.lib.mlir").ir
+xla_module = importlib.import_module("xla_module")
 
 # Larger than the memory of any TPU: the error contains the available memory.
 TOO_BIG = """
@@ -44,23 +37,10 @@ module @too_big {
 """
 
 
-def compile_module(module, devices):
-    """Compiles a module for one replica on each of the devices."""
-    count = len(devices)
-    options = compiler.get_compile_options(
-        count, 1, device_assignment=np.arange(count).reshape(count, 1)
-    )
-    return devices[0].client.compile(
-        module,
-        executable_devices=_jax.DeviceList(tuple(devices)),
-        compile_options=options,
-    )
-
-
 def memory_limit(devices):
     """Returns the bytes of one core's memory that the compiler may use."""
     try:
-        compile_module(ir.Module.parse(TOO_BIG), devices[:1])
+        xla_module.compile_module(xla_module.parse(TOO_BIG), devices[:1])
     except Exception as error:
         match = re.search(r"available HBM \(([\d.]+)G\)", str(error))
         if match:
@@ -68,49 +48,7 @@ def memory_limit(devices):
     return None
 
 
-def remove_copies(operation):
-    """Removes `mhlo.copy`, which TensorFlow adds before returned values.
-
-    The compiler accepts only pure StableHLO.
-    """
-    for region in operation.regions:
-        for block in region:
-            for child in list(block):
-                child = child.operation
-                if child.name == "mhlo.copy":
-                    child.results[0].replace_all_uses_with(child.operands[0])
-                    child.erase()
-                else:
-                    remove_copies(child)
-
-
-def update_in_place(module, first):
-    """Lets results reuse the memory of arguments, to update variables in place.
-
-    The variable of a result is unknown here. Any of the same type gives the
-    same memory.
-    """
-    (main,) = [
-        operation
-        for operation in module.body.operations
-        if ir.StringAttr(operation.attributes["sym_name"]).value == "main"
-    ]
-    kind = ir.FunctionType(ir.TypeAttr(main.attributes["function_type"]).value)
-    free = [str(argument) for argument in kind.inputs]
-    free[:first] = [None] * first
-    attributes = [ir.DictAttr.get({}) for _ in free]
-    for place, result in enumerate(kind.results):
-        if str(result) in free:
-            argument = free.index(str(result))
-            free[argument] = None
-            index = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), place)
-            attributes[argument] = ir.DictAttr.get(
-                {"tf.aliasing_output": index}
-            )
-    main.attributes["arg_attrs"] = ir.ArrayAttr.get(attributes)
-
-
-def measure(path, topology, replicas, batch_arguments):
+def measure(path, topology, replicas):
     """Compiles a file; returns figures of one replica, memory in bytes."""
     devices = topologies.get_topology_desc(
         topology_name=topology, platform="tpu"
@@ -121,38 +59,23 @@ def measure(path, topology, replicas, batch_arguments):
             f"{replicas} replicas. Choose a larger --topology or fewer "
             "--replicas."
         }
-    with mlir.make_ir_context(), ir.Location.unknown():
+    with xla_module.context():
         limit = memory_limit(devices)
-        module = ir.Module.parse(pathlib.Path(path).read_bytes())
-        remove_copies(module.operation)
-        update_in_place(module, batch_arguments)
-        executable = compile_module(module, devices[:replicas])
-    memory = executable.get_compiled_memory_stats()
-    costs = executable.cost_analysis()
-    costs = costs[0] if isinstance(costs, list) else costs
-    text = executable.hlo_modules()[0].to_string()
+        module, _ = xla_module.read(path)
+        executable = xla_module.compile_module(module, devices[:replicas])
+    text = xla_module.text(executable)
     return {
         "limit": limit,
-        "arguments": memory.argument_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "code": memory.generated_code_size_in_bytes,
-        "total": memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes,
-        "peak": memory.peak_memory_in_bytes,
-        "flops": costs.get("flops", 0.0),
-        "bytes": costs.get("bytes accessed", 0.0),
+        **xla_module.figures(executable),
         "all_reduces": len(re.findall(r" all-reduce(?:-start)?\(", text)),
     }
 
 
 def main():
     """Compiles and prints one line of JSON."""
-    path, topology, replicas, batch_arguments = sys.argv[1:]
+    path, topology, replicas = sys.argv[1:]
     try:
-        figures = measure(path, topology, int(replicas), int(batch_arguments))
+        figures = measure(path, topology, int(replicas))
     except Exception as error:
         figures = {"error": " ".join(str(error).split())}
     print(json.dumps(figures))

@@ -1,211 +1,206 @@
 """Times one training step of a network under each technique.
 
-    python -m benchmarks.train_step [--model=resnet50|convnet]
-        [--techniques=NAME,NAME] [--repeats=7] [--batch=32] [--size=128]
-        [--json]
+    python -m benchmarks.train_step
+        [--model=resnet50|transformer|convnet|attention]
+        [--techniques=NAME,NAME] [--repeats=7] [--batch=N] [--size=N] [--json]
 
 Each technique has its own process, whose peak memory is reported. The processes
 run one step each in turns, so other load on the machine affects all of them.
-Medians are compared with the dense model. The step is forward pass, backward
-pass and SGD with momentum, as a `tf.function`, without mask updates (see
-`benchmarks.mask_update`).
+Medians are compared with the dense model. The step is the engine's, forward
+pass, backward pass and optimizer, as a `tf.function` without XLA and without
+mask updates (see `benchmarks.mask_update`). Tracing is timed apart.
 
-With ResNet-50 it takes about three minutes and 16 GB of memory on two cores.
-With `--model=convnet --techniques=MagnitudePruning --repeats=1` it takes
-seconds.
+With ResNet-50 it takes about three minutes and 16 GB of memory on two cores,
+with the Transformer two minutes and 8 GB. With
+`--model=convnet --techniques=MagnitudePruning --repeats=1` it takes seconds.
 """
 
 import argparse
+import contextlib
 import multiprocessing
 import resource
 import statistics
 import time
 from multiprocessing.connection import Connection
 
-from benchmarks.common import print_report
+import keras
+import tensorflow as tf
 
-# Masks are updated once, before the first step.
-HYPERPARAMETERS = {
-    "sparsity": 0.9,
-    "schedule": "constant",
-    "frequency": 10**9,
-    "penalty_weight": 1e-7,
-}
-# Height and width of the images, by network.
-SIZES = {"resnet50": 128, "convnet": 28}
+import sos
+from benchmarks import training
+from benchmarks.common import print_report, techniques
+from benchmarks.networks import DENSE, NETWORKS
+
+# Size of the examples where the usual one takes long on a CPU.
+SIZES = {"resnet50": 128}
 
 
 def work(
-    pipe: Connection, network: str, technique: str, batch: int, size: int
+    pipe: Connection, name: str, technique: str, batch: int, size: int
 ) -> None:
-    """Builds a model and runs a step for each message until one is false."""
-    import contextlib
+    """Builds a model, traces its step and runs it, one for each message.
 
-    import keras
-    import tensorflow as tf
-
-    import sos
-    from benchmarks.networks import DENSE, build
-
+    A false message ends it.
+    """
     keras.utils.set_random_seed(0)
-    model = build(network, technique, HYPERPARAMETERS, size=size)
-    optimizer = keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True)
-    optimizer.build(model.trainable_variables)
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    images = tf.random.normal((batch, *model.input_shape[1:]))
-    classes = model.output_shape[-1]
-    labels = tf.random.uniform((batch,), maxval=classes, dtype=tf.int32)
-
-    @tf.function
-    def train_step() -> tf.Tensor:
-        with tf.GradientTape() as tape:
-            total = loss(labels, model(images, training=True))
-            total += sum(model.losses)
-        gradients = tape.gradient(total, model.trainable_variables)
-        optimizer.apply(gradients, model.trainable_variables)
-        return total
-
-    updater = (
-        sos.SparsityUpdater(model, optimizer)
-        if technique != DENSE
-        else contextlib.nullcontext()
-    )
+    prepared = training.prepare(name, technique, batch, size)
+    data = [
+        tf.constant(recipe.make(seed))
+        for seed, recipe in enumerate(NETWORKS[name].data(batch, size))
+    ]
+    updater = prepared.updater or contextlib.nullcontext()
+    train_step = tf.function(prepared.loss, autograph=False)
     with updater:
-        train_step().numpy()
-        if technique != DENSE:
-            updater.step()
+        pipe.recv()
+        start = time.perf_counter()
+        train_step.get_concrete_function(data)
+        pipe.send({"trace": time.perf_counter() - start})
         while pipe.recv():
             start = time.perf_counter()
-            train_step().numpy()
+            train_step(data).numpy()
             seconds = time.perf_counter() - start
-            if technique != DENSE:
-                updater.step()
+            if prepared.updater:
+                prepared.updater.step()
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            pipe.send((seconds, peak))
+            pipe.send({"step": seconds, "peak": peak})
 
 
 def measure(
-    network: str, techniques: list[str], repeats: int, batch: int, size: int
-) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Returns seconds per step and peak memory in GiB of each technique."""
+    name: str, techniques: list[str], repeats: int, batch: int, size: int
+) -> dict[str, dict[str, list[float]]]:
+    """Returns measurements by technique and, within, by kind.
+
+    These are the seconds of tracing ("trace"), those of each step ("step"), and
+    the peak memory in GiB after each step ("peak").
+    """
     context = multiprocessing.get_context("spawn")
     pipes = {}
     workers = []
-    for name in techniques:
-        pipes[name], child_pipe = context.Pipe()
+    for technique in techniques:
+        pipes[technique], child_pipe = context.Pipe()
         worker = context.Process(
             target=work,
-            args=(child_pipe, network, name, batch, size),
+            args=(child_pipe, name, technique, batch, size),
             daemon=True,
         )
         worker.start()
         child_pipe.close()
         workers.append(worker)
-    seconds = {name: [] for name in techniques}
-    peaks = {}
-    # The first turn warms up caches and is not counted.
-    for turn in range(-1, repeats):
-        for name, pipe in pipes.items():
+    measured = {
+        technique: {"trace": [], "step": [], "peak": []}
+        for technique in techniques
+    }
+    # The first turn traces. The second warms up caches and is not counted.
+    for turn in range(-2, repeats):
+        for technique, pipe in pipes.items():
             pipe.send(True)
             try:
-                elapsed, peaks[name] = pipe.recv()
+                answer = pipe.recv()
             except EOFError:
                 raise SystemExit(
-                    f"The process of {name} died; see its error above."
+                    f"The process of {technique} died; see its error above."
                 ) from None
-            if turn >= 0:
-                seconds[name].append(elapsed)
+            if turn != -1:
+                for kind, value in answer.items():
+                    measured[technique][kind].append(value)
     for pipe in pipes.values():
         pipe.send(False)
     for worker in workers:
         worker.join()
-    return seconds, peaks
+    return measured
+
+
+def figures(
+    measured: dict[str, list[float]], dense: dict[str, list[float]]
+) -> dict[str, float]:
+    """Returns the figures of one technique to print, by name."""
+    # Ratios are computed within each turn, because the load on the machine
+    # varies.
+    ratios = [
+        s / d for s, d in zip(measured["step"], dense["step"], strict=True)
+    ]
+    peak = max(measured["peak"])
+    return {
+        "median_ms": round(1e3 * statistics.median(measured["step"]), 1),
+        "min_ms": round(1e3 * min(measured["step"]), 1),
+        "times_dense": round(statistics.median(ratios), 3),
+        "peak_gib": round(peak, 2),
+        "peak_times_dense": round(peak / max(dense["peak"]), 2),
+        "trace_s": round(measured["trace"][0], 1),
+    }
 
 
 def main() -> None:
     """Measures and prints a table or JSON."""
-    import sos
-    from benchmarks.networks import DENSE, NETWORKS
-
     # Others have the training step of magnitude pruning.
-    names = [
+    defaults = [
         name for name, t in sos.extend.techniques().items() if t.needs_step
     ]
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--model",
         choices=NETWORKS,
         default="resnet50",
         help="network to train",
     )
-    parser.add_argument(
+    add(
         "--techniques",
-        default=",".join(names),
+        type=techniques,
+        default=",".join(defaults),
         help="techniques to compare with the dense model, separated by commas",
     )
-    parser.add_argument("--repeats", type=int, default=7, help="turns")
-    parser.add_argument(
-        "--batch", type=int, default=32, help="number of images in a step"
+    add("--repeats", type=int, default=7, help="turns")
+    add(
+        "--batch",
+        type=int,
+        help="number of images, or of pairs of sentences, in a step; by "
+        "default 32, and 64 for the Transformer",
     )
-    parser.add_argument(
+    add(
         "--size",
         type=int,
-        help=f"height and width of the images; by default {SIZES}",
+        help="height and width of an image, or number of tokens in a sentence; "
+        f"by default that of the network, but {SIZES}",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object"
-    )
+    add("--json", action="store_true", help="print one JSON object")
     flags = parser.parse_args()
+    network = NETWORKS[flags.model]
+    if flags.batch is None:
+        flags.batch = network.batch_size
     if flags.size is None:
-        flags.size = SIZES[flags.model]
-    for name, least in (("repeats", 1), ("batch", 1), ("size", 16)):
+        flags.size = SIZES.get(flags.model, network.size)
+    for name, least in (
+        ("repeats", 1),
+        ("batch", 1),
+        ("size", network.smallest_size),
+    ):
         if getattr(flags, name) < least:
             parser.error(
                 f"--{name} must be at least {least}. "
                 f"Received: {getattr(flags, name)}"
             )
-    techniques = [DENSE, *flags.techniques.split(",")]
-    known = sos.extend.techniques()
-    unknown = [name for name in techniques[1:] if name not in known]
-    if unknown:
-        parser.error(
-            f"--techniques must be some of {','.join(known)}. "
-            f"Received: {unknown[0]!r}"
-        )
-    seconds, peaks = measure(
-        flags.model, techniques, flags.repeats, flags.batch, flags.size
+    others = [name for name in flags.techniques if name != DENSE]
+    measured = measure(
+        flags.model, [DENSE, *others], flags.repeats, flags.batch, flags.size
     )
-    # Ratios are computed within each turn, because the load on the machine
-    # varies.
-    ratios = {
-        name: [
-            s / d for s, d in zip(seconds[name], seconds[DENSE], strict=True)
-        ]
-        for name in techniques
-    }
     report = {
         "benchmark": "train_step",
         "model": flags.model,
         "batch": flags.batch,
-        "image_size": flags.size,
+        "size": flags.size,
         "repeats": flags.repeats,
         "results": {
-            name: {
-                "median_ms": round(1e3 * statistics.median(seconds[name]), 1),
-                "min_ms": round(1e3 * min(seconds[name]), 1),
-                "times_dense": round(statistics.median(ratios[name]), 3),
-                "peak_gib": round(peaks[name], 2),
-                "peak_times_dense": round(peaks[name] / peaks[DENSE], 2),
-            }
-            for name in techniques
+            name: figures(one, measured[DENSE])
+            for name, one in measured.items()
         },
     }
     print_report(
-        f"One training step of {flags.model}, batch {flags.batch}, "
-        f"{flags.size}x{flags.size} images",
+        f"One training step of {flags.model}, "
+        f"{network.describe(flags.batch, flags.size)}",
         report,
         flags.json,
     )

@@ -186,9 +186,8 @@ def programs():
             if '\nif __name__ == "__main__":' in path.read_text("utf-8"):
                 name = path.relative_to(ROOT).with_suffix("").as_posix()
                 # They do not import TensorFlow themselves.
-                if name not in (
-                    "benchmarks/tpu_compile_worker",
-                    "tests/support/examples",
+                if not name.endswith("_worker") and name != (
+                    "tests/support/examples"
                 ):
                     yield name.replace("/", ".")
 

@@ -1,6 +1,11 @@
+import re
+import sys
+
 import keras
 import pytest
 
+from benchmarks import tpu_compile
+from benchmarks.compilers import OutOfMemory
 from tests.support import benchmarks
 
 
@@ -11,19 +16,58 @@ def dtype_policy():
     keras.config.set_dtype_policy("float32")
 
 
-def test_tpu_compile_lower_only_prints_one_report_of_the_technique():
+def test_tpu_compile_lower_only_prints_one_report_of_all_batch_sizes():
     report = benchmarks.run(
         "tpu_compile",
         "--technique=L0Regularization",
         "--replicas=2",
-        "--batch_size=2",
+        "--batch_size=2,4",
         "--lower_only",
     )
     assert report["compiler"] is None
     assert report["errors"] == {}
-    (figures,) = report["results"].values()
-    assert figures["batch_arguments"] == 2
-    assert figures["stablehlo_kib"] > 1
+    assert list(report["results"]) == [
+        "L0Regularization, 2",
+        "L0Regularization, 4",
+    ]
+    for figures in report["results"].values():
+        assert figures["batch_arguments"] == 2
+        assert figures["stablehlo_kib"] > 1
+
+
+def test_tpu_compile_step_that_does_not_fit_is_a_result(monkeypatch, capsys):
+    def run_worker(*arguments):
+        raise OutOfMemory("RESOURCE_EXHAUSTED: 16.4G exceeds 15.75G")
+
+    monkeypatch.setattr(tpu_compile, "run_worker", run_worker)
+    monkeypatch.setattr(
+        tpu_compile, "make_environment", lambda *arguments: "python"
+    )
+    report = benchmarks.run(
+        "tpu_compile", "--technique=dense", "--replicas=1", "--batch_size=1"
+    )
+    assert report["results"] == report["errors"] == {}
+    assert "16.4G" in report["out_of_memory"]["dense, 1"]
+    assert "dense, 1: RESOURCE_EXHAUSTED" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("--technique=dense,L1", "L0Regularization.*Received: 'L1'"),
+        ("--batch_size=2,0", "--batch_size must be at least 1. Received: 0"),
+        ("--batch_size=2,", "--batch_size: invalid"),
+        ("--topology=v5e", "v5e:2x2.*Received: v5e"),
+    ],
+)
+def test_tpu_compile_with_a_wrong_flag_names_it(
+    argument, message, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", ["tpu_compile", argument])
+    with pytest.raises(SystemExit) as error:
+        tpu_compile.main()
+    assert error.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 @pytest.mark.slow

@@ -49,15 +49,17 @@ def test_train_step_prints_one_report_of_the_techniques(process, monkeypatch):
     for figures in report["results"].values():
         assert figures["median_ms"] > 0
         assert figures["peak_gib"] > 0
+        assert figures["trace_s"] > 0
     assert report["results"]["dense"]["times_dense"] == 1
 
 
 @pytest.mark.parametrize(
     "argument, message",
     [
-        ("--techniques=dense,Magnitude", "MagnitudePruning.*Received: 'dense'"),
+        ("--techniques=dense,Magnitude", "MagnitudePruning.*'Magnitude'"),
         ("--repeats=0", "--repeats must be at least 1. Received: 0"),
-        ("--size=8", "--size must be at least 16. Received: 8"),
+        ("--size=8", "--size must be at least 32. Received: 8"),
+        ("--batch=0", "--batch must be at least 1. Received: 0"),
         ("--model=vgg", "convnet"),
     ],
 )

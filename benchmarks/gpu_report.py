@@ -1,0 +1,153 @@
+"""The report of what `gpu_step_worker` measured."""
+
+import json
+import pathlib
+import statistics
+from typing import Any
+
+import rich.table
+
+from benchmarks.common import console, machine
+from benchmarks.compilers import OutOfMemory
+from benchmarks.gpu_modules import CHECKS, COPY
+
+# Headers of columns, where they are not the name.
+COLUMNS = {
+    "milliseconds": "ms",
+    "times_base": "times",
+    "memory_gib": "GiB",
+    "memory_times_base": "times",
+    "gigabytes": "GB moved",
+    "compile_s": "compile s",
+}
+
+
+def read_report(folder: pathlib.Path) -> dict[str, Any]:
+    """Returns the report of a folder's results.
+
+    Raises:
+        SystemExit: If there are none.
+    """
+    try:
+        plan = json.loads((folder / "plan.json").read_text("utf-8"))
+        results = json.loads((folder / "results.json").read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise SystemExit(
+            f"{error.filename} is missing. Write the modules with --export, "
+            "and run gpu_step_worker.py of that folder on a machine with a GPU."
+        ) from None
+    report = {
+        "benchmark": "gpu_step",
+        "model": plan["model"],
+        "size": plan["size"],
+        "action": plan["action"],
+        "device": plan["gpu"],
+        "results": {},
+        "mask_update": {},
+        "out_of_memory": {},
+        "errors": {},
+    }
+    for name, row in plan["rows"].items():
+        result = results.get(name, {"error": "was not reached"})
+        label = row["label"]
+        report["device"] = result.get("device", report["device"])
+        if "error" in result:
+            full = OutOfMemory.code in result["error"]
+            kind = "out_of_memory" if full else "errors"
+            report[kind][label] = result["error"]
+        elif plan["action"] == "check":
+            check = CHECKS[row["policy"]]
+            difference = result[check.statistic]
+            report["results"][label] = {
+                "largest": result["largest"],
+                "median": result["median"],
+                "bound": check.bound,
+                "of": check.statistic,
+            }
+            if not difference <= check.bound:
+                report["errors"][label] = (
+                    f"the {check.statistic} difference from TensorFlow is "
+                    f"{difference:.1e}, more than {check.bound:.1e}"
+                )
+        else:
+            base = results.get(row["base"], {})
+            timed = plan["action"] == "run"
+            report[row["table"]][label] = figures(result, base, timed)
+            if result.get("equal") is False:
+                report["errors"][label] = "differs from the masks of the host"
+    return report
+
+
+def figures(
+    result: dict[str, Any], base: dict[str, Any], timed: bool
+) -> dict[str, float | None]:
+    """Returns the figures of a module to print, by name.
+
+    Args:
+        result: What the worker measured.
+        base: The same of the module with which it is compared, or an empty
+            dictionary.
+        timed: Whether to include times, None if it was cut off before these.
+    """
+    printed = {}
+    if timed:
+        rounds = result.get("rounds_ms", [])
+        # Within a round both ran at the same clock.
+        ratios = [
+            ours / theirs
+            for ours, theirs in zip(
+                rounds, base.get("rounds_ms", []), strict=False
+            )
+        ]
+        printed["milliseconds"] = _median(rounds)
+        printed["times_base"] = _median(ratios)
+    printed["memory_gib"] = round(result["total"] / 2**30, 3)
+    printed["memory_times_base"] = (
+        round(result["total"] / base["total"], 3) if "total" in base else None
+    )
+    printed["gigabytes"] = round(result["bytes"] / 1e9, 3)
+    printed["kernels"] = result["kernels"]
+    printed["compile_s"] = round(result["compile_s"], 1)
+    return printed
+
+
+def _median(values: list[float]) -> float | None:
+    return round(statistics.median(values), 3) if values else None
+
+
+def print_tables(report: dict[str, Any]) -> None:
+    """Prints a report as tables."""
+    output = console()
+    where = {
+        "run": f"on {report['device']}",
+        "compile": f"compiled for {report['device']}",
+        "check": "compared with TensorFlow on the CPU",
+    }[report["action"]]
+    for key, title, base in (
+        ("results", "training step", "the dense model"),
+        ("mask_update", "mask update", COPY),
+    ):
+        rows = report[key]
+        if not rows:
+            continue
+        title = f"One {title} of {report['model']}, {where}"
+        if report["action"] != "check":
+            title += f'; "times" compares with {base}'
+        table = rich.table.Table(title=title, title_justify="left")
+        table.add_column("", no_wrap=True)
+        for column in next(iter(rows.values())):
+            text = COLUMNS.get(column, column)
+            table.add_column(text, justify="right")
+        for label, values in rows.items():
+            table.add_row(label, *(_format(v) for v in values.values()))
+        output.print(table)
+    for label in report["out_of_memory"]:
+        output.print(f"{label}: does not fit the memory", highlight=False)
+    for name, value in machine().items():
+        output.print(f"{name}: {value}", highlight=False)
+
+
+def _format(value: float | str | None) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:,}"
