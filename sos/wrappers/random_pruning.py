@@ -54,6 +54,8 @@ class RandomPruning(PruningWrapper):
             seed=tf.stack(
                 [self.hyperparameter("seed"), noise.text_id(weight.path)]
             ),
-            alg=noise.ALGORITHM,
+            # The default differs between devices, and between compiled and
+            # other code on one device.
+            alg="philox",
         )
         return tf.where(weight.state["mask"].value > 0, scores, -1.0)
