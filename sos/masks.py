@@ -11,8 +11,10 @@ Two implementations give the same bits: one for the host, built on
 `numpy.partition`, and one for accelerators, which needs no sort.
 """
 
+import itertools
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -289,18 +291,11 @@ def top_k_mask_host(scores: np.ndarray, k: int) -> np.ndarray:
 def top_k_mask_device(scores: tf.Tensor, k: tf.Tensor | int) -> tf.Tensor:
     """Returns a mask that keeps exactly the `k` highest scores, without a sort.
 
-    The threshold is the k-th highest score. Bisection over the integers of
-    `ordered_integers_device` finds it, with one counting pass per bit: 16 for
-    float16 and bfloat16, 32 for float32 and 64 for float64 (one for the sign,
-    the rest for the magnitude). A cumulative sum then ranks scores equal to the
-    threshold. The result has the same bits as `top_k_mask_host`.
-
-    The number of operations does not depend on values, so it compiles with
-    static shapes. NaN does not raise: see `nan_count`.
+    It is `top_k_masks` for a single tensor.
 
     Args:
-        scores: Tensor of any shape with fewer than 2**31 elements; float16,
-            bfloat16, float32 or float64.
+        scores: Tensor of a static shape with fewer than 2**31 elements;
+            float16, bfloat16, float32 or float64.
         k: Number of scores to keep, an integer scalar. As a tensor it may
             change without a new trace. Below 0 nothing is kept, above the
             number of scores everything.
@@ -310,38 +305,56 @@ def top_k_mask_device(scores: tf.Tensor, k: tf.Tensor | int) -> tf.Tensor:
 
     Raises:
         TypeError: If the scores have another dtype.
+        ValueError: If their shape is not static, or has too many elements.
     """
-    keys = tf.reshape(ordered_integers_device(scores), [-1])
-    k = tf.cast(k, tf.int32)
-    bits = 8 * scores.dtype.size
+    masks, _ = top_k_masks([scores], tf.reshape(k, [1]))
+    return masks[0]
 
-    # The answer is the largest integer that at least k keys reach. `threshold`
-    # is the lower end of an interval that holds it, `width` half its length.
-    def narrow(threshold, width):
-        middle = threshold + width
-        enough = _count(keys >= middle) >= k
-        return (
-            tf.where(enough, middle, threshold),
-            tf.bitwise.right_shift(width, tf.ones_like(width)),
-        )
 
-    zero = tf.constant(0, keys.dtype)
-    lowest = tf.constant(-(2 ** (bits - 1)), keys.dtype)
-    threshold, _ = tf.while_loop(
-        lambda _, width: width > 0,
-        narrow,
-        [
-            tf.where(_count(keys >= zero) >= k, zero, lowest),
-            tf.constant(2 ** (bits - 2), keys.dtype),
-        ],
-    )
+def top_k_masks(
+    scores: Sequence[tf.Tensor], counts: tf.Tensor
+) -> tuple[list[tf.Tensor], tf.Tensor]:
+    """Returns masks that keep exactly the highest scores, without a sort.
 
-    above = keys > threshold
-    tied = keys == threshold
-    remaining = k - _count(above)
-    position = tf.cumsum(tf.cast(tied, tf.int32))
-    mask = above | (tied & (position <= remaining))
-    return tf.reshape(tf.cast(mask, tf.uint8), tf.shape(scores))
+    The threshold of a tensor is its k-th highest score. All thresholds are
+    found together, four bits at a time, from the highest: a pass over all
+    scores counts for each tensor how many reach each of the 15 thresholds that
+    the next four bits allow. This takes 4 passes for float16 and bfloat16, 8
+    for float32 and 16 for float64. Scores equal to the threshold are kept by
+    position. The results have the same bits as those of `top_k_mask_host`.
+
+    The operations do not depend on values, so they compile with static shapes.
+    NaN does not raise: callers check the second output on the host
+    (`check_not_nan`).
+
+    Args:
+        scores: Tensors of any static shapes, each with fewer than 2**31
+            elements; float16, bfloat16, float32 or float64. Tensors of one
+            dtype are ranked in the same passes.
+        counts: Integer tensor of shape [len(scores)], each tensor's k. They may
+            change without a new trace. Below 0 nothing is kept, above the
+            number of scores everything.
+
+    Returns:
+        The uint8 masks in the shapes of the scores, 1 = kept; and the number of
+        NaN scores in each tensor, int32 of shape [len(scores)].
+
+    Raises:
+        TypeError: If scores have another dtype.
+        ValueError: If a shape is not static, or has too many elements.
+    """
+    masks: list[Any] = [None] * len(scores)
+    nans: list[Any] = [None] * len(scores)
+    counts = tf.cast(counts, tf.int32)
+    for positions in _table_groups(scores):
+        table = _KeyTable([scores[i] for i in positions])
+        group_masks = table.top_k_masks(tf.gather(counts, positions))
+        group_nans = tf.unstack(table.nan_counts(), num=len(positions))
+        for i, mask, nan in zip(
+            positions, group_masks, group_nans, strict=True
+        ):
+            masks[i], nans[i] = mask, nan
+    return masks, tf.stack(nans)
 
 
 # Compiled as one function: one launch per update, one trace per list of shapes.
@@ -350,18 +363,229 @@ def top_k_mask_device(scores: tf.Tensor, k: tf.Tensor | int) -> tf.Tensor:
 def top_k_masks_device(
     scores: Sequence[tf.Tensor], counts: tf.Tensor
 ) -> tuple[list[tf.Tensor], tf.Tensor]:
-    """Applies `top_k_mask_device` to many tensors in one compiled call.
+    """Calls `top_k_masks` as one function that XLA compiles."""
+    return top_k_masks(scores, counts)
 
-    Args:
-        scores: Tensors as `top_k_mask_device` takes them.
-        counts: int32 tensor of shape [len(scores)], each tensor's k.
+
+# Length of a table's rows. At most 2**15, so that two counts of a row fit in
+# one int32.
+_ROW = 1024
+# Positions in a table, and sums of counts, are int32.
+_MAX_TABLE_SIZE = 2**31 - 1
+# Bits of a threshold that are found in one pass over the table.
+_DIGIT_BITS = 4
+
+
+def _row_count(shape: tf.TensorShape) -> int:
+    """Returns the number of a table's rows for a tensor; at least 1."""
+    size = shape.num_elements()
+    if size is None:
+        raise ValueError(
+            "Scores must have a static shape to be ranked in compiled code. "
+            f"Received: shape={shape}"
+        )
+    rows = max(1, -(-size // _ROW))
+    if rows * _ROW > _MAX_TABLE_SIZE:
+        raise ValueError(
+            "A tensor of scores must have fewer than 2**31 elements to be "
+            "ranked on an accelerator, where they are counted in int32. "
+            f"Received: shape={shape} with {size} elements"
+        )
+    return rows
+
+
+def _table_groups(scores: Sequence[tf.Tensor]) -> list[list[int]]:
+    """Groups tensors of one dtype that fit in one table.
 
     Returns:
-        The uint8 masks (1 = kept), and an int32 tensor of shape [len(scores)]
-        with the number of NaN scores in each tensor, for the caller to check.
+        The positions in `scores`, by group.
     """
-    counts = tf.unstack(counts, num=len(scores))
-    masks = [
-        top_k_mask_device(s, k) for s, k in zip(scores, counts, strict=True)
-    ]
-    return masks, tf.stack([nan_count(s) for s in scores])
+    groups: list[list[int]] = []
+    for dtype in dict.fromkeys(score.dtype for score in scores):
+        total = _MAX_TABLE_SIZE  # The first tensor begins a group.
+        for i, score in enumerate(scores):
+            if score.dtype != dtype:
+                continue
+            size = _ROW * _row_count(score.shape)
+            if total + size > _MAX_TABLE_SIZE:
+                groups.append([])
+                total = 0
+            groups[-1].append(i)
+            total += size
+    return groups
+
+
+class _KeyTable:
+    """The keys of several tensors in one table, to count them together.
+
+    Keys are the integers of `ordered_integers_device`. Each tensor has its own
+    rows, at least one. The end of its last row is filled with an integer below
+    all keys.
+
+    Args:
+        scores: Tensors of one dtype and of static shapes.
+    """
+
+    def __init__(self, scores: Sequence[tf.Tensor]) -> None:
+        self._shapes = [score.shape for score in scores]
+        self._dtype = scores[0].dtype
+        self._lowest = -(2 ** (8 * self._dtype.size - 1))
+        self._rows = [_row_count(shape) for shape in self._shapes]
+        # The tensor to which each row belongs.
+        self._owner = tf.constant(
+            np.repeat(np.arange(len(scores)), self._rows), tf.int32
+        )
+        keys = [
+            tf.pad(
+                tf.reshape(ordered_integers_device(score), [-1]),
+                [[0, _ROW * rows - score.shape.num_elements()]],
+                constant_values=self._lowest,
+            )
+            for score, rows in zip(scores, self._rows, strict=True)
+        ]
+        self._keys = tf.reshape(tf.concat(keys, axis=0), [-1, _ROW])
+
+    def nan_counts(self) -> tf.Tensor:
+        """Returns the number of NaNs in each tensor, int32 of [tensors]."""
+        infinity = _infinity_bits(self._dtype)
+        sizes = [shape.num_elements() for shape in self._shapes]
+        # NaNs are above +inf or, with the sign bit, below -inf.
+        bounds = [[infinity + 1, -infinity]] * len(sizes)
+        reached = self._counts_reaching(tf.constant(bounds, self._keys.dtype))
+        return reached[:, 0] + tf.constant(sizes, tf.int32) - reached[:, 1]
+
+    def top_k_masks(self, counts: tf.Tensor) -> list[tf.Tensor]:
+        """Returns the tensors' masks.
+
+        Args:
+            counts: int32 of shape [tensors], each tensor's k.
+
+        Returns:
+            uint8 tensors of the tensors' shapes, 1 = kept.
+        """
+        threshold = self._kth_highest(counts)
+        by_row = tf.gather(threshold, self._owner)[:, tf.newaxis]
+        end = self._tie_ends(threshold, counts)[:, tf.newaxis]
+        tied = (self._keys == by_row) & (tf.range(_ROW) < end)
+        kept = tf.cast((self._keys > by_row) | tied, tf.uint8)
+        masks = []
+        for shape, rows in zip(
+            self._shapes, tf.split(kept, self._rows), strict=True
+        ):
+            mask = tf.reshape(rows, [-1])[: shape.num_elements()]
+            masks.append(tf.reshape(mask, shape))
+        return masks
+
+    def _kth_highest(self, counts: tf.Tensor) -> tf.Tensor:
+        """Returns the greatest integers that at least `counts` keys reach.
+
+        Args:
+            counts: int32 of shape [tensors].
+
+        Returns:
+            Integers of shape [tensors] and of the keys' dtype.
+        """
+        dtype = self._keys.dtype
+        digits = tf.range(1, 2**_DIGIT_BITS, dtype=dtype)
+
+        # Integers wrap around, so that the highest digits, which include the
+        # sign, can be added to the lowest integer.
+        def find_digit(
+            threshold: tf.Tensor, shift: tf.Tensor
+        ) -> tuple[tf.Tensor, tf.Tensor]:
+            steps = tf.bitwise.left_shift(digits, shift)
+            reached = self._counts_reaching(threshold[:, tf.newaxis] + steps)
+            enough = reached >= counts[:, tf.newaxis]
+            digit = tf.reduce_sum(tf.cast(enough, dtype), axis=1)
+            return (
+                threshold + tf.bitwise.left_shift(digit, shift),
+                shift - _DIGIT_BITS,
+            )
+
+        bits = 8 * self._dtype.size
+        threshold, _ = tf.while_loop(
+            lambda _, shift: shift >= 0,
+            find_digit,
+            (
+                tf.fill([len(self._rows)], tf.constant(self._lowest, dtype)),
+                tf.constant(bits - _DIGIT_BITS, dtype),
+            ),
+            maximum_iterations=bits // _DIGIT_BITS,
+        )
+        return threshold
+
+    def _counts_reaching(self, thresholds: tf.Tensor) -> tf.Tensor:
+        """Counts each tensor's keys that are not below its thresholds.
+
+        Args:
+            thresholds: Shape [tensors, n], above the lowest integer.
+
+        Returns:
+            int32 of shape [tensors, n].
+        """
+        by_row = tf.gather(thresholds, self._owner)
+        reaching = [
+            tf.cast(self._keys >= threshold[:, tf.newaxis], tf.int32)
+            for threshold in tf.unstack(by_row, axis=1)
+        ]
+        # Two counts in one integer: XLA fuses so few sums that it reads the
+        # table once.
+        half = -(-len(reaching) // 2)
+        pairs = itertools.zip_longest(
+            reaching[:half], reaching[half:], fillvalue=0
+        )
+        sums = tf.stack(
+            [
+                tf.reduce_sum(low + (high * 2**16), axis=1)
+                for low, high in pairs
+            ],
+            axis=1,
+        )
+        counts = tf.concat([sums % 2**16, sums // 2**16], axis=1)
+        return self._sum_by_tensor(counts[:, : len(reaching)])
+
+    def _sum_by_tensor(self, by_row: tf.Tensor) -> tf.Tensor:
+        """Sums the rows of each tensor: [rows, ...] to [tensors, ...]."""
+        return tf.math.unsorted_segment_sum(
+            by_row, self._owner, len(self._rows)
+        )
+
+    def _tie_ends(self, threshold: tf.Tensor, counts: tf.Tensor) -> tf.Tensor:
+        """Returns the column of each row before which ties are kept.
+
+        It is 0 or the row's length, except in one row of each tensor. So only
+        that row needs a cumulative sum over its columns.
+
+        Args:
+            threshold: Each tensor's threshold, shape [tensors].
+            counts: Number of keys that each tensor keeps, int32 of shape
+                [tensors].
+
+        Returns:
+            int32 of shape [rows].
+        """
+        by_row = tf.gather(threshold, self._owner)[:, tf.newaxis]
+        above = tf.reduce_sum(tf.cast(self._keys > by_row, tf.int32), axis=1)
+        ties = tf.reduce_sum(tf.cast(self._keys == by_row, tf.int32), axis=1)
+        before = tf.cumsum(ties, exclusive=True)
+        first_rows = np.cumsum([0, *self._rows[:-1]])
+        # How many ties may be kept from the start of each row on.
+        left = tf.gather(
+            counts - self._sum_by_tensor(above) + tf.gather(before, first_rows),
+            self._owner,
+        )
+        left -= before
+        ends_here = (left > 0) & (left <= ties)
+        # A sum, because ties end in at most one row of a tensor.
+        end_row = self._sum_by_tensor(
+            tf.where(ends_here, tf.range(sum(self._rows)), 0)
+        )
+        tied = tf.gather(self._keys, end_row) == threshold[:, tf.newaxis]
+        place = tf.cumsum(tf.cast(tied, tf.int32), axis=1)
+        earlier = place < tf.gather(left, end_row)[:, tf.newaxis]
+        end_column = 1 + tf.reduce_sum(tf.cast(earlier, tf.int32), axis=1)
+        return tf.where(
+            ends_here,
+            tf.gather(end_column, self._owner),
+            tf.where(left > 0, _ROW, 0),
+        )
