@@ -15,6 +15,7 @@ from sos.masks import (
     all_equal,
     all_equal_device,
     check_not_nan,
+    host_array,
     keep_count,
     ordered_integers_device,
     top_k_mask_device,
@@ -168,7 +169,7 @@ class PerTensorRanking(Ranking):
                 if "CPU" not in score.device:
                     by_device.setdefault(score.device, []).append(i)
                     continue
-                score = score.numpy()
+                score = host_array(score)
             k = self.keep_count(score.size, sparsity)
             masks[i] = top_k_mask_host(score, k)
         for device, positions in by_device.items():

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from sos.masks import host_array
 from sos.wrappers.sparse_weight import SparseWeight
 
 
@@ -41,7 +42,7 @@ def count_changes(old: Any, new: Any) -> tf.Tensor:
     old, new = tf.convert_to_tensor(old), tf.convert_to_tensor(new)
     if not tf.is_symbolic_tensor(old) and "CPU" in old.device:
         # As Booleans, which NumPy counts several times faster.
-        before, after = old.numpy().view(bool), new.numpy().view(bool)
+        before, after = host_array(old).view(bool), host_array(new).view(bool)
         sums = map(np.count_nonzero, (before, after, before & after))
     else:
         old, new = tf.cast(old, tf.int32), tf.cast(new, tf.int32)
