@@ -11,9 +11,11 @@ Two implementations give the same bits: one for the host, which partitions the
 scores near the threshold, and one for accelerators, which needs no sort.
 """
 
+import concurrent.futures
 import itertools
 import math
 import operator
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -299,6 +301,46 @@ def top_k_mask_host(scores: np.ndarray, k: int) -> np.ndarray:
     if mask is None:
         mask = _top_k_between(keys, k, -infinity, infinity)
     return mask.view(np.uint8).reshape(scores.shape)
+
+
+# Number of scores for which a thread more is worth its cost.
+_SCORES_PER_THREAD = 2**20
+
+
+def top_k_masks_host(
+    scores: Sequence[np.ndarray], counts: Sequence[int]
+) -> list[np.ndarray]:
+    """Applies `top_k_mask_host` to many arrays, on several cores if they pay.
+
+    Args:
+        scores: Arrays as `top_k_mask_host` takes them.
+        counts: Each array's k.
+
+    Returns:
+        The uint8 masks, 1 = kept.
+
+    Raises:
+        TypeError: As `top_k_mask_host`.
+        ValueError: As `top_k_mask_host`.
+    """
+    sizes = [np.size(score) for score in scores]
+    threads = min(len(sizes), sum(sizes) // _SCORES_PER_THREAD, _cpu_count())
+    if threads < 2:
+        return list(map(top_k_mask_host, scores, counts))
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        # The largest first, so that the threads end at about the same time.
+        masks = {
+            i: pool.submit(top_k_mask_host, scores[i], counts[i])
+            for i in sorted(range(len(sizes)), key=lambda i: -sizes[i])
+        }
+        return [masks[i].result() for i in range(len(sizes))]
+
+
+def _cpu_count() -> int:
+    """Returns the number of CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Not on macOS and Windows.
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 # The bounds of independent keys miss the k-th highest in 0.3 % of cases.

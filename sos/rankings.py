@@ -1,5 +1,6 @@
 """Rankings: how the scores of one or several tensors become masks."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,9 +19,9 @@ from sos.masks import (
     host_array,
     keep_count,
     ordered_integers_device,
-    top_k_mask_device,
-    top_k_mask_host,
+    top_k_masks,
     top_k_masks_device,
+    top_k_masks_host,
 )
 
 
@@ -85,9 +86,9 @@ class PerTensorRanking(Ranking):
     layer whose weights are all zero has constant outputs and zero gradients, so
     that no weight would come back. A sparsity of exactly 1 keeps nothing.
 
-    Arrays, and tensors in the host's memory, are ranked by `top_k_mask_host`.
-    Tensors on an accelerator are ranked there, so that only the number of NaNs
-    is copied to the host.
+    Arrays, and tensors in the host's memory, are ranked by
+    `sos.masks.top_k_mask_host`. Tensors on an accelerator are ranked there, all
+    together, so that only the number of NaNs is copied to the host.
 
     Args:
         min_kept: Least number of weights that each tensor keeps, unless it has
@@ -155,38 +156,55 @@ class PerTensorRanking(Ranking):
                 "There must be one sparsity per tensor of scores. Received: "
                 f"{len(scores)} tensors and {len(sparsities)} sparsities"
             )
-        masks: list[Mask | None] = [None] * len(scores)
-        by_device: dict[str, list[int]] = {}  # device -> positions in `scores`
-        for i, (score, sparsity) in enumerate(
-            zip(scores, sparsities, strict=True)
-        ):
-            if not isinstance(score, np.ndarray):
-                score = tf.convert_to_tensor(score)
-                if tf.is_symbolic_tensor(score):
-                    k = self.keep_count(score.shape.num_elements(), sparsity)
-                    masks[i] = top_k_mask_device(score, k)
-                    continue
-                if "CPU" not in score.device:
-                    by_device.setdefault(score.device, []).append(i)
-                    continue
-                score = host_array(score)
-            k = self.keep_count(score.size, sparsity)
-            masks[i] = top_k_mask_host(score, k)
-        for device, positions in by_device.items():
-            with tf.device(device):
-                tensors = [tf.convert_to_tensor(scores[i]) for i in positions]
-                counts = [
-                    self.keep_count(score.shape.num_elements(), sparsities[i])
-                    for i, score in zip(positions, tensors, strict=True)
-                ]
-                device_masks = _device_masks(tensors, counts)
-            for i, mask in zip(positions, device_masks, strict=True):
+        by_place: dict[str, list[int]] = {}  # Positions in `scores`.
+        for i, score in enumerate(scores):
+            by_place.setdefault(_place(score), []).append(i)
+        masks: list[Any] = [None] * len(scores)
+        for place, positions in by_place.items():
+            counts = [
+                self.keep_count(math.prod(scores[i].shape), sparsities[i])
+                for i in positions
+            ]
+            ranked = _rank(place, [scores[i] for i in positions], counts)
+            for i, mask in zip(positions, ranked, strict=True):
                 masks[i] = mask
         return masks
 
 
+_HOST, _GRAPH = "host", "graph"
+
+
+def _place(score: Scores) -> str:
+    """Returns where scores are ranked: `_HOST`, `_GRAPH` or a device's name."""
+    if isinstance(score, np.ndarray):
+        return _HOST
+    score = tf.convert_to_tensor(score)
+    if tf.is_symbolic_tensor(score):
+        return _GRAPH
+    return _HOST if "CPU" in score.device else score.device
+
+
+def _rank(
+    place: str, scores: Sequence[Scores], counts: Sequence[int]
+) -> Sequence[Mask]:
+    """Ranks scores where they are."""
+    if place == _HOST:
+        arrays = [
+            score
+            if isinstance(score, np.ndarray)
+            else host_array(tf.convert_to_tensor(score))
+            for score in scores
+        ]
+        return top_k_masks_host(arrays, counts)
+    tensors = [tf.convert_to_tensor(score) for score in scores]
+    if place == _GRAPH:
+        return top_k_masks(tensors, tf.constant(counts))[0]
+    with tf.device(place):
+        return _device_masks(tensors, counts)
+
+
 def _device_masks(
-    scores: list[tf.Tensor], counts: list[int]
+    scores: Sequence[tf.Tensor], counts: Sequence[int]
 ) -> list[tf.Tensor]:
     """Ranks eager tensors on their device; raises `ValueError` for NaNs."""
     masks, nans = top_k_masks_device(scores, tf.constant(counts, tf.int32))
