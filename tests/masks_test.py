@@ -349,7 +349,8 @@ def test_top_k_masks_of_nan_count_them_by_tensor():
     ]
     arrays += [np.zeros(3, np.float32), np.full(1030, np.nan, np.float32)]
     _, nans = masks.top_k_masks(
-        [tf.constant(array) for array in arrays], tf.zeros(len(arrays), tf.int32)
+        [tf.constant(array) for array in arrays],
+        tf.zeros(len(arrays), tf.int32),
     )
     assert nans.numpy().tolist() == [2, 2, 2, 2, 0, 1030]
 

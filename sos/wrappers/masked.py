@@ -576,8 +576,9 @@ def update_masks(updates: dict[PruningWrapper, float]) -> MaskChanges | None:
             new = ranked.weight.state["mask"].value
             ranked.changes = count_changes(old, new)
         counts.append(ranked.changes)
-    # One transfer from an accelerator.
-    counts = tf.stack(counts).numpy().tolist()
+    if any(map(tf.is_tensor, counts)):
+        counts = tf.stack(counts).numpy()  # One transfer from an accelerator.
+    counts = np.stack(counts).tolist()
     # Last, as a warning may be an error.
     for ranked, (kept, _, _) in zip(results, counts, strict=True):
         dead_weights.after_update(
