@@ -178,6 +178,20 @@ def _count(condition: tf.Tensor) -> tf.Tensor:
 _HEAD = 64
 
 
+def accelerator(values: Any) -> str | None:
+    """Returns the name of the accelerator whose memory holds values.
+
+    Args:
+        values: Array or eager tensor.
+
+    Returns:
+        The device's name; None if the values are in the host's memory.
+    """
+    if not tf.is_tensor(values) or "CPU" in values.device:
+        return None
+    return values.device
+
+
 def host_array(tensor: tf.Tensor) -> np.ndarray:
     """Returns the values of an eager tensor in the host's memory.
 
@@ -207,7 +221,7 @@ def all_equal(scores: Scores) -> bool:
         flat = scores.reshape(-1)
         return _all_equal_host(flat[:_HEAD]) and _all_equal_host(flat)
     scores = tf.convert_to_tensor(scores)
-    if "CPU" in scores.device:
+    if not accelerator(scores):
         return all_equal(host_array(scores))
     if not _all_equal_host(tf.reshape(scores, [-1])[:_HEAD].numpy()):
         return False

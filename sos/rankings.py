@@ -13,6 +13,7 @@ from sos.configurable import Configurable
 from sos.masks import (
     Mask,
     Scores,
+    accelerator,
     all_equal,
     all_equal_device,
     check_not_nan,
@@ -181,7 +182,7 @@ def _place(score: Scores) -> str:
     score = tf.convert_to_tensor(score)
     if tf.is_symbolic_tensor(score):
         return _GRAPH
-    return _HOST if "CPU" in score.device else score.device
+    return accelerator(score) or _HOST
 
 
 def _rank(

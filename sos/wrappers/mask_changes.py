@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from sos.masks import host_array
+from sos.masks import accelerator, host_array
 from sos.wrappers.sparse_weight import SparseWeight
 
 
@@ -42,7 +42,7 @@ def count_changes(old: Any, new: Any) -> tf.Tensor | np.ndarray:
         array if the masks are in the host's memory.
     """
     old, new = tf.convert_to_tensor(old), tf.convert_to_tensor(new)
-    if not tf.is_symbolic_tensor(old) and "CPU" in old.device:
+    if not tf.is_symbolic_tensor(old) and not accelerator(old):
         # As Booleans, which NumPy counts several times faster.
         before, after = host_array(old).view(bool), host_array(new).view(bool)
         sums = map(np.count_nonzero, (before, after, before & after))

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from sos import arguments, keras_compat
 from sos.errors import ArgumentError, UsageError
-from sos.masks import check_not_nan
+from sos.masks import accelerator, check_not_nan
 from sos.rankings import PerTensorRanking, Ranking, undecided
 from sos.schedules import (
     PruningSchedule,
@@ -567,13 +567,10 @@ def update_masks(updates: dict[PruningWrapper, float]) -> MaskChanges | None:
         return None
     counts = []
     for ranked in results:
-        # A copy: the value itself changes with the variable.
-        old = tf.convert_to_tensor(ranked.weight.state["mask"].value)
-        ranked.wrapper.assign_mask(
-            ranked.weight, old if ranked.undecided else ranked.mask
-        )
+        old = _mask_value(ranked.weight)
+        ranked.wrapper.assign_mask(ranked.weight, ranked.mask)
         if ranked.changes is None:
-            new = ranked.weight.state["mask"].value
+            new = _mask_value(ranked.weight)
             ranked.changes = count_changes(old, new)
         counts.append(ranked.changes)
     if any(map(tf.is_tensor, counts)):
@@ -591,6 +588,11 @@ def update_masks(updates: dict[PruningWrapper, float]) -> MaskChanges | None:
     return total_changes((ranked.weight for ranked in results), counts)
 
 
+def _mask_value(weight: SparseWeight) -> tf.Tensor:
+    """Returns the present mask, which does not change with the variable."""
+    return tf.convert_to_tensor(weight.state["mask"].value)
+
+
 @dataclasses.dataclass
 class _Ranked:
     """A ranked weight.
@@ -599,8 +601,8 @@ class _Ranked:
         wrapper: The technique.
         weight: The weight.
         sparsity: The requested fraction of zeros.
-        mask: The new mask.
-        undecided: Whether the weight keeps its old mask instead.
+        mask: The new mask; the old one if the weight is undecided.
+        undecided: Whether only positions would decide (`undecided`).
         changes: The output of `count_changes`; None until the mask is set.
     """
 
@@ -635,7 +637,9 @@ def _rank(
             f"The masks of {paths} could not be updated: {error}"
         ) from error
     return [
-        _Ranked(*member, mask, unchanged)
+        _Ranked(
+            *member, _mask_value(member[1]) if unchanged else mask, unchanged
+        )
         for member, mask, unchanged in zip(
             members, masks, undecided(ranking, scores, masks), strict=True
         )
@@ -643,8 +647,8 @@ def _rank(
 
 
 def _on_one_accelerator(scores: Sequence[Any]) -> bool:
-    devices = {getattr(score, "device", "CPU") for score in scores}
-    return len(devices) == 1 and "CPU" not in devices.pop()
+    devices = set(map(accelerator, scores))
+    return len(devices) == 1 and None not in devices
 
 
 def _rank_on_accelerator(
@@ -657,12 +661,11 @@ def _rank_on_accelerator(
         ranking.keep_count(math.prod(weight.variable.shape), sparsity)
         for _, weight, sparsity in members
     ]
-    old = [weight.state["mask"].value for _, weight, _ in members]
     with tf.device(scores[0].device):
         masks, statistics = rank_by_count(
             scores,
             tf.constant(counts, tf.int32),
-            [tf.convert_to_tensor(mask) for mask in old],
+            [_mask_value(weight) for _, weight, _ in members],
             [wrapper.cumulative for wrapper, _, _ in members],
         )
     statistics = statistics.numpy()
