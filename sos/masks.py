@@ -16,7 +16,7 @@ import itertools
 import math
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -489,6 +489,47 @@ def top_k_masks(
     return masks, tf.stack(nans)
 
 
+def nan_counts(scores: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Returns the number of NaNs in each tensor of scores.
+
+    Args:
+        scores: Tensors as `top_k_masks` takes them.
+
+    Returns:
+        int32 tensor of shape [len(scores)].
+    """
+    return _by_table(scores, _KeyTable.nan_counts)
+
+
+def _by_table(
+    scores: Sequence[tf.Tensor], function: Callable[["_KeyTable"], tf.Tensor]
+) -> tf.Tensor:
+    """Applies a function that returns a number for each tensor of a table."""
+    results: list[Any] = [None] * len(scores)
+    for positions in _table_groups(scores):
+        table = _KeyTable([scores[i] for i in positions])
+        values = tf.unstack(function(table), num=len(positions))
+        for i, value in zip(positions, values, strict=True):
+            results[i] = value
+    return tf.stack(results)
+
+
+def all_equal_tensors(scores: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Computes `all_equal` of many tensors in compiled code.
+
+    Args:
+        scores: Tensors as `top_k_masks` takes them.
+
+    Returns:
+        Boolean tensor of shape [len(scores)].
+
+    Raises:
+        TypeError: As `top_k_masks`.
+        ValueError: As `top_k_masks`.
+    """
+    return _by_table(scores, _KeyTable.all_equal)
+
+
 # Compiled as one function: one launch per update, one trace per list of shapes.
 # `reduce_retracing` would lose the static shapes that TPUs need.
 @tf.function(jit_compile=True)
@@ -547,44 +588,99 @@ def _table_groups(scores: Sequence[tf.Tensor]) -> list[list[int]]:
     return groups
 
 
-class _KeyTable:
-    """The keys of several tensors in one table, to count them together.
+class TensorRows:
+    """Puts tensors into the rows of one table, to sum over them together.
 
-    Keys are the integers of `ordered_integers_device`. Each tensor has its own
-    rows, at least one. The end of its last row is filled with an integer below
-    all keys.
+    Each tensor has its own rows, at least one. A sum over all tensors takes two
+    operations instead of one for each tensor.
+
+    Args:
+        shapes: The static shapes of the tensors.
+
+    Attributes:
+        shapes: The shapes.
+        sizes: int32 of shape [tensors], the number of elements of each.
+        owner: int32 of shape [rows], the tensor to which each row belongs.
+        first: The first row of each tensor.
+
+    Raises:
+        ValueError: If a shape is not static, or has 2**31 elements or more.
+    """
+
+    def __init__(self, shapes: Sequence[tf.TensorShape]) -> None:
+        self._rows = [_row_count(shape) for shape in shapes]
+        self.shapes = shapes
+        self.sizes = tf.constant([s.num_elements() for s in shapes], tf.int32)
+        self.owner = tf.constant(
+            np.repeat(np.arange(len(shapes)), self._rows), tf.int32
+        )
+        self.first = np.cumsum([0, *self._rows[:-1]])
+
+    def table(self, tensors: Sequence[tf.Tensor], fill: int) -> tf.Tensor:
+        """Returns tensors as a table: [rows, columns], filled with `fill`."""
+        flat = [
+            tf.pad(
+                tf.reshape(tensor, [-1]),
+                [[0, _ROW * rows - shape.num_elements()]],
+                constant_values=fill,
+            )
+            for tensor, shape, rows in zip(
+                tensors, self.shapes, self._rows, strict=True
+            )
+        ]
+        return tf.reshape(tf.concat(flat, axis=0), [-1, _ROW])
+
+    def tensors(self, table: tf.Tensor) -> list[tf.Tensor]:
+        """Returns the tensors of a table."""
+        return [
+            tf.reshape(tf.reshape(rows, [-1])[: shape.num_elements()], shape)
+            for rows, shape in zip(
+                tf.split(table, self._rows), self.shapes, strict=True
+            )
+        ]
+
+    def count(self, condition: tf.Tensor) -> tf.Tensor:
+        """Counts the true elements of a table by tensor: int32, [tensors]."""
+        by_row = tf.reduce_sum(tf.cast(condition, tf.int32), axis=1)
+        return self.sum_rows(by_row)
+
+    def sum_rows(self, by_row: tf.Tensor) -> tf.Tensor:
+        """Sums the rows of each tensor: [rows, ...] to [tensors, ...]."""
+        return tf.math.unsorted_segment_sum(by_row, self.owner, len(self._rows))
+
+
+class _KeyTable:
+    """The keys of several tensors in one table.
+
+    Keys are the integers of `ordered_integers_device`. The table is filled with
+    an integer below all keys.
 
     Args:
         scores: Tensors of one dtype and of static shapes.
     """
 
     def __init__(self, scores: Sequence[tf.Tensor]) -> None:
-        self._shapes = [score.shape for score in scores]
         self._dtype = scores[0].dtype
         self._lowest = -(2 ** (8 * self._dtype.size - 1))
-        self._rows = [_row_count(shape) for shape in self._shapes]
-        # The tensor to which each row belongs.
-        self._owner = tf.constant(
-            np.repeat(np.arange(len(scores)), self._rows), tf.int32
+        self._rows = TensorRows([score.shape for score in scores])
+        self._keys = self._rows.table(
+            list(map(ordered_integers_device, scores)), fill=self._lowest
         )
-        keys = [
-            tf.pad(
-                tf.reshape(ordered_integers_device(score), [-1]),
-                [[0, _ROW * rows - score.shape.num_elements()]],
-                constant_values=self._lowest,
-            )
-            for score, rows in zip(scores, self._rows, strict=True)
-        ]
-        self._keys = tf.reshape(tf.concat(keys, axis=0), [-1, _ROW])
 
     def nan_counts(self) -> tf.Tensor:
         """Returns the number of NaNs in each tensor, int32 of [tensors]."""
         infinity = _infinity_bits(self._dtype)
-        sizes = [shape.num_elements() for shape in self._shapes]
         # NaNs are above +inf or, with the sign bit, below -inf.
-        bounds = [[infinity + 1, -infinity]] * len(sizes)
+        bounds = [[infinity + 1, -infinity]] * len(self._rows.shapes)
         reached = self._counts_reaching(tf.constant(bounds, self._keys.dtype))
-        return reached[:, 0] + tf.constant(sizes, tf.int32) - reached[:, 1]
+        return reached[:, 0] + self._rows.sizes - reached[:, 1]
+
+    def all_equal(self) -> tf.Tensor:
+        """Returns which tensors' scores are all equal, bool of [tensors]."""
+        first = tf.gather(self._keys, self._rows.first)[:, 0]
+        equal = self._rows.count(self._keys == self._by_row(first))
+        is_number = tf.abs(first) <= _infinity_bits(self._dtype)
+        return (equal == self._rows.sizes) & is_number
 
     def top_k_masks(self, counts: tf.Tensor) -> list[tf.Tensor]:
         """Returns the tensors' masks.
@@ -596,17 +692,15 @@ class _KeyTable:
             uint8 tensors of the tensors' shapes, 1 = kept.
         """
         threshold = self._kth_highest(counts)
-        by_row = tf.gather(threshold, self._owner)[:, tf.newaxis]
+        by_row = self._by_row(threshold)
         end = self._tie_ends(threshold, counts)[:, tf.newaxis]
         tied = (self._keys == by_row) & (tf.range(_ROW) < end)
         kept = tf.cast((self._keys > by_row) | tied, tf.uint8)
-        masks = []
-        for shape, rows in zip(
-            self._shapes, tf.split(kept, self._rows), strict=True
-        ):
-            mask = tf.reshape(rows, [-1])[: shape.num_elements()]
-            masks.append(tf.reshape(mask, shape))
-        return masks
+        return self._rows.tensors(kept)
+
+    def _by_row(self, by_tensor: tf.Tensor) -> tf.Tensor:
+        """Repeats a number of each tensor: [tensors] to [rows, 1]."""
+        return tf.gather(by_tensor, self._rows.owner)[:, tf.newaxis]
 
     def _kth_highest(self, counts: tf.Tensor) -> tf.Tensor:
         """Returns the greatest integers that at least `counts` keys reach.
@@ -639,7 +733,7 @@ class _KeyTable:
             lambda _, shift: shift >= 0,
             find_digit,
             (
-                tf.fill([len(self._rows)], tf.constant(self._lowest, dtype)),
+                tf.fill(tf.shape(counts), tf.constant(self._lowest, dtype)),
                 tf.constant(bits - _DIGIT_BITS, dtype),
             ),
             maximum_iterations=bits // _DIGIT_BITS,
@@ -655,7 +749,7 @@ class _KeyTable:
         Returns:
             int32 of shape [tensors, n].
         """
-        by_row = tf.gather(thresholds, self._owner)
+        by_row = tf.gather(thresholds, self._rows.owner)
         reaching = [
             tf.cast(self._keys >= threshold[:, tf.newaxis], tf.int32)
             for threshold in tf.unstack(by_row, axis=1)
@@ -674,13 +768,7 @@ class _KeyTable:
             axis=1,
         )
         counts = tf.concat([sums % 2**16, sums // 2**16], axis=1)
-        return self._sum_by_tensor(counts[:, : len(reaching)])
-
-    def _sum_by_tensor(self, by_row: tf.Tensor) -> tf.Tensor:
-        """Sums the rows of each tensor: [rows, ...] to [tensors, ...]."""
-        return tf.math.unsorted_segment_sum(
-            by_row, self._owner, len(self._rows)
-        )
+        return self._rows.sum_rows(counts[:, : len(reaching)])
 
     def _tie_ends(self, threshold: tf.Tensor, counts: tf.Tensor) -> tf.Tensor:
         """Returns the column of each row before which ties are kept.
@@ -696,21 +784,20 @@ class _KeyTable:
         Returns:
             int32 of shape [rows].
         """
-        by_row = tf.gather(threshold, self._owner)[:, tf.newaxis]
-        above = tf.reduce_sum(tf.cast(self._keys > by_row, tf.int32), axis=1)
+        by_row = self._by_row(threshold)
+        above = self._rows.count(self._keys > by_row)
         ties = tf.reduce_sum(tf.cast(self._keys == by_row, tf.int32), axis=1)
         before = tf.cumsum(ties, exclusive=True)
-        first_rows = np.cumsum([0, *self._rows[:-1]])
         # How many ties may be kept from the start of each row on.
         left = tf.gather(
-            counts - self._sum_by_tensor(above) + tf.gather(before, first_rows),
-            self._owner,
+            counts - above + tf.gather(before, self._rows.first),
+            self._rows.owner,
         )
         left -= before
         ends_here = (left > 0) & (left <= ties)
         # A sum, because ties end in at most one row of a tensor.
-        end_row = self._sum_by_tensor(
-            tf.where(ends_here, tf.range(sum(self._rows)), 0)
+        end_row = self._rows.sum_rows(
+            tf.where(ends_here, tf.range(ends_here.shape[0]), 0)
         )
         tied = tf.gather(self._keys, end_row) == threshold[:, tf.newaxis]
         place = tf.cumsum(tf.cast(tied, tf.int32), axis=1)
@@ -718,6 +805,6 @@ class _KeyTable:
         end_column = 1 + tf.reduce_sum(tf.cast(earlier, tf.int32), axis=1)
         return tf.where(
             ends_here,
-            tf.gather(end_column, self._owner),
+            tf.gather(end_column, self._rows.owner),
             tf.where(left > 0, _ROW, 0),
         )

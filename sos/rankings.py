@@ -13,9 +13,10 @@ from sos.configurable import Configurable
 from sos.masks import (
     Mask,
     Scores,
+    TensorRows,
     accelerator,
     all_equal,
-    all_equal_device,
+    all_equal_tensors,
     check_not_nan,
     host_array,
     keep_count,
@@ -265,7 +266,7 @@ def _keep_a_part(masks: Sequence[Mask]) -> bool:
 
 def undecided_device(
     ranking: Ranking, scores: Sequence[tf.Tensor], masks: Sequence[tf.Tensor]
-) -> list[tf.Tensor]:
+) -> tf.Tensor:
     """Computes `undecided` in compiled code.
 
     Args:
@@ -274,17 +275,14 @@ def undecided_device(
         masks: Its masks.
 
     Returns:
-        One scalar boolean tensor per mask.
+        Boolean tensor of shape [masks].
     """
     if not ranking.uses_scores:
-        return [tf.constant(False)] * len(masks)
-    equal = [all_equal_device(score) for score in scores]
-    any_kept = [tf.reduce_any(mask > 0) for mask in masks]
-    all_kept = [tf.reduce_all(mask > 0) for mask in masks]
-    by_tensor = [
-        same & some & ~every
-        for same, some, every in zip(equal, any_kept, all_kept, strict=True)
-    ]
+        return tf.zeros([len(masks)], tf.bool)
+    equal = all_equal_tensors(scores)
+    rows = TensorRows([mask.shape for mask in masks])
+    kept = rows.count(rows.table(masks, fill=0) > 0)
+    undecided = equal & (kept > 0) & (kept < rows.sizes)
     nonempty = [
         i for i, score in enumerate(scores) if score.shape.num_elements()
     ]
@@ -292,14 +290,14 @@ def undecided_device(
         isinstance(ranking, PerTensorRanking)
         or len({scores[i].dtype for i in nonempty}) != 1
     ):
-        return by_tensor
+        return undecided
     values = tf.stack(
         [tf.reduce_min(ordered_integers_device(scores[i])) for i in nonempty]
     )
     across_tensors = (
-        tf.reduce_all(tf.stack([equal[i] for i in nonempty]))
+        tf.reduce_all(tf.gather(equal, nonempty))
         & tf.reduce_all(values == values[0])
-        & tf.reduce_any(tf.stack(any_kept))
-        & ~tf.reduce_all(tf.stack(all_kept))
+        & tf.reduce_any(kept > 0)
+        & tf.reduce_any(kept < rows.sizes)
     )
-    return [result | across_tensors for result in by_tensor]
+    return undecided | across_tensors

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from sos.masks import nan_count, top_k_masks
+from sos.masks import TensorRows, nan_counts, top_k_masks
 from sos.rankings import PerTensorRanking, Ranking, undecided_device
-from sos.wrappers.mask_changes import count_changes
 
 
 def ranks_by_count(ranking: Ranking) -> bool:
@@ -42,24 +41,29 @@ def new_masks(
     Returns:
         A uint8 mask for each weight, the old one where only positions would
         decide (`sos.rankings.undecided`); and int32 of shape [weights, 5]: the
-        number of NaN scores, 1 if the old mask stays, and the output of
-        `count_changes`.
+        number of NaN scores, 1 if the old mask stays, and the counts `kept`,
+        `pruned` and `regrown` of `MaskChanges`.
     """
     undecided = undecided_device(ranking, scores, ranked)
     masks = [
         tf.where(unchanged, before, mask)
-        for unchanged, before, mask in zip(undecided, old, ranked, strict=True)
-    ]
-    statistics = []
-    for score, unchanged, before, mask, stays_pruned in zip(
-        scores, undecided, old, masks, cumulative, strict=True
-    ):
-        after = tf.minimum(mask, before) if stays_pruned else mask
-        counts = [nan_count(score), tf.cast(unchanged, tf.int32)]
-        statistics.append(
-            tf.concat([counts, count_changes(before, after)], axis=0)
+        for unchanged, before, mask in zip(
+            tf.unstack(undecided, num=len(old)), old, ranked, strict=True
         )
-    return masks, tf.stack(statistics)
+    ]
+    # All weights together, as each operation costs a launch.
+    rows = TensorRows([mask.shape for mask in old])
+    before, after = rows.table(old, fill=0) > 0, rows.table(masks, fill=0) > 0
+    total, kept, stayed = map(rows.count, (before, after, before & after))
+    kept = tf.where(tf.constant(cumulative), stayed, kept)
+    statistics = [
+        nan_counts(scores),
+        tf.cast(undecided, tf.int32),
+        kept,
+        total - stayed,
+        kept - stayed,
+    ]
+    return masks, tf.stack(statistics, axis=1)
 
 
 # Compiled once for each list of shapes.
