@@ -1,5 +1,6 @@
 """Rankings: how the scores of one or several tensors become masks."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,14 +13,17 @@ from sos.configurable import Configurable
 from sos.masks import (
     Mask,
     Scores,
+    TensorRows,
+    accelerator,
     all_equal,
-    all_equal_device,
+    all_equal_tensors,
     check_not_nan,
+    host_array,
     keep_count,
     ordered_integers_device,
-    top_k_mask_device,
-    top_k_mask_host,
+    top_k_masks,
     top_k_masks_device,
+    top_k_masks_host,
 )
 
 
@@ -84,9 +88,9 @@ class PerTensorRanking(Ranking):
     layer whose weights are all zero has constant outputs and zero gradients, so
     that no weight would come back. A sparsity of exactly 1 keeps nothing.
 
-    Arrays, and tensors in the host's memory, are ranked by `top_k_mask_host`.
-    Tensors on an accelerator are ranked there, so that only the number of NaNs
-    is copied to the host.
+    Arrays, and tensors in the host's memory, are ranked by
+    `sos.masks.top_k_mask_host`. Tensors on an accelerator are ranked there, all
+    together, so that only the number of NaNs is copied to the host.
 
     Args:
         min_kept: Least number of weights that each tensor keeps, unless it has
@@ -154,38 +158,55 @@ class PerTensorRanking(Ranking):
                 "There must be one sparsity per tensor of scores. Received: "
                 f"{len(scores)} tensors and {len(sparsities)} sparsities"
             )
-        masks: list[Mask | None] = [None] * len(scores)
-        by_device: dict[str, list[int]] = {}  # device -> positions in `scores`
-        for i, (score, sparsity) in enumerate(
-            zip(scores, sparsities, strict=True)
-        ):
-            if not isinstance(score, np.ndarray):
-                score = tf.convert_to_tensor(score)
-                if tf.is_symbolic_tensor(score):
-                    k = self.keep_count(score.shape.num_elements(), sparsity)
-                    masks[i] = top_k_mask_device(score, k)
-                    continue
-                if "CPU" not in score.device:
-                    by_device.setdefault(score.device, []).append(i)
-                    continue
-                score = score.numpy()
-            k = self.keep_count(score.size, sparsity)
-            masks[i] = top_k_mask_host(score, k)
-        for device, positions in by_device.items():
-            with tf.device(device):
-                tensors = [tf.convert_to_tensor(scores[i]) for i in positions]
-                counts = [
-                    self.keep_count(score.shape.num_elements(), sparsities[i])
-                    for i, score in zip(positions, tensors, strict=True)
-                ]
-                device_masks = _device_masks(tensors, counts)
-            for i, mask in zip(positions, device_masks, strict=True):
+        by_place: dict[str, list[int]] = {}  # Positions in `scores`.
+        for i, score in enumerate(scores):
+            by_place.setdefault(_place(score), []).append(i)
+        masks: list[Any] = [None] * len(scores)
+        for place, positions in by_place.items():
+            counts = [
+                self.keep_count(math.prod(scores[i].shape), sparsities[i])
+                for i in positions
+            ]
+            ranked = _rank(place, [scores[i] for i in positions], counts)
+            for i, mask in zip(positions, ranked, strict=True):
                 masks[i] = mask
         return masks
 
 
+_HOST, _GRAPH = "host", "graph"
+
+
+def _place(score: Scores) -> str:
+    """Returns where scores are ranked: `_HOST`, `_GRAPH` or a device's name."""
+    if isinstance(score, np.ndarray):
+        return _HOST
+    score = tf.convert_to_tensor(score)
+    if tf.is_symbolic_tensor(score):
+        return _GRAPH
+    return accelerator(score) or _HOST
+
+
+def _rank(
+    place: str, scores: Sequence[Scores], counts: Sequence[int]
+) -> Sequence[Mask]:
+    """Ranks scores where they are."""
+    if place == _HOST:
+        arrays = [
+            score
+            if isinstance(score, np.ndarray)
+            else host_array(tf.convert_to_tensor(score))
+            for score in scores
+        ]
+        return top_k_masks_host(arrays, counts)
+    tensors = [tf.convert_to_tensor(score) for score in scores]
+    if place == _GRAPH:
+        return top_k_masks(tensors, tf.constant(counts))[0]
+    with tf.device(place):
+        return _device_masks(tensors, counts)
+
+
 def _device_masks(
-    scores: list[tf.Tensor], counts: list[int]
+    scores: Sequence[tf.Tensor], counts: Sequence[int]
 ) -> list[tf.Tensor]:
     """Ranks eager tensors on their device; raises `ValueError` for NaNs."""
     masks, nans = top_k_masks_device(scores, tf.constant(counts, tf.int32))
@@ -245,7 +266,7 @@ def _keep_a_part(masks: Sequence[Mask]) -> bool:
 
 def undecided_device(
     ranking: Ranking, scores: Sequence[tf.Tensor], masks: Sequence[tf.Tensor]
-) -> list[tf.Tensor]:
+) -> tf.Tensor:
     """Computes `undecided` in compiled code.
 
     Args:
@@ -254,17 +275,14 @@ def undecided_device(
         masks: Its masks.
 
     Returns:
-        One scalar boolean tensor per mask.
+        Boolean tensor of shape [masks].
     """
     if not ranking.uses_scores:
-        return [tf.constant(False)] * len(masks)
-    equal = [all_equal_device(score) for score in scores]
-    any_kept = [tf.reduce_any(mask > 0) for mask in masks]
-    all_kept = [tf.reduce_all(mask > 0) for mask in masks]
-    by_tensor = [
-        same & some & ~every
-        for same, some, every in zip(equal, any_kept, all_kept, strict=True)
-    ]
+        return tf.zeros([len(masks)], tf.bool)
+    equal = all_equal_tensors(scores)
+    rows = TensorRows([mask.shape for mask in masks])
+    kept = rows.count(rows.table(masks, fill=0) > 0)
+    undecided = equal & (kept > 0) & (kept < rows.sizes)
     nonempty = [
         i for i, score in enumerate(scores) if score.shape.num_elements()
     ]
@@ -272,14 +290,14 @@ def undecided_device(
         isinstance(ranking, PerTensorRanking)
         or len({scores[i].dtype for i in nonempty}) != 1
     ):
-        return by_tensor
+        return undecided
     values = tf.stack(
         [tf.reduce_min(ordered_integers_device(scores[i])) for i in nonempty]
     )
     across_tensors = (
-        tf.reduce_all(tf.stack([equal[i] for i in nonempty]))
+        tf.reduce_all(tf.gather(equal, nonempty))
         & tf.reduce_all(values == values[0])
-        & tf.reduce_any(tf.stack(any_kept))
-        & ~tf.reduce_all(tf.stack(all_kept))
+        & tf.reduce_any(kept > 0)
+        & tf.reduce_any(kept < rows.sizes)
     )
-    return [result | across_tensors for result in by_tensor]
+    return undecided | across_tensors

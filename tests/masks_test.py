@@ -1,6 +1,7 @@
 import fractions
 import itertools
 import math
+import threading
 
 import hypothesis
 import hypothesis.strategies as st
@@ -118,7 +119,7 @@ def test_top_k_mask_host_equals_a_stable_sort(case):
     np.testing.assert_array_equal(mask, oracle(scores, k))
 
 
-@hypothesis.settings(max_examples=100)
+@hypothesis.settings(max_examples=60)
 @hypothesis.given(scores_and_k())
 def test_top_k_mask_device_in_eager_steps_equals_a_stable_sort(case):
     scores, k = case
@@ -276,6 +277,175 @@ def test_all_equal_of_any_shape_and_type_is_found():
         assert not masks.all_equal(scores)
     assert masks.all_equal(tf.fill([130], 7))
     assert not masks.all_equal(tf.range(130) // 100)
+
+
+# Rankings of many tensors.
+
+
+def tensors_of_awkward_sizes(count, names=DTYPES, seed=0):
+    """Arrays around the length of a row, with ties, and the k of each."""
+    generator = np.random.default_rng(seed)
+    shapes = [(), (0,), (1,), (7, 11), (1023,), (32, 32), (1025,), (3, 3, 400)]
+    arrays, counts = [], []
+    for i in range(count):
+        shape = shapes[i % len(shapes)]
+        values = generator.normal(size=shape)
+        if i % 3:
+            values = np.round(values, 1)
+        dtype, _ = DTYPES[sorted(names)[i // len(shapes) % len(names)]]
+        arrays.append(np.asarray(values, dtype))
+        counts.append(int(generator.integers(0, arrays[-1].size + 1)))
+    return arrays, counts
+
+
+def assert_masks_equal(found, arrays, counts):
+    for mask, array, k in zip(found, arrays, counts, strict=True):
+        np.testing.assert_array_equal(mask, oracle(array, k))
+
+
+@pytest.mark.parametrize("count", [1, 54, 200])
+def test_top_k_masks_of_many_tensors_equal_a_stable_sort(count):
+    arrays, counts = tensors_of_awkward_sizes(count)
+    found, nans = masks.top_k_masks(
+        [tf.constant(array) for array in arrays], tf.constant(counts)
+    )
+    assert_masks_equal(found, arrays, counts)
+    assert nans.numpy().tolist() == [0] * count
+
+
+def test_top_k_masks_device_for_other_counts_is_not_traced_again():
+    arrays, counts = tensors_of_awkward_sizes(24)
+    tensors = [tf.constant(array) for array in arrays]
+    before = masks.top_k_masks_device.experimental_get_tracing_count()
+    for shift in range(3):
+        counts = [
+            (k + shift) % (array.size + 1)
+            for k, array in zip(counts, arrays, strict=True)
+        ]
+        found, _ = masks.top_k_masks_device(tensors, tf.constant(counts))
+        assert_masks_equal(found, arrays, counts)
+    after = masks.top_k_masks_device.experimental_get_tracing_count()
+    assert after == before + 1
+
+
+def test_top_k_masks_of_several_tables_equal_a_stable_sort(monkeypatch):
+    arrays, counts = tensors_of_awkward_sizes(40, names=["float32", "float16"])
+    monkeypatch.setattr(masks, "_MAX_TABLE_SIZE", 8 * masks._ROW)
+    tensors = [tf.constant(array) for array in arrays]
+    groups = masks._table_groups(tensors)
+    assert len(groups) > 2
+    assert sorted(itertools.chain(*groups)) == list(range(40))
+    for group in groups:
+        assert len({arrays[i].dtype for i in group}) == 1
+        assert sum(arrays[i].size for i in group) <= 8 * masks._ROW
+    found, _ = masks.top_k_masks(tensors, tf.constant(counts))
+    assert_masks_equal(found, arrays, counts)
+
+
+def test_top_k_masks_of_nan_count_them_by_tensor():
+    arrays = [
+        np.array([np.nan, -np.nan, 1, np.inf, -np.inf], dtype)
+        for dtype, _ in DTYPES.values()
+    ]
+    arrays += [np.zeros(3, np.float32), np.full(1030, np.nan, np.float32)]
+    _, nans = masks.top_k_masks(
+        [tf.constant(array) for array in arrays],
+        tf.zeros(len(arrays), tf.int32),
+    )
+    assert nans.numpy().tolist() == [2, 2, 2, 2, 0, 1030]
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ([2**16, 2**15], "fewer than 2\\*\\*31 elements"),
+        ([None, 3], "static shape"),
+    ],
+)
+def test_top_k_mask_device_of_a_shape_that_it_cannot_count_raises(
+    shape, reason
+):
+    function = tf.function(masks.top_k_mask_device)
+    with pytest.raises(ValueError, match=f"{reason}.*Received: shape="):
+        function.get_concrete_function(
+            tf.TensorSpec(shape, tf.float32), tf.TensorSpec([], tf.int32)
+        )
+
+
+def test_top_k_masks_in_a_graph_have_one_loop_and_small_constants():
+    shapes = [(1000, 1000), (3, 3, 256, 256), (10,)]
+    graph = (
+        tf.function(masks.top_k_masks)
+        .get_concrete_function(
+            [tf.TensorSpec(shape, tf.float32) for shape in shapes],
+            tf.TensorSpec([3], tf.int32),
+        )
+        .graph.as_graph_def()
+    )
+    assert sum("While" in node.op for node in graph.node) == 1
+    # Of 1.6 million scores.
+    assert graph.ByteSize() < 50_000
+
+
+# As bounds from a sample can miss: all equal, few values, sorted, an outlier.
+LARGE = {
+    "normal": lambda generator, n: generator.normal(size=n),
+    "rounded": lambda generator, n: np.round(generator.normal(size=n), 1),
+    "two values": lambda generator, n: generator.integers(0, 2, size=n),
+    "equal": lambda generator, n: np.ones(n),
+    "sorted": lambda generator, n: np.arange(n),
+    "outlier": lambda generator, n: np.arange(n) == n // 2,
+}
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("kind", LARGE)
+def test_top_k_mask_host_of_many_scores_equals_a_stable_sort(kind, name):
+    generator = np.random.default_rng(0)
+    scores = LARGE[kind](generator, 30_011).astype(DTYPES[name][0])
+    for k in (1, 2, 300, 3_001, 15_000, 29_000, 30_010):
+        mask = masks.top_k_mask_host(scores, k)
+        np.testing.assert_array_equal(mask, oracle(scores, k))
+
+
+def test_top_k_mask_host_of_a_misleading_sample_is_exact():
+    size = 8_000
+    scores = np.random.default_rng(0).normal(size=size).astype(np.float32)
+    scores[:: round(size ** (1 / 3)) | 1] += 100  # All that are in the sample.
+    keys = masks.ordered_integers_host(scores)
+    for k in (1_000, 4_000):
+        bounds = masks._likely_bounds(keys, k)
+        assert masks._top_k_between(keys, k, *bounds) is None
+        mask = masks.top_k_mask_host(scores, k)
+        np.testing.assert_array_equal(mask, oracle(scores, k))
+
+
+def test_top_k_masks_host_in_threads_equals_a_stable_sort(monkeypatch):
+    monkeypatch.setattr(masks, "_SCORES_PER_THREAD", 100)
+    monkeypatch.setattr(masks, "_cpu_count", lambda: 3)
+    arrays, counts = tensors_of_awkward_sizes(54)
+    threads = threading.active_count()
+    found = masks.top_k_masks_host(arrays, counts)
+    assert threading.active_count() == threads
+    assert_masks_equal(found, arrays, counts)
+
+
+def test_top_k_masks_host_in_threads_raises_the_first_error(monkeypatch):
+    monkeypatch.setattr(masks, "_SCORES_PER_THREAD", 1)
+    monkeypatch.setattr(masks, "_cpu_count", lambda: 2)
+    arrays = [np.float32([1, 2, 3]), np.float32([np.nan]), np.ones(9)]
+    threads = threading.active_count()
+    with pytest.raises(ValueError, match="Received: 1 NaN"):
+        masks.top_k_masks_host(arrays, [1, 1, 99])
+    assert threading.active_count() == threads
+
+
+def test_top_k_masks_host_of_a_small_model_starts_no_thread(monkeypatch):
+    monkeypatch.setattr(
+        masks.concurrent.futures, "ThreadPoolExecutor", pytest.fail
+    )
+    arrays, counts = tensors_of_awkward_sizes(8)
+    assert_masks_equal(masks.top_k_masks_host(arrays, counts), arrays, counts)
 
 
 def test_top_k_mask_host_leaves_the_scores_alone():

@@ -11,18 +11,14 @@ import tensorflow as tf
 
 from sos import keras_compat
 from sos.errors import UsageError, reason
-from sos.masks import check_not_nan, nan_count, top_k_mask_device
+from sos.masks import check_not_nan, top_k_masks
 from sos.noise import noise_scope
-from sos.rankings import PerTensorRanking, Ranking, undecided_device
 from sos.training.strategies import several_processes
 from sos.training.task import Task, WeightedSum, check_metrics
 from sos.wrappers import dead_weights
 from sos.wrappers.base import SparseWrapper, find_wrappers
-from sos.wrappers.mask_changes import (
-    MaskChanges,
-    count_changes,
-    total_changes,
-)
+from sos.wrappers.compiled_masks import new_masks, ranks_by_count
+from sos.wrappers.mask_changes import MaskChanges, total_changes
 from sos.wrappers.masked import PruningWrapper
 from sos.wrappers.penalized import PenalizedWrapper
 from sos.wrappers.sparse_weight import SparseWeight
@@ -627,7 +623,7 @@ class CompiledMaskUpdate:
             wrapper.ranking.keep_count(
                 math.prod(weight.variable.shape), updates[wrapper]
             )
-            if _ranks_by_count(wrapper.ranking)
+            if ranks_by_count(wrapper.ranking)
             else 0
             for wrapper, weight in pairs
         ]
@@ -637,7 +633,7 @@ class CompiledMaskUpdate:
             tuple(
                 sparsity
                 for wrapper, sparsity in updates.items()
-                if not _ranks_by_count(wrapper.ranking)
+                if not ranks_by_count(wrapper.ranking)
             ),
         )
         if key not in self._functions:
@@ -709,9 +705,7 @@ def mask_update_step(
             [weights].
 
     Returns:
-        A uint8 mask for each weight, the old one where only positions would
-        decide; and int32 of shape [weights, 5]: the number of NaN scores, 1 if
-        the old mask stays, and the output of `count_changes`.
+        The output of `new_masks` for all weights.
     """
     pairs = _weights(updates)
     groups: dict[Any, list[tuple[PruningWrapper, SparseWeight, int]]] = {}
@@ -721,34 +715,24 @@ def mask_update_step(
     statistics = list(masks)
     for ranking, members in groups.items():
         scores = [wrapper.scores(weight) for wrapper, weight, _ in members]
-        if _ranks_by_count(ranking):
-            ranked: Sequence[Any] = [
-                top_k_mask_device(score, counts[index])
-                for score, (_, _, index) in zip(scores, members, strict=True)
-            ]
+        indices = [index for _, _, index in members]
+        if ranks_by_count(ranking):
+            ranked, _ = top_k_masks(scores, tf.gather(counts, indices))
         else:
             ranked = ranking.masks(
                 scores, [updates[wrapper] for wrapper, _, _ in members]
             )
-        ranked = [tf.cast(mask, tf.uint8) for mask in ranked]
-        for (wrapper, weight, index), score, mask, unchanged in zip(
-            members,
+        group_masks, group_statistics = new_masks(
+            ranking,
             scores,
-            ranked,
-            undecided_device(ranking, scores, ranked),
-            strict=True,
+            [tf.cast(mask, tf.uint8) for mask in ranked],
+            [weight.state["mask"].value for _, weight, _ in members],
+            [wrapper.cumulative for wrapper, _, _ in members],
+        )
+        for index, mask, row in zip(
+            indices, group_masks, tf.unstack(group_statistics), strict=True
         ):
-            old = weight.state["mask"].value
-            mask = tf.where(unchanged, old, mask)
-            kept = tf.minimum(mask, old) if wrapper.cumulative else mask
-            masks[index] = mask
-            statistics[index] = tf.concat(
-                [
-                    [nan_count(score), tf.cast(unchanged, tf.int32)],
-                    count_changes(old, kept),
-                ],
-                axis=0,
-            )
+            masks[index], statistics[index] = mask, row
     return masks, tf.stack(statistics)
 
 
@@ -760,8 +744,3 @@ def _weights(
         for wrapper in updates
         for weight in wrapper.sparse_weights
     ]
-
-
-def _ranks_by_count(ranking: Ranking) -> bool:
-    # A subclass may use the sparsity itself.
-    return type(ranking) is PerTensorRanking

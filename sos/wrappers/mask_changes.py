@@ -1,6 +1,7 @@
 """Counts what an update of masks changes."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from sos.masks import accelerator, host_array
 from sos.wrappers.sparse_weight import SparseWeight
 
 
@@ -28,26 +30,29 @@ class MaskChanges:
     regrown: int
 
 
-def count_changes(old: Any, new: Any) -> tf.Tensor:
-    """Compares two masks of a weight on their device.
+def count_changes(old: Any, new: Any) -> tf.Tensor | np.ndarray:
+    """Compares two masks of a weight where they are.
 
     Args:
         old: The mask before the update: zeros and ones.
         new: The mask after the update, of the same shape.
 
     Returns:
-        int32 of shape [3]: `kept`, `pruned` and `regrown` of `MaskChanges`.
+        int32 of shape [3]: `kept`, `pruned` and `regrown` of `MaskChanges`; an
+        array if the masks are in the host's memory.
     """
     old, new = tf.convert_to_tensor(old), tf.convert_to_tensor(new)
-    if not tf.is_symbolic_tensor(old) and "CPU" in old.device:
+    if not tf.is_symbolic_tensor(old) and not accelerator(old):
         # As Booleans, which NumPy counts several times faster.
-        before, after = old.numpy().view(bool), new.numpy().view(bool)
+        before, after = host_array(old).view(bool), host_array(new).view(bool)
         sums = map(np.count_nonzero, (before, after, before & after))
+        stack = functools.partial(np.array, dtype=np.int32)
     else:
         old, new = tf.cast(old, tf.int32), tf.cast(new, tf.int32)
         sums = map(tf.reduce_sum, (old, new, old * new))
+        stack = tf.stack
     total, kept, stayed = sums
-    return tf.stack([kept, total - stayed, kept - stayed])
+    return stack([kept, total - stayed, kept - stayed])
 
 
 def total_changes(

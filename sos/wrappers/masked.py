@@ -1,5 +1,7 @@
 """Techniques that multiply weights by masks of zeros and ones."""
 
+import dataclasses
+import math
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +12,7 @@ import tensorflow as tf
 
 from sos import arguments, keras_compat
 from sos.errors import ArgumentError, UsageError
+from sos.masks import accelerator, check_not_nan
 from sos.rankings import PerTensorRanking, Ranking, undecided
 from sos.schedules import (
     PruningSchedule,
@@ -19,6 +22,7 @@ from sos.schedules import (
 )
 from sos.wrappers import dead_weights
 from sos.wrappers.base import SparseWrapper
+from sos.wrappers.compiled_masks import rank_by_count, ranks_by_count
 from sos.wrappers.mask_changes import (
     MaskChanges,
     count_changes,
@@ -433,7 +437,7 @@ class PruningWrapper(MaskedWrapper):
         """
         variable = weight.state["mask"]
         if self.cumulative:
-            mask = tf.minimum(tf.cast(mask, tf.uint8), variable.value)
+            mask = tf.cast(mask, tf.bool) & tf.cast(variable.value, tf.bool)
         variable.assign(mask)
         if self.uses_gradient:
             gradient = weight.state["gradient"]
@@ -549,50 +553,129 @@ def update_masks(updates: dict[PruningWrapper, float]) -> MaskChanges | None:
                 break
         else:
             groups.append((wrapper.ranking, [(wrapper, sparsity)]))
-    results = []
+    results: list[_Ranked] = []
     for ranking, members in groups:
-        ranked = [
-            (wrapper, weight, sparsity)
-            for wrapper, sparsity in members
-            for weight in wrapper.sparse_weights
-        ]
-        scores = [
-            _compute_scores(wrapper, weight) for wrapper, weight, _ in ranked
-        ]
-        try:
-            masks = ranking.masks(
-                scores, [sparsity for _, _, sparsity in ranked]
-            )
-            if not isinstance(ranking, PerTensorRanking):
-                masks = [
-                    check_mask(weight, mask)
-                    for (_, weight, _), mask in zip(ranked, masks, strict=True)
-                ]
-        except ValueError as error:
-            paths = [weight.path for _, weight, _ in ranked]
-            raise ValueError(
-                f"The masks of {paths} could not be updated: {error}"
-            ) from error
-        unchanged = undecided(ranking, scores, masks)
-        results.extend(zip(ranked, masks, unchanged, strict=True))
+        results += _rank(
+            ranking,
+            [
+                (wrapper, weight, sparsity)
+                for wrapper, sparsity in members
+                for weight in wrapper.sparse_weights
+            ],
+        )
     if not results:
         return None
     counts = []
-    for (wrapper, weight, _), mask, unchanged in results:
-        # A copy: the value itself changes with the variable.
-        old = tf.convert_to_tensor(weight.state["mask"].value)
-        wrapper.assign_mask(weight, old if unchanged else mask)
-        counts.append(count_changes(old, weight.state["mask"].value))
-    # One transfer from an accelerator.
-    counts = tf.stack(counts).numpy().tolist()
+    for ranked in results:
+        old = _mask_value(ranked.weight)
+        ranked.wrapper.assign_mask(ranked.weight, ranked.mask)
+        if ranked.changes is None:
+            new = _mask_value(ranked.weight)
+            ranked.changes = count_changes(old, new)
+        counts.append(ranked.changes)
+    if any(map(tf.is_tensor, counts)):
+        counts = tf.stack(counts).numpy()  # One transfer from an accelerator.
+    counts = np.stack(counts).tolist()
     # Last, as a warning may be an error.
-    for ((wrapper, weight, sparsity), _, unchanged), (kept, _, _) in zip(
-        results, counts, strict=True
-    ):
+    for ranked, (kept, _, _) in zip(results, counts, strict=True):
         dead_weights.after_update(
-            wrapper, weight, sparsity, undecided=unchanged, any_left=kept > 0
+            ranked.wrapper,
+            ranked.weight,
+            ranked.sparsity,
+            undecided=ranked.undecided,
+            any_left=kept > 0,
         )
-    return total_changes((weight for (_, weight, _), _, _ in results), counts)
+    return total_changes((ranked.weight for ranked in results), counts)
+
+
+def _mask_value(weight: SparseWeight) -> tf.Tensor:
+    """Returns the present mask, which does not change with the variable."""
+    return tf.convert_to_tensor(weight.state["mask"].value)
+
+
+@dataclasses.dataclass
+class _Ranked:
+    """A ranked weight.
+
+    Attributes:
+        wrapper: The technique.
+        weight: The weight.
+        sparsity: The requested fraction of zeros.
+        mask: The new mask; the old one if the weight is undecided.
+        undecided: Whether only positions would decide (`undecided`).
+        changes: The output of `count_changes`; None until the mask is set.
+    """
+
+    wrapper: PruningWrapper
+    weight: SparseWeight
+    sparsity: float
+    mask: Any
+    undecided: bool
+    changes: Any = None
+
+
+def _rank(
+    ranking: Ranking,
+    members: Sequence[tuple[PruningWrapper, SparseWeight, float]],
+) -> list[_Ranked]:
+    """Ranks the weights of one ranking, without setting their masks."""
+    scores = [
+        _compute_scores(wrapper, weight) for wrapper, weight, _ in members
+    ]
+    try:
+        if ranks_by_count(ranking) and _on_one_accelerator(scores):
+            return _rank_on_accelerator(ranking, members, scores)
+        masks = ranking.masks(scores, [sparsity for _, _, sparsity in members])
+        if not isinstance(ranking, PerTensorRanking):
+            masks = [
+                check_mask(weight, mask)
+                for (_, weight, _), mask in zip(members, masks, strict=True)
+            ]
+    except ValueError as error:
+        paths = [weight.path for _, weight, _ in members]
+        raise ValueError(
+            f"The masks of {paths} could not be updated: {error}"
+        ) from error
+    return [
+        _Ranked(
+            *member, _mask_value(member[1]) if unchanged else mask, unchanged
+        )
+        for member, mask, unchanged in zip(
+            members, masks, undecided(ranking, scores, masks), strict=True
+        )
+    ]
+
+
+def _on_one_accelerator(scores: Sequence[Any]) -> bool:
+    devices = set(map(accelerator, scores))
+    return len(devices) == 1 and None not in devices
+
+
+def _rank_on_accelerator(
+    ranking: PerTensorRanking,
+    members: Sequence[tuple[PruningWrapper, SparseWeight, float]],
+    scores: Sequence[tf.Tensor],
+) -> list[_Ranked]:
+    """Ranks with one compiled call and one transfer from the accelerator."""
+    counts = [
+        ranking.keep_count(math.prod(weight.variable.shape), sparsity)
+        for _, weight, sparsity in members
+    ]
+    with tf.device(scores[0].device):
+        masks, statistics = rank_by_count(
+            scores,
+            tf.constant(counts, tf.int32),
+            [_mask_value(weight) for _, weight, _ in members],
+            [wrapper.cumulative for wrapper, _, _ in members],
+        )
+    statistics = statistics.numpy()
+    for (_, weight, _), nans in zip(members, statistics[:, 0], strict=True):
+        check_not_nan(int(nans), f" of {weight.path}")
+    return [
+        # A Boolean mask is assigned without reading it back to check it.
+        _Ranked(*member, tf.cast(mask, tf.bool), bool(row[1]), row[2:])
+        for member, mask, row in zip(members, masks, statistics, strict=True)
+    ]
 
 
 def _compute_scores(wrapper: PruningWrapper, weight: SparseWeight) -> Any:
