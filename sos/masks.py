@@ -477,6 +477,8 @@ def top_k_masks(
     """
     masks: list[Any] = [None] * len(scores)
     nans: list[Any] = [None] * len(scores)
+    # Before the cast, which would wrap larger numbers around.
+    counts = tf.clip_by_value(tf.convert_to_tensor(counts), 0, tf.int32.max)
     counts = tf.cast(counts, tf.int32)
     for positions in _table_groups(scores):
         table = _KeyTable([scores[i] for i in positions])
@@ -532,7 +534,7 @@ def all_equal_tensors(scores: Sequence[tf.Tensor]) -> tf.Tensor:
 
 # Compiled as one function: one launch per update, one trace per list of shapes.
 # `reduce_retracing` would lose the static shapes that TPUs need.
-@tf.function(jit_compile=True)
+@tf.function(jit_compile=True, autograph=False)
 def top_k_masks_device(
     scores: Sequence[tf.Tensor], counts: tf.Tensor
 ) -> tuple[list[tf.Tensor], tf.Tensor]:
@@ -540,7 +542,7 @@ def top_k_masks_device(
     return top_k_masks(scores, counts)
 
 
-# Length of a table's rows. At most 2**15, so that two counts of a row fit in
+# Length of a table's rows. Less than 2**15, so that two counts of a row fit in
 # one int32.
 _ROW = 1024
 # Positions in a table, and sums of counts, are int32.
@@ -693,6 +695,7 @@ class _KeyTable:
         """
         threshold = self._kth_highest(counts)
         by_row = self._by_row(threshold)
+        # The column in each row before which ties are kept.
         end = self._tie_ends(threshold, counts)[:, tf.newaxis]
         tied = (self._keys == by_row) & (tf.range(_ROW) < end)
         kept = tf.cast((self._keys > by_row) | tied, tf.uint8)
