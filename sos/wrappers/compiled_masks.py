@@ -67,7 +67,7 @@ def new_masks(
 
 
 # Compiled once for each list of shapes.
-@tf.function(jit_compile=True)
+@tf.function(jit_compile=True, autograph=False)
 def rank_by_count(
     scores: Sequence[tf.Tensor],
     counts: tf.Tensor,

@@ -671,11 +671,16 @@ def _rank_on_accelerator(
     statistics = statistics.numpy()
     for (_, weight, _), nans in zip(members, statistics[:, 0], strict=True):
         check_not_nan(int(nans), f" of {weight.path}")
-    return [
-        # A Boolean mask is assigned without reading it back to check it.
-        _Ranked(*member, tf.cast(mask, tf.bool), bool(row[1]), row[2:])
-        for member, mask, row in zip(members, masks, statistics, strict=True)
-    ]
+    results = []
+    for member, mask, row in zip(members, masks, statistics, strict=True):
+        ranked = _Ranked(*member, mask, bool(row[1]))
+        # A technique that overrides `assign_mask` may set another mask.
+        if type(ranked.wrapper).assign_mask is PruningWrapper.assign_mask:
+            # A Boolean mask is assigned without reading it back to check it.
+            ranked.mask = tf.cast(mask, tf.bool)
+            ranked.changes = row[2:]
+        results.append(ranked)
+    return results
 
 
 def _compute_scores(wrapper: PruningWrapper, weight: SparseWeight) -> Any:

@@ -87,6 +87,32 @@ def test_update_masks_on_an_accelerator_reads_one_array(
     assert read == [[2, 5]]
 
 
+@sos.extend.register
+class KeepsAnElement(sos.MagnitudePruning):
+    """Keeps one element whatever its score is."""
+
+    def assign_mask(self, weight, mask):
+        mask = mask.numpy()
+        mask[0, 0] = 1
+        super().assign_mask(weight, mask)
+
+
+def test_update_masks_on_an_accelerator_counts_what_a_technique_assigns(
+    accelerator,
+):
+    model = techniques.mlp(KeepsAnElement)
+    for wrapper in find_wrappers(model):
+        value = keras.ops.convert_to_numpy(wrapper.sparse_weights[0].variable)
+        value = value.copy()
+        value[0, 0] = 0
+        wrapper.sparse_weights[0].variable.assign(value)
+    changes = update_masks(dict.fromkeys(find_wrappers(model), 0.5))
+    assert (
+        changes.kept == sum(mask.sum() for mask in masks(model)) == 24 + 8 + 2
+    )
+    assert changes.pruned == changes.elements - changes.kept
+
+
 def test_update_masks_on_an_accelerator_of_nan_raises_and_changes_nothing(
     accelerator,
 ):
