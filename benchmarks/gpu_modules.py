@@ -26,6 +26,7 @@ from benchmarks.networks import DENSE, NETWORKS
 from benchmarks.recipes import Recipe, describe
 from sos import masks, noise
 from sos.wrappers.base import find_wrappers
+from sos.wrappers.compiled_masks import rank_by_count
 
 # Each group of steps is long compared with the host's part, and short compared
 # with changes of the GPU's clock.
@@ -231,13 +232,21 @@ def add_mask_updates(modules: Modules, model: str) -> None:
             new_masks.append(tf.cast(mask, tf.uint8))
         return new_masks
 
+    old = [
+        Recipe(f"{recipe.name}/mask", recipe.shape, "uint8", "mask", (0.5,))
+        for recipe in data
+    ]
+
     @tf.function(jit_compile=True, autograph=False)
     def update(*arguments: tf.Tensor) -> list[tf.Tensor]:
-        *weights, counts = arguments
-        new_masks, nans = masks.top_k_masks_device(
-            [tf.abs(weight) for weight in weights], counts
+        weights, old = arguments[: len(data)], arguments[len(data) : -1]
+        new_masks, statistics = rank_by_count(
+            [tf.abs(weight) for weight in weights],
+            arguments[-1],
+            list(old),
+            [False] * len(data),
         )
-        return [*new_masks, nans]
+        return [*new_masks, statistics]
 
     kept = Recipe("counts", (len(counts),), "int32", "values", tuple(counts))
     digest = hashlib.sha256()
@@ -252,7 +261,7 @@ def add_mask_updates(modules: Modules, model: str) -> None:
     modules.add("masks_sort", lower(sort, data), row(SORT))
     modules.add(
         "masks_sos",
-        lower(update, [*data, kept]),
+        lower(update, [*data, *old, kept]),
         row(OURS),
         digest=digest.hexdigest(),
         digest_results=len(data),

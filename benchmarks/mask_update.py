@@ -1,6 +1,7 @@
 """Times one mask update of all weights of a network.
 
-    python -m benchmarks.mask_update [--model=resnet50|convnet] [--repeats=5]
+    python -m benchmarks.mask_update
+        [--model=resnet50|transformer|convnet|attention] [--repeats=5]
         [--sparsity=0.9] [--json]
 
 The contestants run in turns, so other load on the machine affects all of them.
@@ -8,9 +9,9 @@ Medians are compared:
 
 - this package on the host: the mask update of `sos.SparsityUpdater` for a model
   with `sos.MagnitudePruning`;
-- this package's code for accelerators, compiled by XLA for the CPU;
-- `tf.sort` of each tensor of magnitudes, compiled by XLA for the CPU, without
-  masks: what ranking on an accelerator would cost at least with a sort;
+- this package's update on an accelerator, compiled by XLA for the CPU;
+- XLA's sort of each tensor of magnitudes, compiled for the CPU, without masks:
+  what ranking on an accelerator would cost at least with a sort;
 - tensorflow-model-optimization: the mask update of its `prune_low_magnitude`,
   as one `tf.function`, with masks and thresholds assigned;
 - `numpy.partition` of precomputed float magnitudes, without masks.
@@ -29,6 +30,9 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
+# XLA's sort has no public name. `tf.sort` would sort the positions as well.
+from tensorflow.compiler.tf2xla.python import xla
+
 # isort: split
 # Before tfmot, which changes the environment.
 import sos
@@ -36,6 +40,7 @@ from benchmarks import networks
 from benchmarks.common import print_report
 from sos import masks, schedules
 from sos.wrappers.base import find_wrappers
+from sos.wrappers.compiled_masks import rank_by_count
 from sos.wrappers.masked import update_masks
 
 # isort: split
@@ -45,7 +50,7 @@ from tensorflow_model_optimization.python.core.sparsity.keras import (
 
 OURS_HOST = "sos"
 OURS_DEVICE = "sos, device path on CPU"
-SORT = "tf.sort on CPU"
+SORT = "XLA's sort on CPU"
 TFMOT = "tfmot"
 PARTITION = "numpy.partition"
 
@@ -64,17 +69,19 @@ def make_contestants(
         update_masks(dict.fromkeys(wrappers, sparsity))
 
     def device() -> None:
-        scores = [tf.abs(weight) for weight in weights]
-        new_masks, nans = masks.top_k_masks_device(
-            scores, tf.constant(counts, tf.int32)
+        new_masks, statistics = rank_by_count(
+            [tf.abs(weight) for weight in weights],
+            tf.constant(counts, tf.int32),
+            [mask.value for mask in our_masks],
+            [False] * len(weights),
         )
-        assert not nans.numpy().any()
+        statistics.numpy()  # Waits for the update.
         for variable, mask in zip(our_masks, new_masks, strict=True):
-            variable.assign(mask)
+            variable.assign(tf.cast(mask, tf.bool))
 
     @tf.function(jit_compile=True)
     def sort_compiled() -> list[tf.Tensor]:
-        return [tf.sort(tf.reshape(tf.abs(w), [-1])) for w in weights]
+        return [xla.sort(tf.reshape(tf.abs(w), [-1])) for w in weights]
 
     def sort() -> None:
         sort_compiled()[-1].numpy()  # Waits for all.

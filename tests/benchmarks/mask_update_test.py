@@ -11,7 +11,7 @@ def test_mask_update_prints_one_report_of_all_contestants():
     assert set(report["results"]) == {
         "sos",
         "sos, device path on CPU",
-        "tf.sort on CPU",
+        "XLA's sort on CPU",
         "tfmot",
         "numpy.partition",
     }
