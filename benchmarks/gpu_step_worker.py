@@ -12,7 +12,7 @@ and its metadata, and in plan.json what to do with them:
 
 Results are in results.json after each module and each round, so that nothing is
 lost if the program is cut off. The last line of the output is a JSON object,
-empty or an "error" of all modules.
+empty or an "error" of all modules, with which the exit code is 1.
 """
 
 import hashlib
@@ -27,6 +27,8 @@ import time
 
 import numpy as np
 
+if len(sys.argv) < 2:
+    sys.exit("Usage: python gpu_step_worker.py FOLDER [NAME...]")
 FOLDER = pathlib.Path(sys.argv[1])
 PLAN = json.loads((FOLDER / "plan.json").read_text("utf-8"))
 
@@ -226,9 +228,10 @@ def check_modules(names, results):
             program.run(1)
             expected = np.load(FOLDER / f"{name}_{step}.npz")
             found += differences(program, before, expected)
+        # Unlike `max`, these are NaN if any difference is.
         return {
-            "largest": round_off(max(found)),
-            "median": round_off(statistics.median(found)),
+            "largest": round_off(np.max(found)),
+            "median": round_off(np.median(found)),
         }
 
     for name in names:
@@ -236,7 +239,7 @@ def check_modules(names, results):
 
 
 def differences(program, before, expected):
-    """Compares the variables that a step assigns with those of TensorFlow.
+    """Compares the variables that a step changes with those of TensorFlow.
 
     Args:
         program: The program after a step.
@@ -250,18 +253,21 @@ def differences(program, before, expected):
         only rounding.
     """
     errors, changes = [], []
-    for argument in program.aliases.values():
+    # All variables, also those that the module should assign but does not.
+    for name in expected.files:
         old, new, wanted = (
             np.asarray(array).astype(np.float64)
             for array in (
-                before[argument],
-                program.arguments[argument],
-                expected[str(argument)],
+                before[int(name)],
+                program.arguments[int(name)],
+                expected[name],
             )
         )
+        if np.array_equal(old, new) and np.array_equal(old, wanted):
+            continue
         errors.append(np.linalg.norm((new - wanted).ravel()))
         changes.append(np.linalg.norm((wanted - old).ravel()))
-    floor = 1e-6 * max(changes)
+    floor = 1e-6 * np.max(changes)
     return [e / max(c, floor) for e, c in zip(errors, changes, strict=True)]
 
 
@@ -283,6 +289,7 @@ def main():
         actions[PLAN["action"]](names, results)
     except Exception as error:
         print(json.dumps({"error": " ".join(str(error).split())}))
+        sys.exit(1)
     else:
         print("{}")
 
