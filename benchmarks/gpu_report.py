@@ -11,14 +11,19 @@ from benchmarks.common import console, machine
 from benchmarks.compilers import OutOfMemory
 from benchmarks.gpu_modules import CHECKS, COPY
 
-# Headers of columns, where they are not the name.
+# Headers and formats of columns, by the name of the figure.
 COLUMNS = {
-    "milliseconds": "ms",
-    "times_base": "times",
-    "memory_gib": "GiB",
-    "memory_times_base": "times",
-    "gigabytes": "GB moved",
-    "compile_s": "compile s",
+    "milliseconds": ("ms", ",.2f"),
+    "times_base": ("times", ",.3f"),
+    "memory_gib": ("GiB", ",.2f"),
+    "memory_times_base": ("times", ",.2f"),
+    "gigabytes": ("GB moved", ",.2f"),
+    "kernels": ("kernels", ",d"),
+    "compile_s": ("compile s", ",.1f"),
+    "largest": ("largest", ".1e"),
+    "median": ("median", ".1e"),
+    "bound": ("bound", ".1e"),
+    "bounded": ("bounded", ""),
 }
 
 
@@ -42,6 +47,7 @@ def read_report(folder: pathlib.Path) -> dict[str, Any]:
         "size": plan["size"],
         "action": plan["action"],
         "device": plan["gpu"],
+        "compiler": plan["compiler"],
         "results": {},
         "mask_update": {},
         "out_of_memory": {},
@@ -62,7 +68,7 @@ def read_report(folder: pathlib.Path) -> dict[str, Any]:
                 "largest": result["largest"],
                 "median": result["median"],
                 "bound": check.bound,
-                "of": check.statistic,
+                "bounded": check.statistic,
             }
             if not difference <= check.bound:
                 report["errors"][label] = (
@@ -73,8 +79,13 @@ def read_report(folder: pathlib.Path) -> dict[str, Any]:
             base = results.get(row["base"], {})
             timed = plan["action"] == "run"
             report[row["table"]][label] = figures(result, base, timed)
+            rounds = len(result.get("rounds_ms", []))
             if result.get("equal") is False:
                 report["errors"][label] = "differs from the masks of the host"
+            elif timed and rounds < plan["rounds"]:
+                report["errors"][label] = (
+                    f"was cut off after {rounds} of {plan['rounds']} rounds"
+                )
     return report
 
 
@@ -121,7 +132,8 @@ def print_tables(report: dict[str, Any]) -> None:
     where = {
         "run": f"on {report['device']}",
         "compile": f"compiled for {report['device']}",
-        "check": "compared with TensorFlow on the CPU",
+        "check": "on the CPU: differences from TensorFlow, relative to a "
+        "step's change",
     }[report["action"]]
     for key, title, base in (
         ("results", "training step", "the dense model"),
@@ -132,22 +144,23 @@ def print_tables(report: dict[str, Any]) -> None:
             continue
         title = f"One {title} of {report['model']}, {where}"
         if report["action"] != "check":
-            title += f'; "times" compares with {base}'
+            title += f'; "times" compares the column before it with {base}'
         table = rich.table.Table(title=title, title_justify="left")
-        table.add_column("", no_wrap=True)
+        table.add_column(
+            "technique, batch" if key == "results" else "", no_wrap=True
+        )
         for column in next(iter(rows.values())):
-            text = COLUMNS.get(column, column)
-            table.add_column(text, justify="right")
+            table.add_column(COLUMNS[column][0], justify="right")
         for label, values in rows.items():
-            table.add_row(label, *(_format(v) for v in values.values()))
+            table.add_row(
+                label,
+                *(
+                    "" if value is None else format(value, COLUMNS[column][1])
+                    for column, value in values.items()
+                ),
+            )
         output.print(table)
     for label in report["out_of_memory"]:
         output.print(f"{label}: does not fit the memory", highlight=False)
-    for name, value in machine().items():
+    for name, value in {"compiler": report["compiler"], **machine()}.items():
         output.print(f"{name}: {value}", highlight=False)
-
-
-def _format(value: float | str | None) -> str:
-    if value is None or isinstance(value, str):
-        return value or ""
-    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:,}"

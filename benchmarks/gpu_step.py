@@ -15,13 +15,15 @@ XLA, which comes with JAX, takes it from there, so that TensorFlow needs no GPU:
   choice among kernels that needs a GPU;
 - `--check` runs it on the CPU, on small batches in three dtypes, and compares
   two steps with TensorFlow's;
-- `--export=FOLDER` writes all that a machine with JAX and a GPU needs. There
-  `python FOLDER/gpu_step_worker.py FOLDER` measures, and
-  `--results=FOLDER` prints what it wrote into FOLDER/results.json.
+- `--export=FOLDER` writes all that a machine with a GPU and JAX, of the version
+  that it prints, needs. There `python FOLDER/gpu_step_worker.py FOLDER`
+  measures, and here `--results=FOLDER` prints what that wrote into
+  FOLDER/results.json.
 
-`--mask_update` adds the update of all masks of the network, between one read
-and write of all weights, which no update can beat, and sorting each tensor, as
-tensorflow-model-optimization does.
+`--mask_update` adds the compiled part of an update of all masks of the network:
+ranking, and counting what changes. It is compared with one read of all weights
+and write of all masks, in a kernel for each tensor, and with sorting each
+tensor, as tensorflow-model-optimization does.
 
 The compiler is installed with JAX in its own virtual environment on the first
 call (2 GB to download, 5.5 GB on the disk). Without a GPU, on two cores,
@@ -189,6 +191,7 @@ def write_modules(
         size=flags.size,
         gpu=flags.gpu,
         description=GPUS[flags.gpu],
+        compiler=REQUIREMENT,
     )
 
 
@@ -215,6 +218,7 @@ def execute(folder: pathlib.Path, python: pathlib.Path) -> None:
                     f"The GPU cannot be used: {error}. With --compile_only no "
                     "GPU is needed."
                 ) from None
+            print(f"Ended early: {error}", file=sys.stderr, flush=True)
             add_errors(folder, names, str(error))
 
 
@@ -263,7 +267,12 @@ def main() -> None:
         write_modules(flags.export, "run", flags)
         for name in PROGRAMS:
             shutil.copy(WORKER.with_name(name), flags.export)
-        print(f"Wrote {flags.export}", file=sys.stderr)
+        print(
+            f"Wrote {flags.export}. On a machine with a GPU, copy it, install "
+            f"{REQUIREMENT}, and run: python {flags.export.name}/{WORKER.name} "
+            f"{flags.export.name}",
+            file=sys.stderr,
+        )
         return
     report = read_report(flags.results) if flags.results else measure(flags)
     for kind in ("out_of_memory", "errors"):
