@@ -5,7 +5,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 from collections.abc import Mapping
 
 import rich.console
@@ -29,12 +28,17 @@ def machine() -> dict[str, object]:
 
 
 def integers(text: str) -> list[int]:
-    """Parses integers that are separated by commas, the value of a flag."""
-    return [int(part) for part in text.split(",")]
+    """Parses integers that are separated by commas, the value of a flag.
+
+    Repetitions are left out.
+    """
+    return list(dict.fromkeys(int(part) for part in text.split(",")))
 
 
 def techniques(text: str) -> list[str]:
     """Parses techniques that are separated by commas, the value of a flag.
+
+    Repetitions are left out.
 
     Raises:
         argparse.ArgumentTypeError: If one is unknown.
@@ -46,13 +50,15 @@ def techniques(text: str) -> list[str]:
         raise argparse.ArgumentTypeError(
             f"must be some of {','.join(known)}. Received: {unknown[0]!r}"
         )
-    return names
+    return list(dict.fromkeys(names))
 
 
 def console() -> rich.console.Console:
-    """Returns a console for tables, wide enough where nobody looks."""
-    columns = shutil.get_terminal_size().columns
-    return rich.console.Console(width=max(columns, 110))
+    """Returns a console for tables; 110 columns wide if it is no terminal."""
+    terminal = rich.console.Console()
+    if terminal.is_terminal:
+        return terminal
+    return rich.console.Console(width=max(terminal.width, 110))
 
 
 def print_report(
@@ -76,8 +82,12 @@ def print_report(
     for key in next(iter(rows.values())):
         table.add_column(key.replace("_", " "), justify="right")
     for name, values in rows.items():
-        table.add_row(name, *(f"{value:,.2f}" for value in values.values()))
+        table.add_row(name, *map(_format, values.values()))
     output = console()
     output.print(table)
     for key, value in report["machine"].items():
         output.print(f"{key}: {value}", highlight=False)
+
+
+def _format(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"

@@ -73,8 +73,6 @@ def make_environment(
     except (OSError, subprocess.CalledProcessError) as error:
         shutil.rmtree(folder, ignore_errors=True)
         output = getattr(error, "stderr", None) or str(error)
-        if isinstance(output, bytes):
-            output = output.decode(errors="replace")
         lines = [line for line in output.splitlines() if "ERROR" in line]
         reason = (lines or output.splitlines() or ["unknown"])[-1].strip()
         raise SystemExit(

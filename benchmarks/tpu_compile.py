@@ -284,6 +284,9 @@ def main() -> None:
         print_report(f"One training step of {flags.model}", report, False)
     elif results:
         print_tables(report)
+    else:
+        for name in out_of_memory:
+            print(f"{name}: does not fit")
     if errors:
         raise SystemExit(1)
 

@@ -40,7 +40,7 @@ def test_train_step_prints_one_report_of_the_techniques(process, monkeypatch):
     report = benchmarks.run(
         "train_step",
         "--model=convnet",
-        "--techniques=VariationalDropout",
+        "--techniques=VariationalDropout,VariationalDropout",
         "--repeats=1",
         "--batch=2",
         process=process,
