@@ -15,9 +15,9 @@ from benchmarks.gpu_modules import CHECKS, COPY
 COLUMNS = {
     "milliseconds": ("ms", ",.2f"),
     "times_base": ("times", ",.3f"),
-    "memory_gib": ("GiB", ",.2f"),
+    "memory_gib": ("GiB", ",.4g"),
     "memory_times_base": ("times", ",.2f"),
-    "gigabytes": ("GB moved", ",.2f"),
+    "gigabytes": ("GB moved", ",.4g"),
     "kernels": ("kernels", ",d"),
     "compile_s": ("compile s", ",.1f"),
     "largest": ("largest", ".1e"),
@@ -112,11 +112,11 @@ def figures(
         ]
         printed["milliseconds"] = _median(rounds)
         printed["times_base"] = _median(ratios)
-    printed["memory_gib"] = round(result["total"] / 2**30, 3)
+    printed["memory_gib"] = round(result["total"] / 2**30, 6)
     printed["memory_times_base"] = (
         round(result["total"] / base["total"], 3) if "total" in base else None
     )
-    printed["gigabytes"] = round(result["bytes"] / 1e9, 3)
+    printed["gigabytes"] = round(result["bytes"] / 1e9, 6)
     printed["kernels"] = result["kernels"]
     printed["compile_s"] = round(result["compile_s"], 1)
     return printed
@@ -136,13 +136,17 @@ def print_tables(report: dict[str, Any]) -> None:
         "step's change",
     }[report["action"]]
     for key, title, base in (
-        ("results", "training step", "the dense model"),
-        ("mask_update", "mask update", COPY),
+        (
+            "results",
+            f"training step of {report['model']}, size {report['size']}",
+            "the dense model",
+        ),
+        ("mask_update", f"mask update of {report['model']}", COPY),
     ):
         rows = report[key]
         if not rows:
             continue
-        title = f"One {title} of {report['model']}, {where}"
+        title = f"One {title}, {where}"
         if report["action"] != "check":
             title += f'; "times" compares the column before it with {base}'
         table = rich.table.Table(title=title, title_justify="left")
@@ -163,4 +167,5 @@ def print_tables(report: dict[str, Any]) -> None:
     for label in report["out_of_memory"]:
         output.print(f"{label}: does not fit the memory", highlight=False)
     for name, value in {"compiler": report["compiler"], **machine()}.items():
-        output.print(f"{name}: {value}", highlight=False)
+        # Without markup, which brackets in a requirement would be.
+        output.print(f"{name}: {value}", highlight=False, markup=False)

@@ -181,8 +181,9 @@ def print_tables(report: dict[str, Any]) -> None:
         for name in report["out_of_memory"]:
             table.add_row(f"{name}: does not fit")
         output.print(table)
-    for key, value in machine().items():
-        output.print(f"{key}: {value}", highlight=False)
+    for key, value in {"compiler": report["compiler"], **machine()}.items():
+        # Without markup, which brackets in a requirement would be.
+        output.print(f"{key}: {value}", highlight=False, markup=False)
 
 
 def parse_flags() -> argparse.Namespace:
