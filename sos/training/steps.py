@@ -17,7 +17,7 @@ from sos.training.strategies import several_processes
 from sos.training.task import Task, WeightedSum, check_metrics
 from sos.wrappers import dead_weights
 from sos.wrappers.base import SparseWrapper, find_wrappers
-from sos.wrappers.compiled_masks import new_masks, ranks_by_count
+from sos.wrappers.compiled_masks import needs_only_counts, new_masks
 from sos.wrappers.mask_changes import MaskChanges, total_changes
 from sos.wrappers.masked import PruningWrapper
 from sos.wrappers.penalized import PenalizedWrapper
@@ -623,7 +623,7 @@ class CompiledMaskUpdate:
             wrapper.ranking.keep_count(
                 math.prod(weight.variable.shape), updates[wrapper]
             )
-            if ranks_by_count(wrapper.ranking)
+            if needs_only_counts(wrapper.ranking)
             else 0
             for wrapper, weight in pairs
         ]
@@ -633,7 +633,7 @@ class CompiledMaskUpdate:
             tuple(
                 sparsity
                 for wrapper, sparsity in updates.items()
-                if not ranks_by_count(wrapper.ranking)
+                if not needs_only_counts(wrapper.ranking)
             ),
         )
         if key not in self._functions:
@@ -716,7 +716,7 @@ def mask_update_step(
     for ranking, members in groups.items():
         scores = [wrapper.scores(weight) for wrapper, weight, _ in members]
         indices = [index for _, _, index in members]
-        if ranks_by_count(ranking):
+        if needs_only_counts(ranking):
             ranked, _ = top_k_masks(scores, tf.gather(counts, indices))
         else:
             ranked = ranking.masks(

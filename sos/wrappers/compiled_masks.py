@@ -12,8 +12,8 @@ from sos.masks import TensorRows, nan_counts, top_k_masks
 from sos.rankings import PerTensorRanking, Ranking, undecided_device
 
 
-def ranks_by_count(ranking: Ranking) -> bool:
-    """Returns whether a ranking only needs the number of elements to keep.
+def needs_only_counts(ranking: Ranking) -> bool:
+    """Returns whether a ranking needs only the numbers of elements to keep.
 
     Then it is compiled once for all sparsities.
     """

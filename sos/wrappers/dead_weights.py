@@ -1,6 +1,6 @@
 """Warns of weights that lose their last element or cannot be ranked.
 
-Mask updates on the host and on a TPU both call `after_update`, so that they
+Mask updates on the host and on accelerators call `after_update`, so that they
 give the same warnings.
 """
 

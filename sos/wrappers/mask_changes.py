@@ -1,7 +1,6 @@
 """Counts what an update of masks changes."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -34,25 +33,22 @@ def count_changes(old: Any, new: Any) -> tf.Tensor | np.ndarray:
     """Compares two masks of a weight where they are.
 
     Args:
-        old: The mask before the update: zeros and ones.
-        new: The mask after the update, of the same shape.
+        old: The mask before the update: uint8 zeros and ones, not traced.
+        new: The mask after the update, like `old`.
 
     Returns:
         int32 of shape [3]: `kept`, `pruned` and `regrown` of `MaskChanges`; an
         array if the masks are in the host's memory.
     """
     old, new = tf.convert_to_tensor(old), tf.convert_to_tensor(new)
-    if not tf.is_symbolic_tensor(old) and not accelerator(old):
-        # As Booleans, which NumPy counts several times faster.
-        before, after = host_array(old).view(bool), host_array(new).view(bool)
-        sums = map(np.count_nonzero, (before, after, before & after))
-        stack = functools.partial(np.array, dtype=np.int32)
-    else:
+    if accelerator(old):
         old, new = tf.cast(old, tf.int32), tf.cast(new, tf.int32)
-        sums = map(tf.reduce_sum, (old, new, old * new))
-        stack = tf.stack
-    total, kept, stayed = sums
-    return stack([kept, total - stayed, kept - stayed])
+        total, kept, stayed = map(tf.reduce_sum, (old, new, old * new))
+        return tf.stack([kept, total - stayed, kept - stayed])
+    # As Booleans, which NumPy counts several times faster.
+    before, after = host_array(old).view(bool), host_array(new).view(bool)
+    total, kept, stayed = map(np.count_nonzero, (before, after, before & after))
+    return np.array([kept, total - stayed, kept - stayed], np.int32)
 
 
 def total_changes(

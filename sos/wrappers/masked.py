@@ -22,7 +22,7 @@ from sos.schedules import (
 )
 from sos.wrappers import dead_weights
 from sos.wrappers.base import SparseWrapper
-from sos.wrappers.compiled_masks import rank_by_count, ranks_by_count
+from sos.wrappers.compiled_masks import needs_only_counts, rank_by_count
 from sos.wrappers.mask_changes import (
     MaskChanges,
     count_changes,
@@ -623,7 +623,7 @@ def _rank(
         _compute_scores(wrapper, weight) for wrapper, weight, _ in members
     ]
     try:
-        if ranks_by_count(ranking) and _on_one_accelerator(scores):
+        if needs_only_counts(ranking) and _on_one_accelerator(scores):
             return _rank_on_accelerator(ranking, members, scores)
         masks = ranking.masks(scores, [sparsity for _, _, sparsity in members])
         if not isinstance(ranking, PerTensorRanking):
