@@ -1,4 +1,4 @@
-"""Abilities of the processor."""
+"""Features of the processor."""
 
 import functools
 import os
@@ -14,15 +14,15 @@ _FLAGS = {"avx512_bf16", "amx_bf16"}
 def multiplies_bfloat16() -> bool:
     """Returns whether TensorFlow's products of bfloat16 are fast on the CPU.
 
-    They are if the processor has instructions for them, which can be found out
-    on Linux only, and if oneDNN, which uses the instructions, is not disabled.
+    This needs instructions of the processor, which are known on Linux only, and
+    oneDNN, which uses them, unless `TF_ENABLE_ONEDNN_OPTS=0` disables it.
 
     Example:
     >>> from sos import processor
     >>> processor.multiplies_bfloat16() in (False, True)
     True
     """
-    if os.environ.get("TF_ENABLE_ONEDNN_OPTS", "1") in ("0", "false"):
+    if os.environ.get("TF_ENABLE_ONEDNN_OPTS", "1").lower() in ("0", "false"):
         return False
     try:
         flags = CPU_INFO.read_text("utf-8").split()

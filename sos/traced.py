@@ -15,7 +15,7 @@ def traced(function: F) -> F:
     A call adds one operation to a graph, instead of all operations of the
     function. Most of the time of a trace is spent on adding operations, and
     layers of one shape add the same ones. Compilers see no difference, as
-    functions are inlined.
+    functions are inlined. Outside of a graph the function itself is called.
 
     Args:
         function: Function of tensors and numbers, without side effects.
@@ -36,6 +36,9 @@ def traced(function: F) -> F:
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
+        if tf.executing_eagerly():
+            # A trace would take longer than the call, and would be kept.
+            return function(*args)
         # Not `compiled(*args)`, which would warn of many different shapes.
         return compiled.get_concrete_function(*args)(*args)
 

@@ -1,5 +1,6 @@
 import logging
 
+import numpy as np
 import tensorflow as tf
 
 from sos.traced import traced
@@ -13,11 +14,26 @@ def test_traced_traces_once_for_each_signature():
         traces.append((x.shape, exponent))
         return x**exponent
 
-    for _ in range(2):
-        assert float(power(tf.constant(3.0), 2)) == 9
-        assert float(power(tf.constant(3.0), 3)) == 27
-    assert power(tf.ones(4), 2).shape == (4,)
-    assert traces == [((), 2), ((), 3), ((4,), 2)]
+    @tf.function
+    def powers(x):
+        return power(x, 2), power(x, 3), power(tf.ones(4), 2)
+
+    # Two graphs.
+    for x in (tf.constant(3.0), tf.constant([3.0, 3.0])):
+        square, cube, ones = powers(x)
+        np.testing.assert_array_equal(square, 9 + 0 * x)
+        np.testing.assert_array_equal(cube, 27 + 0 * x)
+        assert ones.shape == (4,)
+    shapes = [(), (), (4,), (2,), (2,)]
+    assert traces == list(zip(shapes, [2, 3, 2, 2, 3], strict=True))
+
+
+def test_traced_outside_of_a_graph_calls_the_function():
+    @traced
+    def is_eager(x):
+        return tf.executing_eagerly(), x
+
+    assert is_eager(tf.constant(1.0))[0] is True
 
 
 def test_traced_adds_one_operation_to_a_graph_and_has_a_gradient():
@@ -43,7 +59,11 @@ def test_traced_does_not_warn_of_many_shapes(caplog):
     def double(x):
         return 2 * x
 
-    with caplog.at_level(logging.WARNING):
+    @tf.function
+    def double_many():
         for size in range(12):
             double(tf.ones(size))
+
+    with caplog.at_level(logging.WARNING):
+        double_many()
     assert "retracing" not in caplog.text

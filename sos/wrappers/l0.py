@@ -9,6 +9,7 @@ import tensorflow as tf
 from sos import noise
 from sos.arguments import check_number
 from sos.registry import register
+from sos.traced import traced
 from sos.uses import LinearMap, LookUp
 from sos.wrappers.penalized import PenalizedWrapper
 from sos.wrappers.sparse_weight import SparseWeight
@@ -34,7 +35,11 @@ def sample_gate(log_alpha: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
         Gates in [0, 1], float32 of the same shape. Gradients of any order keep
         the gates, and nothing else, in memory.
     """
-    log_alpha = tf.convert_to_tensor(log_alpha)
+    return _sample_gate(tf.convert_to_tensor(log_alpha), key)
+
+
+@traced
+def _sample_gate(log_alpha: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
     u = noise.uniform(tf.shape(log_alpha), key)
     r = (1.0 - u) / (u * tf.exp(tf.stop_gradient(log_alpha)))
     # Each operation is a pass over memory without XLA, so that s is not
@@ -43,7 +48,8 @@ def sample_gate(log_alpha: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
     return _differentiable(tf.clip_by_value(stretched, 0.0, 1.0), log_alpha)
 
 
-def _differentiable(gate: tf.Tensor, log_alpha: tf.Tensor) -> tf.Tensor:
+@tf.custom_gradient
+def _differentiable(gate: tf.Tensor, log_alpha: tf.Tensor) -> tuple:
     """Returns gates with their gradient, a function of the gates alone.
 
     A gate z within (0, 1) is s (zeta - gamma) + gamma, and s has the derivative
@@ -51,19 +57,16 @@ def _differentiable(gate: tf.Tensor, log_alpha: tf.Tensor) -> tf.Tensor:
     beta.
     """
 
-    @tf.custom_gradient
-    def identity(log_alpha):
-        def gradient(upstream):
-            # As a function of log alpha again, for the second derivative.
-            z = _differentiable(gate, log_alpha)
-            slope = (z - GAMMA) * (ZETA - z) * (1 / (ZETA - GAMMA) / BETA)
-            # NaN is not clipped.
-            clipped = (gate <= 0.0) | (gate >= 1.0)
-            return tf.where(clipped, 0.0, upstream * slope)
+    def gradient(upstream: tf.Tensor) -> tuple:
+        # As a function of log alpha again, for the second derivative; of copies
+        # in the graph of this gradient, as that one cannot reach others.
+        z = _differentiable(tf.identity(gate), tf.identity(log_alpha))
+        slope = (z - GAMMA) * (ZETA - z) * (1 / (ZETA - GAMMA) / BETA)
+        # NaN is not clipped.
+        clipped = (gate <= 0.0) | (gate >= 1.0)
+        return None, tf.where(clipped, 0.0, upstream * slope)
 
-        return gate, gradient
-
-    return identity(log_alpha)
+    return gate, gradient
 
 
 def mean_gate(log_alpha: tf.Tensor) -> tf.Tensor:

@@ -182,6 +182,10 @@ def _later(upstream: tf.Tensor) -> tf.Tensor:
     keep them. No number is greater than infinity, also not NaN, but compilers
     do not simplify the comparison.
     """
+    # Dense: that of a tensor of which rows were gathered is `IndexedSlices`.
+    upstream = tf.convert_to_tensor(upstream)
+    if upstream.shape.rank is None:
+        upstream = tf.reshape(upstream, [-1])
     # The first number, if there is one.
     first = upstream[(slice(1),) * upstream.shape.rank]
     impossible = first > tf.constant(np.inf, first.dtype)

@@ -215,7 +215,7 @@ class VariationalDropout(PenalizedWrapper):
                 "clip_log_alpha",
                 clip_log_alpha,
                 "(0, 80]",
-                " (exp(88) is not a float32), or None for no limit",
+                " (exp(89) is not a float32), or None for no limit",
             )
         initial_log_sigma2 = check_number(
             "initial_log_sigma2", initial_log_sigma2
@@ -327,7 +327,9 @@ class VariationalDropout(PenalizedWrapper):
         # overflow. The outputs do not depend on the scales.
         largest = tf.reduce_max(tf.abs(use.inputs)) + tf.cast(1e-4, dtype)
         largest = tf.stop_gradient(largest)
-        widest = tf.stop_gradient(tf.sqrt(tf.reduce_max(variance)))
+        # Not zero, where no weight has a variance.
+        widest = tf.maximum(tf.sqrt(tf.reduce_max(variance)), 1e-12)
+        widest = tf.stop_gradient(widest)
         scale = tf.cast(largest, tf.float32) * widest
         deviation = deviate_linear_map(
             use,
