@@ -184,6 +184,7 @@ PENALIZED = {
                 "initial_log_sigma2": -10.0,
                 "threshold": 3.0,
                 "clip_log_alpha": 8.0,
+                "variance_dtype": None,
             },
         ),
         (

@@ -79,8 +79,8 @@ def normal_moment(power: int) -> float:
     """
     halves = np.arange(2**16)
     radius = np.sqrt(-2 * np.log((halves + 0.5) * 2.0**-16))
-    cosine = np.cos(halves * (2 * math.pi * 2.0**-16))
-    return float(np.mean(radius**power) * np.mean(cosine**power))
+    sine = np.sin(halves * (2 * math.pi * 2.0**-16))
+    return float(np.mean(radius**power) * np.mean(sine**power))
 
 
 def uniform_moment(power: int) -> float:
