@@ -90,8 +90,10 @@ def _dense(layer: Any, inputs: Any, **kwargs: Any) -> Use:
 
 @register_use(_layers.EinsumDense)
 def _einsum_dense(layer: Any, inputs: Any, **kwargs: Any) -> Use:
+    equation = layer.equation
+
     def positions() -> int | None:
-        data, _, kernel = layer.equation.partition("->")[0].partition(",")
+        data, _, kernel = equation.partition("->")[0].partition(",")
         head, _, tail = data.partition("...")
         between = len(inputs.shape) - len(head) - len(tail)
         axes = [*head, *["..."] * between, *tail]
@@ -101,7 +103,7 @@ def _einsum_dense(layer: Any, inputs: Any, **kwargs: Any) -> Use:
     return _kernel_use(
         layer,
         inputs,
-        lambda kernel, x: keras.ops.einsum(layer.equation, x, kernel),
+        lambda kernel, x: keras.ops.einsum(equation, x, kernel),
         positions,
     )
 
@@ -112,24 +114,31 @@ def _output_positions(layer: Any, inputs: Any) -> Callable[[], int | None]:
     )
 
 
+def _arguments(layer: Any, *names: str) -> dict[str, Any]:
+    """Returns arguments of a convolution.
+
+    Functions must not refer to the layer, as `LinearMap.function` says.
+    """
+    names = ("padding", "data_format", *names)
+    arguments = {name: getattr(layer, name) for name in names}
+    return {**arguments, "strides": list(layer.strides)}
+
+
 @register_use(_layers.Conv1D, _layers.Conv2D, _layers.Conv3D)
 def _convolution(layer: Any, inputs: Any, **kwargs: Any) -> Use:
+    arguments = _arguments(layer, "dilation_rate")
+    widths = None
+    if layer.padding == "causal":
+        before = layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
+        widths = [[0, 0], [before, 0], [0, 0]]
+        if layer.data_format == "channels_first":
+            widths = [[0, 0], [0, 0], [before, 0]]
+        arguments["padding"] = "valid"
+
     def function(kernel: Any, x: Any) -> Any:
-        padding = layer.padding
-        if padding == "causal":
-            before = layer.dilation_rate[0] * (layer.kernel_size[0] - 1)
-            widths = [[0, 0], [before, 0], [0, 0]]
-            if layer.data_format == "channels_first":
-                widths = [[0, 0], [0, 0], [before, 0]]
-            x, padding = keras.ops.pad(x, widths), "valid"
-        return keras.ops.conv(
-            x,
-            kernel,
-            strides=list(layer.strides),
-            padding=padding,
-            dilation_rate=layer.dilation_rate,
-            data_format=layer.data_format,
-        )
+        if widths is not None:
+            x = keras.ops.pad(x, widths)
+        return keras.ops.conv(x, kernel, **arguments)
 
     return _kernel_use(
         layer, inputs, function, _output_positions(layer, inputs)
@@ -140,39 +149,24 @@ def _convolution(layer: Any, inputs: Any, **kwargs: Any) -> Use:
     _layers.Conv1DTranspose, _layers.Conv2DTranspose, _layers.Conv3DTranspose
 )
 def _transposed_convolution(layer: Any, inputs: Any, **kwargs: Any) -> Use:
-    def function(kernel: Any, x: Any) -> Any:
-        return keras.ops.conv_transpose(
-            x,
-            kernel,
-            strides=list(layer.strides),
-            padding=layer.padding,
-            output_padding=layer.output_padding,
-            dilation_rate=layer.dilation_rate,
-            data_format=layer.data_format,
-        )
-
+    arguments = _arguments(layer, "dilation_rate", "output_padding")
     return _kernel_use(
-        layer, inputs, function, lambda: _spatial(layer, inputs.shape)
+        layer,
+        inputs,
+        lambda kernel, x: keras.ops.conv_transpose(x, kernel, **arguments),
+        lambda: _spatial(layer, inputs.shape),
     )
 
 
 @register_use(_layers.DepthwiseConv1D, _layers.DepthwiseConv2D)
 def _depthwise_convolution(layer: Any, inputs: Any, **kwargs: Any) -> Use:
-    def function(kernel: Any, x: Any) -> Any:
-        return keras.ops.depthwise_conv(
-            x,
-            kernel,
-            strides=layer.strides,
-            padding=layer.padding,
-            dilation_rate=layer.dilation_rate,
-            data_format=layer.data_format,
-        )
-
+    arguments = _arguments(layer, "dilation_rate")
+    arguments["strides"] = layer.strides
     # oneDNN does not compute these: bfloat16 takes as long as float32.
     return _kernel_use(
         layer,
         inputs,
-        function,
+        lambda kernel, x: keras.ops.depthwise_conv(x, kernel, **arguments),
         _output_positions(layer, inputs),
         fast_in_bfloat16=False,
     )
@@ -299,10 +293,11 @@ def _time_distributed(
             indices=unflat(use.indices),
             finish=lambda rows: unflat(use.finish(flat(rows))),
         )
+    function = use.function
     return LinearMap(
         use.weight,
         inputs=unflat(use.inputs),
-        function=lambda weight, x: unflat(use.function(weight, flat(x))),
+        function=lambda weight, x: unflat(function(weight, flat(x))),
         finish=lambda outputs: unflat(use.finish(flat(outputs))),
         fast_in_bfloat16=use.fast_in_bfloat16,
         positions=positions(per_step[0]),

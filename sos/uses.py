@@ -61,7 +61,9 @@ class LinearMap(Use):
         function: `function(weight, inputs)`, linear in both arguments. They
             have the shapes of `weight` and `inputs` and the dtype of `inputs`.
             It may read variables of the layer, but must not use other tensors
-            that depend on trainable variables.
+            that depend on trainable variables. It should not refer to the
+            layer, but to its arguments: TensorFlow frees neither the function
+            nor what it refers to once gradients were computed.
         finish: Function that turns the outputs of `function` into those of the
             call, for example by adding a bias and applying an activation.
         fast_in_bfloat16: Whether `function` also takes arguments of bfloat16,

@@ -247,12 +247,16 @@ def test_numbers_are_the_same_with_and_without_xla(function):
 NUMBERS, KEYS = 400_000, 30
 
 
-def test_noise_quality_of_a_small_run_is_that_of_true_random_numbers(capsys):
+def test_noise_quality_of_a_small_run_is_that_of_true_random_numbers(
+    monkeypatch, capsys
+):
+    # One row, and rows of 64, as each shape takes a while.
+    monkeypatch.setattr(quality, "COLUMNS", (64,))
     with pytest.raises(SystemExit) as stop:
         quality.main([f"--numbers={NUMBERS}", f"--keys={KEYS}"])
     output = capsys.readouterr().out
     assert stop.value.code == 0, output
-    assert "bound of |z|: 6.0" in output
+    assert "bound of |z|: 5.9" in output
 
 
 def test_noise_quality_of_a_linear_counter_multiplied_once_is_bad(monkeypatch):

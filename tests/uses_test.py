@@ -188,6 +188,7 @@ def test_registered_layer_under_dropout_has_noise_for_each_example(registry):
         penalty_weight=0.0,
         initial_log_sigma2=-2.0,
         threshold=100.0,  # Evaluation removes no weight.
+        clip_log_alpha=None,  # The variances of small weights, too.
         include="kernel",
     )
     inputs = tf.ones((2000, 3))

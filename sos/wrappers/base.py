@@ -349,7 +349,7 @@ class SparseWrapper(keras.layers.Layer):
                 independent noise, as for activations.
 
         Returns:
-            A key for `tf.random.stateless_*`, int32 of shape [2].
+            A key for the functions of `sos.noise`, int32 of shape [2].
         """
         sample = noise.current_sample()
         if sample is not None:

@@ -8,7 +8,7 @@ All gradients are functions of the arguments, so that gradients of gradients are
 right.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,8 @@ def sample(mean: tf.Tensor, variance: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
     def deviate(variance: tf.Tensor, key: tf.Tensor) -> tuple:
         drawn = _draw(variance, EPSILON, key)
 
-        def gradient(upstream: tf.Tensor) -> tuple:
+        def gradient(upstream: tf.Tensor | tf.IndexedSlices) -> tuple:
+            upstream = tf.convert_to_tensor(upstream)
             deviation, normal = drawn
             if redraws:
                 later = _later(upstream)
@@ -88,6 +89,10 @@ def deviate_linear_map(
         Tensor of the outputs' shape.
     """
     redraws = noise.redraws()
+    # TensorFlow never frees what gradients refer to. A use refers to the layer,
+    # with all its variables.
+    function = use.function
+    del use
 
     @tf.custom_gradient
     def deviate(
@@ -96,13 +101,16 @@ def deviate_linear_map(
         key: tf.Tensor,
         epsilon: tf.Tensor,
     ) -> tuple:
-        product = _Product(use, inputs, variance, spread_dtype)
+        product = _Product(function, inputs, variance, spread_dtype)
         spread = product.outputs
         drawn = _draw(spread, epsilon, key)
 
         def gradient(
-            upstream: tf.Tensor, variables: Sequence[tf.Variable] = ()
+            upstream: tf.Tensor | tf.IndexedSlices,
+            variables: Sequence[tf.Variable] = (),
         ) -> tuple:
+            # Where rows of the outputs are gathered, it is `IndexedSlices`.
+            upstream = tf.convert_to_tensor(upstream)
             (deviation, normal), squared = drawn, product
             if redraws:
                 later = _later(upstream)
@@ -113,7 +121,7 @@ def deviate_linear_map(
                 if not variables:
                     # Compilers drop the outputs, which nothing reads.
                     again = inputs + tf.cast(later, inputs.dtype)
-                    squared = _Product(use, again, variance, spread_dtype)
+                    squared = _Product(function, again, variance, spread_dtype)
             slope = tf.cast(upstream, tf.float32) * normal / deviation
             if spread.dtype == tf.float16:
                 # Where all products are zero, so is the gradient. The slope may
@@ -138,7 +146,7 @@ class _Product:
 
     def __init__(
         self,
-        use: LinearMap,
+        function: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
         inputs: tf.Tensor,
         variance: tf.Tensor,
         dtype: tf.DType,
@@ -151,7 +159,7 @@ class _Product:
         # Persistent, as a persistent outer tape calls `gradients` repeatedly.
         with tf.GradientTape(persistent=True) as tape:
             tape.watch([self._squares, variance])
-            self.outputs = use(variance, self._squares)
+            self.outputs = function(tf.cast(variance, dtype), self._squares)
         self._tape = tape
 
     def gradients(
@@ -182,8 +190,6 @@ def _later(upstream: tf.Tensor) -> tf.Tensor:
     keep them. No number is greater than infinity, also not NaN, but compilers
     do not simplify the comparison.
     """
-    # Dense: that of a tensor of which rows were gathered is `IndexedSlices`.
-    upstream = tf.convert_to_tensor(upstream)
     if upstream.shape.rank is None:
         upstream = tf.reshape(upstream, [-1])
     # The first number, if there is one.

@@ -139,7 +139,8 @@ def standardized(values: np.ndarray) -> np.ndarray:
     """Returns float64 values with mean 0 and variance 1 along the last axis."""
     values = np.float64(values)
     values = values - values.mean(-1, keepdims=True)
-    return values / values.std(-1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # Equal values give NaN, which fails.
+        return values / values.std(-1, keepdims=True)
 
 
 def correlations_at_all_shifts(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Gradients against automatic differentiation of the formula, in all modes."""
 
+import functools
 import re
 
 import keras
@@ -272,6 +273,40 @@ def test_a_non_finite_upstream_gradient_spoils_only_what_it_reaches(bad, run):
     np.testing.assert_array_equal(found[1][:, 1:], finite[1][:, 1:])
 
 
+@pytest.mark.parametrize("kind", ["rows", "unknown rank"])
+@pytest.mark.parametrize("name", ["linear map", "sample"])
+def test_upstream_gradients_of_other_forms_give_the_same(kind, name):
+    use, x, variance = linear_map("dense")
+
+    def draw(variance):
+        if name == "linear map":
+            return deviate(use, x, variance)
+        return normal_sampling.sample(
+            tf.zeros_like(variance), variance, tf.constant(KEY)
+        )
+
+    @tf.custom_gradient
+    def forget_shape(x):
+        def gradient(upstream):
+            return tf.py_function(lambda t: t, [upstream], tf.float32)
+
+        return x, gradient
+
+    def gradient(function):
+        with tf.GradientTape() as tape:
+            tape.watch(variance)
+            outputs = draw(variance)
+            if function == "rows":  # Gives `IndexedSlices`.
+                outputs = tf.gather(outputs, tf.range(len(outputs)))
+            elif function == "unknown rank":
+                outputs = forget_shape(outputs)
+            value = weighted(outputs)
+        return tape.gradient(value, variance)
+
+    found = tf.function(lambda: gradient(kind))()
+    assert_close(found, gradient(None), 1e-6)
+
+
 def test_outputs_without_any_variance_have_finite_gradients(run):
     use, x, variance = linear_map("dense", "float16")
     x = x * np.float16([[1], [0], [1], [1], [0], [1]])
@@ -350,7 +385,8 @@ def test_gradients_of_a_rematerialised_block_are_the_same():
 # What is kept.
 
 
-def compiled_step(depth):
+@functools.cache
+def compiled_step(depth, redraws):
     """The gradients of equal convolutions, as XLA optimises them."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((16, 16, 8))])
@@ -368,13 +404,13 @@ def compiled_step(depth):
         return tape.gradient(loss, model.trainable_variables)
 
     x = tf.ones((16, 16, 16, 8))
-    with sos.SparsityUpdater(model, optimizer):
+    with sos.SparsityUpdater(model, optimizer), noise.redrawing(redraws):
         ir = gradients.experimental_get_compiler_ir(x)
         return ir(stage="optimized_hlo"), 4 * tf.size(x).numpy()
 
 
 def test_compiled_step_keeps_no_noise_if_it_is_drawn_again(redraws):
-    text, _ = compiled_step(2)
+    text, _ = compiled_step(2, redraws)
     draws = len(re.findall(r" cosine\(", text))
     assert draws == (4 if redraws else 2)
 
@@ -382,7 +418,7 @@ def test_compiled_step_keeps_no_noise_if_it_is_drawn_again(redraws):
 def test_compiled_step_keeps_three_tensors_of_a_layer_if_noise_is_redrawn(
     redraws,
 ):
-    (two, size), (six, _) = compiled_step(2), compiled_step(6)
+    (two, size), (six, _) = compiled_step(2, redraws), compiled_step(6, redraws)
     kept = (hlo.peak_bytes(six) - hlo.peak_bytes(two)) / (4 * size)
     # Inputs, variances and outputs; or also noise, deviations and squares.
     assert kept == pytest.approx(3 if redraws else 5, abs=0.3)

@@ -1,3 +1,4 @@
+import inspect
 import json
 import re
 
@@ -457,6 +458,21 @@ def test_gradients_are_the_same_whether_noise_is_kept_or_drawn_again(
         np.testing.assert_allclose(second, first, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", LINEAR)
+def test_functions_of_linear_maps_do_not_refer_to_the_layer(name):
+    """TensorFlow never frees what gradients written by hand refer to."""
+    layer, shape = LINEAR[name]()
+    wrap(layer, (None, *shape))
+    (use,) = uses.describe(layer.plain_class, layer, tf.zeros((2, *shape)))
+    functions = [use.function]
+    for function in functions:
+        for value in inspect.getclosurevars(function).nonlocals.values():
+            held = (keras.layers.Layer, keras.Variable, uses.Use)
+            assert not isinstance(value, held)
+            if inspect.isfunction(value):
+                functions.append(value)
+
+
 # The dtype of variances.
 
 
@@ -536,6 +552,20 @@ def test_variance_dtype_is_restored_from_a_configuration():
 def test_variance_dtype_of_another_value_raises_an_error(value):
     with pytest.raises(ValueError, match="one of None, 'float32', 'bfloat16'"):
         wrap(keras.layers.Dense(2), (None, 2), variance_dtype=value)
+
+
+@pytest.mark.parametrize("variance_dtype", [None, "float32"])
+def test_outputs_of_float16_without_any_variance_are_finite(variance_dtype):
+    layer = keras.layers.Dense(3, dtype="mixed_float16")
+    wrapper = wrap(
+        layer, (None, 4), clip_log_alpha=None, variance_dtype=variance_dtype
+    )
+    techniques.state(wrapper, "log_sigma2").assign(tf.fill((4, 3), -1e7))
+    techniques.bind(wrapper)
+    x = techniques.normal(2, 4)
+    np.testing.assert_allclose(
+        wrapper(x, training=True), layer(x), rtol=0, atol=1e-2
+    )
 
 
 # Clipping and gradients.
