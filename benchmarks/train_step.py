@@ -2,7 +2,8 @@
 
     python -m benchmarks.train_step
         [--model=resnet50|transformer|convnet|attention]
-        [--techniques=NAME,NAME] [--repeats=7] [--batch=N] [--size=N] [--json]
+        [--technique=NAME,NAME] [--repeats=7] [--batch_size=N] [--size=N]
+        [--json]
 
 Each technique has its own process, whose peak memory is reported. The processes
 run one step each in turns, so other load on the machine affects all of them.
@@ -12,7 +13,7 @@ mask updates (see `benchmarks.mask_update`). Tracing is timed apart.
 
 With ResNet-50 it takes about three minutes and 16 GB of memory on two cores,
 with the Transformer two minutes and 8 GB. With
-`--model=convnet --techniques=MagnitudePruning --repeats=1` it takes seconds.
+`--model=convnet --technique=MagnitudePruning --repeats=1` it takes seconds.
 """
 
 import argparse
@@ -148,14 +149,14 @@ def main() -> None:
         help="network to train",
     )
     add(
-        "--techniques",
+        "--technique",
         type=techniques,
         default=",".join(defaults),
         help="techniques to compare with the dense model, separated by commas",
     )
     add("--repeats", type=int, default=7, help="turns")
     add(
-        "--batch",
+        "--batch_size",
         type=int,
         help="number of images, or of pairs of sentences, in a step; by "
         "default 32, and 64 for the Transformer",
@@ -169,13 +170,13 @@ def main() -> None:
     add("--json", action="store_true", help="print one JSON object")
     flags = parser.parse_args()
     network = NETWORKS[flags.model]
-    if flags.batch is None:
-        flags.batch = network.batch_size
+    if flags.batch_size is None:
+        flags.batch_size = network.batch_size
     if flags.size is None:
         flags.size = SIZES.get(flags.model, network.size)
     for name, least in (
         ("repeats", 1),
-        ("batch", 1),
+        ("batch_size", 1),
         ("size", network.smallest_size),
     ):
         if getattr(flags, name) < least:
@@ -183,14 +184,18 @@ def main() -> None:
                 f"--{name} must be at least {least}. "
                 f"Received: {getattr(flags, name)}"
             )
-    others = [name for name in flags.techniques if name != DENSE]
+    others = [name for name in flags.technique if name != DENSE]
     measured = measure(
-        flags.model, [DENSE, *others], flags.repeats, flags.batch, flags.size
+        flags.model,
+        [DENSE, *others],
+        flags.repeats,
+        flags.batch_size,
+        flags.size,
     )
     report = {
         "benchmark": "train_step",
         "model": flags.model,
-        "batch": flags.batch,
+        "batch": flags.batch_size,
         "size": flags.size,
         "repeats": flags.repeats,
         "results": {
@@ -200,7 +205,7 @@ def main() -> None:
     }
     print_report(
         f"One training step of {flags.model}, "
-        f"{network.describe(flags.batch, flags.size)}",
+        f"{network.describe(flags.batch_size, flags.size)}",
         report,
         flags.json,
     )

@@ -154,25 +154,6 @@ def ordered_integers_device(scores: tf.Tensor) -> tf.Tensor:
     return tf.where(bits < 0, -magnitude, magnitude)
 
 
-def nan_count(scores: tf.Tensor) -> tf.Tensor:
-    """Returns the number of NaN scores, as a scalar int32 tensor.
-
-    Compiled code cannot raise: callers of `top_k_mask_device` read this number
-    on the host and raise if it is not zero. It is computed from the bits, so
-    that fast-math optimisations of a compiler cannot remove it.
-
-    Args:
-        scores: Tensor of any shape; float16, bfloat16, float32 or float64.
-    """
-    infinity = _infinity_bits(scores.dtype)
-    return _count(tf.abs(ordered_integers_device(scores)) > infinity)
-
-
-def _count(condition: tf.Tensor) -> tf.Tensor:
-    """Returns the number of true elements, as a scalar int32 tensor."""
-    return tf.reduce_sum(tf.cast(condition, tf.int32))
-
-
 # Number of scores to compare before comparing all: in a layer that trains, the
 # first few scores differ already.
 _HEAD = 64
@@ -493,6 +474,10 @@ def top_k_masks(
 
 def nan_counts(scores: Sequence[tf.Tensor]) -> tf.Tensor:
     """Returns the number of NaNs in each tensor of scores.
+
+    Compiled code cannot raise: callers read these numbers on the host
+    (`check_not_nan`). They are computed from the bits, so that fast-math
+    optimisations of a compiler cannot remove them.
 
     Args:
         scores: Tensors as `top_k_masks` takes them.

@@ -141,7 +141,7 @@ class PerTensorRanking(Ranking):
         Args:
             scores: Arrays or tensors of any shape; float16, bfloat16, float32
                 or float64. In a traced function NaN does not raise: use
-                `sos.masks.nan_count` there.
+                `sos.masks.nan_counts` there.
             sparsities: One sparsity per tensor, in [0, 1].
 
         Returns:

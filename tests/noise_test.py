@@ -10,6 +10,7 @@ import sos
 from sos import noise
 from tests.support import noise_quality as quality
 from tests.support import techniques
+from tests.support.modes import MODES, xla
 
 NOISY = ["L0Regularization", "VariationalDropout"]
 
@@ -87,21 +88,6 @@ def words_by_integers(shape, key):
 
 SHAPES = [(), (0,), (1,), (7,), (0, 4), (3, 0), (5, 1), (1, 3), (4, 3), (8, 6)]
 SHAPES += [(2, 3, 1), (2, 1, 5, 3, 1), (2, 3, 2, 5, 7)]
-
-
-def eager(function):
-    return function
-
-
-def graph(function):
-    return tf.function(function)
-
-
-def xla(function):
-    return tf.function(function, jit_compile=True)
-
-
-MODES = [eager, graph, xla]
 
 
 @pytest.mark.oldest

@@ -40,9 +40,9 @@ def test_train_step_prints_one_report_of_the_techniques(process, monkeypatch):
     report = benchmarks.run(
         "train_step",
         "--model=convnet",
-        "--techniques=VariationalDropout,VariationalDropout",
+        "--technique=VariationalDropout,VariationalDropout",
         "--repeats=1",
-        "--batch=2",
+        "--batch_size=2",
         process=process,
     )
     assert list(report["results"]) == ["dense", "VariationalDropout"]
@@ -56,10 +56,10 @@ def test_train_step_prints_one_report_of_the_techniques(process, monkeypatch):
 @pytest.mark.parametrize(
     "argument, message",
     [
-        ("--techniques=dense,Magnitude", "MagnitudePruning.*'Magnitude'"),
+        ("--technique=dense,Magnitude", "MagnitudePruning.*'Magnitude'"),
         ("--repeats=0", "--repeats must be at least 1. Received: 0"),
         ("--size=8", "--size must be at least 32. Received: 8"),
-        ("--batch=0", "--batch must be at least 1. Received: 0"),
+        ("--batch_size=0", "--batch_size must be at least 1. Received: 0"),
         ("--model=vgg", "convnet"),
     ],
 )

@@ -12,6 +12,7 @@ import sos
 from sos import noise
 from sos.wrappers import l0
 from tests.support import techniques
+from tests.support.modes import MODES
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 LOG_ALPHAS = [-4.0, -1.5, 0.0, 0.8, 2.197, 4.0]
@@ -81,19 +82,6 @@ def test_sampled_gates_are_hard_concrete(log_alpha):
     assert scipy.stats.kstest(within, "uniform").pvalue > 1e-3
 
 
-def eager(function):
-    return function
-
-
-def graph(function):
-    return tf.function(function)
-
-
-def xla(function):
-    return tf.function(function, jit_compile=True)
-
-
-MODES = [eager, graph, xla]
 KEY = tf.constant([3, 4])
 
 
