@@ -23,9 +23,8 @@ TECHNIQUES = [
 ]
 STEPS = 20
 # How soon a worker has to notice that another is gone. TensorFlow notices a
-# closed connection at once, and silence after ten seconds; a busy machine needs
-# some more.
-PROMPT = 60.0
+# closed connection at once, and silence after ten seconds.
+PROMPT = 30.0
 
 
 def start(workdir, *arguments, tasks, chief=None):
