@@ -106,7 +106,7 @@ def write_images(
     )
     if shards < 1:
         raise UsageError(f"`shards` must be at least 1. Received: {shards}")
-    tfds = _import_tfds()
+    tfds = import_tfds()
     if name in tfds.list_builders(with_community_datasets=False):
         raise UsageError(
             "`name` must differ from the data sets that TensorFlow Datasets "
@@ -340,7 +340,7 @@ def _check_arguments(
         raise UsageError(f"`channels` must be 1 or 3. Received: {channels}")
 
 
-def _import_tfds() -> Any:
+def import_tfds() -> Any:
     """Imports tensorflow-datasets, which is not a dependency."""
     if importlib.util.find_spec("tensorflow_datasets") is None:
         raise MissingPackageError(
