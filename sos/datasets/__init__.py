@@ -1,5 +1,6 @@
 """Data sets for the experiments. Small ones are part of the package."""
 
-from sos.datasets import fashion_mnist
+from sos.datasets import fashion_mnist, imagenet
+from sos.datasets.writer import write_images
 
-__all__ = ["fashion_mnist"]
+__all__ = ["fashion_mnist", "imagenet", "write_images"]

@@ -8,6 +8,7 @@ import ml_collections
 import numpy as np
 import tensorflow as tf
 
+from sos.errors import UsageError
 from sos.experiments.task import ExperimentTask
 from sos.training import inputs
 from sos.training.learning_rates import make_learning_rate
@@ -117,6 +118,8 @@ class ImageClassification(ExperimentTask):
 
     Attributes:
         source: The images.
+        top_k: If set, metrics include the fraction of examples whose label is
+            among the `top_k` most probable classes.
 
     Example:
     >>> import keras, numpy as np, sos.experiments
@@ -142,8 +145,16 @@ class ImageClassification(ExperimentTask):
     (None, 2)
     """
 
+    top_k: int | None = None
+
     def __init__(self, config: ml_collections.ConfigDict) -> None:
         super().__init__(config)
+        smoothing = config.loss.label_smoothing
+        if not 0 <= smoothing < 1:
+            raise UsageError(
+                "`config.loss.label_smoothing` must be in [0, 1). Received: "
+                f"{smoothing!r}"
+            )
         self.source = self.load_source()
         self.eval_examples = self.source.eval_examples
 
@@ -151,10 +162,15 @@ class ImageClassification(ExperimentTask):
     def default_config(cls) -> ml_collections.ConfigDict:
         """Returns the entries of a config, with their defaults.
 
-        Adds `learning_rate.technique_multiplier`, the factor of the learning
-        rate of trainable variables that a technique adds.
+        Adds:
+
+        - `learning_rate.technique_multiplier`: Factor of the learning rate of
+          trainable variables that a technique adds.
+        - `loss.label_smoothing`: Part of the target's probability that is
+          shared equally by all classes, in training and evaluation.
         """
         config = super().default_config()
+        config.loss = {"label_smoothing": 0.0}
         config.optimizer.name = "adamw"
         config.optimizer.weight_decay = 0.0
         config.learning_rate.schedule = "cosine"
@@ -223,12 +239,21 @@ class ImageClassification(ExperimentTask):
         """Returns cross-entropy in nats and accuracy."""
         logits = model(batch["image"], training=training)
         return classification_metrics(
-            logits, batch["label"], batch.get("weight")
+            logits,
+            batch["label"],
+            batch.get("weight"),
+            label_smoothing=self.config.loss.label_smoothing,
+            top_k=self.top_k,
         )
 
 
 def classification_metrics(
-    logits: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor | None = None
+    logits: tf.Tensor,
+    labels: tf.Tensor,
+    weights: tf.Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    top_k: int | None = None,
 ) -> dict[str, WeightedSum]:
     """Computes cross-entropy and accuracy for `Task.compute_metrics`.
 
@@ -236,21 +261,65 @@ def classification_metrics(
         logits: Floats of shape [batch, classes].
         labels: Integers of shape [batch].
         weights: float32 of shape [batch]; ones by default.
+        label_smoothing: Part e of the target's probability that is shared
+            equally by all C classes: the label's is 1 - e + e / C, the others'
+            e / C (Szegedy et al. 2015, arXiv 1512.00567, section 7).
+        top_k: Adds "top_K_accuracy", the fraction of examples whose label has
+            one of the `top_k` largest logits; of equal logits the first count
+            as larger.
 
     Returns:
         "loss", the cross-entropy in nats, and "accuracy", the fraction of
         correct predictions. Each is the weighted sum over the examples and the
         sum of the weights, float32 scalars.
+
+    Example:
+    >>> from sos.experiments import image_classification
+    >>> metrics = image_classification.classification_metrics(
+    ...     [[3.0, 1.0, 2.0], [0.0, 1.0, 2.0]], [2, 2], top_k=2
+    ... )
+    >>> [float(metrics[name][0]) for name in ("accuracy", "top_2_accuracy")]
+    [1.0, 2.0]
     """
     logits = tf.cast(logits, tf.float32)
     labels = tf.cast(labels, tf.int32)
-    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+    if label_smoothing:
+        targets = tf.one_hot(
+            labels,
+            logits.shape[-1],
+            on_value=1 - label_smoothing + label_smoothing / logits.shape[-1],
+            off_value=label_smoothing / logits.shape[-1],
+        )
+        losses = tf.nn.softmax_cross_entropy_with_logits(targets, logits)
+    else:
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
     predictions = tf.argmax(logits, axis=-1, output_type=labels.dtype)
-    correct = tf.cast(predictions == labels, tf.float32)
+    values = {
+        "loss": losses,
+        "accuracy": tf.cast(predictions == labels, tf.float32),
+    }
+    if top_k is not None:
+        larger = _larger_logits(logits, labels)
+        values[f"top_{top_k}_accuracy"] = tf.cast(larger < top_k, tf.float32)
     if weights is None:
         weights = tf.ones_like(losses)
     total = tf.reduce_sum(weights)
     return {
-        "loss": (tf.reduce_sum(weights * losses), total),
-        "accuracy": (tf.reduce_sum(weights * correct), total),
+        name: (tf.reduce_sum(weights * value), total)
+        for name, value in values.items()
     }
+
+
+def _larger_logits(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+    """Counts the classes that are more probable than the label's.
+
+    Not `tf.math.in_top_k`, with which the label of equal logits, such as those
+    of a network that has lost all its weights, is always among the largest.
+    """
+    own = tf.gather(logits, labels, axis=-1, batch_dims=1)[:, tf.newaxis]
+    classes = tf.range(logits.shape[-1])
+    # NaN is not smaller.
+    smaller = (logits < own) | (
+        (logits == own) & (classes >= labels[:, tf.newaxis])
+    )
+    return tf.reduce_sum(tf.cast(~smaller, tf.int32), axis=-1)

@@ -49,6 +49,13 @@ STRATEGY = flags.DEFINE_enum(
 TPU = flags.DEFINE_string(
     "tpu", None, "Name or address of the TPU, or local for this machine's TPU."
 )
+CPU_REPLICAS = flags.DEFINE_integer(
+    "cpu_replicas",
+    None,
+    "Number of replicas that share the CPU, to try the strategy mirrored on a "
+    "machine without GPUs.",
+    lower_bound=1,
+)
 STEPS_PER_LOOP = flags.DEFINE_integer(
     "steps_per_loop",
     100,
@@ -167,7 +174,9 @@ def make_strategy() -> tf.distribute.Strategy:
     """
     if DETERMINISTIC.value:
         tf.config.experimental.enable_op_determinism()
-    return strategies.make_strategy(STRATEGY.value, tpu=TPU.value)
+    return strategies.make_strategy(
+        STRATEGY.value, tpu=TPU.value, cpu_replicas=CPU_REPLICAS.value
+    )
 
 
 def make_trainer(

@@ -34,7 +34,10 @@ _GATHER: dict[tf.distribute.Strategy, Callable[[tf.Tensor], tf.Tensor]] = {}
 
 
 def make_strategy(
-    name: str | None = None, *, tpu: str | None = None
+    name: str | None = None,
+    *,
+    tpu: str | None = None,
+    cpu_replicas: int | None = None,
 ) -> tf.distribute.Strategy:
     """Returns a strategy by name, or the default for this machine.
 
@@ -53,16 +56,20 @@ def make_strategy(
             - "one_device"
             - None: "tpu" if `tpu` is set or the machine has a TPU,
               "multi_worker" if TF_CONFIG lists several workers, "mirrored" if
-              there are several GPUs, else "one_device".
+              there are several GPUs or `cpu_replicas` is set, else
+              "one_device".
 
         tpu: Name or address of the TPU, or "local" for a TPU of this machine.
+        cpu_replicas: Number of logical devices into which "mirrored" divides
+            the CPU, to try several replicas without GPUs. They share its cores.
 
     Returns:
         The strategy.
 
     Raises:
-        UsageError: If the name is unknown, `tpu` is set for another strategy,
-            TF_CONFIG is invalid for several workers, or the TPU cannot be used.
+        UsageError: If the name is unknown, `tpu` or `cpu_replicas` is set for
+            another strategy or machine, TF_CONFIG is invalid for several
+            workers, or the TPU cannot be used.
 
     Example:
     >>> import sos.training
@@ -80,6 +87,15 @@ def make_strategy(
             "`tpu` is for the strategy tpu only. "
             f"Received: tpu={tpu!r} with strategy={name!r}"
         )
+    if cpu_replicas is not None:
+        if name not in (None, "mirrored") or tpu:
+            raise UsageError(
+                "`cpu_replicas` is for the strategy mirrored only. Received: "
+                f"cpu_replicas={cpu_replicas!r} with strategy={name!r}, "
+                f"tpu={tpu!r}"
+            )
+        name = "mirrored"
+        _divide_cpu(cpu_replicas)
     # This graph rewriter fails on noise between a bias and its activation: it
     # prints an error, without other effects.
     tf.config.optimizer.set_experimental_options({"remapping": False})
@@ -102,6 +118,31 @@ def make_strategy(
         # The default collectives fail if a process has several strategies.
         cross_device_ops=tf.distribute.ReductionToOneDevice(),
     )
+
+
+def _divide_cpu(replicas: int) -> None:
+    """Divides the CPU into logical devices."""
+    if tf.config.list_physical_devices("GPU"):
+        raise UsageError(
+            "`cpu_replicas` is for machines without GPUs: this one has "
+            f"{len(tf.config.list_physical_devices('GPU'))}, and each gets a "
+            "replica. To hide them, set the environment variable "
+            f"CUDA_VISIBLE_DEVICES=-1. Received: cpu_replicas={replicas}"
+        )
+    (cpu,) = tf.config.list_physical_devices("CPU")
+    try:
+        tf.config.set_logical_device_configuration(
+            cpu, [tf.config.LogicalDeviceConfiguration()] * replicas
+        )
+    except RuntimeError:
+        # TensorFlow's devices are in use already, as in a notebook.
+        devices = len(tf.config.list_logical_devices("CPU"))
+        if devices != replicas:
+            raise UsageError(
+                "`cpu_replicas` must be set before anything else uses "
+                "TensorFlow's devices. Start a new process. Received: "
+                f"cpu_replicas={replicas} in a process with {devices}"
+            ) from None
 
 
 def is_chief(strategy: tf.distribute.Strategy) -> bool:

@@ -52,6 +52,27 @@ def test_make_strategy_mirrored_takes_all_logical_devices():
     assert devices(strategy) == ["device:CPU:0", "device:CPU:1"]
 
 
+def test_make_strategy_divides_the_cpu_among_replicas():
+    # In this process it is divided in two already.
+    strategy = make_strategy(cpu_replicas=2)
+    assert type(strategy) is tf.distribute.MirroredStrategy
+    assert devices(strategy) == ["device:CPU:0", "device:CPU:1"]
+    with pytest.raises(UsageError, match="3 in a process with 2"):
+        make_strategy("mirrored", cpu_replicas=3)
+    with pytest.raises(UsageError, match="mirrored only.*one_device"):
+        make_strategy("one_device", cpu_replicas=2)
+    with pytest.raises(UsageError, match="mirrored only.*tpu='local'"):
+        make_strategy(tpu="local", cpu_replicas=2)
+
+
+def test_make_strategy_does_not_divide_the_cpu_beside_gpus(monkeypatch):
+    monkeypatch.setattr(
+        tf.config, "list_physical_devices", lambda kind: [kind, kind]
+    )
+    with pytest.raises(UsageError, match="this one has 2.*CUDA_VISIBLE"):
+        make_strategy(cpu_replicas=2)
+
+
 @pytest.mark.oldest
 def test_make_strategy_mirrored_twice_works_in_one_process():
     for _ in range(2):
