@@ -94,8 +94,10 @@ def decode_train(
     pixels = _resize(_decode_and_crop(jpeg, box), image_size)
     # Another stream than that of the crop.
     flip = tf.random.stateless_uniform((), seed + tf.constant([0, 1])) < 0.5
-    # A stride of -1 is cheaper than `tf.cond`.
-    pixels = pixels[:, :: tf.where(flip, -1, 1)]
+    # Neither `tf.cond` nor a stride of -1, which takes longer than decoding.
+    pixels = tf.raw_ops.Reverse(
+        tensor=pixels, dims=tf.stack([False, flip, False])
+    )
     return tf.ensure_shape(pixels, (image_size, image_size, 3))
 
 
