@@ -8,6 +8,8 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 VENV ?= .venv
 # What is installed there, pinned.
 REQUIREMENTS ?= requirements.txt
+# Options of pip for them.
+INSTALL ?=
 # Where `make study` writes.
 WORKDIR ?= runs/fashion_mnist
 # Further arguments of the program that a target runs.
@@ -25,6 +27,13 @@ PYTEST = $(RUN) -m pytest --numprocesses=$(JOBS) --dist=worksteal
 # The oldest TensorFlow that is supported has an environment of its own.
 OLDEST = VENV="$(VENV)-tf2.20" REQUIREMENTS=requirements-tf2.20.txt
 
+# A TPU needs another build of TensorFlow, with all its packages pinned: some
+# of them ask for the usual build, whose files would replace its own.
+TPU = VENV="$(VENV)-tpu" REQUIREMENTS=requirements-tpu.txt INSTALL=--no-deps
+# Of the releases that tensorflow-tpu 2.20 asks for, the newer ones lack
+# functions that it needs, so that the import aborts.
+LIBTPU := libtpu==0.0.21
+
 # TensorFlow's start-up notes would drown everything else.
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 # The one backend that `sos` supports, whatever ~/.keras/keras.json says.
@@ -32,8 +41,8 @@ export KERAS_BACKEND := tensorflow
 
 .DELETE_ON_ERROR:
 .PHONY: help docs study study-full environment environment-oldest test \
-	test-slow test-browser test-oldest test-oldest-here compatibility soak lint format \
-	bench lock bazel-query wheel clean
+	environment-tpu environment-tpu-here test-slow test-browser test-oldest \
+	test-oldest-here compatibility soak lint format bench lock bazel-query wheel clean
 
 help:  ## list the targets
 	@echo "Usage: make TARGET [VARIABLE=value]"
@@ -56,7 +65,7 @@ $(READY): $(REQUIREMENTS) setup.py
 	@echo "Making the virtual environment $(VENV) with $(PYTHON)"
 	@$(PYTHON) -m venv "$(VENV)"
 	@echo "Installing the pinned packages; this takes a few minutes once"
-	@$(PIP) install --quiet --requirement $(REQUIREMENTS)
+	@$(PIP) install --quiet $(INSTALL) --requirement $(REQUIREMENTS)
 	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -94,6 +103,13 @@ test-oldest-here: $(READY)
 environment-oldest:  ## make the virtual environment with TensorFlow 2.20
 	@$(MAKE) --no-print-directory $(OLDEST) environment
 
+# The check needs no TPU.
+environment-tpu:  ## make the virtual environment of a TPU VM, .venv-tpu
+	@$(MAKE) --no-print-directory $(TPU) environment environment-tpu-here
+
+environment-tpu-here: $(READY)
+	@$(RUN) .ci/check_tpu_environment.py
+
 compatibility: $(READY)  ## make docs/compatibility.md anew and compare it
 	@$(RUN) -m tests.support.compatibility $(ARGS)
 
@@ -122,7 +138,7 @@ lock:  ## pin every dependency anew (ARGS=--upgrade for the newest versions)
 	"$$tmp/bin/python" -m pip --disable-pip-version-check \
 		install --quiet uv && \
 	compile() { "$$tmp/bin/uv" pip compile --quiet --universal \
-		--python-version 3.11 --extra study --extra test --extra docs \
+		--python-version 3.11 $${extras:---extra study --extra test --extra docs} \
 		--no-emit-index-url --no-emit-find-links \
 		--custom-compile-command "make lock" "$$@" \
 		$(ARGS) setup.py >/dev/null; } && \
@@ -130,8 +146,19 @@ lock:  ## pin every dependency anew (ARGS=--upgrade for the newest versions)
 	cp requirements.txt requirements-tf2.20.txt && \
 	printf '%s\n' 'tensorflow<2.21' 'tf-keras<2.21' >"$$tmp/oldest" && \
 	compile --no-annotate --constraint "$$tmp/oldest" \
-		--output-file requirements-tf2.20.txt
-	@echo "Wrote requirements.txt and requirements-tf2.20.txt"
+		--output-file requirements-tf2.20.txt && \
+	extras="--extra study --extra test" compile --no-annotate --no-header \
+		--constraint requirements-tf2.20.txt --no-emit-package tensorflow \
+		--output-file "$$tmp/tpu" && \
+	{ printf '%s\n' \
+		"# Written by \`make lock\`, from requirements-tf2.20.txt." \
+		"# Install with --no-deps: other packages ask for \`tensorflow\`, whose" \
+		"# files would replace those of tensorflow-tpu." \
+		$(LIBTPU) && \
+	sed -n 's/^tensorflow==/tensorflow-tpu==/p' requirements-tf2.20.txt && \
+	cat "$$tmp/tpu"; } >requirements-tpu.txt
+	@echo "Wrote requirements.txt, requirements-tf2.20.txt and" \
+		"requirements-tpu.txt"
 
 bazel-query:  ## read BUILD with Bazel (ARGS="'deps(//:models)'")
 	@$(PYTHON) .ci/bazel_query.py $(ARGS)
@@ -145,6 +172,6 @@ wheel: $(READY)  ## build the wheel into dist/
 	@ls dist/*.whl
 
 clean:  ## remove the virtual environment and everything built or cached
-	@rm -rf .venv .venv-tf2.20 .build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf .venv .venv-tf2.20 .venv-tpu .build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune \
 		-exec rm -rf {} +

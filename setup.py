@@ -46,6 +46,13 @@ STUDY_REQUIRES = [
     "pyarrow>=18,<27",
 ]
 
+# What `sos.datasets` imports to read ImageNet.
+IMAGENET_REQUIRES = [
+    # Prepares ImageNet as record files, and knows their features and how many
+    # records each file holds. 4.9 is the first release that numpy 2 works with.
+    "tensorflow-datasets>=4.9,<5",
+]
+
 # What the tests import besides all of the above.
 TEST_REQUIRES = [
     "pytest>=8,<10",
@@ -61,6 +68,10 @@ TEST_REQUIRES = [
     # Only on test machines, as it brings tensorflow-text and clients of model
     # hubs. Its models change from one minor release to the next.
     "keras-hub>=0.32,<0.33",
+    # Photographs, from which the tests make a small data set in the format of
+    # ImageNet.
+    "scikit-image>=0.25,<0.27",
+    "scikit-learn>=1.6,<2",
     # Drives the system's Chromium, to test the page of a study.
     "playwright>=1.55,<2",
     # Runs the notebook.
@@ -130,7 +141,8 @@ setup(
     install_requires=INSTALL_REQUIRES,
     extras_require={
         "study": STUDY_REQUIRES,
-        "test": STUDY_REQUIRES + TEST_REQUIRES,
+        "imagenet": IMAGENET_REQUIRES,
+        "test": STUDY_REQUIRES + IMAGENET_REQUIRES + TEST_REQUIRES,
         "docs": DOCS_REQUIRES,
     },
     entry_points={"console_scripts": ["sos = sos.__main__:main"]},

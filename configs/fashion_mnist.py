@@ -57,20 +57,14 @@ rate and the number of steps were chosen on the test images with seed 0, so all
 accuracies may be slightly optimistic.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 
+from configs.arguments import Overrides, Techniques, check_dense, make_config
 from models.fashion_mnist import FashionMnist
-from sos.errors import UsageError
-from sos.experiments import branch, expand, parse_argument
-from sos.experiments.config import resolve
-
-#: Values that override those of a config, as nested mappings.
-Overrides = dict[str, Any]
-#: By name, functions that return a technique's overrides of a dense config.
-Techniques = Mapping[str, Callable[[ml_collections.ConfigDict], Overrides]]
+from sos.experiments import branch, expand
 
 _TRAIN_EXAMPLES = {"fashion_mnist": 6_000, "fashion_mnist_full": 60_000}
 
@@ -85,7 +79,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     Raises:
         UsageError: If `arg` has another form, or a name or value is invalid.
     """
-    return make_config(arg, FashionMnist.default_config())
+    return make_config(arg, FashionMnist.default_config(), TECHNIQUES)
 
 
 def sweep(config: ml_collections.ConfigDict) -> Iterator[Overrides]:
@@ -105,43 +99,6 @@ def sweep(config: ml_collections.ConfigDict) -> Iterator[Overrides]:
         # 90 %.
         profiles={"variational_dropout": 0.3, "l0": 1.3},
     )
-
-
-def make_config(
-    arg: str,
-    config: ml_collections.ConfigDict,
-    techniques: Techniques | None = None,
-) -> ml_collections.ConfigDict:
-    """Applies the argument of a config file to a config.
-
-    Args:
-        arg: As for `get_config`.
-        config: A dense config.
-        techniques: The techniques; `TECHNIQUES` by default.
-
-    Returns:
-        The config.
-
-    Raises:
-        UsageError: If `arg` has another form, or a name or value is invalid.
-    """
-    techniques = techniques or TECHNIQUES
-    name, values = parse_argument(arg, default="dense")
-    if "parent" in values:
-        # Everything else is the parent's.
-        overrides = branch(str(values.pop("parent")), name, **values)
-        return resolve(overrides)
-    if name not in techniques:
-        raise UsageError(
-            f"The technique must be one of {', '.join(techniques)}, or a "
-            f"branch with `parent=DIRECTORY`. Received: {name!r}"
-        )
-    for key in ("seed", "train_steps"):
-        config[key] = values.pop(key, config[key])
-    overrides = techniques[name](config)
-    overrides["sparsity"].update(values)
-    config.update(overrides)
-    return config
 
 
 def make_sweep(
@@ -172,13 +129,7 @@ def make_sweep(
     Raises:
         UsageError: If the config has a technique.
     """
-    if config.sparsity.technique is not None:
-        # Its overrides other than `sparsity` would be in all runs.
-        raise UsageError(
-            "The sweep chooses the techniques: remove the argument of --config "
-            "after the colon, or select runs with --select. Received: "
-            f"{config.sparsity.technique}"
-        )
+    check_dense(config)
     techniques = techniques or TECHNIQUES
     examples = _TRAIN_EXAMPLES[config.data.name]
     pruned = [{"sparsity": sparsity} for sparsity in sparsities]
@@ -196,9 +147,7 @@ def make_sweep(
 
     def runs(name: str, values: Overrides) -> Iterator[Overrides]:
         for seed in seeds:
-            overrides = techniques[name](config)
-            overrides["sparsity"].update(values)
-            yield {**overrides, "seed": seed}
+            yield {**techniques[name](config, **values), "seed": seed}
 
     for name, grid in grids.items():
         for values in grid:
@@ -223,38 +172,47 @@ def make_sweep(
             yield branch(trunk, "transferred_profile", **pruning)
 
 
-def _dense(config: ml_collections.ConfigDict) -> Overrides:
+def _dense(config: ml_collections.ConfigDict, /, **values: Any) -> Overrides:
     del config
-    return {"sparsity": {"technique": None}}
+    return {"sparsity": {"technique": None, **values}}
 
 
-def _pruning(technique: str, steps: int) -> Overrides:
+def _pruning(
+    technique: str, config: ml_collections.ConfigDict, /, **values: Any
+) -> Overrides:
     # The cubic schedule over the first half of training.
     return {
         "sparsity": {
             "technique": technique,
             "sparsity": 0.9,
             "begin_step": 0,
-            "end_step": max(1, steps // 2),
-            "frequency": max(1, steps // 50),
+            "end_step": max(1, config.train_steps // 2),
+            "frequency": max(1, config.train_steps // 50),
+            **values,
         }
     }
 
 
-def _magnitude(config: ml_collections.ConfigDict) -> Overrides:
-    return _pruning("MagnitudePruning", config.train_steps)
+def _magnitude(
+    config: ml_collections.ConfigDict, /, **values: Any
+) -> Overrides:
+    return _pruning("MagnitudePruning", config, **values)
 
 
-def _magnitude_dense_first(config: ml_collections.ConfigDict) -> Overrides:
-    overrides = _magnitude(config)
+def _magnitude_dense_first(
+    config: ml_collections.ConfigDict, /, **values: Any
+) -> Overrides:
     # As in the authors' best results on ResNet-50. The layer has 0.1 % of the
     # weights.
-    overrides["sparsity"]["rules"] = (("^conv1/", None),)
-    return {**overrides, "label": "magnitude, first layer dense"}
+    rules = (("^conv1/", None),)
+    return {
+        **_magnitude(config, **{"rules": rules, **values}),
+        "label": "magnitude, first layer dense",
+    }
 
 
-def _random(config: ml_collections.ConfigDict) -> Overrides:
-    return _pruning("RandomPruning", config.train_steps)
+def _random(config: ml_collections.ConfigDict, /, **values: Any) -> Overrides:
+    return _pruning("RandomPruning", config, **values)
 
 
 def _penalized(
@@ -270,21 +228,24 @@ def _penalized(
     }
 
 
-def _variational_dropout(config: ml_collections.ConfigDict) -> Overrides:
+def _variational_dropout(
+    config: ml_collections.ConfigDict, /, **values: Any
+) -> Overrides:
     return {
         "sparsity": {
             **_penalized("VariationalDropout", 0.3, config),
             # From the default, -10, log sigma^2 would not grow enough in so few
             # steps.
             "initial_log_sigma2": -6.0,
+            **values,
         }
     }
 
 
-def _l0(config: ml_collections.ConfigDict) -> Overrides:
+def _l0(config: ml_collections.ConfigDict, /, **values: Any) -> Overrides:
     return {
         "label": "L0",
-        "sparsity": _penalized("L0Regularization", 1.3, config),
+        "sparsity": {**_penalized("L0Regularization", 1.3, config), **values},
         # Gates close at log alpha = -2.4, which Adam would not reach in so few
         # steps with the learning rate of the weights.
         "learning_rate": {"technique_multiplier": 10.0},

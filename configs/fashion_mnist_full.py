@@ -18,11 +18,12 @@ sparsity, variational dropout: 48 % at 78 %).
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import ml_collections
 
 from configs import fashion_mnist
-from configs.fashion_mnist import Overrides
+from configs.arguments import Overrides, make_config
 from models.fashion_mnist import FashionMnist
 
 
@@ -37,7 +38,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.data.name = "fashion_mnist_full"
     # 8.5 epochs.
     config.train_steps = 4000
-    return fashion_mnist.make_config(arg, config, TECHNIQUES)
+    return make_config(arg, config, TECHNIQUES)
 
 
 def sweep(config: ml_collections.ConfigDict) -> Iterator[Overrides]:
@@ -60,15 +61,16 @@ def sweep(config: ml_collections.ConfigDict) -> Iterator[Overrides]:
     )
 
 
-def _variational_dropout(config: ml_collections.ConfigDict) -> Overrides:
-    overrides = fashion_mnist.TECHNIQUES["variational_dropout"](config)
+def _variational_dropout(
+    config: ml_collections.ConfigDict, /, **values: Any
+) -> Overrides:
     # There are enough steps for the technique's default.
-    del overrides["sparsity"]["initial_log_sigma2"]
-    return overrides
+    values = {"initial_log_sigma2": -10.0, **values}
+    return fashion_mnist.TECHNIQUES["variational_dropout"](config, **values)
 
 
-def _l0(config: ml_collections.ConfigDict) -> Overrides:
-    overrides = fashion_mnist.TECHNIQUES["l0"](config)
+def _l0(config: ml_collections.ConfigDict, /, **values: Any) -> Overrides:
+    overrides = fashion_mnist.TECHNIQUES["l0"](config, **values)
     return {**overrides, "learning_rate": {"technique_multiplier": 3.0}}
 
 

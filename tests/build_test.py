@@ -11,7 +11,11 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDERS = ("sos", "models", "configs", "benchmarks", "tests")
 # Distributions that are not named like the module that they provide.
-DISTRIBUTIONS = {"absl": "absl_py"}
+DISTRIBUTIONS = {
+    "absl": "absl_py",
+    "skimage": "scikit_image",
+    "sklearn": "scikit_learn",
+}
 
 
 def _glob(patterns, exclude=()):
@@ -115,7 +119,7 @@ def test_third_party_deps_are_declared_in_setup(name):
     if name not in ("sos", "sos/datasets", "sos/training"):
         allowed |= declared["STUDY_REQUIRES"]
     if name.startswith("tests/"):
-        allowed |= declared["TEST_REQUIRES"]
+        allowed |= declared["IMAGENET_REQUIRES"] | declared["TEST_REQUIRES"]
     assert {d for d in TARGETS[name]["deps"] if d[0] == "@"} <= allowed
 
 
