@@ -8,13 +8,18 @@ needs no files. All are sources of images for
 
 Differences from the authors' input:
 
-- Resized pixels are rounded to uint8, a quarter of the bytes to the device. The
-  rounding error of a pixel is at most 1/2, that is 0.0088 after the
-  normalization of ImageNet, and its mean is about 0.0043.
+- Resized pixels are rounded and clipped to uint8, a quarter of the bytes to the
+  device. Rounding changes a value by at most 1/2, that is 0.0088 after the
+  normalization of ImageNet. Bicubic interpolation overshoots at edges: about
+  1 % of the values are clipped, which changes them by up to 0.34. The mean of
+  the whole difference is 0.0041 (200 crops of photographs).
 - Bicubic resizing has pixel centres at half integers, as in TensorFlow 2, and
   the kernel of Keys with a = -0.5. The function of TensorFlow 1 placed them at
   integers, which shifts the image, and had a = -0.75.
 - Order and augmentation are functions of the seed, the epoch and the example.
+
+JPEGs are decoded with the default of `tf.io.decode_jpeg`, a fast transform. Its
+pixels are about 0.8 of 255 darker on average than those of an exact decoder.
 """
 
 import functools
@@ -45,10 +50,11 @@ def decode_train(
 ) -> tf.Tensor:
     """Decodes a random crop of an image, resizes it, and flips half of them.
 
-    The crop covers a fraction of the image that is uniform in [min_area, 1],
-    and its width is 3/4 to 4/3 of its height. If ten attempts find none that
-    fits, which happens with very wide or tall images, it is the centre square
-    of 7/8 of the shorter side, as in evaluation. Only the crop is decoded.
+    The crop covers a fraction in [min_area, 1] of the image, and its width is
+    3/4 to 4/3 of its height, which is uniform in the range that this leaves. If
+    ten attempts find none that fits, as in very wide images, it is the centre
+    square of 7/8 of the shorter side, as in evaluation. Only the crop is
+    decoded.
 
     The Exif orientation is ignored, as in the study and by TensorFlow: an image
     that a viewer rotates is used as it is stored.
@@ -94,8 +100,10 @@ def decode_train(
     pixels = _resize(_decode_and_crop(jpeg, box), image_size)
     # Another stream than that of the crop.
     flip = tf.random.stateless_uniform((), seed + tf.constant([0, 1])) < 0.5
-    # A stride of -1 is cheaper than `tf.cond`.
-    pixels = pixels[:, :: tf.where(flip, -1, 1)]
+    # Neither `tf.cond` nor a stride of -1, which takes longer than decoding.
+    pixels = tf.raw_ops.Reverse(
+        tensor=pixels, dims=tf.stack([False, flip, False])
+    )
     return tf.ensure_shape(pixels, (image_size, image_size, 3))
 
 

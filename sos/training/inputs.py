@@ -137,6 +137,13 @@ def record_batches(
     number of records. If there are fewer files than hosts, every host reads all
     files and takes every n-th record.
 
+    In every epoch, the host's files are put in a random order and read in
+    chapters of `cycle_length` files, which are interleaved. The records are
+    then cut into blocks of up to `shuffle_buffer` and each block is shuffled.
+    The cuts differ between epochs. While one block is used, the next is read,
+    also across the end of an epoch: training does not wait where one ends,
+    unless reading is slower than training.
+
     The order of the records is a function of the seed, the epoch, the host,
     `shards`, `batch_size`, `shuffle_buffer` and `cycle_length`, which must not
     change when training resumes. The seeds that `decode` receives are functions
@@ -145,8 +152,10 @@ def record_batches(
     of steps on all hosts. It omits the records that do not fill its last batch;
     these differ between epochs.
 
-    When training resumes, the records of the current epoch that were used
-    before are read and skipped, but not decoded. Earlier epochs are not read.
+    When training resumes within an epoch, chapters that were used before are
+    not opened. In the current chapter, records before the current block are
+    read and skipped; in the block, those that were used before. None of them
+    are decoded.
 
     Args:
         shards: The files, the same on all hosts.
@@ -160,15 +169,16 @@ def record_batches(
         context: Describes the host's share of the data.
         read: Opens a file. The records must be dense tensors or structures of
             them; their shapes may differ.
-        shuffle_buffer: Number of undecoded records that a host holds in memory
-            to draw the next one from. It is filled at the start of an epoch.
+        shuffle_buffer: Number of undecoded records that are shuffled together.
+            A host holds up to twice as many in memory. The first block is read
+            before the first batch.
         cycle_length: Number of files that a host interleaves.
 
     Returns:
         Batches of batch_size / replicas records, for one replica of the host
         after another. Iterating raises `tf.errors.InvalidArgumentError`, which
         `usage_error` converts, if the number of records in a file differs from
-        that in its `Shard`: at the end of the epoch if there are fewer, and
+        that in its `Shard`: at the end of the file if there are fewer, and
         when the first excess record is decoded.
 
     Raises:
@@ -222,49 +232,22 @@ def record_batches(
         completed * host_batch,
     )
 
-    def epoch_records(epoch: tf.Tensor) -> tf.data.Dataset:
-        # Otherwise the user's `tf.random.set_seed` would change the order. This
-        # affects only the function that is being traced.
-        tf.random.set_seed(1)
-        epoch_key = _fold(tf.constant(seed, tf.int64), epoch)
-        # Negative: the keys of files are folded from 0 on.
-        order_key = _fold(epoch_key, -1 - host)
-        order = tf.random.experimental.stateless_shuffle(
-            tf.range(len(part.paths)), tf.stack([order_key, 0])
-        )
-        # The beginning is random, too. Otherwise a shuffle buffer that is small
-        # compared to the files would omit the same records in every epoch.
-        begin = tf.random.stateless_uniform(
-            (),
-            tf.stack([order_key, 1]),
-            maxval=part.examples - per_epoch + 1,
-            dtype=tf.int64,
-        )
-        skip = tf.where(epoch == first, completed * host_batch, 0)
-        skip = tf.cast(skip, tf.int64)
-        return (
-            _read_part(part, read, order, epoch_key, cycle_length)
-            .shuffle(
-                shuffle_buffer,
-                seed=_fold(order_key, 2),
-                reshuffle_each_iteration=False,
-            )
-            .skip(begin + skip)
-            .take(per_epoch - skip)
-        )
+    plan = _EpochPlan(
+        part=part,
+        host=host,
+        seed=seed,
+        per_epoch=per_epoch,
+        first=first,
+        completed=completed * host_batch,
+        shuffle_buffer=shuffle_buffer,
+    )
 
     def decode_record(element: _Element) -> Any:
         _check_position(element)
         return decode(element.record, _example_seed(element))
 
-    examples = (
-        tf.data.Dataset.range(first, _FOREVER)
-        .flat_map(epoch_records)
-        .map(
-            decode_record,
-            num_parallel_calls=tf.data.AUTOTUNE,
-            deterministic=True,
-        )
+    examples = _shuffle(plan, read, cycle_length).map(
+        decode_record, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
     )
     _check_static_shapes(examples.element_spec)
     return examples.batch(replica_batch, drop_remainder=True).prefetch(
@@ -339,13 +322,10 @@ def record_eval_batches(
     steps = math.ceil(max(each.examples for each in parts) / host_batch)
 
     def read_part(part: _Part) -> tf.data.Dataset:
-        order = tf.range(len(part.paths))
-        key = tf.constant(0, tf.int64)
-        return _read_part(part, read, order, key, cycle_length)
-
-    def with_weight(dataset: tf.data.Dataset, weight: float) -> tf.data.Dataset:
-        weights = tf.data.Dataset.from_tensors(tf.constant(weight)).repeat()
-        return tf.data.Dataset.zip(dataset, weights)
+        with tf.device("CPU:0"):
+            order = tf.range(len(part.paths))
+            key = tf.constant(0, tf.int64)
+            return _read_part(part, read, order, key, cycle_length)
 
     def decode_record(element: _Element, weight: tf.Tensor) -> dict[str, Any]:
         example = decode(element.record)
@@ -365,9 +345,7 @@ def record_eval_batches(
         # those of others as padding, because zeros could give NaN.
         padding = read_part(_whole(shards))
     records = _read_ahead(records)
-    dataset = with_weight(records, 1.0).concatenate(
-        with_weight(padding.repeat(), 0.0)
-    )
+    dataset = _with(records, 1.0).concatenate(_with(padding.repeat(), 0.0))
     examples = dataset.take(steps * host_batch).map(
         decode_record, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
     )
@@ -590,12 +568,17 @@ class _Part:
     stride: int
 
     @property
-    def examples(self) -> int:
-        """Number of records."""
-        return sum(
+    def lengths(self) -> list[int]:
+        """Number of records to take from each file."""
+        return [
             len(range(offset, count, self.stride))
             for offset, count in zip(self.offsets, self.counts, strict=True)
-        )
+        ]
+
+    @property
+    def examples(self) -> int:
+        """Number of records."""
+        return sum(self.lengths)
 
 
 def _whole(shards: Sequence[Shard], hosts: int = 1, host: int = 0) -> _Part:
@@ -648,14 +631,185 @@ def _divide(shards: Sequence[Shard], hosts: int) -> list[_Part]:
     ]
 
 
+def _shuffle(
+    plan: "_EpochPlan", read: Read, cycle_length: int
+) -> tf.data.Dataset:
+    """Reads and shuffles the records of all epochs from the first on.
+
+    The records are read one after another, across the borders of epochs, into
+    blocks. While one is used, the next is read.
+
+    Returns:
+        Elements of type `_Element`, without end.
+    """
+
+    def read_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
+        state = plan.state(epoch)
+        slot = state.first_block * plan.block
+        start = tf.maximum(slot - state.shift, 0)
+        records = _read_part(
+            plan.part,
+            read,
+            state.order,
+            state.key,
+            cycle_length,
+            start,
+        ).take(plan.part.examples - start)
+        # Every epoch fills the same number of blocks. Fillers are filtered out
+        # of the blocks below.
+        filler = tf.data.Dataset.from_tensors(
+            (_zeros(records.element_spec), False)
+        )
+        before = tf.maximum(state.shift - slot, 0)
+        after = plan.blocks * plan.block - state.shift - plan.part.examples
+        return (
+            filler.repeat(before)
+            .concatenate(_with(records, True))
+            .concatenate(filler.repeat(after))
+        )
+
+    def shuffle_block(index: tf.Tensor, block: Any) -> tf.data.Dataset:
+        # Otherwise the user's `tf.random.set_seed` would change the order. This
+        # affects only the function that is being traced.
+        tf.random.set_seed(1)
+        begin = plan.state(tf.constant(plan.first, tf.int64)).first_block
+        index += plan.first * plan.blocks + begin
+        state = plan.state(index // plan.blocks)
+        number = index % plan.blocks
+        # In the order of the epoch, the block begins with this record.
+        begin = tf.maximum(number * plan.block - state.shift, 0)
+        skip = tf.maximum(state.begin - begin, 0)
+        return (
+            tf.data.Dataset.zip(block)
+            .filter(lambda _, is_record: is_record)
+            .map(lambda element, _: element)
+            .shuffle(
+                plan.block,
+                seed=_fold(state.order_key, 3 + number),
+                reshuffle_each_iteration=False,
+            )
+            .skip(skip)
+            .take(tf.maximum(state.end - begin - skip, 0))
+        )
+
+    return (
+        tf.data.Dataset.range(plan.first, _FOREVER)
+        .flat_map(read_epoch)
+        .window(plan.block)
+        .prefetch(1)
+        .enumerate()
+        .flat_map(shuffle_block)
+    )
+
+
+class _EpochState(NamedTuple):
+    """How a host reads and shuffles the records of an epoch, all tensors.
+
+    Attributes:
+        key: Key of the epoch, int64; see `_fold`.
+        order_key: Key of the epoch and the host, int64.
+        order: A permutation of the host's files.
+        shift: Number of fillers before the first record, which shifts the
+            borders of the blocks.
+        begin: Index in the shuffled epoch of the first record to use.
+        end: Index in the shuffled epoch behind the last record to use.
+        first_block: First block to read.
+    """
+
+    key: tf.Tensor
+    order_key: tf.Tensor
+    order: tf.Tensor
+    shift: tf.Tensor
+    begin: tf.Tensor
+    end: tf.Tensor
+    first_block: tf.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class _EpochPlan:
+    """How a host reads and shuffles its records.
+
+    Attributes:
+        part: The records.
+        host: Index of the host.
+        seed: Seed of the order.
+        per_epoch: Number of records that an epoch uses.
+        first: The epoch to begin in.
+        completed: Number of records of the first epoch that were used before.
+        shuffle_buffer: Number of records that are shuffled together.
+    """
+
+    part: "_Part"
+    host: int
+    seed: int
+    per_epoch: int
+    first: int
+    completed: int
+    shuffle_buffer: int
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks in an epoch, whatever their shift."""
+        if self.part.examples <= self.shuffle_buffer:
+            return 1
+        # One half more, to shift them by up to half a block.
+        return math.ceil(self.part.examples / self.shuffle_buffer + 0.5)
+
+    @property
+    def block(self) -> int:
+        """Number of records that are shuffled together.
+
+        The first and the last block of an epoch share one and a half: much
+        less would be used before the next block is there.
+        """
+        if self.blocks == 1:
+            return self.part.examples
+        return math.ceil(self.part.examples / (self.blocks - 0.5))
+
+    def state(self, epoch: tf.Tensor) -> _EpochState:
+        """Returns the state of an epoch, int64 scalar, a function of it."""
+        key = _fold(tf.constant(self.seed, tf.int64), epoch)
+        # Negative: the keys of files are folded from 0 on.
+        order_key = _fold(key, -1 - self.host)
+        order = tf.random.experimental.stateless_shuffle(
+            tf.range(len(self.part.paths)), tf.stack([order_key, 0])
+        )
+
+        def draw(number: int, below: int) -> tf.Tensor:
+            return tf.random.stateless_uniform(
+                (),
+                tf.stack([order_key, number]),
+                maxval=below,
+                dtype=tf.int64,
+            )
+
+        # The beginning is random. Otherwise blocks that are small compared to
+        # the files would omit the same records in every epoch. So is the shift.
+        # Otherwise a file that is large compared to a block would be divided
+        # among blocks at the same records in every epoch.
+        begin = draw(1, self.part.examples - self.per_epoch + 1)
+        shift = draw(2, self.block // 2 + 1 if self.blocks > 1 else 1)
+        end = begin + self.per_epoch
+        is_first = tf.equal(epoch, self.first)
+        begin += tf.where(is_first, tf.constant(self.completed, tf.int64), 0)
+        first_block = tf.where(is_first, (begin + shift) // self.block, 0)
+        return _EpochState(
+            key, order_key, order, shift, begin, end, first_block
+        )
+
+
 def _read_part(
     part: _Part,
     read: Read,
     order: tf.Tensor,
     epoch_key: tf.Tensor,
     cycle_length: int,
+    start: tf.Tensor | int = 0,
 ) -> tf.data.Dataset:
-    """Reads a host's records and interleaves its files.
+    """Reads a host's records, and interleaves the files of each chapter.
+
+    A chapter is `cycle_length` files in a row. Those before the first record to
+    read are not opened.
 
     Args:
         part: The records.
@@ -663,6 +817,7 @@ def _read_part(
         order: A permutation of the files.
         epoch_key: int64 scalar to derive the keys of files from.
         cycle_length: Number of files to interleave.
+        start: Index of the first record to read, int64 scalar.
 
     Returns:
         Elements of type `_Element`. Reading and filtering one calls no traced
@@ -714,14 +869,44 @@ def _read_part(
         tf.constant(part.counts, tf.int64),
         tf.constant(part.offsets, tf.int64),
     )
-    return tf.data.Dataset.from_tensor_slices(
-        tuple(tf.gather(column, order) for column in columns)
-    ).interleave(
-        read_file,
-        cycle_length=cycle_length,
-        num_parallel_calls=tf.data.AUTOTUNE,
-        deterministic=True,
+    columns = tuple(tf.gather(column, order) for column in columns)
+
+    def read_chapter(chapter: tf.Tensor) -> tf.data.Dataset:
+        files = slice(chapter * cycle_length, (chapter + 1) * cycle_length)
+        return tf.data.Dataset.from_tensor_slices(
+            tuple(column[files] for column in columns)
+        ).interleave(
+            read_file,
+            cycle_length=cycle_length,
+            num_parallel_calls=tf.data.AUTOTUNE,
+            deterministic=True,
+        )
+
+    cycle_length = min(cycle_length, len(part.paths))
+    # The number of records before each file, then before each chapter.
+    begins = tf.cumsum(tf.gather(tf.constant(part.lengths, tf.int64), order))
+    begins = tf.concat([[0], begins], axis=0)[:-1:cycle_length]
+    start = tf.cast(start, tf.int64)
+    first = tf.searchsorted(begins, [start], side="right")[0] - 1
+    # It opens the next chapter's files ahead.
+    return (
+        tf.data.Dataset.range(
+            tf.cast(first, tf.int64), math.ceil(len(part.paths) / cycle_length)
+        )
+        .interleave(
+            read_chapter,
+            cycle_length=1,
+            num_parallel_calls=tf.data.AUTOTUNE,
+            deterministic=True,
+        )
+        .skip(start - begins[first])
     )
+
+
+def _with(dataset: tf.data.Dataset, value: Any) -> tf.data.Dataset:
+    """Pairs every element with a constant."""
+    values = tf.data.Dataset.from_tensors(tf.constant(value)).repeat()
+    return tf.data.Dataset.zip(dataset, values)
 
 
 def _read_ahead(dataset: tf.data.Dataset) -> tf.data.Dataset:

@@ -1,6 +1,7 @@
 import functools
 import math
 import pathlib
+import time
 
 import hypothesis
 import hypothesis.strategies as st
@@ -551,6 +552,76 @@ def test_record_batches_skipped_records_are_not_decoded(
     assert decoded >= set(seeds_of(whole[6:7]).values())
     for batch in whole[:6]:
         assert not decoded & set(seeds_of([batch]).values())
+
+
+@pytest.mark.parametrize(("hosts", "host"), [(1, 0), (2, 1)])
+def test_record_batches_resumed_open_no_file_of_a_used_chapter(
+    make_shards, hosts, host
+):
+    shards, batch_size, chapter = make_shards((10,) * 24), 5, 20
+    kwargs = {"batch_size": hosts * batch_size, "where": context(hosts, host)}
+    steps = 240 // (hosts * batch_size)
+    whole = ids_of(take(record_batches(shards, **kwargs), steps))
+    step = 2 * steps // 3
+    # A block may end after the chapter, and the batch after the block.
+    behind = step * batch_size - chapter - 2 * batch_size
+    used = {file for file, _ in whole} - {file for file, _ in whole[behind:]}
+    assert len(used) >= 6 // hosts
+    notes = Notes()
+    resumed = record_batches(shards, step=step, read=notes.read, **kwargs)
+    assert ids_of(take(resumed, 1)) == whole[step * batch_size :][:batch_size]
+    opened = {int(name[:3]) for name in notes.files}
+    assert not opened & used
+    assert len(opened) <= 12 // hosts
+
+
+@pytest.mark.parametrize("shuffle_buffer", [30, 1000])
+def test_record_batches_read_one_block_ahead(make_shards, shuffle_buffer):
+    shards, examples = make_shards((50, 50)), 100
+    notes = Notes()
+    dataset = record_batches(
+        shards,
+        batch_size=2,
+        shuffle_buffer=shuffle_buffer,
+        read=lambda path: tf.data.TFRecordDataset(path).map(notes),
+    )
+    iterator = iter(dataset)
+    next(iterator)
+    # Those of the first block or less, then as many more, from the next epoch
+    # if there is one block in each.
+    block = min(shuffle_buffer, examples)
+    wait_until(lambda: len(notes.seen) >= 1.5 * block)
+    time.sleep(0.2)
+    # Each open file holds a few records ready.
+    assert len(notes.seen) <= 2 * block + 24
+
+
+def wait_until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_record_batches_order_is_as_random_as_the_shuffle_buffer(make_shards):
+    examples, shuffle_buffer, epochs = 200, 50, 30
+    dataset = record_batches(
+        make_shards((examples,)),
+        batch_size=examples,
+        shuffle_buffer=shuffle_buffer,
+    )
+    orders = [
+        [i for _, i in ids_of([batch])] for batch in take(dataset, epochs)
+    ]
+    place = np.argsort(orders, axis=1)
+    # 20 records that are drawn from 50 are about 50 * 19 / 21 apart.
+    parts = np.reshape(orders, (epochs, -1, 20))
+    assert np.ptp(parts, axis=-1).mean() > 0.7 * shuffle_buffer
+    # None are divided by the borders of blocks in all epochs.
+    assert (place[:, :-5] > place[:, 5:]).any(axis=0).all()
+    # Each is as often early as late among its neighbours.
+    later = (place[:, :-5] > place[:, 5:]).mean()
+    assert 0.35 < later < 0.5
 
 
 def test_record_batches_far_ahead_are_there_at_once(make_shards):
