@@ -63,6 +63,8 @@ class ImageNet(ImageClassification):
           nothing, instead of ending the run.
         - `data.shuffle_buffer`: Number of undecoded images that a host holds to
           draw the next one from.
+        - `data.eval_batch_size`: Maximum number of images in an evaluation
+          batch.
         """
         config = super().default_config()
         config.model = {
@@ -77,6 +79,7 @@ class ImageNet(ImageClassification):
             "min_area": 0.08,
             "skip_corrupt": False,
             "shuffle_buffer": 10_000,
+            "eval_batch_size": 1000,
         }
         config.loss.label_smoothing = 0.1
         config.loss.l2 = 1e-4
@@ -107,7 +110,9 @@ class ImageNet(ImageClassification):
         }
         if name == _SYNTHETIC:
             return imagenet.SyntheticImages(
-                image_size=options["image_size"], **common
+                image_size=options["image_size"],
+                eval_batch_size=options["eval_batch_size"],
+                **common,
             )
         return imagenet.TfdsImages(name, **options, **common)
 
@@ -135,7 +140,7 @@ class ImageServing(ServingModule):
     It takes images of any size, and prepares them as for evaluation: the
     central 224/256 of the shorter side, resized to the size of the network.
 
-    Signatures, for any number of images:
+    Signatures, for one or more images:
 
     - `serving_default` takes "images", uint8 of shape [n, height, width, 3].
     - `classify_files` takes "files", strings of shape [n]: the contents of
@@ -185,7 +190,7 @@ class ImageServing(ServingModule):
             ]
         )
         def classify_images(images: tf.Tensor) -> dict[str, tf.Tensor]:
-            return resized(imagenet.central_crop, images)
+            return resized(imagenet.crop_eval, images)
 
         @tf.function(
             input_signature=[tf.TensorSpec([None], tf.string, "files")]

@@ -2,8 +2,10 @@ r"""Writes Fashion-MNIST as JPEGs in the format of TensorFlow Datasets.
 
     python -m models.write_fashion_mnist --directory=data
 
-All 60,000 training and 10,000 test images become grey JPEGs. They are found as
-by `sos.datasets.fashion_mnist.load_full`. `sos.datasets.imagenet.TfdsImages`
+All 60,000 training and 10,000 test images become grey JPEGs of 32 x 32 pixels,
+with a black border of 2 pixels, so that the crop for evaluation, the central
+7/8, is the whole original. They are found as by
+`sos.datasets.fashion_mnist.load_full`. `sos.datasets.imagenet.TfdsImages`
 reads them, for example:
 
     TfdsImages("fashion_mnist_jpeg", directory="data", ...)
@@ -38,6 +40,8 @@ from sos.training import main as training_main
 
 NAME = "fashion_mnist_jpeg"
 VERSION = "1.0.0"
+
+_BORDER = 2
 
 _DIRECTORY = flags.DEFINE_string(
     "directory",
@@ -75,7 +79,7 @@ def _run(arguments: Sequence[str]) -> None:
         )
     description = (
         "Fashion-MNIST (Xiao, Rasul and Vollgraf 2017, MIT licence) as grey "
-        f"JPEGs of quality {_QUALITY.value}."
+        f"JPEGs of quality {_QUALITY.value}, with a border of {_BORDER} pixels."
     )
     target = Path(_DIRECTORY.value).expanduser() / NAME / VERSION
     if target.exists():
@@ -123,8 +127,11 @@ def _written(target: Path) -> tuple[str, int]:
 
 
 def _pixels(images: np.ndarray) -> np.ndarray:
-    """Converts float32 in [0, 1] back to the uint8 that they were."""
-    return np.rint(images * 255).astype(np.uint8)
+    """Converts float32 in [0, 1] back to uint8, and adds the border."""
+    pixels = np.rint(images * 255).astype(np.uint8)
+    return np.pad(
+        pixels, ((0, 0), (_BORDER, _BORDER), (_BORDER, _BORDER), (0, 0))
+    )
 
 
 if __name__ == "__main__":

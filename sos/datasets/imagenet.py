@@ -134,6 +134,28 @@ def decode_eval(jpeg: tf.Tensor, image_size: int = 224) -> tf.Tensor:
     return tf.ensure_shape(pixels, (image_size, image_size, 3))
 
 
+def crop_eval(pixels: tf.Tensor, image_size: int = 224) -> tf.Tensor:
+    """Crops the centre of a decoded image and resizes it, as `decode_eval`.
+
+    Args:
+        pixels: RGB pixels, uint8 of shape [height, width, 3].
+        image_size: Height and width of the result.
+
+    Returns:
+        RGB pixels, uint8 of shape [image_size, image_size, 3].
+
+    Example:
+    >>> import tensorflow as tf
+    >>> from sos.datasets.imagenet import crop_eval
+    >>> crop_eval(tf.zeros((300, 400, 3), tf.uint8)).shape
+    TensorShape([224, 224, 3])
+    """
+    top, left, height, width = tf.unstack(_center_box(tf.shape(pixels)))
+    pixels = pixels[top : top + height, left : left + width]
+    pixels = _resize(pixels, image_size)
+    return tf.ensure_shape(pixels, (image_size, image_size, 3))
+
+
 class TfdsImages:
     """Images and labels of a prepared data set of TensorFlow Datasets.
 

@@ -48,11 +48,13 @@ def test_write_fashion_mnist_writes_grey_jpegs_once(run, tmp_path, capsys):
         found = [int(example["label"]) for example in examples]
         assert sorted(found) == sorted(labels.tolist())
         for example in examples:
-            assert example["image"].shape == (28, 28, 1)
-            # Each is close to one of its class.
+            assert example["image"].shape == (32, 32, 1)
+            # Each is close to one of its class, in a black frame.
             same = 255 * images[labels == example["label"]]
-            errors = np.abs(same - example["image"]).mean(axis=(1, 2, 3))
+            inside = example["image"][2:-2, 2:-2].astype(np.float32)
+            errors = np.abs(same - inside).mean(axis=(1, 2, 3))
             assert errors.min() < 4
+            assert example["image"][0].max() < 100
     written = {file: file.stat().st_mtime_ns for file in path.iterdir()}
     run(directory=str(tmp_path), shards=2)
     assert "is complete already" in capsys.readouterr().out
