@@ -51,6 +51,9 @@ IMAGENET_REQUIRES = [
     # Prepares ImageNet as record files, and knows their features and how many
     # records each file holds. 4.9 is the first release that numpy 2 works with.
     "tensorflow-datasets>=4.9,<5",
+    # tensorflow-datasets 4.9.10 imports it to prepare a data set, but does not
+    # ask for it.
+    "importlib-resources>=6,<8",
 ]
 
 # What the tests import besides all of the above.
