@@ -3,6 +3,7 @@
 import collections
 import json
 import math
+import pathlib
 import re
 
 import pytest
@@ -15,6 +16,7 @@ from sos.experiments.task import make_task
 from sos.training import make_learning_rate
 from sos.wrappers.base import find_wrappers
 
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "imagenet.md"
 IMAGES = 1_281_167
 SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 # Runs in the authors' tables.
@@ -257,6 +259,56 @@ def test_docstring_has_the_published_accuracies():
     (line,) = re.findall(r"^    of all weights +([\d. ]+)$", text, re.M)
     overall = [round(sparsity, 3) for sparsity in EXTENDED.values()]
     assert [float(number) for number in line.split()] == overall
+
+
+def setting_of(cell):
+    """Returns the numbers of a setting such as "40k, 100k, 0.05, 0"."""
+    return [
+        1000 * float(part[:-1]) if part.endswith("k") else float(part)
+        for part in cell.replace(",000", "k").replace(",500", ".5k").split(", ")
+    ]
+
+
+def test_docs_have_the_settings_of_the_config():
+    lines = re.findall(r"^\| (0[.\d]+) \| (.*) \|$", PAGE.read_text(), re.M)
+    tables = {len(cells.split(" | ")): {} for _, cells in lines}
+    for sparsity, cells in lines:
+        cells = cells.split(" | ")
+        tables[len(cells)][float(sparsity)] = cells
+    assert tuple(tables[6]) == SPARSITIES
+    assert tuple(tables[3]) == tuple(EXTENDED)
+    names = [*PRUNING, "variational_dropout"]
+    for sparsity, cells in tables[6].items():
+        for name, cell in zip(names, cells[1::2], strict=True):
+            config = config_of(f"{name},sparsity={sparsity}")
+            third = config.sparsity.get("frequency")
+            if third is None:
+                third = config.sparsity.penalty_weight * IMAGES
+            expected = (
+                *(config.sparsity.begin_step, config.sparsity.end_step, third),
+                config.loss.label_smoothing,
+            )
+            assert setting_of(cell) == pytest.approx(expected)
+    points = [p for p in published.best("resnet50") if p.nonuniform]
+    for (sparsity, cells), point in zip(tables[3].items(), points, strict=True):
+        assert float(cells[0]) == round(EXTENDED[sparsity], 3)
+        assert float(cells[1]) == point.score
+        config = config_of(f"extended_magnitude,sparsity={sparsity}")
+        assert setting_of(cells[2]) == [
+            config.sparsity.begin_step,
+            config.sparsity.end_step,
+            config.sparsity.frequency,
+            config.loss.label_smoothing,
+        ]
+    accuracies = re.findall(
+        r"^    (?:magnitude|random|variational_dropout) +(.*)$",
+        imagenet.__doc__,
+        re.M,
+    )
+    for cells, *shown in zip(
+        tables[6].values(), *map(str.split, accuracies), strict=True
+    ):
+        assert [cell.split(" at ")[0] for cell in cells[::2]] == shown
 
 
 def test_train_steps_scale_the_steps_of_techniques():
