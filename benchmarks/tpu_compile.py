@@ -4,10 +4,14 @@
         [--model=convnet|resnet50|transformer|attention]
         [--technique=NAME,NAME] [--batch_size=N,N] [--replicas=N]
         [--topology=v5e:2x2] [--lower_only] [--json]
+    python -m benchmarks.tpu_compile --config=FILE:ARGUMENT
+        [--set=NAME=VALUE] ...
 
 The engine's training step is traced in mixed bfloat16 under a TPUStrategy
 without a TPU (`sos.training.tpu_check`), checked, lowered, and compiled by the
-TPU compiler, libtpu, for a described topology. This shows whether the step
+TPU compiler, libtpu, for a described topology. It is that of a network of the
+benchmarks with any technique, or, with `--config`, that of the run that a
+config describes, with its loss, optimizer and dtypes. This shows whether it
 compiles, its memory and its operations, but not its speed.
 
 The compiler is installed with JAX in its own virtual environment on the first
@@ -25,6 +29,7 @@ lowering approximates in two places: see `benchmarks.tpu_lowering`.
 """
 
 import argparse
+import functools
 import json
 import math
 import pathlib
@@ -32,9 +37,11 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
+import ml_collections
 import rich.table
 import tensorflow as tf
 
@@ -55,6 +62,9 @@ from benchmarks.compilers import (
 )
 from benchmarks.lowering import specs
 from benchmarks.tpu_lowering import lower
+from models.config_flag import load_config
+from sos.experiments.config import resolve
+from sos.experiments.task import make_task
 from sos.training import tpu_check
 
 REQUIREMENT = "jax[tpu]==0.10.2"
@@ -65,7 +75,7 @@ MEMORY = ("arguments", "temporaries", "code", "total", "peak", "limit")
 
 
 def trace(model_name: str, technique: str, replicas: int, batch: int) -> Any:
-    """Traces the engine's training step and checks its TPU compatibility.
+    """Traces the training step of a network of the benchmarks.
 
     Args:
         model_name: One of `networks.NETWORKS`.
@@ -76,44 +86,92 @@ def trace(model_name: str, technique: str, replicas: int, batch: int) -> Any:
     Returns:
         A concrete function of the model's inputs and the labels.
     """
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    network = networks.NETWORKS[model_name]
+    return _trace(
+        lambda: training.prepare(model_name, technique, batch * replicas),
+        specs(network.data(batch, network.size)),
+        replicas,
+    )
+
+
+def trace_config(
+    config: ml_collections.ConfigDict, replicas: int, batch: int
+) -> Any:
+    """Traces the training step of a run.
+
+    Args:
+        config: The config. Its batch size is replaced.
+        replicas: Number of replicas.
+        batch: Batch size of one replica.
+
+    Returns:
+        A concrete function of the parts of a batch of the task.
+    """
+    config.batch_size = batch * replicas
+    keras.config.set_dtype_policy(config.dtype_policy)
+    task = make_task(resolve(config))
+    context = tf.distribute.InputContext(num_replicas_in_sync=replicas)
+    spec = task.train_dataset(context, 0).element_spec
+    return _trace(
+        lambda: training.prepare_task(task),
+        tf.nest.flatten(spec),
+        replicas,
+        spec,
+    )
+
+
+def _trace(
+    prepare: Callable[[], training.Training],
+    arguments: Sequence[tf.TensorSpec],
+    replicas: int,
+    structure: Any = None,
+) -> Any:
+    """Traces a training step and checks its TPU compatibility.
+
+    Args:
+        prepare: Makes the training in the scope of the strategy.
+        arguments: Specs of the arguments of the function.
+        replicas: Number of replicas.
+        structure: The structure of a batch; by default a list.
+
+    Returns:
+        A concrete function.
+    """
     strategy = tpu_check.deviceless_strategy(replicas)
     # One replica's variables are lowered. A packed variable represents those of
     # all replicas, and only a TPU can unpack it.
     strategy._enable_packed_variable_in_eager_mode = False
-    keras.config.set_dtype_policy("mixed_bfloat16")
     with strategy.scope():
-        prepared = training.prepare(model_name, technique, batch * replicas)
+        prepared = prepare()
     if prepared.updater:
         # Not `start`, which would update masks, for which it needs a TPU.
         prepared.updater.resume()
+    if structure is None:
+        structure = list(arguments)
 
     def replica_step(*batch: tf.Tensor) -> None:
         # Without the results, which go to the host.
-        prepared.loss(list(batch))
+        prepared.loss(tf.nest.pack_sequence_as(structure, batch))
 
     @tf.function
     def train(*batch: tf.Tensor) -> None:
         strategy.run(replica_step, args=batch)
 
-    network = networks.NETWORKS[model_name]
-    function = train.get_concrete_function(
-        *specs(network.data(batch, network.size))
-    )
+    function = train.get_concrete_function(*arguments)
     tpu_check.check(function)
     return function
 
 
 def measure(
-    technique: str,
-    batch_size: int,
+    make_trace: Callable[[], Any],
     flags: argparse.Namespace,
     python: pathlib.Path | None,
 ) -> dict[str, float]:
-    """Measures one technique.
+    """Measures one step.
 
     Args:
-        technique: Name of a technique, or "dense".
-        batch_size: Batch size of one replica.
+        make_trace: Returns the concrete function of the step.
         flags: The flags.
         python: Path of Python in the compiler's environment; None to only
             lower the step.
@@ -126,9 +184,7 @@ def measure(
         RuntimeError: If the compiler rejects the step.
     """
     begin = time.perf_counter()
-    module, batch_arguments = lower(
-        trace(flags.model, technique, flags.replicas, batch_size)
-    )
+    module, batch_arguments = lower(make_trace())
     # The compiler needs the memory of the model and its graph.
     training.forget()
     lowered = time.perf_counter()
@@ -205,6 +261,21 @@ def parse_flags() -> argparse.Namespace:
         default=",".join([networks.DENSE, *sos.extend.techniques()]),
         help="techniques, separated by commas",
     )
+    add(
+        "--config",
+        action="append",
+        metavar="FILE[:ARGUMENT]",
+        help="the run of a config, instead of --model and --technique; may be "
+        "repeated",
+    )
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="entry of the configs to override, such as data.name=synthetic; "
+        "may be repeated",
+    )
     add("--topology", default="v5e:2x2", help="kind and topology of TPU")
     add(
         "--replicas",
@@ -230,6 +301,8 @@ def parse_flags() -> argparse.Namespace:
     )
     add("--json", action="store_true", help="print one JSON object")
     flags = parser.parse_args()
+    if flags.set and not flags.config:
+        parser.error("--set is for --config only")
     if not re.fullmatch(r"\w+:\d+(x\d+)+", flags.topology):
         parser.error(
             "--topology must be a kind of TPU and a topology, such as "
@@ -247,6 +320,33 @@ def parse_flags() -> argparse.Namespace:
     return flags
 
 
+def traces(
+    flags: argparse.Namespace,
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yields the names of all steps, and what traces them."""
+    for batch in flags.batch_size:
+        if flags.config:
+            for path in flags.config:
+                config, _ = load_config(path)
+                config.update_from_flattened_dict(
+                    dict(text.split("=", 1) for text in flags.set)
+                )
+                yield (
+                    f"{path.partition(':')[2] or path}, {batch}",
+                    functools.partial(
+                        trace_config, config, flags.replicas, batch
+                    ),
+                )
+            continue
+        for technique in flags.technique:
+            yield (
+                f"{technique}, {batch}",
+                functools.partial(
+                    trace, flags.model, technique, flags.replicas, batch
+                ),
+            )
+
+
 def main() -> None:
     """Compiles and prints a table or JSON."""
     flags = parse_flags()
@@ -256,22 +356,20 @@ def main() -> None:
     results: dict[str, dict[str, float]] = {}
     out_of_memory: dict[str, str] = {}
     errors: dict[str, str] = {}
-    for batch_size in flags.batch_size:
-        for technique in flags.technique:
-            name = f"{technique}, {batch_size}"
-            try:
-                results[name] = measure(technique, batch_size, flags, python)
-                message = json.dumps(results[name])
-            except OutOfMemory as error:
-                out_of_memory[name] = message = str(error)
-            except RuntimeError as error:
-                errors[name] = str(error)
-                message = f"the compiler failed: {error}"
-            # At once, as one may take an hour.
-            print(f"{name}: {message}", file=sys.stderr, flush=True)
+    for name, make_trace in traces(flags):
+        try:
+            results[name] = measure(make_trace, flags, python)
+            message = json.dumps(results[name])
+        except OutOfMemory as error:
+            out_of_memory[name] = message = str(error)
+        except RuntimeError as error:
+            errors[name] = str(error)
+            message = f"the compiler failed: {error}"
+        # At once, as one may take an hour.
+        print(f"{name}: {message}", file=sys.stderr, flush=True)
     report = {
         "benchmark": "tpu_compile",
-        "model": flags.model,
+        "model": flags.model if not flags.config else "the configs",
         "topology": flags.topology,
         "replicas": flags.replicas,
         "compiler": None if flags.lower_only else REQUIREMENT,

@@ -82,7 +82,19 @@ def prepare(
     model = networks.build(name, technique, HYPERPARAMETERS, size=size)
     optimizer = networks.NETWORKS[name].optimizer()
     optimizer.build(model.trainable_variables)
-    steps = Steps(Classification(batch_size), model, optimizer)
+    return _make_training(Classification(batch_size), model, optimizer)
+
+
+def prepare_task(task: Task) -> Training:
+    """Builds the model of a task and its training step; see `prepare`."""
+    model = task.build_model()
+    return _make_training(task, model, task.build_optimizer(model))
+
+
+def _make_training(
+    task: Task, model: keras.Model, optimizer: keras.optimizers.Optimizer
+) -> Training:
+    steps = Steps(task, model, optimizer)
     updater = None
     if steps.sparse_weights:
         updater = sos.SparsityUpdater(model, optimizer)

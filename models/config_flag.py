@@ -73,7 +73,7 @@ class ConfigFlag:
         _remove_flags()
         if path is not None:
             self._path = path
-            config = self._load(path)
+            config, self._module = load_config(path)
             for argument in arguments:
                 _check_name(argument, config)
             try:
@@ -90,28 +90,39 @@ class ConfigFlag:
             logging.set_verbosity(logging.WARNING)
         return rest
 
-    def _load(self, path: str) -> ml_collections.ConfigDict:
-        """Loads the file and calls its `get_config`."""
-        file, colon, argument = path.partition(":")
-        try:
-            self._module = _import(file)
-            config = self._module.get_config(*([argument] if colon else []))
-        except UsageError as error:
-            _fail(f"--{_NAME}={path}: {error}")
-        # A config file can raise any exception.
-        except Exception as error:
-            text = " ".join(str(error).split())
-            _fail(
-                f"--{_NAME}={path} cannot be loaded. It must be a Python file "
-                "with a function get_config(). "
-                f"Cause: {type(error).__name__}: {text}"
-            )
-        if not isinstance(config, ml_collections.ConfigDict):
-            _fail(
-                f"--{_NAME}={path}: get_config() must return a "
-                f"ml_collections.ConfigDict. Received: {config!r}"
-            )
-        return config
+
+def load_config(path: str) -> tuple[ml_collections.ConfigDict, ModuleType]:
+    """Loads a config file and calls its `get_config`.
+
+    Args:
+        path: FILE or FILE:ARGUMENT.
+
+    Returns:
+        The config and the module of the file.
+
+    Raises:
+        SystemExit: If it cannot be loaded.
+    """
+    file, colon, argument = path.partition(":")
+    try:
+        module = _import(file)
+        config = module.get_config(*([argument] if colon else []))
+    except UsageError as error:
+        _fail(f"--{_NAME}={path}: {error}")
+    # A config file can raise any exception.
+    except Exception as error:
+        text = " ".join(str(error).split())
+        _fail(
+            f"--{_NAME}={path} cannot be loaded. It must be a Python file "
+            "with a function get_config(). "
+            f"Cause: {type(error).__name__}: {text}"
+        )
+    if not isinstance(config, ml_collections.ConfigDict):
+        _fail(
+            f"--{_NAME}={path}: get_config() must return a "
+            f"ml_collections.ConfigDict. Received: {config!r}"
+        )
+    return config, module
 
 
 def _import(file: str) -> ModuleType:
