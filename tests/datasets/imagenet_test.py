@@ -648,10 +648,14 @@ def test_label_beyond_the_classes_raises(tmp_path, label):
         tmp_path, {"train": [examples], "test": [examples]}
     )
     batches = make(tmp_path, batch_size=1).train(context(), 0)
-    with pytest.raises(
-        tf.errors.InvalidArgumentError, match="label must be from 0 to 9"
+    with (
+        pytest.raises(
+            ReportedError, match="label must be from 0 to 9"
+        ) as error,
+        inputs.input_errors(),
     ):
         next(iter(batches))
+    assert f"Received:] [{label}]" in str(error.value)
 
 
 @pytest.fixture(scope="module")
