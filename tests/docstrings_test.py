@@ -6,7 +6,9 @@ import inspect
 import pytest
 
 import sos
+import sos.datasets
 import sos.datasets.fashion_mnist
+import sos.datasets.imagenet
 import sos.experiments
 import sos.experiments.published
 import sos.export
@@ -29,7 +31,9 @@ from sos.experiments import branch_registry
 # because the others use what it defines.
 PACKAGES = {
     sos: None,
+    sos.datasets: None,
     sos.datasets.fashion_mnist: None,
+    sos.datasets.imagenet: None,
     sos.experiments: None,
     sos.experiments.published: None,
     sos.export: None,

@@ -179,9 +179,10 @@ class TfdsImages:
         min_area: Smallest fraction of an image that a training crop covers.
         eval_batch_size: Maximum number of examples in an evaluation batch. It
             is lowered to a multiple of the number of replicas.
-        skip_corrupt: Whether an image that cannot be decoded is replaced by a
-            black one of weight 0, with a warning, instead of raising an error.
-            Training batches then have "weight".
+        skip_corrupt: Whether an image that cannot be decoded, or whose label is
+            beyond the classes, is replaced by a black one of weight 0, with a
+            warning, instead of raising an error. Training batches then have
+            "weight".
         shuffle_buffer: Number of undecoded training images that a host holds in
             memory to draw the next one from. Those of ImageNet have 110 kB.
 

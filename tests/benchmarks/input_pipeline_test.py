@@ -19,10 +19,10 @@ def test_input_pipeline_prints_one_report_of_all_contestants():
         "TfdsImages.eval",
     }
     bound = report["results"]["bare kernels"]
-    assert bound["of_bound"] == bound["of_bound_processor"] == 1.0
+    assert bound["of_bound"] == bound["processor_of_bound"] == 1.0
     for figures in report["results"].values():
         assert figures["images_per_second"] > 0
         assert 0 < figures["cores_for_h100"] < 1000
         assert figures["cores_for_h100"] == pytest.approx(
-            5.6 * figures["processor_ms_per_image"], abs=0.1
+            5.6 * figures["processor_ms"], abs=0.1
         )

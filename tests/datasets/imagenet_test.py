@@ -1,6 +1,7 @@
 import functools
 import importlib.util
 import io
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import tensorflow as tf
 from PIL import Image
 
 from sos.datasets import imagenet
-from sos.errors import MissingPackageError, UsageError
+from sos.errors import MissingPackageError, ReportedError, UsageError
+from sos.training import inputs
 from tests.support import photographs
 
 tfds = pytest.importorskip("tensorflow_datasets")
@@ -646,10 +648,64 @@ def test_label_beyond_the_classes_raises(tmp_path, label):
         tmp_path, {"train": [examples], "test": [examples]}
     )
     batches = make(tmp_path, batch_size=1).train(context(), 0)
-    with pytest.raises(
-        tf.errors.InvalidArgumentError, match="label must be from 0 to 9"
+    with (
+        pytest.raises(
+            ReportedError, match="label must be from 0 to 9"
+        ) as error,
+        inputs.input_errors(),
     ):
         next(iter(batches))
+    assert f"Received:] [{label}]" in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def corrupt_directory(tmp_path_factory):
+    """Twelve images, of which the last of the first file is truncated."""
+    root = tmp_path_factory.mktemp("corrupt")
+    examples = examples_of(range(12))
+    content, label = examples[6]
+    examples[6] = content[:-300], label
+    files = [examples[:7], examples[7:]]
+    photographs.write_dataset(
+        root, {"train": files, "validation": files}, classes=12
+    )
+    return root
+
+
+def batches_of(source, split):
+    if split == "train":
+        return source.train(context(), 0).take(4)
+    return source.eval(context())
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_corrupt_image_is_named(corrupt_directory, split):
+    source = make(corrupt_directory, batch_size=3, eval_batch_size=3)
+    with pytest.raises(ReportedError) as error, inputs.input_errors():
+        list(batches_of(source, split))
+    message = str(error.value)
+    file = f"small-{split}.tfrecord-00000-of-00002"
+    assert str(corrupt_directory / "small" / "1.0.0" / file) in message
+    assert re.search(r"\b6\b", message.replace(str(corrupt_directory), ""))
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_skip_corrupt_gives_a_black_image_of_weight_zero(
+    corrupt_directory, split
+):
+    source = make(
+        corrupt_directory, batch_size=3, eval_batch_size=3, skip_corrupt=True
+    )
+    labels = []
+    for batch in map(arrays, batches_of(source, split)):
+        assert set(batch) == {"image", "label", "weight"}
+        assert batch["image"].shape == (3, 16, 16, 3)
+        kept = batch["weight"] == 1
+        labels += batch["label"][kept].tolist()
+        assert not batch["image"][~kept].any()
+        assert not batch["weight"][~kept].any()
+    assert sorted(labels) == [label for label in range(12) if label != 6]
 
 
 @pytest.mark.parametrize(
