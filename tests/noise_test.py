@@ -8,6 +8,7 @@ import tensorflow as tf
 
 import sos
 from sos import noise
+from sos.training import tpu_check
 from tests.support import noise_quality as quality
 from tests.support import techniques
 from tests.support.modes import MODES, xla
@@ -190,6 +191,45 @@ def test_normal_numbers_are_box_and_mullers(mode, redraws, monkeypatch):
         found = mode(lambda: noise.normal([words.size], [1, 2]))()
     assert found.dtype == tf.float32
     np.testing.assert_allclose(found, box_muller(words), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "shape, columns",
+    [
+        ((2, 3, 112, 64), 128),
+        ((2, 144, 136), 256),
+        # Swapping the last two axes would not need less padding.
+        ((2, 3, 56, 64), 64),
+        ((2, 3, 128, 128), 128),
+        ((3, 20, 130), 130),
+        ((2, 3, 0, 9), 9),
+        # The batch fills tiles, or is the last axis but one.
+        ((128, 1, 16, 3), 3),
+        ((112, 64), 64),
+    ],
+    ids=str,
+)
+def test_normal_numbers_for_a_tpu_fill_tiles_and_are_the_same(shape, columns):
+    k = key()
+    # Sines of a CPU would differ in their last bits.
+    with noise.redrawing(True):
+        expected = noise.normal(shape, k)
+
+    strategy = tpu_check.deviceless_strategy(2)
+
+    @tf.function
+    def draw():
+        with strategy.scope():
+            return noise.normal(shape, k)
+
+    np.testing.assert_allclose(draw(), expected, rtol=1e-6, atol=1e-6)
+    drawn = {
+        tensor.shape[-1]
+        for operation in draw.get_concrete_function().graph.get_operations()
+        for tensor in operation.outputs
+        if tensor.dtype == tf.uint32 and tensor.shape.rank == len(shape)
+    }
+    assert max(drawn) == columns
 
 
 def test_normal_numbers_have_the_moments_of_all_words(monkeypatch):
