@@ -36,8 +36,9 @@ def _import_tfmot_schedules() -> ModuleType:
     """
     name = "TF_USE_LEGACY_KERAS"
     before = os.environ.get(name)
-    # The first use of `tf.keras` reads the variable.
-    _ = tf.keras.__version__
+    # The first use of `tf.keras` reads the variable. If tfmot was imported
+    # before, it is a Keras 2 whose module has no version.
+    getattr(tf.keras, "__version__", None)
     try:
         import tensorflow_model_optimization as tfmot
     finally:

@@ -395,13 +395,12 @@ class SyntheticImages:
         self._eval_batch_size = eval_batch_size
 
     @functools.cached_property
-    def _pool(self) -> tf.Tensor:
-        """The images, uint8 of shape [64, *image_shape], on the host."""
-        pixels = np.random.default_rng(self._seed).integers(
+    def _pool(self) -> np.ndarray:
+        """The images, uint8 of shape [64, *image_shape]."""
+        # No tensor: it may be made while a function is traced.
+        return np.random.default_rng(self._seed).integers(
             0, 256, (_POOL, *self.image_shape), np.uint8
         )
-        with tf.device("CPU:0"):
-            return tf.constant(pixels)
 
     def train(
         self, context: tf.distribute.InputContext, step: int
