@@ -6,7 +6,11 @@ from tests.support import benchmarks
 @pytest.mark.slow
 def test_resume_prints_one_report_of_all_contestants():
     report = benchmarks.run(
-        "resume", "--model=small", "--records=100", "--repeats=1"
+        "resume",
+        "--model=small",
+        "--files=4",
+        "--records=100",
+        "--repeats=1",
     )
     assert {name.partition(":")[0] for name in report["results"]} == {
         "save",

@@ -830,6 +830,213 @@ def test_record_batches_wrong_count_raises(
     )
 
 
+# Records that `decode` cannot decode, one of them as padding as well.
+CORRUPT = [(0, 2), (1, 0)]
+
+
+def decode_compressed(_):
+    return tf.strings.length(tf.io.decode_compressed("no zlib", "ZLIB"))
+
+
+def decode_jpeg(_):
+    return tf.size(tf.io.decode_jpeg("no JPEG"))
+
+
+def check(identity):
+    with tf.control_dependencies(
+        [tf.debugging.assert_less(identity, np.int64(-1))]
+    ):
+        return tf.constant(0)
+
+
+def python_error(error):
+    def fail(_):
+        raise error
+
+    return lambda x: tf.ensure_shape(tf.numpy_function(fail, [x], tf.int32), ())
+
+
+def decode_with(failure, decoded=None):
+    """Returns a `decode` for training and evaluation that fails for CORRUPT."""
+
+    def decode(record, seed=None):
+        identity = decode_id(record)
+        if decoded is not None:
+            identity = decoded(identity)
+        is_corrupt = tf.reduce_any(tf.reduce_all(identity == CORRUPT, axis=1))
+        zero = tf.cond(is_corrupt, lambda: failure(identity), lambda: 0)
+        return {"id": identity, "float": tf.cast(1 + zero, tf.bfloat16)}
+
+    return decode
+
+
+def one_epoch(kind, shards, decode, **kwargs):
+    if kind == "eval":
+        return inputs.record_eval_batches(
+            shards, decode, batch_size=3, context=context(), **kwargs
+        )
+    steps = sum(shard.examples for shard in shards) // 3
+    return record_batches(shards, decode, batch_size=3, **kwargs).take(steps)
+
+
+@pytest.mark.parametrize("kind", ["train", "eval"])
+@pytest.mark.parametrize(
+    ("failure", "cause"),
+    [
+        (decode_jpeg, "Unknown image file format. One of JPEG"),
+        (decode_compressed, "inflate() failed with error -3"),
+        (check, "assertion failed: [Condition x < y did not hold"),
+    ],
+)
+def test_record_batches_corrupt_record_is_named(
+    make_shards, kind, failure, cause
+):
+    shards = make_shards((4, 5))
+    dataset = one_epoch(kind, shards, decode_with(failure))
+    with pytest.raises(UsageError) as error, inputs.input_errors():
+        list(dataset)
+    first, second = (
+        f"Received: record {position} of {shards[file].path}, counted from 0. "
+        f"Cause: {cause}"
+        for file, position in CORRUPT
+    )
+    assert first in str(error.value) or second in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["train", "eval"])
+@pytest.mark.parametrize("failure", [decode_jpeg, decode_compressed, check])
+def test_record_batches_skip_corrupt_replaces_by_zeros(
+    make_shards, kind, failure, caplog
+):
+    shards = make_shards((4, 5))
+    plain = one_epoch(kind, shards, decode_with(lambda _: 0))
+    dataset = one_epoch(kind, shards, decode_with(failure), skip_corrupt=True)
+    inputs._log_corrupt.cache_clear()
+    with caplog.at_level("WARNING", logger="absl"):
+        found = list(dataset.as_numpy_iterator())
+        assert len(list(dataset)) == len(found)
+    for before, after in zip(plain.as_numpy_iterator(), found, strict=True):
+        corrupt = [tuple(row) in CORRUPT for row in before["id"].tolist()]
+        # The others stay where they were.
+        expected = np.where(np.array(corrupt)[:, None], 0, before["id"])
+        np.testing.assert_array_equal(after["id"], expected)
+        np.testing.assert_array_equal(after["weight"] == 0, corrupt)
+        np.testing.assert_array_equal(after["float"], after["weight"])
+    assert sum(batch["weight"].sum() for batch in found) == 9 - len(CORRUPT)
+    # Once, although it was read twice.
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == len(CORRUPT)
+    for file, position in CORRUPT:
+        (message,) = (text for text in messages if shards[file].path in text)
+        assert f"Record {position} of" in message
+
+
+def test_record_batches_skip_corrupt_resumes_equally(make_shards):
+    shards = make_shards((4, 5))
+    whole, resumed = (
+        take(
+            record_batches(
+                shards,
+                decode_with(decode_jpeg),
+                batch_size=2,
+                step=step,
+                skip_corrupt=True,
+            ),
+            8 - step,
+        )
+        for step in (0, 3)
+    )
+    for before, after in zip(whole[3:], resumed, strict=True):
+        for name in before:
+            np.testing.assert_array_equal(before[name], after[name])
+
+
+@pytest.mark.parametrize("kind", ["train", "eval"])
+@pytest.mark.parametrize("skip_corrupt", [False, True])
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("full"), StopIteration("end"), OSError("gone")],
+    ids=repr,
+)
+def test_record_batches_other_errors_are_raised(
+    make_shards, kind, skip_corrupt, error
+):
+    dataset = one_epoch(
+        kind,
+        make_shards((4, 5)),
+        decode_with(python_error(error)),
+        skip_corrupt=skip_corrupt,
+    )
+    with pytest.raises(tf.errors.OpError, match=str(error)) as raised:
+        list(dataset)
+    assert inputs.usage_error(raised.value) is None
+
+
+@pytest.mark.parametrize("kind", ["train", "eval"])
+def test_record_batches_error_that_passes_changes_nothing(make_shards, kind):
+    shards = make_shards((4, 5))
+    failed = []
+
+    def fail_once(identity):
+        def fail(value):
+            if not failed:
+                failed.append(value)
+                raise MemoryError
+            return np.int32(0)
+
+        return tf.ensure_shape(
+            tf.numpy_function(fail, [identity], tf.int32), ()
+        )
+
+    found = list(one_epoch(kind, shards, decode_with(fail_once)))
+    plain = list(one_epoch(kind, shards, decode_with(lambda _: 0)))
+    assert failed
+    for before, after in zip(plain, found, strict=True):
+        np.testing.assert_array_equal(before["id"], after["id"])
+
+
+@pytest.mark.parametrize("kind", ["train", "eval"])
+def test_record_batches_sound_records_are_decoded_once(make_shards, kind):
+    shards = make_shards((4, 5))
+    notes = Notes()
+    decode = decode_with(lambda _: 0, decoded=notes)
+    dataset = one_epoch(kind, shards, decode, skip_corrupt=True)
+    assert len(list(dataset)) == 3
+    if kind == "eval":
+        assert len(notes.seen) == 9
+
+
+@pytest.mark.parametrize("kind", ["train", "eval"])
+def test_record_batches_skip_corrupt_still_checks_files(tmp_path, kind):
+    shards = write_shards(tmp_path, (4, 5))
+    wrong = [shards[0], Shard(shards[1].path, 6)]
+    decode = decode_with(decode_jpeg)
+    with pytest.raises(UsageError, match="5 records"), inputs.input_errors():
+        list(one_epoch(kind, wrong, decode, skip_corrupt=True))
+    content = bytearray(pathlib.Path(shards[1].path).read_bytes())
+    content[-1] ^= 1
+    pathlib.Path(shards[1].path).write_bytes(content)
+    with pytest.raises(StorageError, match="corrupted"), inputs.input_errors():
+        list(one_epoch(kind, shards, decode, skip_corrupt=True))
+
+
+@pytest.mark.parametrize(
+    ("decode", "message"),
+    [
+        (lambda record, seed: decode_id(record), "must return a dictionary"),
+        (lambda record, seed: {"weight": 1.0}, "named 'weight'"),
+    ],
+)
+def test_record_batches_skip_corrupt_needs_a_dictionary(
+    make_shards, decode, message
+):
+    with pytest.raises(UsageError, match=message):
+        record_batches(
+            make_shards((4, 5)), decode, batch_size=3, skip_corrupt=True
+        )
+
+
 def test_usage_error_other_errors_are_none():
     with pytest.raises(tf.errors.InvalidArgumentError) as error:
         tf.debugging.assert_equal(1, 2)
