@@ -54,6 +54,8 @@ IMAGENET_REQUIRES = [
     # tensorflow-datasets 4.9.10 imports it to prepare a data set, but does not
     # ask for it.
     "importlib-resources>=6,<8",
+    # Decodes images independently of TensorFlow, in benchmarks and tests.
+    "pillow>=10",
 ]
 
 # What the tests import besides all of the above.

@@ -21,6 +21,7 @@ TRAIN_EXAMPLES = 1_281_167
 _EPOCH = TRAIN_EXAMPLES / 1024
 
 _SYNTHETIC = "synthetic"
+_SYNTHETIC_EVAL_EXAMPLES = 1000
 
 
 class ImageNet(ImageClassification):
@@ -112,6 +113,8 @@ class ImageNet(ImageClassification):
             return imagenet.SyntheticImages(
                 image_size=options["image_size"],
                 eval_batch_size=options["eval_batch_size"],
+                # A trial on a CPU takes seconds to evaluate them.
+                eval_examples=_SYNTHETIC_EVAL_EXAMPLES,
                 **common,
             )
         return imagenet.TfdsImages(name, **options, **common)

@@ -13,6 +13,7 @@ FOLDERS = ("sos", "models", "configs", "benchmarks", "tests")
 # Distributions that are not named like the module that they provide.
 DISTRIBUTIONS = {
     "absl": "absl_py",
+    "PIL": "pillow",
     "skimage": "scikit_image",
     "sklearn": "scikit_learn",
 }
@@ -118,8 +119,10 @@ def test_third_party_deps_are_declared_in_setup(name):
     allowed = declared["INSTALL_REQUIRES"]
     if name not in ("sos", "sos/datasets", "sos/training"):
         allowed |= declared["STUDY_REQUIRES"]
+    if name == "benchmarks" or name.startswith("tests/"):
+        allowed |= declared["IMAGENET_REQUIRES"]
     if name.startswith("tests/"):
-        allowed |= declared["IMAGENET_REQUIRES"] | declared["TEST_REQUIRES"]
+        allowed |= declared["TEST_REQUIRES"]
     assert {d for d in TARGETS[name]["deps"] if d[0] == "@"} <= allowed
 
 

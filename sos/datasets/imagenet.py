@@ -554,7 +554,11 @@ def _open(tfds: Any, directory: str) -> Any:
 
 
 def _how_to_prepare(name: str, directory: str) -> str:
-    text = f"Prepare it with `tfds build {name} --data_dir={directory}`"
+    text = (
+        f"Prepare it with `tensorflow_datasets.builder({name!r}, "
+        f"data_dir={directory!r}).download_and_prepare("
+        "file_format='tfrecord')`"
+    )
     if name.startswith("imagenet2012"):
         text += (
             ", after downloading ILSVRC2012_img_train.tar and "
@@ -583,7 +587,7 @@ def _check_features(info: Any) -> Any:
     if file_format != "tfrecord":
         raise UsageError(
             "The files of the data set must be TFRecords. Prepare it again "
-            "with --file_format=tfrecord. Received: "
+            "with file_format='tfrecord'. Received: "
             f"{info.full_name} in {info.data_dir} with files of the format "
             f"{file_format!r}"
         )

@@ -553,7 +553,7 @@ def test_data_set_that_is_not_prepared_raises(tmp_path):
         make(tmp_path, name="imagenet2012")
     for part in (
         f"{tmp_path}/imagenet2012",
-        f"tfds build imagenet2012 --data_dir={tmp_path}",
+        f"builder('imagenet2012', data_dir='{tmp_path}').download_and_prepare(",
         "ILSVRC2012_img_train.tar",
     ):
         assert part in str(error.value)

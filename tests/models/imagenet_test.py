@@ -309,4 +309,4 @@ def test_synthetic_images_need_no_files():
     batch = next(iter(task.train_dataset(tf.distribute.InputContext(), 0)))
     assert batch["image"].shape == (4, SIZE, SIZE, 3)
     assert task.source.classes == 1000
-    assert task.eval_examples == 50_000
+    assert task.source.train_examples == imagenet.TRAIN_EXAMPLES
