@@ -7,11 +7,11 @@
     python -m benchmarks.tpu_compile --config=FILE:ARGUMENT
         [--set=NAME=VALUE] ...
 
-The engine's training step is traced in mixed bfloat16 under a TPUStrategy
-without a TPU (`sos.training.tpu_check`), checked, lowered, and compiled by the
-TPU compiler, libtpu, for a described topology. It is that of a network of the
-benchmarks with any technique, or, with `--config`, that of the run that a
-config describes, with its loss, optimizer and dtypes. This shows whether it
+The engine's training step is traced under a TPUStrategy without a TPU
+(`sos.training.tpu_check`), checked, lowered, and compiled by the TPU compiler,
+libtpu, for a described topology. It is that of a network of the benchmarks with
+any technique, in mixed bfloat16, or with `--config` that of a run, with its
+loss, optimizer, dtypes and gradient accumulation. This shows whether it
 compiles, its memory and its operations, but not its speed.
 
 The compiler is installed with JAX in its own virtual environment on the first
@@ -29,6 +29,8 @@ lowering approximates in two places: see `benchmarks.tpu_lowering`.
 """
 
 import argparse
+import ast
+import contextlib
 import functools
 import json
 import math
@@ -63,6 +65,7 @@ from benchmarks.compilers import (
 from benchmarks.lowering import specs
 from benchmarks.tpu_lowering import lower
 from models.config_flag import load_config
+from sos.errors import UsageError, reason
 from sos.experiments.config import resolve
 from sos.experiments.task import make_task
 from sos.training import tpu_check
@@ -74,7 +77,9 @@ WORKER = pathlib.Path(__file__).with_name("tpu_compile_worker.py")
 MEMORY = ("arguments", "temporaries", "code", "total", "peak", "limit")
 
 
-def trace(model_name: str, technique: str, replicas: int, batch: int) -> Any:
+def trace_network(
+    model_name: str, technique: str, replicas: int, batch: int
+) -> Any:
     """Traces the training step of a network of the benchmarks.
 
     Args:
@@ -84,7 +89,7 @@ def trace(model_name: str, technique: str, replicas: int, batch: int) -> Any:
         batch: Batch size of one replica.
 
     Returns:
-        A concrete function of the model's inputs and the labels.
+        A concrete function of a batch.
     """
     keras.config.set_dtype_policy("mixed_bfloat16")
     network = networks.NETWORKS[model_name]
@@ -106,37 +111,34 @@ def trace_config(
         batch: Batch size of one replica.
 
     Returns:
-        A concrete function of the parts of a batch of the task.
+        A concrete function of a batch.
+
+    Raises:
+        UsageError: If the config is invalid.
     """
     config.batch_size = batch * replicas
     keras.config.set_dtype_policy(config.dtype_policy)
     task = make_task(resolve(config))
     context = tf.distribute.InputContext(num_replicas_in_sync=replicas)
-    spec = task.train_dataset(context, 0).element_spec
     return _trace(
         lambda: training.prepare_task(task),
-        tf.nest.flatten(spec),
+        task.train_dataset(context, 0).element_spec,
         replicas,
-        spec,
     )
 
 
 def _trace(
-    prepare: Callable[[], training.Training],
-    arguments: Sequence[tf.TensorSpec],
-    replicas: int,
-    structure: Any = None,
+    prepare: Callable[[], training.Training], batch_spec: Any, replicas: int
 ) -> Any:
     """Traces a training step and checks its TPU compatibility.
 
     Args:
         prepare: Makes the training in the scope of the strategy.
-        arguments: Specs of the arguments of the function.
+        batch_spec: Specs of the tensors of a replica's batch, in any structure.
         replicas: Number of replicas.
-        structure: The structure of a batch; by default a list.
 
     Returns:
-        A concrete function.
+        A concrete function of a batch.
     """
     strategy = tpu_check.deviceless_strategy(replicas)
     # One replica's variables are lowered. A packed variable represents those of
@@ -147,18 +149,16 @@ def _trace(
     if prepared.updater:
         # Not `start`, which would update masks, for which it needs a TPU.
         prepared.updater.resume()
-    if structure is None:
-        structure = list(arguments)
 
-    def replica_step(*batch: tf.Tensor) -> None:
+    def replica_step(batch: Any) -> None:
         # Without the results, which go to the host.
-        prepared.loss(tf.nest.pack_sequence_as(structure, batch))
+        prepared.loss(batch)
 
     @tf.function
-    def train(*batch: tf.Tensor) -> None:
-        strategy.run(replica_step, args=batch)
+    def train(batch: Any) -> None:
+        strategy.run(replica_step, args=(batch,))
 
-    function = train.get_concrete_function(*arguments)
+    function = train.get_concrete_function(batch_spec)
     tpu_check.check(function)
     return function
 
@@ -264,6 +264,7 @@ def parse_flags() -> argparse.Namespace:
     add(
         "--config",
         action="append",
+        default=[],
         metavar="FILE[:ARGUMENT]",
         help="the run of a config, instead of --model and --technique; may be "
         "repeated",
@@ -320,29 +321,63 @@ def parse_flags() -> argparse.Namespace:
     return flags
 
 
+def _load(path: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
+    """Loads a config file and overrides entries.
+
+    Args:
+        path: FILE or FILE:ARGUMENT.
+        overrides: NAME=VALUE. Values are Python literals or, failing that,
+            strings.
+
+    Raises:
+        UsageError: If an override is invalid.
+        SystemExit: If the file cannot be loaded.
+    """
+    config, _ = load_config(path)
+    # Unknown entries raise.
+    config.lock()
+    for override in overrides:
+        name, _, value = override.partition("=")
+        with contextlib.suppress(SyntaxError, ValueError):
+            value = ast.literal_eval(value)
+        try:
+            config.update_from_flattened_dict({name: value})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UsageError(
+                "--set must be NAME=VALUE, with the name of an entry of the "
+                "config and a value of its type, such as "
+                f"data.name=synthetic. Received: {override}. Cause: "
+                f"{reason(error)}"
+            ) from error
+    return config
+
+
 def traces(
     flags: argparse.Namespace,
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yields the names of all steps, and what traces them."""
+    """Yields the name of each step, and a function that traces it."""
     for batch in flags.batch_size:
+        for path in flags.config:
+            yield (
+                f"{path.partition(':')[2] or path}, {batch}",
+                functools.partial(
+                    trace_config,
+                    _load(path, flags.set),
+                    flags.replicas,
+                    batch,
+                ),
+            )
         if flags.config:
-            for path in flags.config:
-                config, _ = load_config(path)
-                config.update_from_flattened_dict(
-                    dict(text.split("=", 1) for text in flags.set)
-                )
-                yield (
-                    f"{path.partition(':')[2] or path}, {batch}",
-                    functools.partial(
-                        trace_config, config, flags.replicas, batch
-                    ),
-                )
             continue
         for technique in flags.technique:
             yield (
                 f"{technique}, {batch}",
                 functools.partial(
-                    trace, flags.model, technique, flags.replicas, batch
+                    trace_network,
+                    flags.model,
+                    technique,
+                    flags.replicas,
+                    batch,
                 ),
             )
 
@@ -350,13 +385,40 @@ def traces(
 def main() -> None:
     """Compiles and prints a table or JSON."""
     flags = parse_flags()
+    try:
+        report = compile_steps(flags)
+    except UsageError as error:
+        sys.exit(f"FATAL {error}")
+    if flags.json:
+        print(json.dumps({**report, "machine": machine()}))
+    elif flags.lower_only:
+        print_report(f"One training step of {report['model']}", report, False)
+    elif report["results"]:
+        print_tables(report)
+    else:
+        for name in report["out_of_memory"]:
+            print(f"{name}: does not fit")
+    if report["errors"]:
+        raise SystemExit(1)
+
+
+def compile_steps(flags: argparse.Namespace) -> dict[str, Any]:
+    """Compiles the steps that the flags select.
+
+    Returns:
+        The report.
+
+    Raises:
+        UsageError: If a config is invalid.
+    """
+    steps = list(traces(flags))
     python = None
     if not flags.lower_only:
         python = make_environment(flags.venv, REQUIREMENT, "200 MB")
     results: dict[str, dict[str, float]] = {}
     out_of_memory: dict[str, str] = {}
     errors: dict[str, str] = {}
-    for name, make_trace in traces(flags):
+    for name, make_trace in steps:
         try:
             results[name] = measure(make_trace, flags, python)
             message = json.dumps(results[name])
@@ -367,9 +429,9 @@ def main() -> None:
             message = f"the compiler failed: {error}"
         # At once, as one may take an hour.
         print(f"{name}: {message}", file=sys.stderr, flush=True)
-    report = {
+    return {
         "benchmark": "tpu_compile",
-        "model": flags.model if not flags.config else "the configs",
+        "model": "a run" if flags.config else flags.model,
         "topology": flags.topology,
         "replicas": flags.replicas,
         "compiler": None if flags.lower_only else REQUIREMENT,
@@ -377,17 +439,6 @@ def main() -> None:
         "out_of_memory": out_of_memory,
         "results": results,
     }
-    if flags.json:
-        print(json.dumps({**report, "machine": machine()}))
-    elif flags.lower_only:
-        print_report(f"One training step of {flags.model}", report, False)
-    elif results:
-        print_tables(report)
-    else:
-        for name in out_of_memory:
-            print(f"{name}: does not fit")
-    if errors:
-        raise SystemExit(1)
 
 
 if __name__ == "__main__":

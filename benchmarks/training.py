@@ -2,12 +2,14 @@
 
 import dataclasses
 import gc
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 import sos
 from benchmarks import networks
+from sos.experiments import ExperimentTask
 from sos.training.steps import Steps
 from sos.training.task import Task
 
@@ -59,7 +61,7 @@ class Training:
     steps: Steps
     updater: sos.SparsityUpdater | None
 
-    def loss(self, batch: list[tf.Tensor]) -> tf.Tensor:
+    def loss(self, batch: Any) -> tf.Tensor:
         """Runs one optimizer step on this replica and returns its mean loss."""
         totals, _ = self.steps.train_step(batch)
         return totals[0, 0] / totals[0, 1]
@@ -85,16 +87,25 @@ def prepare(
     return _make_training(Classification(batch_size), model, optimizer)
 
 
-def prepare_task(task: Task) -> Training:
-    """Builds the model of a task and its training step; see `prepare`."""
+def prepare_task(task: ExperimentTask) -> Training:
+    """Builds the model and the training step of a run; see `prepare`."""
     model = task.build_model()
-    return _make_training(task, model, task.build_optimizer(model))
+    steps = task.config.gradient_accumulation_steps
+    return _make_training(
+        task,
+        model,
+        task.build_optimizer(model),
+        gradient_accumulation_steps=steps,
+    )
 
 
 def _make_training(
-    task: Task, model: keras.Model, optimizer: keras.optimizers.Optimizer
+    task: Task,
+    model: keras.Model,
+    optimizer: keras.optimizers.Optimizer,
+    **options: Any,
 ) -> Training:
-    steps = Steps(task, model, optimizer)
+    steps = Steps(task, model, optimizer, **options)
     updater = None
     if steps.sparse_weights:
         updater = sos.SparsityUpdater(model, optimizer)

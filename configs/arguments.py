@@ -9,6 +9,7 @@ from typing import Any
 
 import ml_collections
 
+from sos.arguments import check_integer
 from sos.errors import UsageError
 from sos.experiments import branch, parse_argument
 from sos.experiments.config import resolve
@@ -47,8 +48,9 @@ def make_config(
             f"The technique must be one of {', '.join(techniques)}, or a "
             f"branch with `parent=DIRECTORY`. Received: {name!r}"
         )
-    for key in ("seed", "train_steps"):
-        config[key] = values.pop(key, config[key])
+    for key, minimum in (("seed", 0), ("train_steps", 1)):
+        value = values.pop(key, config[key])
+        config[key] = check_integer(key, value, minimum=minimum)
     config.update(techniques[name](config, **values))
     return config
 

@@ -241,7 +241,7 @@ def _magnitude(
     config: ml_collections.ConfigDict, /, **values: Any
 ) -> Overrides:
     sparsity = values.setdefault("sparsity", 0.9)
-    setting = _published("magnitude", _MAGNITUDE, values)
+    setting = _published(config, "magnitude", _MAGNITUDE, values)
     return _pruned(config, "MagnitudePruning", sparsity, setting, values)
 
 
@@ -249,7 +249,13 @@ def _extended_magnitude(
     config: ml_collections.ConfigDict, /, **values: Any
 ) -> Overrides:
     sparsity = values.setdefault("sparsity", 0.91)
-    setting = _published("extended_magnitude", _EXTENDED_MAGNITUDE, values)
+    setting = _published(
+        config,
+        "extended_magnitude",
+        _EXTENDED_MAGNITUDE,
+        values,
+        _EXTENDED_STEPS,
+    )
     rules = (("^initial_conv/", None), ("^final_dense/", {"sparsity": 0.8}))
     overrides = _pruned(
         config,
@@ -264,7 +270,7 @@ def _extended_magnitude(
 
 def _random(config: ml_collections.ConfigDict, /, **values: Any) -> Overrides:
     sparsity = values.setdefault("sparsity", 0.9)
-    setting = _published("random", _RANDOM, values)
+    setting = _published(config, "random", _RANDOM, values)
     return _pruned(config, "RandomPruning", sparsity, setting, values)
 
 
@@ -300,14 +306,20 @@ def _l0(config: ml_collections.ConfigDict, /, **values: Any) -> Overrides:
 
 
 def _published(
-    name: str, settings: Mapping[float, _Pruning], values: Mapping[str, Any]
+    config: ml_collections.ConfigDict,
+    name: str,
+    settings: Mapping[float, _Pruning],
+    values: Mapping[str, Any],
+    reference_steps: int = _STEPS,
 ) -> _Pruning | None:
     """Returns the published setting of a pruning technique.
 
     Args:
+        config: A dense config.
         name: The technique.
         settings: The published settings by sparsity.
         values: `sparsity` and hyperparameters.
+        reference_steps: Training steps for which the settings were chosen.
 
     Returns:
         The setting; None if there is none, but all hyperparameters are given.
@@ -325,9 +337,11 @@ def _published(
     if isinstance(sparsity, int | float):
         nearest = min(settings, key=lambda key: abs(key - sparsity))
         setting = settings[nearest]
-        steps = ",".join(f"{s}={getattr(setting, s)}" for s in needed)
+        steps = _steps(config, setting, reference_steps)
+        arguments = ",".join(f"{key}={steps[key]}" for key in needed)
         text = (
-            f", such as those of {nearest}: {name},sparsity={sparsity},{steps} "
+            f", such as those of {nearest} in {config.train_steps} steps: "
+            f"{name},sparsity={sparsity},{arguments} "
             f"with --config.loss.label_smoothing={setting.label_smoothing:g}"
         )
     raise UsageError(
@@ -348,9 +362,7 @@ def _pruned(
     entries: Overrides = {"technique": technique, "sparsity": sparsity}
     if setting is None:
         return {"sparsity": {**entries, **(values or {})}}
-    entries |= _window(config, setting, reference_steps)
-    scale = config.train_steps / reference_steps
-    entries["frequency"] = max(1, round(scale * setting.frequency))
+    entries |= _steps(config, setting, reference_steps)
     return {
         "loss": {"label_smoothing": setting.label_smoothing},
         "sparsity": {**entries, **(values or {})},
@@ -405,6 +417,17 @@ def _penalized(
         "penalty_weight": setting.penalty / TRAIN_EXAMPLES,
         "ramp": "linear",
         **_window(config, setting, _STEPS),
+    }
+
+
+def _steps(
+    config: ml_collections.ConfigDict, setting: _Pruning, reference_steps: int
+) -> dict[str, int]:
+    """Returns the steps of a setting, scaled with `train_steps`."""
+    scale = config.train_steps / reference_steps
+    return {
+        **_window(config, setting, reference_steps),
+        "frequency": max(1, round(scale * setting.frequency)),
     }
 
 

@@ -8,8 +8,9 @@ scales with `train_steps`. The images, once, and one run on two replicas:
     python -m models.train --workdir=runs/imagenet_small --cpu_replicas=2 \
         --config=configs/imagenet_small.py:magnitude,seed=0
 
-`sparsity` is 0.9 by default, and hyperparameters may follow, as in
-configs/imagenet.py. All runs, one after the other:
+Hyperparameters may follow the technique: the `sparsity` of pruning is 0.9 by
+default; variational dropout and L0 take `penalty_weight` instead. All runs, one
+after the other:
 
     for seed in 0 1; do
       for technique in dense magnitude extended_magnitude random \
@@ -59,7 +60,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
 
 def _smoothed(overrides: Overrides) -> Overrides:
     """Trains with label smoothing, as all runs of this file."""
-    return {**overrides, "loss": {"label_smoothing": 0.1}}
+    loss = {**overrides.get("loss", {}), "label_smoothing": 0.1}
+    return {**overrides, "loss": loss}
 
 
 def _magnitude(
@@ -101,8 +103,7 @@ def _l0(config: ml_collections.ConfigDict, /, **values: Any) -> Overrides:
     overrides["sparsity"].update(penalty_weight=5.0 / _TRAIN_EXAMPLES)
     overrides["sparsity"].update(values)
     overrides["learning_rate"] = {"technique_multiplier": 3000.0}
-    overrides["loss"]["label_smoothing"] = 0.1
-    return overrides
+    return _smoothed(overrides)
 
 
 TECHNIQUES: Techniques = {

@@ -30,13 +30,12 @@ class ImageNet(ImageClassification):
     The recipe is that of the authors for ResNet-50 on ImageNet: 128,000 steps
     with 1,024 images each, about 102 epochs, of SGD with Nesterov momentum; a
     rate of 0.1 for 256 images, which grows over 5 epochs and drops by 10 after
-    30, 60 and 80; label smoothing and an L2 penalty. Where `train_steps` or
-    `batch_size` differ, the rate and its boundaries scale with them.
+    30, 60 and 80; label smoothing and an L2 penalty. The rate scales with
+    `batch_size`, and its boundaries with `train_steps`.
     """
 
     top_k = 5
     runtime_entries = (
-        "data.directory",
         "data.shuffle_buffer",
         "seed",
         "sparsity.num_examples",
@@ -109,15 +108,18 @@ class ImageNet(ImageClassification):
             "seed": self.config.seed,
             "batch_size": self.config.batch_size,
         }
-        if name == _SYNTHETIC:
-            return imagenet.SyntheticImages(
-                image_size=options["image_size"],
-                eval_batch_size=options["eval_batch_size"],
-                # A trial on a CPU takes seconds to evaluate them.
-                eval_examples=_SYNTHETIC_EVAL_EXAMPLES,
-                **common,
-            )
-        return imagenet.TfdsImages(name, **options, **common)
+        try:
+            if name == _SYNTHETIC:
+                return imagenet.SyntheticImages(
+                    image_size=options["image_size"],
+                    eval_batch_size=options["eval_batch_size"],
+                    # A trial on a CPU takes seconds to evaluate them.
+                    eval_examples=_SYNTHETIC_EVAL_EXAMPLES,
+                    **common,
+                )
+            return imagenet.TfdsImages(name, **options, **common)
+        except UsageError as error:
+            raise UsageError(f"`config.data`: {error}") from error
 
     def build_network(self) -> keras.Model:
         """Returns the network that `config.model` describes."""
@@ -140,7 +142,7 @@ class ImageNet(ImageClassification):
 class ImageServing(ServingModule):
     """A module that classifies images, preprocessing included.
 
-    It takes images of any size, and prepares them as for evaluation: the
+    It takes RGB images of any size, and prepares them as for evaluation: the
     central 224/256 of the shorter side, resized to the size of the network.
 
     Signatures, for one or more images:

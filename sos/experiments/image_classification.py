@@ -316,10 +316,11 @@ def _larger_logits(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
     Not `tf.math.in_top_k`, with which the label of equal logits, such as those
     of a network that has lost all its weights, is always among the largest.
     """
-    own = tf.gather(logits, labels, axis=-1, batch_dims=1)[:, tf.newaxis]
+    label_logits = tf.gather(logits, labels, axis=-1, batch_dims=1)
+    label_logits = label_logits[:, tf.newaxis]
     classes = tf.range(logits.shape[-1])
     # NaN is not smaller.
-    smaller = (logits < own) | (
-        (logits == own) & (classes >= labels[:, tf.newaxis])
+    smaller = (logits < label_logits) | (
+        (logits == label_logits) & (classes >= labels[:, tf.newaxis])
     )
     return tf.reduce_sum(tf.cast(~smaller, tf.int32), axis=-1)

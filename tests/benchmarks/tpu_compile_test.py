@@ -35,6 +35,46 @@ def test_tpu_compile_lower_only_prints_one_report_of_all_batch_sizes():
         assert figures["stablehlo_kib"] > 1
 
 
+def test_tpu_compile_config_lowers_the_step_of_a_run():
+    report = benchmarks.run(
+        "tpu_compile",
+        "--config=configs/fashion_mnist.py:variational_dropout",
+        "--set=dtype_policy=mixed_bfloat16",
+        "--replicas=2",
+        "--batch_size=4",
+        "--lower_only",
+    )
+    assert report["errors"] == {}
+    figures = report["results"]["variational_dropout, 4"]
+    # The images and the labels.
+    assert figures["batch_arguments"] == 2
+    assert figures["stablehlo_kib"] > 1
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("data.nam=x", "--set must be NAME=VALUE.*data.nam=x"),
+        ("train_steps=many", "--set must be NAME=VALUE.*train_steps=many"),
+        ("train_steps", "--set must be NAME=VALUE.*Received: train_steps"),
+        ("data=18", "--set must be NAME=VALUE.*data=18"),
+        ("loss.label_smoothing=2.0", "label_smoothing.*Received: 2.0"),
+        ("gradient_accumulation_steps=3", "gradient_accumulation_steps=3"),
+    ],
+)
+def test_tpu_compile_with_a_wrong_override_names_it(
+    override, message, monkeypatch
+):
+    arguments = (
+        *("tpu_compile", "--config=configs/fashion_mnist.py"),
+        *("--replicas=2", "--batch_size=4", "--lower_only"),
+        f"--set={override}",
+    )
+    monkeypatch.setattr(sys, "argv", list(arguments))
+    with pytest.raises(SystemExit, match=message):
+        tpu_compile.main()
+
+
 def test_tpu_compile_step_that_does_not_fit_is_a_result(monkeypatch, capsys):
     def run_worker(*arguments):
         raise OutOfMemory("RESOURCE_EXHAUSTED: 16.4G exceeds 15.75G")

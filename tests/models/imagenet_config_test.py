@@ -349,6 +349,12 @@ def test_values_replace_published_ones():
         ("variational_dropout,sparsity=0.6", ["penalty_weight", "0.6"]),
         ("l0,sparsity=0.9", ["penalty_weight", "0.9"]),
         ("l0,initial_log_alpha=x", ["initial_log_alpha", "'x'"]),
+        (
+            "magnitude,sparsity=0.85,train_steps=1280",
+            ["1280 steps", "begin_step=400,end_step=1000,frequency=20"],
+        ),
+        ("dense,train_steps=x", ["train_steps", "integer", "'x'"]),
+        ("dense,seed=-1", ["seed", "integer", "-1"]),
         ("dense,sparsity=0.9", ["config.sparsity", "sparsity"]),
         ("vgg", ["extended_magnitude", "vgg"]),
         ("l0,magic=1", ["magic"]),

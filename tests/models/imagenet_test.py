@@ -231,8 +231,8 @@ def test_serving_module_classifies_files_and_arrays(make_task, tmp_path):
     ("overrides", "parts"),
     [
         ({"model": {"depth": 42}}, ["config.model", "depth", "42"]),
-        ({"data": {"name": "flowers"}}, ["flowers"]),
-        ({"data": {"min_area": 0.0}}, ["min_area", "0.0"]),
+        ({"data": {"name": "flowers"}}, ["config.data", "flowers"]),
+        ({"data": {"min_area": 0.0}}, ["config.data", "min_area", "0.0"]),
         ({"loss": {"label_smoothing": 1.0}}, ["label_smoothing", "1.0"]),
         ({"loss": {"l2": -1.0}}, ["l2", "-1.0"]),
     ],
