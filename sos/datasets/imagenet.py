@@ -183,8 +183,10 @@ class TfdsImages:
             beyond the classes, is replaced by a black one of weight 0, with a
             warning, instead of raising an error. Training batches then have
             "weight".
-        shuffle_buffer: Number of undecoded training images that a host holds in
-            memory to draw the next one from. Those of ImageNet have 110 kB.
+        shuffle_buffer: Number of undecoded training images that are shuffled
+            together. A host holds up to twice as many; those of ImageNet have
+            110 kB each. The process may take five times their size, as glibc's
+            allocator fragments memory.
 
     Attributes:
         image_shape: (image_size, image_size, 3).
@@ -194,8 +196,9 @@ class TfdsImages:
         eval_examples: Number of evaluation examples.
 
     Raises:
-        UsageError: If the data set is unknown or not prepared, lacks a split or
-            feature, or has another file format than TFRecord.
+        UsageError: If an argument is invalid; or if the data set is unknown or
+            not prepared, lacks a split or feature, or has another file format
+            than TFRecord.
         MissingPackageError: If tensorflow-datasets is not installed.
 
     Example:
@@ -231,7 +234,7 @@ class TfdsImages:
         skip_corrupt: bool = False,
         shuffle_buffer: int = 10_000,
     ) -> None:
-        _check_image_size(image_size)
+        _check_positive(image_size=image_size, eval_batch_size=eval_batch_size)
         if not 0 < min_area <= 1:
             raise UsageError(
                 "`min_area` must be a fraction of the image, above 0 and at "
@@ -252,8 +255,7 @@ class TfdsImages:
         self._min_area = min_area
         self._eval_batch_size = eval_batch_size
         self._shuffle_buffer = shuffle_buffer
-        # An argument of the functions that read records.
-        self._options = {"skip_corrupt": True} if skip_corrupt else {}
+        self._skip_corrupt = skip_corrupt
 
     def train(
         self, context: tf.distribute.InputContext, step: int
@@ -283,7 +285,7 @@ class TfdsImages:
             step=step,
             context=context,
             shuffle_buffer=self._shuffle_buffer,
-            **self._options,
+            skip_corrupt=self._skip_corrupt,
         )
 
     def eval(self, context: tf.distribute.InputContext) -> tf.data.Dataset:
@@ -309,7 +311,7 @@ class TfdsImages:
             decode,
             batch_size=_eval_batch(self._eval_batch_size, context),
             context=context,
-            **self._options,
+            skip_corrupt=self._skip_corrupt,
         )
 
     def _parse(self, record: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -375,16 +377,13 @@ class SyntheticImages:
         eval_examples: int = 50_000,
         eval_batch_size: int = 1000,
     ) -> None:
-        _check_image_size(image_size)
-        for name, value in (
-            ("classes", classes),
-            ("train_examples", train_examples),
-            ("eval_examples", eval_examples),
-        ):
-            if value < 1:
-                raise UsageError(
-                    f"`{name}` must be at least 1. Received: {name}={value}"
-                )
+        _check_positive(
+            image_size=image_size,
+            classes=classes,
+            train_examples=train_examples,
+            eval_examples=eval_examples,
+            eval_batch_size=eval_batch_size,
+        )
         self.image_shape = (image_size, image_size, 3)
         self.classes = classes
         self.class_names = tuple(str(label) for label in range(classes))
@@ -487,12 +486,7 @@ def _find(name: str, directory: str | os.PathLike | None) -> Any:
     tfds = import_tfds()
     if directory is not None:
         directory = os.path.expanduser(os.fspath(directory))
-        if not tf.io.gfile.isdir(directory):
-            raise UsageError(
-                "The data directory must exist and hold a prepared data set. "
-                f"Received: {directory}, which does not exist. "
-                f"{_how_to_prepare(name, directory)}"
-            )
+        _check_directory(name, directory)
         if _has_info(directory):
             return _open(tfds, directory)
     place = directory or os.environ.get(
@@ -506,10 +500,8 @@ def _find(name: str, directory: str | os.PathLike | None) -> Any:
             f"{place} or defined by TensorFlow Datasets. Received: {name!r}. "
             f"{_how_to_prepare(name, place)}"
         ) from error
-    except (AssertionError, OSError, ValueError) as error:
-        raise UsageError(
-            f"The data set {name!r} in {place} cannot be read: {reason(error)}"
-        ) from error
+    except Exception as error:
+        raise _unreadable(f"{name!r} in {place}", error) from error
     prepared = os.fspath(builder.data_dir)
     if _has_info(prepared):
         return builder
@@ -546,11 +538,41 @@ def _has_info(directory: str) -> bool:
 def _open(tfds: Any, directory: str) -> Any:
     try:
         return tfds.builder_from_directory(directory)
-    except (AssertionError, OSError, ValueError) as error:
+    except Exception as error:
+        raise _unreadable(f"in {directory}", error) from error
+
+
+def _unreadable(place: str, error: Exception) -> UsageError:
+    """Converts what TensorFlow Datasets raises for unreadable metadata.
+
+    These are AssertionError, OSError, ValueError, and errors of the packages
+    that it parses and downloads with. Any line of the message may have the
+    cause.
+    """
+    message = " ".join(str(error).split()).rstrip(".:")
+    return UsageError(
+        f"The data set {place} cannot be read. Correct its name, or prepare it "
+        "again with a present version of tensorflow-datasets. Cause: "
+        f"{type(error).__name__}: {message}"
+    )
+
+
+def _check_directory(name: str, directory: str) -> None:
+    try:
+        # `isdir` would hide why a remote directory cannot be read.
+        if tf.io.gfile.stat(directory).is_directory:
+            return
+        problem = "which is not a directory"
+    except tf.errors.NotFoundError:
+        problem = "which does not exist"
+    except tf.errors.OpError as error:
         raise UsageError(
-            f"The data set in {directory} cannot be read: {reason(error)}. "
-            "Prepare it again with a present version of tensorflow-datasets"
+            f"The data directory {directory} cannot be read: {reason(error)}"
         ) from error
+    raise UsageError(
+        "The data directory must exist and hold a prepared data set. "
+        f"Received: {directory}, {problem}. {_how_to_prepare(name, directory)}"
+    )
 
 
 def _how_to_prepare(name: str, directory: str) -> str:
@@ -609,9 +631,9 @@ def _shards(info: Any, *names: str) -> list[inputs.Shard]:
     )
 
 
-def _check_image_size(image_size: int) -> None:
-    if image_size < 1:
-        raise UsageError(
-            "`image_size` must be at least 1. "
-            f"Received: image_size={image_size}"
-        )
+def _check_positive(**arguments: int) -> None:
+    for name, value in arguments.items():
+        if value < 1:
+            raise UsageError(
+                f"`{name}` must be at least 1. Received: {name}={value}"
+            )

@@ -54,9 +54,9 @@ def make_strategy(
             - "multi_worker": the machines that the environment variable
               TF_CONFIG lists
             - "one_device"
-            - None: "tpu" if `tpu` is set or the machine has a TPU,
-              "multi_worker" if TF_CONFIG lists several workers, "mirrored" if
-              there are several GPUs or `cpu_replicas` is set, else
+            - None: "mirrored" if `cpu_replicas` is set, "tpu" if `tpu` is set
+              or the machine has a TPU, "multi_worker" if TF_CONFIG lists
+              several workers, "mirrored" if there are several GPUs, else
               "one_device".
 
         tpu: Name or address of the TPU, or "local" for a TPU of this machine.
@@ -68,8 +68,9 @@ def make_strategy(
 
     Raises:
         UsageError: If the name is unknown, `tpu` or `cpu_replicas` is set for
-            another strategy or machine, TF_CONFIG is invalid for several
-            workers, or the TPU cannot be used.
+            another strategy or machine, `cpu_replicas` is below 1 or set for
+            several workers, TF_CONFIG is invalid for several workers, or the
+            TPU cannot be used.
 
     Example:
     >>> import sos.training
@@ -93,6 +94,18 @@ def make_strategy(
                 "`cpu_replicas` is for the strategy mirrored only. Received: "
                 f"cpu_replicas={cpu_replicas!r} with strategy={name!r}, "
                 f"tpu={tpu!r}"
+            )
+        if cpu_replicas < 1:
+            raise UsageError(
+                "`cpu_replicas` must be at least 1. "
+                f"Received: cpu_replicas={cpu_replicas}"
+            )
+        if len(_workers()) > 1:
+            # Each would train alone, in the same directory.
+            raise UsageError(
+                "`cpu_replicas` is for a single process. Remove it, or unset "
+                f"TF_CONFIG. Received: cpu_replicas={cpu_replicas} with "
+                f"{len(_workers())} workers in TF_CONFIG"
             )
         name = "mirrored"
         _divide_cpu(cpu_replicas)

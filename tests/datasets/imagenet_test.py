@@ -562,6 +562,19 @@ def test_data_set_that_is_not_prepared_raises(tmp_path):
 def test_missing_directory_raises(tmp_path):
     with pytest.raises(UsageError, match="absent, which does not exist"):
         make(tmp_path / "absent")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="file, which is not a directory"):
+        make(tmp_path / "file")
+
+
+def test_remote_directory_that_cannot_be_read_raises_its_cause():
+    with pytest.raises(UsageError, match="unknown://.*'unknown' not implem"):
+        make("unknown://bucket/data")
+
+
+def test_unknown_config_of_a_defined_data_set_is_named(tmp_path):
+    with pytest.raises(UsageError, match="no_such_config not found"):
+        make(tmp_path, name="imagenet2012/no_such_config")
 
 
 def test_default_directory_is_named(tmp_path, monkeypatch):
@@ -618,7 +631,7 @@ def test_other_file_format_raises(tmp_path):
     text = info.read_text()
     info.write_text(text.replace('"tfrecord"', '"array_record"'))
     with pytest.raises(
-        UsageError, match="--file_format=tfrecord.*array_record"
+        UsageError, match="file_format='tfrecord'.*'array_record'"
     ):
         make(tmp_path)
 
@@ -632,13 +645,20 @@ def test_missing_file_raises(tmp_path):
         make(tmp_path)
 
 
-def test_damaged_description_raises(tmp_path):
+@pytest.mark.parametrize("file", ["features.json", "dataset_info.json"])
+@pytest.mark.parametrize("content", [None, "", "{", '{"a": 1}'])
+def test_damaged_description_raises(tmp_path, file, content):
     path = photographs.write_dataset(
         tmp_path, {"train": [examples_of([1])], "test": [examples_of([1])]}
     )
-    (path / "features.json").unlink()
-    with pytest.raises(UsageError, match="cannot be read"):
-        make(path)
+    (path / file).unlink()
+    if content is not None:
+        (path / file).write_text(content)
+    for directory in (tmp_path, path):
+        with pytest.raises(UsageError) as error:
+            make(directory)
+        assert str(tmp_path) in str(error.value)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("label", [-1, 10])
@@ -714,6 +734,7 @@ def test_skip_corrupt_gives_a_black_image_of_weight_zero(
         ({"image_size": 0}, "`image_size` must be at least 1"),
         ({"min_area": 0.0}, "`min_area` must be a fraction"),
         ({"min_area": 1.5}, "min_area=1.5"),
+        ({"eval_batch_size": 0}, "`eval_batch_size` must be at least 1"),
     ],
 )
 def test_invalid_argument_raises(directory, options, message):
@@ -755,7 +776,16 @@ def test_synthetic_images_are_reproducible_and_have_weights():
         assert sum(weights) == 50
 
 
-@pytest.mark.parametrize("name", ["classes", "train_examples", "image_size"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "classes",
+        "train_examples",
+        "eval_examples",
+        "image_size",
+        "eval_batch_size",
+    ],
+)
 def test_synthetic_images_with_invalid_argument_raise(name):
     with pytest.raises(UsageError, match=f"`{name}` must be at least 1"):
         imagenet.SyntheticImages(seed=0, batch_size=1, **{name: 0})

@@ -63,6 +63,15 @@ def test_make_strategy_divides_the_cpu_among_replicas():
         make_strategy("one_device", cpu_replicas=2)
     with pytest.raises(UsageError, match="mirrored only.*tpu='local'"):
         make_strategy(tpu="local", cpu_replicas=2)
+    with pytest.raises(UsageError, match="at least 1.*cpu_replicas=0"):
+        make_strategy(cpu_replicas=0)
+
+
+@pytest.mark.parametrize("name", [None, "mirrored"])
+def test_make_strategy_does_not_divide_the_cpu_of_workers(tf_config, name):
+    tf_config({"cluster": TWO_WORKERS, "task": {"type": "worker", "index": 0}})
+    with pytest.raises(UsageError, match="single process.*with 2 workers"):
+        make_strategy(name, cpu_replicas=2)
 
 
 def test_make_strategy_does_not_divide_the_cpu_beside_gpus(monkeypatch):
