@@ -577,9 +577,9 @@ def _check_directory(name: str, directory: str) -> None:
 
 def _how_to_prepare(name: str, directory: str) -> str:
     text = (
-        f"Prepare it with `tensorflow_datasets.builder({name!r}, "
-        f"data_dir={directory!r}).download_and_prepare("
-        "file_format='tfrecord')`"
+        "Prepare what TensorFlow Datasets defines with "
+        f"`tensorflow_datasets.builder({name!r}, data_dir={directory!r})"
+        ".download_and_prepare(file_format='tfrecord')`"
     )
     if name.startswith("imagenet2012"):
         text += (

@@ -9,7 +9,6 @@ records; each host reads its own files.
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import heapq
 import math
 import os
@@ -1073,14 +1072,22 @@ class _Causes:
         return cause.encode()
 
 
-@functools.cache
+# Path and position of the corrupt records that this process has met.
+_corrupt: set[tuple[str, int]] = set()
+
+
 def _log_corrupt(path: str, position: int, cause: str) -> None:
+    """Logs a corrupt record, once, with the number of all."""
+    if (path, position) in _corrupt:
+        return
+    _corrupt.add((path, position))
     logging.warning(
         "Record %d of %s, counted from 0, has weight 0, because it cannot be "
-        "decoded: %s",
+        "decoded: %s. Corrupt records so far: %d",
         position,
         path,
         cause,
+        len(_corrupt),
     )
 
 

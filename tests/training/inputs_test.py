@@ -912,7 +912,7 @@ def test_record_batches_skip_corrupt_replaces_by_zeros(
     shards = make_shards((4, 5))
     plain = one_epoch(kind, shards, decode_with(lambda _: 0))
     dataset = one_epoch(kind, shards, decode_with(failure), skip_corrupt=True)
-    inputs._log_corrupt.cache_clear()
+    inputs._corrupt.clear()
     with caplog.at_level("WARNING", logger="absl"):
         found = list(dataset.as_numpy_iterator())
         assert len(list(dataset)) == len(found)
