@@ -46,8 +46,8 @@ _BORDER = 2
 _DIRECTORY = flags.DEFINE_string(
     "directory",
     None,
-    "Data directory. The files are written to fashion_mnist_jpeg/1.0.0 in it.",
-    required=True,
+    "Data directory, required. The files are written to "
+    "fashion_mnist_jpeg/1.0.0 in it.",
 )
 _SHARDS = flags.DEFINE_integer(
     "shards", 16, "Number of files of each split.", lower_bound=1
@@ -75,7 +75,8 @@ def _run(arguments: Sequence[str]) -> None:
         )
     if not _DIRECTORY.value:
         raise UsageError(
-            "--directory must be a directory. Received: --directory="
+            "--directory must be a directory, such as --directory=data. "
+            f"Received: --directory={_DIRECTORY.value or ''}"
         )
     description = (
         "Fashion-MNIST (Xiao, Rasul and Vollgraf 2017, MIT licence) as grey "

@@ -68,6 +68,12 @@ def test_write_fashion_mnist_with_other_flags_raises(run, tmp_path, changed):
         run(**{"directory": str(tmp_path), "shards": 2, **changed})
 
 
+@pytest.mark.parametrize("directory", [None, ""])
+def test_write_fashion_mnist_without_directory_raises(run, directory):
+    with pytest.raises(UsageError, match="--directory must be a directory"):
+        run(directory=directory)
+
+
 def test_write_fashion_mnist_keeps_a_foreign_directory(run, tmp_path):
     path = tmp_path / "fashion_mnist_jpeg" / "1.0.0"
     path.mkdir(parents=True)
