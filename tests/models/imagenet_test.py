@@ -1,5 +1,6 @@
 """The task of ImageNet, on photographs and drawings in the same format."""
 
+import json
 import pathlib
 
 import keras
@@ -141,7 +142,7 @@ def answers(directory):
 
 
 @pytest.mark.parametrize("strategy", ["one_device", "mirrored"])
-@pytest.mark.parametrize("batch_size", [4, 10, 64])
+@pytest.mark.parametrize("batch_size", [4, 64])
 def test_every_image_is_evaluated_once(
     make_task, answers, strategy, batch_size
 ):
@@ -249,10 +250,10 @@ def test_config_that_does_not_fit_raises(make_task, overrides, parts):
 
 @pytest.mark.slow
 def test_ten_images_are_learned_and_a_kill_changes_no_bit(directory, tmp_path):
-    steps = 80
+    steps = 200
     arguments = (
         "--config=configs/imagenet_small.py:magnitude,sparsity=0.5,"
-        f"begin_step=10,end_step=40,frequency=5,train_steps={steps}",
+        f"begin_step=20,end_step=100,frequency=10,train_steps={steps}",
         f"--config.data.directory={directory}",
         "--config.data.name=ten",
         f"--config.data.image_size={SIZE}",
@@ -260,7 +261,7 @@ def test_ten_images_are_learned_and_a_kill_changes_no_bit(directory, tmp_path):
         "--config.learning_rate.base_batch_size=40",
         "--cpu_replicas=2",
         "--deterministic",
-        "--save_checkpoints_steps=10",
+        "--save_checkpoints_steps=20",
         "--steps_per_loop=5",
     )
 
@@ -280,14 +281,14 @@ def test_ten_images_are_learned_and_a_kill_changes_no_bit(directory, tmp_path):
     def saved():
         found = list(pathlib.Path(tmp_path, "killed").glob("*/config.json"))
         return found and any(
-            10 < step < steps
+            20 < step < steps
             for step in processes.checkpoint_steps(found[0].parent)
         )
 
     with start("whole") as whole:
         assert whole.wait() == 0, whole.output
-    (metrics,) = processes.records(run_directory("whole"), "eval")
-    assert metrics["accuracy"] == 1
+    result = json.loads((run_directory("whole") / "result.json").read_text())
+    assert result["metrics"]["accuracy"] == 1
     with start("killed") as program:
         program.wait_until(saved)
         program.kill()
