@@ -309,7 +309,7 @@ class TfdsImages:
         return inputs.record_eval_batches(
             self._eval,
             decode,
-            batch_size=_eval_batch(self._eval_batch_size, context),
+            batch_size=inputs.whole_batch(self._eval_batch_size, context),
             context=context,
             skip_corrupt=self._skip_corrupt,
         )
@@ -417,7 +417,7 @@ class SyntheticImages:
         """Returns evaluation batches, as `TfdsImages.eval`."""
         return inputs.array_eval_batches(
             self._examples(self.eval_examples, 2),
-            batch_size=_eval_batch(self._eval_batch_size, context),
+            batch_size=inputs.whole_batch(self._eval_batch_size, context),
             context=context,
         ).map(self._with_image)
 
@@ -474,11 +474,6 @@ def _resize(pixels: tf.Tensor, size: int) -> tf.Tensor:
     # The kernel overshoots at edges. The cast truncates.
     pixels = tf.clip_by_value(pixels, 0.0, 255.0) + 0.5
     return tf.cast(pixels, tf.uint8)
-
-
-def _eval_batch(maximum: int, context: tf.distribute.InputContext) -> int:
-    replicas = context.num_replicas_in_sync
-    return max(1, maximum // replicas) * replicas
 
 
 def _find(name: str, directory: str | os.PathLike | None) -> Any:

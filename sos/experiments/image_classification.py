@@ -104,8 +104,7 @@ class ArraySource:
 
     def eval(self, context: tf.distribute.InputContext) -> tf.data.Dataset:
         """Returns evaluation batches with every example once."""
-        replicas = context.num_replicas_in_sync
-        size = max(1, self._eval_batch_size // replicas) * replicas
+        size = inputs.whole_batch(self._eval_batch_size, context)
         return inputs.array_eval_batches(
             self._eval, batch_size=size, context=context
         )

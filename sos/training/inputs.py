@@ -554,6 +554,27 @@ def array_eval_batches(
     )
 
 
+def whole_batch(maximum: int, context: tf.distribute.InputContext) -> int:
+    """Lowers a batch size to a multiple of the number of replicas.
+
+    Args:
+        maximum: The batch size to lower.
+        context: Says how many replicas there are.
+
+    Returns:
+        The batch size; at least one example for each replica.
+
+    Example:
+    >>> import sos.training.inputs
+    >>> import tensorflow as tf
+    >>> context = tf.distribute.InputContext(num_replicas_in_sync=3)
+    >>> sos.training.inputs.whole_batch(10, context)
+    9
+    """
+    replicas = context.num_replicas_in_sync
+    return max(1, maximum // replicas) * replicas
+
+
 class _Element(NamedTuple):
     """A record with its origin, all tensors.
 
