@@ -35,6 +35,10 @@ _OPEN_ROWS = 64
 # Pairs are packed in groups of this many, all groups at the same time. Each
 # group leaves some rows half empty.
 _GROUP = 4096
+# Rows of which one side is filled less than this are packed again.
+_FULL = 0.9
+# More places than a row has: a pair does not fit.
+_NO_ROW = np.iinfo(np.int32).max
 # Pairs whose tokens are copied at once, which bounds the memory for indices.
 _COPIED = 65536
 
@@ -532,7 +536,8 @@ def pack(
     A pair is put into that of 64 rows in which the fewest places remain. If it
     fits into none of them, the fullest row is finished and a new one begun.
     Pairs are divided into groups of about 4,096, which have rows of their own
-    and are packed at the same time.
+    and are packed at the same time. What the groups leave in rows that are not
+    full is packed again.
 
     Args:
         source_lengths: Length of each pair's source, from 1 to `source_size`,
@@ -551,37 +556,61 @@ def pack(
     >>> pack(np.array([6, 6, 4, 4]), np.array([5, 7, 2, 3]), 10, 10).tolist()
     [0, 1, 1, 0]
     """
-    pairs = len(source_lengths)
+    lengths = np.stack([source_lengths, target_lengths]).astype(np.int32)
+    sizes = np.array([source_size, target_size], np.int32)
+    rows = _pack_groups(lengths, sizes)
+    fills = [
+        np.bincount(rows, each) / size
+        for each, size in zip(lengths, sizes, strict=True)
+    ]
+    (loose,) = np.nonzero((np.maximum(*fills) < _FULL)[rows])
+    # If there are many, the pairs are such that rows cannot be full.
+    if _GROUP < lengths.shape[1] and 0 < len(loose) < lengths.shape[1] // 2:
+        again = pack(*lengths[:, loose], source_size, target_size)
+        rows[loose] = rows.max() + 1 + again
+        rows = np.unique(rows, return_inverse=True)[1]
+    return rows
+
+
+def _pack_groups(lengths: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Packs groups of pairs at the same time.
+
+    Args:
+        lengths: int32 of shape [2, pairs].
+        sizes: int32 of shape [2].
+
+    Returns:
+        As of `pack`.
+    """
+    pairs = lengths.shape[1]
     groups = max(1, pairs // _GROUP)
     steps = -(-pairs // groups)
-    lengths = np.zeros((2, groups * steps), np.int32)
-    lengths[:, :pairs] = source_lengths, target_lengths
-    # Group by group; [2, steps, groups, 1]. What fills the last group up has
-    # no length, so that it takes no place.
-    lengths = lengths.reshape(2, groups, steps).transpose(0, 2, 1)[..., None]
-    size = np.array([source_size, target_size], np.int32)
+    # What fills the last group up has no length, so that it takes no place.
+    lengths = np.pad(lengths, ((0, 0), (0, groups * steps - pairs)))
+    # Group by group: of shape [steps, 2, groups, 1].
+    lengths = lengths.reshape(2, groups, steps).transpose(2, 0, 1)[..., None]
     free = np.empty((2, groups, _OPEN_ROWS), np.int32)
-    free[:] = size[:, None, None]
+    free[:] = sizes[:, None, None]
     names = np.arange(groups * _OPEN_ROWS).reshape(groups, _OPEN_ROWS)
-    rows = np.empty((steps, groups), np.int64)
     begun = names.size
-    each = np.arange(groups)
-    for step in range(steps):
-        remaining = free - lengths[:, step]
-        left = remaining[0] + remaining[1]
+    rows = np.empty((steps, groups), np.int64)
+    every = np.arange(groups)
+    for step, length in enumerate(lengths):
+        remaining = free - length
         fits = (remaining[0] | remaining[1]) >= 0
-        best = np.where(fits, left, np.iinfo(np.int32).max).argmin(axis=1)
-        (full,) = np.nonzero(~fits[each, best])
+        remaining = np.where(fits, remaining[0] + remaining[1], _NO_ROW)
+        best = remaining.argmin(axis=1)
+        (full,) = np.nonzero(~fits[every, best])
         if len(full):
             fullest = free[:, full].sum(axis=0).argmin(axis=1)
             best[full] = fullest
-            free[:, full, fullest] = size[:, None]
+            free[:, full, fullest] = sizes[:, None]
             names[full, fullest] = begun + np.arange(len(full))
             begun += len(full)
-        free[:, each, best] -= lengths[:, step, :, 0]
-        rows[step] = names[each, best]
+        free[:, every, best] -= length[..., 0]
+        rows[step] = names[every, best]
     rows = rows.T.reshape(-1)[:pairs]
-    return np.unique(rows, return_inverse=True)[1].reshape(-1)
+    return np.unique(rows, return_inverse=True)[1]
 
 
 def _fill(
