@@ -102,7 +102,7 @@ def load(
     Args:
         name: "libreoffice_help" for the embedded pairs; the path of a directory
             of text files, see `load_files`; or the name of a data set of
-            TensorFlow Datasets, see `load_tfds`.
+            TensorFlow Datasets, or its directory, see `load_tfds`.
         directory: Data directory of TensorFlow Datasets.
         source: Language of the sentences.
         target: Language of their translations.
@@ -143,18 +143,18 @@ def load(
             *(select(getattr(data, split)) for split in _SPLITS)
         )
     path = os.path.expanduser(name)
-    # "wmt14_translate/de-en" may also be a directory, of TensorFlow Datasets.
-    is_tfds = directory is not None or any(
-        tf.io.gfile.glob(os.path.join(path, pattern, "dataset_info.json"))
-        for pattern in ("", "*")
-    )
-    if not is_tfds and tf.io.gfile.isdir(path):
-        return load_files(path, source=source, target=target)
-    if os.path.isabs(path) or "://" in path:
+    if directory is None and tf.io.gfile.isdir(path):
+        info = "dataset_info.json"
+        if tf.io.gfile.exists(os.path.join(path, info)):
+            directory = path
+        # "wmt14_translate/de-en" may also be a directory here, of versions.
+        elif not tf.io.gfile.glob(os.path.join(path, "*", info)):
+            return load_files(path, source=source, target=target)
+    if directory is None and (os.path.isabs(path) or "://" in path):
         raise UsageError(
-            "The data must be 'libreoffice_help', a directory of text files "
-            "or the name of a data set of TensorFlow Datasets. Received: "
-            f"{name!r}, which is not a directory"
+            f"The data must be {EMBEDDED!r}, a directory of text files, or the "
+            "name or directory of a prepared data set of TensorFlow Datasets. "
+            f"Received: {name!r}, which is none of these"
         )
     return load_tfds(name, directory, source=source, target=target)
 
@@ -274,7 +274,7 @@ def load_tfds(
             "`source` and `target` must be two languages of the data set. "
             f"Received: source={source!r}, target={target!r} for "
             f"{builder.info.full_name} with the features "
-            f"{', '.join(languages) or features!r}"
+            + (", ".join(languages) or repr(features))
         )
     missing = [s for s in _SPLITS if s not in builder.info.splits]
     if missing:
