@@ -30,7 +30,7 @@ AWKWARD = [
     ". and .. at the beginning",
     "</s><pad> <unk> <0x0A>",
     "\ud7ff\ue000\uffff\U00010000\U0010ffff",
-    "⁇ and \ufffd",
+    "⁇, \ufffd and ▅",
     "ab" * 5000,
 ]
 
@@ -216,6 +216,12 @@ def test_saved_model_contains_the_vocabulary(tmp_path):
     loaded = tf.saved_model.load(tmp_path / "echo")
     texts = [text.encode() for text in AWKWARD]
     assert loaded(texts).numpy().tolist() == texts
+
+
+def test_subwords_made_in_the_scope_of_a_strategy_work():
+    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+        found = subwords.Subwords(model())
+    assert found.tokenize(["a"]).to_list() == [[reference().encode("a")[0], 1]]
 
 
 def test_subwords_made_in_a_graph_work_in_it():
