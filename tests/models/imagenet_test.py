@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import keras
 import numpy as np
@@ -311,3 +312,29 @@ def test_synthetic_images_need_no_files():
     assert batch["image"].shape == (4, SIZE, SIZE, 3)
     assert task.source.classes == 1000
     assert task.source.train_examples == imagenet.TRAIN_EXAMPLES
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_imagenet_kinds_of_layers_are_those_of_their_kernels(depth):
+    config = imagenet.ImageNet.default_config()
+    config.data.name = "synthetic"
+    config.model.depth = depth
+    config.model.width = 0.125
+    made = imagenet.ImageNet(config_lib.resolve(config))
+    sizes = {
+        (7, 7): "first convolution",
+        (3, 3): "3x3 convolution",
+        (1, 1): "1x1 convolution",
+    }
+    network = made.build_network()
+    for layer in network.layers:
+        if not hasattr(layer, "kernel"):
+            continue
+        # The kernel of a dense layer has no height and width.
+        expected = sizes.get(tuple(layer.kernel.shape[:-2]), "classifier")
+        found = next(
+            name
+            for name, expression in made.layer_kinds
+            if re.search(expression, f"{layer.name}/kernel")
+        )
+        assert found == expected, layer.name
