@@ -1,6 +1,19 @@
 """Data sets for the experiments. Small ones are part of the package."""
 
-from sos.datasets import fashion_mnist, imagenet
+from sos.datasets import (
+    fashion_mnist,
+    imagenet,
+    libreoffice_help,
+    subwords,
+    translation,
+)
 from sos.datasets.writer import write_images
 
-__all__ = ["fashion_mnist", "imagenet", "write_images"]
+__all__ = [
+    "fashion_mnist",
+    "imagenet",
+    "libreoffice_help",
+    "subwords",
+    "translation",
+    "write_images",
+]

@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from sos.datasets.writer import import_tfds
-from sos.errors import UsageError, reason
+from sos.datasets import prepared
+from sos.errors import UsageError
 from sos.training import inputs
 
 # An evaluation image is the centre square of this fraction of the shorter side,
@@ -240,7 +240,9 @@ class TfdsImages:
                 "`min_area` must be a fraction of the image, above 0 and at "
                 f"most 1. Received: min_area={min_area}"
             )
-        info = _find(name, directory).info
+        info = prepared.find(
+            name, directory, how_to_prepare=_how_to_prepare
+        ).info
         label = _check_features(info)
         self.image_shape = (image_size, image_size, 3)
         self.classes = label.num_classes
@@ -476,118 +478,6 @@ def _resize(pixels: tf.Tensor, size: int) -> tf.Tensor:
     return tf.cast(pixels, tf.uint8)
 
 
-def _find(name: str, directory: str | os.PathLike | None) -> Any:
-    """Returns the builder of a prepared data set."""
-    tfds = import_tfds()
-    if directory is not None:
-        directory = os.path.expanduser(os.fspath(directory))
-        _check_directory(name, directory)
-        if _has_info(directory):
-            return _open(tfds, directory)
-    place = directory or os.environ.get(
-        "TFDS_DATA_DIR", os.path.expanduser("~/tensorflow_datasets")
-    )
-    try:
-        builder = tfds.builder(name, data_dir=directory)
-    except tfds.core.DatasetNotFoundError as error:
-        raise UsageError(
-            "The name must be that of a data set that is prepared in "
-            f"{place} or defined by TensorFlow Datasets. Received: {name!r}. "
-            f"{_how_to_prepare(name, place)}"
-        ) from error
-    except Exception as error:
-        raise _unreadable(f"{name!r} in {place}", error) from error
-    prepared = os.fspath(builder.data_dir)
-    if _has_info(prepared):
-        return builder
-    # TensorFlow Datasets looks for the newest version that it defines.
-    parent = os.path.dirname(prepared)
-    versions = [
-        os.path.dirname(path)
-        for path in tf.io.gfile.glob(os.path.join(parent, "*", _INFO))
-    ]
-    if not versions or ":" in name:
-        raise UsageError(
-            f"The data set {name!r} is not prepared: {prepared} does not exist "
-            f"or has no {_INFO}. {_how_to_prepare(name, place)}"
-        )
-    return _open(
-        tfds,
-        max(
-            versions,
-            key=lambda path: [
-                int(part) if part.isdecimal() else -1
-                for part in os.path.basename(path).split(".")
-            ],
-        ),
-    )
-
-
-_INFO = "dataset_info.json"
-
-
-def _has_info(directory: str) -> bool:
-    return tf.io.gfile.exists(os.path.join(directory, _INFO))
-
-
-def _open(tfds: Any, directory: str) -> Any:
-    try:
-        return tfds.builder_from_directory(directory)
-    except Exception as error:
-        raise _unreadable(f"in {directory}", error) from error
-
-
-def _unreadable(place: str, error: Exception) -> UsageError:
-    """Converts what TensorFlow Datasets raises for unreadable metadata.
-
-    These are AssertionError, OSError, ValueError, and errors of the packages
-    that it parses and downloads with. Any line of the message may have the
-    cause.
-    """
-    message = " ".join(str(error).split()).rstrip(".:")
-    return UsageError(
-        f"The data set {place} cannot be read. Correct its name, or prepare it "
-        "again with a present version of tensorflow-datasets. Cause: "
-        f"{type(error).__name__}: {message}"
-    )
-
-
-def _check_directory(name: str, directory: str) -> None:
-    try:
-        # `isdir` would hide why a remote directory cannot be read.
-        if tf.io.gfile.stat(directory).is_directory:
-            return
-        problem = "which is not a directory"
-    except tf.errors.NotFoundError:
-        problem = "which does not exist"
-    except tf.errors.OpError as error:
-        raise UsageError(
-            f"The data directory {directory} cannot be read: {reason(error)}"
-        ) from error
-    raise UsageError(
-        "The data directory must exist and hold a prepared data set. "
-        f"Received: {directory}, {problem}. {_how_to_prepare(name, directory)}"
-    )
-
-
-def _how_to_prepare(name: str, directory: str) -> str:
-    text = (
-        "Prepare what TensorFlow Datasets defines with "
-        f"`tensorflow_datasets.builder({name!r}, data_dir={directory!r})"
-        ".download_and_prepare(file_format='tfrecord')`"
-    )
-    if name.startswith("imagenet2012"):
-        text += (
-            ", after downloading ILSVRC2012_img_train.tar and "
-            "ILSVRC2012_img_val.tar from image-net.org to "
-            f"{os.path.join(directory, 'downloads', 'manual')}"
-        )
-    return (
-        f"{text}; write own images with `sos.datasets.write_images`; or choose "
-        "another directory"
-    )
-
-
 def _check_features(info: Any) -> Any:
     """Checks features and file format; returns the feature "label"."""
     features = dict(info.features) if hasattr(info.features, "keys") else {}
@@ -609,6 +499,20 @@ def _check_features(info: Any) -> Any:
             f"{file_format!r}"
         )
     return label
+
+
+def _how_to_prepare(name: str, directory: str) -> str:
+    text = prepared.how_to_prepare(name, directory)
+    if name.startswith("imagenet2012"):
+        text += (
+            ", after downloading ILSVRC2012_img_train.tar and "
+            "ILSVRC2012_img_val.tar from image-net.org to "
+            f"{os.path.join(directory, 'downloads', 'manual')}"
+        )
+    return (
+        f"{text}; write own images with `sos.datasets.write_images`; or choose "
+        "another directory"
+    )
 
 
 def _shards(info: Any, *names: str) -> list[inputs.Shard]:
