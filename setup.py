@@ -46,16 +46,35 @@ STUDY_REQUIRES = [
     "pyarrow>=18,<27",
 ]
 
-# What `sos.datasets` imports to read ImageNet.
-IMAGENET_REQUIRES = [
-    # Prepares ImageNet as record files, and knows their features and how many
+# What `sos.datasets` imports to read data sets of TensorFlow Datasets.
+TFDS_REQUIRES = [
+    # Prepares data sets as record files, and knows their features and how many
     # records each file holds. 4.9 is the first release that numpy 2 works with.
     "tensorflow-datasets>=4.9,<5",
     # tensorflow-datasets 4.9.10 imports it to prepare a data set, but does not
     # ask for it.
     "importlib-resources>=6,<8",
+]
+
+# What is imported besides to train on ImageNet.
+IMAGENET_REQUIRES = [
     # Decodes images independently of TensorFlow, in benchmarks and tests.
     "pillow>=10",
+]
+
+# What is imported besides to train on pairs of sentences, to translate and to
+# score translations.
+TRANSLATION_REQUIRES = [
+    # Tokenizes inside a graph. Each release is built for one of TensorFlow;
+    # there is none for Windows.
+    "tensorflow-text>=2.20,<2.22; sys_platform != 'win32'",
+    # Learns vocabularies; developed and tested on 0.2.3. Another release may
+    # learn another vocabulary of the same sentences.
+    "sentencepiece>=0.2,<0.3",
+    # BLEU as it is reported today, with a signature of how it was computed.
+    "sacrebleu>=2.4,<3",
+    # Punctuation and tokens as by Moses, for BLEU as the study computed it.
+    "sacremoses>=0.1,<0.3",
 ]
 
 # What the tests import besides all of the above.
@@ -70,8 +89,8 @@ TEST_REQUIRES = [
     # Statistical tests of the random techniques.
     "scipy>=1.13,<2",
     # Models that nobody wrote for this package: tests make tiny ones sparse.
-    # Only on test machines, as it brings tensorflow-text and clients of model
-    # hubs. Its models change from one minor release to the next.
+    # Only on test machines, as it brings clients of model hubs. Its models
+    # change from one minor release to the next.
     "keras-hub>=0.32,<0.33",
     # Photographs, from which the tests make a small data set in the format of
     # ImageNet.
@@ -131,7 +150,7 @@ setup(
     ),
     long_description=read_readme(),
     long_description_content_type="text/markdown",
-    license="Apache-2.0 AND MIT",
+    license="Apache-2.0 AND MIT AND MPL-2.0",
     license_files=["LICENSE", "sos/*/data/*.NOTICE.txt"],
     # Only the library: top-level `models`, `configs` or `tests` packages would
     # collide with those of whoever installs this.
@@ -146,8 +165,15 @@ setup(
     install_requires=INSTALL_REQUIRES,
     extras_require={
         "study": STUDY_REQUIRES,
-        "imagenet": IMAGENET_REQUIRES,
-        "test": STUDY_REQUIRES + IMAGENET_REQUIRES + TEST_REQUIRES,
+        "imagenet": TFDS_REQUIRES + IMAGENET_REQUIRES,
+        "translation": TFDS_REQUIRES + TRANSLATION_REQUIRES,
+        "test": (
+            STUDY_REQUIRES
+            + TFDS_REQUIRES
+            + IMAGENET_REQUIRES
+            + TRANSLATION_REQUIRES
+            + TEST_REQUIRES
+        ),
         "docs": DOCS_REQUIRES,
     },
     entry_points={"console_scripts": ["sos = sos.__main__:main"]},

@@ -120,8 +120,9 @@ def test_third_party_deps_are_declared_in_setup(name):
     if name not in ("sos", "sos/datasets", "sos/training"):
         allowed |= declared["STUDY_REQUIRES"]
     if name == "benchmarks" or name.startswith("tests/"):
-        allowed |= declared["IMAGENET_REQUIRES"]
+        allowed |= declared["TFDS_REQUIRES"] | declared["IMAGENET_REQUIRES"]
     if name.startswith("tests/"):
+        allowed |= declared["TRANSLATION_REQUIRES"]
         allowed |= declared["TEST_REQUIRES"]
     assert {d for d in TARGETS[name]["deps"] if d[0] == "@"} <= allowed
 

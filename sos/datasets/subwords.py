@@ -24,6 +24,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from sos import startup
 from sos.errors import MissingPackageError, StorageError, UsageError, reason
 from sos.files import write_bytes
 
@@ -104,11 +105,11 @@ def learn(sentences: Iterable[str], size: int) -> bytes:
         )
     except RuntimeError as error:
         # The message begins with the place in the source and the condition.
-        message = str(error).rpartition("] ")[2].strip().rstrip(".")
+        message = str(error).rpartition("] ")[2].partition(". Increase")[0]
         raise UsageError(
             "The sentences must have enough different parts, and few enough "
             f"characters, for a vocabulary of exactly `size` entries. Received:"
-            f" size={size}. Cause: {message or error}"
+            f" size={size}. Cause: {message.strip(' .') or error}"
         ) from error
     return model.getvalue()
 
@@ -152,9 +153,11 @@ class Subwords(tf.Module):
         # The resource belongs to no graph, and the operations run on the host.
         with tf.init_scope(), tf.device("CPU:0"):
             try:
-                self._tokenizer = text.SentencepieceTokenizer(
-                    model=model, out_type=tf.int32, add_eos=True
-                )
+                # It prints that nothing is normalised, for every model.
+                with startup.quiet():
+                    self._tokenizer = text.SentencepieceTokenizer(
+                        model=model, out_type=tf.int32, add_eos=True
+                    )
             except (tf.errors.OpError, TypeError, ValueError) as error:
                 raise UsageError(
                     "A vocabulary must be a model of sentencepiece, such as "
@@ -250,13 +253,15 @@ class Subwords(tf.Module):
             rows = tf.reshape(
                 tokens, tf.stack([tf.reduce_prod(shape[:-1]), shape[-1]])
             )
-            ends = tf.cast(rows == EOS, tf.int32)
-            kept = (tf.cumsum(ends, axis=1) == 0) & (rows != PAD)
-            pieces = tf.ragged.boolean_mask(rows, kept)
             # tensorflow-text drops all spaces at the beginning, and not only
             # the one that tokenization adds. So it must not be the beginning.
             start = tf.fill([tf.shape(rows)[0], 1], self._byte)
-            texts = self._tokenizer.detokenize(tf.concat([start, pieces], 1))
+            rows = tf.concat([start, rows], 1)
+            ends = tf.cast(rows == EOS, tf.int32)
+            kept = (tf.cumsum(ends, axis=1) == 0) & (rows != PAD)
+            texts = self._tokenizer.detokenize(
+                tf.ragged.boolean_mask(rows, kept)
+            )
             texts = tf.strings.regex_replace(
                 texts, rf"\A\{_CHARACTER} ?", "", replace_global=False
             )

@@ -262,7 +262,7 @@ def load_tfds(
             or a language.
         MissingPackageError: If tensorflow-datasets is not installed.
     """
-    builder = prepared.find(name, directory)
+    builder = prepared.find(name, directory, how_to_prepare=_how_to_prepare)
     features = builder.info.features
     languages = sorted(features) if hasattr(features, "keys") else []
     if source == target or not {source, target} <= set(languages):
@@ -649,6 +649,13 @@ def _tokenize(
     return (
         np.concatenate([np.zeros(0, dtype), *(part[0] for part in parts)]),
         np.concatenate([np.zeros(0, np.int32), *(part[1] for part in parts)]),
+    )
+
+
+def _how_to_prepare(name: str, directory: str) -> str:
+    return (
+        f"{prepared.how_to_prepare(name, directory)}; or use the pairs of "
+        f"{EMBEDDED!r}, or a directory of text files"
     )
 
 
