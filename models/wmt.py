@@ -17,7 +17,7 @@ from models import beam_search, transformer
 from models.decoding import LENGTHS, Decoder
 from sos import files
 from sos.arguments import check_integer, check_number
-from sos.datasets import libreoffice_help, subwords, translation
+from sos.datasets import subwords, translation
 from sos.datasets.subwords import EOS, Subwords
 from sos.datasets.translation import PackedPairs, Pairs, TranslationData
 from sos.errors import UsageError
@@ -34,8 +34,6 @@ VOCABULARY = "vocabulary.model"
 #: Folder of the translations in the directory of a run.
 TRANSLATIONS = "translations"
 
-_EMBEDDED = "libreoffice_help"
-_FILES = "files"
 _SPLITS = ("validation", "test")
 
 
@@ -142,13 +140,8 @@ class Translation(ExperimentTask):
           `REGULARIZATIONS`.
         - `batch_size`: Number of target tokens in a step, padding included,
           over all replicas: a multiple of `data.target_length`.
-        - `data.name`: A data set that tensorflow-datasets has prepared, such as
-          "wmt14_translate/de-en"; "files", text files in `data.directory`; or
-          "libreoffice_help", the embedded sentences. See
-          `sos.datasets.translation`.
-        - `data.directory`: Where it was prepared; by default where
-          tensorflow-datasets does so.
-        - `data.source`, `data.target`: Codes of the languages.
+        - `data.name`, `data.directory`, `data.source`, `data.target`: The
+          sentences, as `sos.datasets.translation.load` takes them.
         - `data.vocabulary`: Path of a sentencepiece model; by default, one of
           `data.vocabulary_size` entries is learned from the training sentences,
           which takes minutes for millions of them. It does not identify the
@@ -157,7 +150,8 @@ class Translation(ExperimentTask):
           must have.
         - `data.source_length`, `data.target_length`: Tokens in a packed row.
         - `data.eval_batch_size`: Maximum number of rows in an evaluation batch.
-        - `learning_rate.hidden_size`: `model.width` if not set.
+        - `learning_rate.hidden_size`: The width of the study's network. Another
+          `model.width` does not change the rate.
         - `learning_rate.technique_multiplier`: Factor of the learning rate of
           trainable variables that a technique adds.
         - `decode.split`: "test" or "validation", the sentences that an
@@ -212,7 +206,7 @@ class Translation(ExperimentTask):
         config.learning_rate.schedule = "rsqrt"
         config.learning_rate.base = 2.0
         config.learning_rate.warmup_steps = 8000
-        config.learning_rate.hidden_size = config_dict.placeholder(int)
+        config.learning_rate.hidden_size = 512
         config.learning_rate.technique_multiplier = 1.0
         config.batch_size = 2048
         config.train_steps = 500_000
@@ -295,8 +289,6 @@ class Translation(ExperimentTask):
         """Returns the optimizer that `config.optimizer` describes."""
         rate = self.config.learning_rate.to_dict()
         multiplier = rate.pop("technique_multiplier")
-        if rate["hidden_size"] is None:
-            rate["hidden_size"] = self.config.model.width
         if rate["schedule"] != "rsqrt":
             del rate["hidden_size"]
         optimizer = make_optimizer(
@@ -647,22 +639,12 @@ def _place(data: Mapping[str, Any]) -> _Place:
 # The last results are kept, as a process may make several tasks.
 @functools.lru_cache(maxsize=1)
 def _load(place: _Place) -> TranslationData:
-    languages = {"source": place.source, "target": place.target}
-    if place.name == _EMBEDDED:
-        if tuple(languages.values()) != ("en", "de"):
-            raise UsageError(
-                f"{_EMBEDDED!r} has sentences in English and German only: "
-                f"`source` must be 'en' and `target` 'de'. Received: {place}"
-            )
-        return libreoffice_help.load()
-    if place.name == _FILES:
-        if place.directory is None:
-            raise UsageError(
-                "`directory` must be that of the text files. Received: "
-                "directory=None"
-            )
-        return translation.load_files(place.directory, **languages)
-    return translation.load_tfds(place.name, place.directory, **languages)
+    return translation.load(
+        place.name,
+        place.directory,
+        source=place.source,
+        target=place.target,
+    )
 
 
 @functools.lru_cache(maxsize=1)
