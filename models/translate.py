@@ -207,7 +207,8 @@ class ExportTranslator:
             )
         try:
             # Kept: its functions do not keep the model's variables.
-            self._model = tf.saved_model.load(directory)
+            with startup.quiet():
+                self._model = tf.saved_model.load(directory)
             self._translate = self._model.signatures[_SIGNATURE]
             _, inputs = self._translate.structured_input_signature
             outputs = self._translate.structured_outputs

@@ -126,8 +126,8 @@ class Translation(ExperimentTask):
             if config.decode.sentences != 0:
                 # Now, rather than after hours of training.
                 bleu.check_packages()
-            with _naming("data"):
-                _ = self.data
+            # Now, so that a config that does not fit leaves no directory.
+            _ = self.source
 
     @classmethod
     def default_config(cls) -> ml_collections.ConfigDict:
@@ -521,20 +521,13 @@ class TranslationServing(tf.Module):
 
         def translate(sentences: tf.Tensor) -> dict[str, tf.Tensor]:
             tokens = subwords.tokenize(sentences)
-            cut = tf.concat(
-                [
-                    tokens[:, : longest - 1],
-                    # The end of those that were cut, too.
-                    tf.fill([tf.size(sentences), 1], EOS),
-                ],
-                axis=1,
-            )
-            tokens = tf.where(
-                (tokens.row_lengths() > longest)[:, tf.newaxis], cut, tokens
-            )
+            source = tokens.to_tensor()[:, :longest]
+            cut = tokens.row_lengths() > longest
+            last = tf.range(tf.shape(source)[1]) == longest - 1
+            source = tf.where(cut[:, tf.newaxis] & last, EOS, source)
             found = beam_search.translate(
                 model,
-                tokens.to_tensor(),
+                source,
                 beam=beam,
                 alpha=alpha,
                 extra_length=extra_length,
