@@ -123,6 +123,10 @@ def test_wheel_carries_the_licences(wheel):
     assert any("Apache License" in text for text in texts)
     assert any("Copyright (c) 2017 Zalando SE" in text for text in texts)
     assert any("The Google Research Authors" in text for text in texts)
+    assert any("LibreOffice contributors" in text for text in texts)
+    assert _metadata(wheel)["License-Expression"] == (
+        "Apache-2.0 AND MIT AND MPL-2.0"
+    )
 
 
 def test_metadata_names_core_dependencies_and_extras(wheel):
@@ -144,17 +148,18 @@ def test_metadata_names_core_dependencies_and_extras(wheel):
 
 def test_installed_package_works_outside_the_checkout(installed, tmp_path):
     program = (
-        "import sos, sos.version; from sos.datasets import fashion_mnist; "
+        "import sos, sos.version; "
+        "from sos.datasets import fashion_mnist, libreoffice_help; "
         "print(sos.version.__version__, sos.__file__, "
-        "fashion_mnist.load().x_train.shape)"
+        "fashion_mnist.load().x_train.shape, len(libreoffice_help.load().test))"
     )
     output = _run(
         installed, "-c", program, cwd=tmp_path, TF_CPP_MIN_LOG_LEVEL="3"
     )
-    version, path, shape = output.splitlines()[-1].split(maxsplit=2)
+    version, path, sizes = output.splitlines()[-1].split(maxsplit=2)
     assert version == _version()
     assert pathlib.Path(path).is_relative_to(installed.parent.parent)
-    assert shape == "(6000, 28, 28, 1)"
+    assert sizes == "(6000, 28, 28, 1) 848"
 
 
 def test_first_example_of_the_readme_works_without_extras(installed, tmp_path):

@@ -12,7 +12,6 @@ of the most similar training sentence 12.1.
 """
 
 import importlib.resources
-import lzma
 
 from sos.datasets.translation import Pairs, TranslationData
 from sos.errors import StorageError
@@ -48,6 +47,9 @@ def load() -> TranslationData:
 
 
 def _read(name: str, count: int) -> Pairs:
+    # Some builds of Python lack it, and need it for nothing else.
+    import lzma
+
     try:
         text = lzma.decompress(_DIRECTORY.joinpath(name).read_bytes()).decode()
     except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:

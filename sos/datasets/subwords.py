@@ -167,8 +167,7 @@ class Subwords(tf.Module):
             self.model = model
             self.size = int(self._tokenizer.vocab_size())
             self.fingerprint = hashlib.sha256(model).hexdigest()[:16]
-            self._check_entries()
-            self._byte = int(self._tokenizer.string_to_id(_BYTE))
+            self._byte = self._check_entries()
             (probe,) = self.detokenize(self.tokenize([_PROBE]).to_tensor())
             found = probe.numpy().decode()
         if found != _PROBE:
@@ -269,17 +268,13 @@ class Subwords(tf.Module):
             result.set_shape(tokens.shape[:-1])
             return result
 
-    def _check_entries(self) -> None:
-        """Checks the entries that have fixed indices."""
-        end = self._tokenizer.tokenize([""]).to_list()
-        missing = self._tokenizer.string_to_id(["<pad>", _BYTE]).numpy()
-        unknown = int(self._tokenizer.string_to_id("<unk>"))
-        if (
-            end != [[EOS]]
-            or missing[0] != PAD
-            or missing[1] == unknown
-            or unknown != UNKNOWN
-        ):
+    def _check_entries(self) -> int:
+        """Checks the entries that are needed; returns the index of `_BYTE`."""
+        # The index of the unknown, where there is no such entry.
+        indices = self._tokenizer.string_to_id(
+            ["<pad>", "</s>", "<unk>", _BYTE]
+        ).numpy()
+        if indices.tolist()[:3] != [PAD, EOS, UNKNOWN] or indices[3] == UNKNOWN:
             raise UsageError(
                 f"A vocabulary must have <pad> as entry {PAD}, </s> as {EOS}, "
                 f"<unk> as {UNKNOWN}, and an entry for every byte, as those "
@@ -292,6 +287,7 @@ class Subwords(tf.Module):
                     ).numpy()
                 )
             )
+        return int(indices[3])
 
 
 def _import(module: str, package: str) -> Any:

@@ -35,6 +35,10 @@ _OPEN_ROWS = 64
 # Pairs are packed in groups of this many, all groups at the same time. Each
 # group leaves some rows half empty.
 _GROUP = 4096
+# Rows of which one side is filled less than this are packed again.
+_FULL = 0.9
+# More places than a row has: a pair does not fit.
+_NO_ROW = np.iinfo(np.int32).max
 # Pairs whose tokens are copied at once, which bounds the memory for indices.
 _COPIED = 65536
 
@@ -98,7 +102,7 @@ def load(
     Args:
         name: "libreoffice_help" for the embedded pairs; the path of a directory
             of text files, see `load_files`; or the name of a data set of
-            TensorFlow Datasets, see `load_tfds`.
+            TensorFlow Datasets, or its directory, see `load_tfds`.
         directory: Data directory of TensorFlow Datasets.
         source: Language of the sentences.
         target: Language of their translations.
@@ -139,18 +143,18 @@ def load(
             *(select(getattr(data, split)) for split in _SPLITS)
         )
     path = os.path.expanduser(name)
-    # "wmt14_translate/de-en" may also be a directory, of TensorFlow Datasets.
-    is_tfds = directory is not None or any(
-        tf.io.gfile.glob(os.path.join(path, pattern, "dataset_info.json"))
-        for pattern in ("", "*")
-    )
-    if not is_tfds and tf.io.gfile.isdir(path):
-        return load_files(path, source=source, target=target)
-    if os.path.isabs(path) or "://" in path:
+    if directory is None and tf.io.gfile.isdir(path):
+        info = "dataset_info.json"
+        if tf.io.gfile.exists(os.path.join(path, info)):
+            directory = path
+        # "wmt14_translate/de-en" may also be a directory here, of versions.
+        elif not tf.io.gfile.glob(os.path.join(path, "*", info)):
+            return load_files(path, source=source, target=target)
+    if directory is None and (os.path.isabs(path) or "://" in path):
         raise UsageError(
-            "The data must be 'libreoffice_help', a directory of text files "
-            "or the name of a data set of TensorFlow Datasets. Received: "
-            f"{name!r}, which is not a directory"
+            f"The data must be {EMBEDDED!r}, a directory of text files, or the "
+            "name or directory of a prepared data set of TensorFlow Datasets. "
+            f"Received: {name!r}, which is none of these"
         )
     return load_tfds(name, directory, source=source, target=target)
 
@@ -270,7 +274,7 @@ def load_tfds(
             "`source` and `target` must be two languages of the data set. "
             f"Received: source={source!r}, target={target!r} for "
             f"{builder.info.full_name} with the features "
-            f"{', '.join(languages) or features!r}"
+            + (", ".join(languages) or repr(features))
         )
     missing = [s for s in _SPLITS if s not in builder.info.splits]
     if missing:
@@ -532,7 +536,8 @@ def pack(
     A pair is put into that of 64 rows in which the fewest places remain. If it
     fits into none of them, the fullest row is finished and a new one begun.
     Pairs are divided into groups of about 4,096, which have rows of their own
-    and are packed at the same time.
+    and are packed at the same time. What the groups leave in rows that are not
+    full is packed again.
 
     Args:
         source_lengths: Length of each pair's source, from 1 to `source_size`,
@@ -551,37 +556,61 @@ def pack(
     >>> pack(np.array([6, 6, 4, 4]), np.array([5, 7, 2, 3]), 10, 10).tolist()
     [0, 1, 1, 0]
     """
-    pairs = len(source_lengths)
+    lengths = np.stack([source_lengths, target_lengths]).astype(np.int32)
+    sizes = np.array([source_size, target_size], np.int32)
+    rows = _pack_groups(lengths, sizes)
+    fills = [
+        np.bincount(rows, each) / size
+        for each, size in zip(lengths, sizes, strict=True)
+    ]
+    (loose,) = np.nonzero((np.maximum(*fills) < _FULL)[rows])
+    # If there are many, the pairs are such that rows cannot be full.
+    if _GROUP < lengths.shape[1] and 0 < len(loose) < lengths.shape[1] // 2:
+        again = pack(*lengths[:, loose], source_size, target_size)
+        rows[loose] = rows.max() + 1 + again
+        rows = np.unique(rows, return_inverse=True)[1]
+    return rows
+
+
+def _pack_groups(lengths: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Packs groups of pairs at the same time.
+
+    Args:
+        lengths: int32 of shape [2, pairs].
+        sizes: int32 of shape [2].
+
+    Returns:
+        As of `pack`.
+    """
+    pairs = lengths.shape[1]
     groups = max(1, pairs // _GROUP)
     steps = -(-pairs // groups)
-    lengths = np.zeros((2, groups * steps), np.int32)
-    lengths[:, :pairs] = source_lengths, target_lengths
-    # Group by group; [2, steps, groups, 1]. What fills the last group up has
-    # no length, so that it takes no place.
-    lengths = lengths.reshape(2, groups, steps).transpose(0, 2, 1)[..., None]
-    size = np.array([source_size, target_size], np.int32)
+    # What fills the last group up has no length, so that it takes no place.
+    lengths = np.pad(lengths, ((0, 0), (0, groups * steps - pairs)))
+    # Group by group: of shape [steps, 2, groups, 1].
+    lengths = lengths.reshape(2, groups, steps).transpose(2, 0, 1)[..., None]
     free = np.empty((2, groups, _OPEN_ROWS), np.int32)
-    free[:] = size[:, None, None]
+    free[:] = sizes[:, None, None]
     names = np.arange(groups * _OPEN_ROWS).reshape(groups, _OPEN_ROWS)
-    rows = np.empty((steps, groups), np.int64)
     begun = names.size
-    each = np.arange(groups)
-    for step in range(steps):
-        remaining = free - lengths[:, step]
-        left = remaining[0] + remaining[1]
+    rows = np.empty((steps, groups), np.int64)
+    every = np.arange(groups)
+    for step, length in enumerate(lengths):
+        remaining = free - length
         fits = (remaining[0] | remaining[1]) >= 0
-        best = np.where(fits, left, np.iinfo(np.int32).max).argmin(axis=1)
-        (full,) = np.nonzero(~fits[each, best])
+        remaining = np.where(fits, remaining[0] + remaining[1], _NO_ROW)
+        best = remaining.argmin(axis=1)
+        (full,) = np.nonzero(~fits[every, best])
         if len(full):
             fullest = free[:, full].sum(axis=0).argmin(axis=1)
             best[full] = fullest
-            free[:, full, fullest] = size[:, None]
+            free[:, full, fullest] = sizes[:, None]
             names[full, fullest] = begun + np.arange(len(full))
             begun += len(full)
-        free[:, each, best] -= lengths[:, step, :, 0]
-        rows[step] = names[each, best]
+        free[:, every, best] -= length[..., 0]
+        rows[step] = names[every, best]
     rows = rows.T.reshape(-1)[:pairs]
-    return np.unique(rows, return_inverse=True)[1].reshape(-1)
+    return np.unique(rows, return_inverse=True)[1]
 
 
 def _fill(

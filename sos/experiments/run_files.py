@@ -44,6 +44,8 @@ class Result:
         step: Number of optimizer steps.
         metrics: Metrics of the last evaluation by name; empty if the task has
             no evaluation data.
+        texts: Strings of the task's evaluators by name, for example the
+            signature of a BLEU score.
         sparsity: Fraction of zeros in the sparse weights, in evaluation; None
             for a dense model.
         model_sparsity: Fraction of zeros in all weights of the model.
@@ -83,6 +85,7 @@ class Result:
     multiply_adds: int | None = None
     dense_multiply_adds: int | None = None
     machine: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def read_config(directory: str) -> dict[str, Any] | None:

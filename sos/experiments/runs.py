@@ -320,6 +320,7 @@ def _make_result(
     return Result(
         step=trainer.step,
         metrics={} if summary is None else dict(summary.metrics),
+        texts={} if summary is None else dict(summary.texts),
         sparsity=None if dense else report.sparsity,
         model_sparsity=report.model_sparsity,
         seconds=seconds,

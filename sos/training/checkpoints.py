@@ -1,7 +1,9 @@
 """Saves and restores checkpoints atomically."""
 
 import contextlib
+import copy
 import json
+import math
 import os
 import re
 import uuid
@@ -9,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from absl import logging
 
@@ -25,6 +28,8 @@ _FOLDER = re.compile(r"step-(\d{8,})")
 _METADATA = "metadata.json"
 _VARIABLES = "variables"
 _TEMPORARY = ".writing-"
+# Prefix of the names of an optimizer's variables.
+_OPTIMIZER = "optimizer/"
 # Errors that may not recur: the files need not be damaged.
 _TRANSIENT_ERRORS = (
     tf.errors.AbortedError,
@@ -111,6 +116,17 @@ class Checkpoints:
         self._keep = keep
         self._keep_every = keep_every
         self._keep_steps = frozenset(keep_steps)
+        self._last_step: float = math.inf
+
+    def up_to(self, step: int) -> "Checkpoints":
+        """Returns the checkpoints without those of later steps.
+
+        Args:
+            step: The last step of `steps()`.
+        """
+        checkpoints = copy.copy(self)
+        checkpoints._last_step = step
+        return checkpoints
 
     def steps(self) -> list[int]:
         """Returns the steps of all checkpoints, in ascending order."""
@@ -120,7 +136,8 @@ class Checkpoints:
             _FOLDER.fullmatch(name.rstrip("/"))
             for name in tf.io.gfile.listdir(self.directory)
         ]
-        return sorted(int(match[1]) for match in matches if match)
+        steps = sorted(int(match[1]) for match in matches if match)
+        return [step for step in steps if step <= self._last_step]
 
     def path(self, step: int) -> str:
         """Returns the directory of the checkpoint of a step."""
@@ -295,6 +312,127 @@ class Checkpoints:
             self._read_variables(step, model, optimizer)
         return {"step": step, **metadata["metadata"]}
 
+    @contextlib.contextmanager
+    def average(
+        self, model: keras.Model, last: int = 5
+    ) -> Iterator[tuple[int, ...]]:
+        """Gives a model the mean of the newest checkpoints for a while.
+
+        The mean of the last checkpoints often scores better than the last one
+        (Vaswani et al. 2017, arXiv 1706.03762, section 6.1). All float
+        variables are averaged, trainable or not, in float64; integers, such as
+        masks and counters, are those of the newest checkpoint. Damaged
+        checkpoints are skipped. If there are fewer than asked for, those that
+        exist are averaged, with a warning.
+
+        Args:
+            model: The model, with the variables of the saved one. At the end,
+                also after an exception, its variables have the values that they
+                had before.
+            last: Maximum number of checkpoints.
+
+        Yields:
+            The steps of the averaged checkpoints, in ascending order.
+
+        Raises:
+            UsageError: If `last` is below 1.
+            DamagedCheckpointError: If no checkpoint can be averaged.
+            CheckpointError: If a checkpoint is of another configuration, or
+                cannot be read at the moment.
+
+        Example:
+        >>> import keras, sos.training
+        >>> model = keras.Sequential(
+        ...     [keras.Input((1,)), keras.layers.Dense(1, use_bias=False)]
+        ... )
+        >>> optimizer = keras.optimizers.SGD()
+        >>> optimizer.build(model.trainable_variables)
+        >>> checkpoints = sos.training.Checkpoints(
+        ...     "averaged", configuration={}
+        ... )
+        >>> for step in (0, 1, 2):
+        ...     optimizer.iterations.assign(step)
+        ...     model.set_weights([[[2.0**step]]])
+        ...     checkpoints.save(step, model, optimizer)
+        >>> with checkpoints.average(model, last=2) as steps:
+        ...     steps, model.get_weights()[0].item()
+        ((1, 2), 3.0)
+        >>> model.get_weights()[0].item()
+        4.0
+        """
+        if last < 1:
+            raise UsageError(
+                f"`last` must be at least 1. Received: last={last}"
+            )
+        before = _values(model)
+        try:
+            steps = self._read_average(model, last)
+            if len(steps) < last:
+                logging.warning(
+                    "Averaging %d instead of %d checkpoints, of steps %s: "
+                    "there are no others in %s.",
+                    len(steps),
+                    last,
+                    ", ".join(map(str, steps)),
+                    self.directory,
+                )
+            yield steps
+        finally:
+            _assign(model, before)
+
+    def _read_average(self, model: keras.Model, last: int) -> tuple[int, ...]:
+        """Assigns the mean of checkpoints to a model; returns their steps."""
+        steps: list[int] = []
+        newest: list[np.ndarray] = []
+        sums: dict[int, np.ndarray] = {}
+        for step in reversed(self.steps()):
+            try:
+                self._read_model(step, model)
+            except DamagedCheckpointError as damage:
+                logging.warning(
+                    "The checkpoint %s is damaged and not averaged: %s",
+                    self.path(step),
+                    damage,
+                )
+                continue
+            values = _values(model)
+            newest = newest or values
+            for index, variable in enumerate(model.variables):
+                if keras.backend.is_float_dtype(variable.dtype):
+                    value = values[index].astype(np.float64)
+                    sums[index] = value + sums.get(index, 0.0)
+            steps.append(step)
+            if len(steps) == last:
+                break
+        if not steps:
+            raise DamagedCheckpointError(
+                f"{self.directory} has no checkpoint that can be averaged"
+            )
+        for index, total in sums.items():
+            mean = total / len(steps)
+            newest[index] = mean.astype(newest[index].dtype)
+        _assign(model, newest)
+        return tuple(reversed(steps))
+
+    def _read_model(self, step: int, model: keras.Model) -> None:
+        """Restores the variables of a model without those of its optimizer."""
+        with self._readable(step):
+            metadata = self._read_metadata(step)
+            specs = {
+                name: spec
+                for name, spec in metadata["variables"].items()
+                if not name.startswith(_OPTIMIZER)
+            }
+            self._verify(
+                step, {**metadata, "variables": specs}, variable_specs(model)
+            )
+            checkpoint = _checkpoint(model)
+            with _damage():
+                status = checkpoint.read(
+                    os.path.join(self.path(step), _VARIABLES)
+                )
+                status.assert_existing_objects_matched().expect_partial()
+
     def check(
         self,
         step: int,
@@ -357,15 +495,9 @@ class Checkpoints:
         optimizer: keras.optimizers.Optimizer,
     ) -> None:
         checkpoint = _checkpoint(model, optimizer)
-        try:
+        with _damage():
             status = checkpoint.read(os.path.join(self.path(step), _VARIABLES))
             status.assert_existing_objects_matched().assert_consumed()
-        except _TRANSIENT_ERRORS:
-            raise
-        # TensorFlow's error depends on where the damage is. It can be an
-        # IndexError.
-        except Exception as error:
-            raise DamagedCheckpointError(reason(error)) from error
         restored = int(keras.ops.convert_to_numpy(optimizer.iterations))
         if restored != step:
             raise DamagedCheckpointError(
@@ -495,13 +627,13 @@ def canonical_path(path: str) -> str:
 
 
 def variable_specs(
-    model: keras.Model, optimizer: keras.optimizers.Optimizer
+    model: keras.Model, optimizer: keras.optimizers.Optimizer | None = None
 ) -> dict[str, str]:
     """Returns the dtype and shape of every variable.
 
     Args:
         model: The model.
-        optimizer: Its optimizer, built.
+        optimizer: Its optimizer, built; None for the model's variables only.
 
     Returns:
         Strings such as "float32 3x2" by canonical path. Paths of further
@@ -514,7 +646,7 @@ def variable_specs(
 
 
 def named_variables(
-    model: keras.Model, optimizer: keras.optimizers.Optimizer
+    model: keras.Model, optimizer: keras.optimizers.Optimizer | None = None
 ) -> dict[str, keras.Variable]:
     """Returns every variable by canonical path.
 
@@ -523,7 +655,7 @@ def named_variables(
 
     Args:
         model: The model.
-        optimizer: Its optimizer, built.
+        optimizer: Its optimizer, built; None for the model's variables only.
 
     Returns:
         The variables. Names of the optimizer's begin with "optimizer/". Paths
@@ -531,11 +663,13 @@ def named_variables(
         on.
     """
     variables: dict[str, keras.Variable] = {}
-    prefix = f"{optimizer.name}/"
-    named = [(canonical_path(v.path), v) for v in model.variables] + [
-        (f"optimizer/{canonical_path(v.path.removeprefix(prefix))}", v)
-        for v in optimizer.variables
-    ]
+    named = [(canonical_path(v.path), v) for v in model.variables]
+    if optimizer is not None:
+        prefix = f"{optimizer.name}/"
+        named += [
+            (_OPTIMIZER + canonical_path(v.path.removeprefix(prefix)), v)
+            for v in optimizer.variables
+        ]
     for path, variable in named:
         name, count = path, 1
         while name in variables:
@@ -590,16 +724,43 @@ def format_differences(lines: Sequence[str]) -> str:
 
 
 def _checkpoint(
-    model: keras.Model, optimizer: keras.optimizers.Optimizer
+    model: keras.Model, optimizer: keras.optimizers.Optimizer | None = None
 ) -> tf.train.Checkpoint:
+    parts = {} if optimizer is None else {"optimizer": optimizer}
     # TensorFlow does not track the states of random generators in a model, such
     # as those of dropout layers.
     weights = {id(weight) for weight in model.weights}
     return tf.train.Checkpoint(
         model=model,
-        optimizer=optimizer,
         seeds=[v.value for v in model.variables if id(v) not in weights],
+        **parts,
     )
+
+
+@contextlib.contextmanager
+def _damage() -> Iterator[None]:
+    """Converts errors of reading to `DamagedCheckpointError`."""
+    try:
+        yield
+    except _TRANSIENT_ERRORS:
+        raise
+    # TensorFlow's error depends on where the damage is. It can be an
+    # IndexError.
+    except Exception as error:
+        raise DamagedCheckpointError(reason(error)) from error
+
+
+def _values(model: keras.Model) -> list[np.ndarray]:
+    """Returns copies of the values of a model's variables."""
+    return [
+        np.array(keras.ops.convert_to_numpy(variable))
+        for variable in model.variables
+    ]
+
+
+def _assign(model: keras.Model, values: Sequence[np.ndarray]) -> None:
+    for variable, value in zip(model.variables, values, strict=True):
+        variable.assign(keras.ops.convert_to_tensor(value))
 
 
 @contextlib.contextmanager

@@ -123,6 +123,9 @@ class ContinuousEvaluation:
         """Evaluates a checkpoint; returns False if it cannot be read yet."""
         try:
             self._trainer.restore_step(self._checkpoints, step)
+            summary = self._trainer.evaluate(
+                self._last_step, checkpoints=self._checkpoints, stop=stop
+            )
         except DamagedCheckpointError as error:
             # On an object store it may still be incomplete.
             if step not in self._warned_steps:
@@ -134,5 +137,5 @@ class ContinuousEvaluation:
                     error,
                 )
             return False
-        on_summary(self._trainer.evaluate(self._last_step, stop=stop))
+        on_summary(summary)
         return True

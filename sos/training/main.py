@@ -248,7 +248,9 @@ def train(
         def evaluate(trainer: Trainer) -> None:
             # Saved first, so that a stop can simply end the evaluation.
             _save(trainer, checkpoints)
-            summary = trainer.evaluate(options.train_steps, stop=stop)
+            summary = trainer.evaluate(
+                options.train_steps, checkpoints=checkpoints, stop=stop
+            )
             report(summary)
             evaluations.append(summary)
 

@@ -64,6 +64,8 @@ class Summary:
         kind: "train" for a host loop, "eval" for an evaluation.
         metrics: Means over the steps of the loop or over the evaluation data,
             by name, for example `loss` and `accuracy`.
+        texts: Strings of the task's evaluators by name, for example the
+            signature of a BLEU score.
         learning_rate: Learning rate of the next step.
         sparsity: Fraction of zeros in all sparse weights; None for a dense
             model.
@@ -88,6 +90,7 @@ class Summary:
     total_steps: int
     kind: str = "train"
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     learning_rate: float | None = None
     sparsity: float | None = None
     penalty: float | None = None
@@ -309,6 +312,8 @@ def format_summary(summary: Summary) -> str:
         parts.append(f"took {format_duration(summary.seconds)}")
     elif summary.seconds_left is not None:
         parts.append(f"{format_duration(summary.seconds_left)} left")
+    # Last, because they are long.
+    parts += [f"{name} {text}" for name, text in summary.texts.items()]
     return "  ".join(parts)
 
 

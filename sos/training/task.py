@@ -1,7 +1,7 @@
 """Tasks: a model, its optimizer, its data and its metrics."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn
 
 import keras
@@ -9,12 +9,13 @@ import tensorflow as tf
 
 from sos.errors import TaskError
 from sos.export import ServingModule
+from sos.training.checkpoints import Checkpoints
 
 #: A weighted sum over examples and the sum of the weights, float32 scalars.
 WeightedSum = tuple[tf.Tensor, tf.Tensor]
 
-#: Evaluates a model on the host and returns metrics by name.
-Evaluator = Callable[[keras.Model], Mapping[str, float]]
+#: Evaluates a model on the host; returns metrics and texts by name.
+Evaluator = Callable[[keras.Model], Mapping[str, float | str]]
 
 
 class Task:
@@ -193,14 +194,25 @@ class Task:
             f"{type(self).__name__} must override `compute_metrics`."
         )
 
-    def evaluators(self) -> Mapping[str, Evaluator]:
+    def evaluators(
+        self, checkpoints: Checkpoints | None
+    ) -> Mapping[str, Evaluator]:
         """Returns evaluators, which run on the host, by name. Default: none.
 
         They run after the compiled evaluation, one after the other, in the
         chief's process. Examples are a BLEU score after decoding, and
         accuracies for several thresholds. Each is called with the model and
-        returns metrics by name, such as `{"bleu": 27.3}`. An evaluator must
-        leave the model unchanged.
+        returns metrics by name, such as `{"bleu": 27.3}`. Strings among them,
+        such as the signature of a score, are printed and stored, but are not
+        metrics. An evaluator must leave the model unchanged.
+
+        Args:
+            checkpoints: The checkpoints of this training up to the evaluated
+                step, to score their average with `Checkpoints.average`. None if
+                the model is evaluated without any.
+
+        Returns:
+            The evaluators by name. All workers call this method.
         """
         return {}
 
@@ -488,45 +500,50 @@ def check_evaluators(task: Any, evaluators: Any) -> Mapping[str, Evaluator]:
     return evaluators
 
 
-def check_evaluator_metrics(
-    task: Any, evaluator: str, metrics: Any, others: Mapping[str, float]
-) -> dict[str, float]:
-    """Validates the metrics that an evaluator returned.
+def check_evaluator_results(
+    task: Any, evaluator: str, results: Any, others: Collection[str]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Validates what an evaluator returned.
 
     Args:
         task: The task.
         evaluator: Name of the evaluator.
-        metrics: The returned value.
-        others: The other metrics.
+        results: The returned value.
+        others: Names that exist already.
 
     Returns:
-        The metrics, as Python floats.
+        The metrics, as Python floats, and the texts, both by name.
 
     Raises:
-        TaskError: If they are not numbers by name, or a name is also in
-            `others`.
+        TaskError: If the results are not numbers and strings by name, or a
+            name is also in `others`.
     """
     where = f"evaluators()[{evaluator!r}]"
-    must = "return a dictionary of numbers by name"
-    if not isinstance(metrics, Mapping):
-        _raise(task, where, must, _with_type(metrics))
-    numbers = {}
-    for name, value in metrics.items():
+    must = "return a dictionary of numbers and strings by name"
+    if not isinstance(results, Mapping):
+        _raise(task, where, must, _with_type(results))
+    metrics: dict[str, float] = {}
+    texts: dict[str, str] = {}
+    for name, value in results.items():
         if not isinstance(name, str):
             _raise(task, where, must, _with_type(name))
+        if isinstance(value, str):
+            texts[name] = str(value)
+            continue
         try:
-            numbers[name] = float(value)
+            if isinstance(value, bytes):
+                raise TypeError  # `float` parses it.
+            metrics[name] = float(value)
         except (TypeError, ValueError):
             _raise(task, where, must, f"{_with_type(value)} for {name!r}")
-    if duplicates := sorted(set(numbers) & set(others)):
+    if duplicates := sorted(set(results) & set(others)):
         _raise(
             task,
             where,
-            f"return metrics with other names than {sorted(others)}, which "
-            "exist already",
+            f"return other names than {sorted(others)}, which exist already",
             f"{duplicates}",
         )
-    return numbers
+    return metrics, texts
 
 
 def check_serving(task: Any, module: Any) -> None:

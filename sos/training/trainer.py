@@ -34,7 +34,7 @@ from sos.training.task import (
     Task,
     check_configuration,
     check_eval_batches,
-    check_evaluator_metrics,
+    check_evaluator_results,
     check_evaluators,
     check_model,
     check_optimizer,
@@ -561,6 +561,7 @@ class Trainer:
         self,
         total_steps: int | None = None,
         *,
+        checkpoints: Checkpoints | None = None,
         stop: StopSource | None = None,
     ) -> Summary:
         """Evaluates the current model; all workers must call it.
@@ -570,15 +571,19 @@ class Trainer:
 
         Args:
             total_steps: Total number of steps, for the summary.
+            checkpoints: The checkpoints of this training. The evaluators get
+                those up to the current step.
             stop: Requests a stop before the end.
 
         Returns:
-            A summary of the kind "eval". Only the chief's has the metrics of
+            A summary of the kind "eval". Only the chief's has the results of
             the evaluators.
 
         Raises:
             UsageError: If the task has no evaluation data.
             TaskError: If the task's data or evaluators are invalid.
+            CheckpointError: If an evaluator needs a checkpoint that cannot be
+                read.
             Stopped: If `stop` requested it.
         """
         if not self.task.has_evaluation:
@@ -591,12 +596,16 @@ class Trainer:
         if self.strategy.num_replicas_in_sync > 1:
             self.steps.share_statistics()
         metrics = self._evaluate_batches(step, stop).means()
-        metrics = self._run_evaluators(metrics, step, stop)
+        if checkpoints is not None:
+            # Later ones may exist: of the process that trains, or damaged.
+            checkpoints = checkpoints.up_to(step)
+        metrics, texts = self._run_evaluators(metrics, checkpoints, step, stop)
         return Summary(
             step=step,
             total_steps=step if total_steps is None else total_steps,
             kind="eval",
             metrics=metrics,
+            texts=texts,
             seconds=self._timer() - begin,
             **self._sparsity(),
         )
@@ -649,27 +658,33 @@ class Trainer:
         return dataset, batches
 
     def _run_evaluators(
-        self, metrics: dict[str, float], step: int, stop: StopSource | None
-    ) -> dict[str, float]:
-        """Returns the metrics and, on the chief, those of the evaluators."""
-        evaluators = check_evaluators(self.task, self.task.evaluators())
+        self,
+        metrics: Mapping[str, float],
+        checkpoints: Checkpoints | None,
+        step: int,
+        stop: StopSource | None,
+    ) -> tuple[dict[str, float], dict[str, str]]:
+        """Returns metrics and texts, on the chief with the evaluators'."""
+        metrics, texts = dict(metrics), {}
+        evaluators = check_evaluators(
+            self.task, self.task.evaluators(checkpoints)
+        )
         if not evaluators:
-            return metrics
+            return metrics, texts
         # On all workers, because reading variables may involve all of them.
         model = self._model_on_host()
         for count, (name, evaluator) in enumerate(evaluators.items(), start=1):
             if self.is_chief:
-                metrics = {
-                    **metrics,
-                    **check_evaluator_metrics(
-                        self.task, name, evaluator(model), metrics
-                    ),
-                }
+                numbers, strings = check_evaluator_results(
+                    self.task, name, evaluator(model), {*metrics, *texts}
+                )
+                metrics |= numbers
+                texts |= strings
             # The other workers wait here for the chief.
             _, requested = self._exchange(0.0, stop)
             if requested and count < len(evaluators):
                 raise Stopped(requested, step, f"after the evaluator {name!r}")
-        return metrics
+        return metrics, texts
 
     def export(self, path: str | os.PathLike) -> None:
         """Exports the current model; all workers must call it.

@@ -311,6 +311,166 @@ def test_remove_interrupted_leaves_no_damaged_checkpoint(
     assert names(pathlib.Path(make().directory)) == ["step-00000001"]
 
 
+# Averages.
+
+
+def means(trained, *steps):
+    """The values of the model that is the mean of these steps."""
+    values = []
+    for step in steps:
+        trained.move_to(step)
+        values.append([v.numpy() for v in trained.model.variables])
+    return [
+        sum(v.astype(np.float64) for v in same) / len(steps)
+        if "float" in str(same[0].dtype)
+        else same[-1]
+        for same in zip(*values, strict=True)
+    ]
+
+
+def check_mean(trained, *steps):
+    found = [v.numpy() for v in trained.model.variables]
+    for value, expected in zip(found, means(trained, *steps), strict=True):
+        np.testing.assert_array_equal(value, expected.astype(value.dtype))
+
+
+@pytest.mark.parametrize("technique", techniques.NAMES)
+def test_average_of_every_technique_has_means_and_newest_masks(make, technique):
+    trained = Trained(technique)
+    trained.save(make(), 5, 10, 15, 20)
+    trained.move_to(99)
+    before = trained.bits()
+    with make().average(trained.model, last=3) as steps:
+        assert steps == (10, 15, 20)
+        check_mean(trained, 10, 15, 20)
+    trained.optimizer.iterations.assign(99)
+    assert (
+        trained.bits()[: len(trained.model.variables)]
+        == (before[: len(trained.model.variables)])
+    )
+
+
+def test_average_of_one_is_the_newest_checkpoint(make, trained, warnings):
+    trained.save(make(), 5, 10)
+    trained.move_to(99)
+    with make().average(trained.model, last=1) as steps:
+        assert steps == (10,)
+        check_mean(trained, 10)
+    assert warnings == []
+
+
+def test_average_after_an_exception_restores_all_bits(make, trained):
+    trained.save(make(), 5, 10)
+    trained.move_to(99)
+    with pytest.raises(ZeroDivisionError), make().average(trained.model):
+        raise ZeroDivisionError
+    assert trained.is_at(99)
+
+
+def test_average_of_fewer_checkpoints_says_how_many(
+    make, trained, warnings, folder
+):
+    trained.save(make(), 5, 10)
+    with make().average(trained.model) as steps:
+        assert steps == (5, 10)
+        check_mean(trained, 5, 10)
+    assert warnings == [
+        "Averaging 2 instead of 5 checkpoints, of steps 5, 10: there are no "
+        f"others in {folder}."
+    ]
+
+
+def test_average_skips_damaged_checkpoints(make, trained, warnings):
+    trained.save(make(), 5, 10, 15, 20)
+    for step, damage in (
+        (10, cut("metadata.json", 10)),
+        (20, flip("variables.data-00000-of-00001", 0.5)),
+    ):
+        damage(pathlib.Path(make().path(step)))
+    with make().average(trained.model, last=2) as steps:
+        assert steps == (5, 15)
+        check_mean(trained, 5, 15)
+    assert [line.split(" ")[2] for line in warnings] == [
+        make().path(20),
+        make().path(10),
+    ]
+
+
+def test_average_of_no_checkpoint_raises(make, trained, folder):
+    trained.move_to(99)
+    with (
+        pytest.raises(CheckpointError, match=f"{folder} has no checkpoint"),
+        make().average(trained.model),
+    ):
+        pass
+    assert trained.is_at(99)
+
+
+def test_average_of_another_configuration_or_model_raises(make, trained):
+    trained.save(make(), 5)
+    trained.move_to(99)
+    with (
+        pytest.raises(CheckpointError, match="rate: 0.5 saved, 0.1 now"),
+        make({**CONFIGURATION, "rate": 0.1}).average(trained.model),
+    ):
+        pass
+    assert trained.is_at(99)
+    other = Trained(units=7)
+    with (
+        pytest.raises(CheckpointError, match="a/kernel"),
+        make().average(other.model),
+    ):
+        pass
+
+
+def test_average_of_less_than_one_raises(make, trained):
+    with (
+        pytest.raises(UsageError, match="last=0"),
+        make().average(trained.model, last=0),
+    ):
+        pass
+
+
+def test_average_of_equal_checkpoints_has_equal_bits(make, trained):
+    # Three times a float32 may not be one.
+    for step in (1, 2, 3):
+        trained.move_to(7)
+        trained.optimizer.iterations.assign(step)
+        make().save(step, trained.model, trained.optimizer)
+    trained.move_to(99)
+    with make().average(trained.model, last=3):
+        check_mean(trained, 7)
+
+
+def test_average_of_bfloat16_variables_rounds_once(make, folder):
+    model = keras.Sequential(
+        [keras.Input((3,)), keras.layers.Dense(4, dtype="bfloat16")]
+    )
+    optimizer = keras.optimizers.SGD()
+    optimizer.build(model.trainable_variables)
+    kernels = []
+    for step in range(3):
+        optimizer.iterations.assign(step)
+        kernel = np.random.default_rng(step).normal(size=(3, 4))
+        model.layers[0].kernel.assign(kernel)
+        kernels.append(
+            keras.ops.convert_to_numpy(model.layers[0].kernel).astype(float)
+        )
+        make().save(step, model, optimizer)
+    with make().average(model, last=3):
+        found = keras.ops.convert_to_numpy(model.layers[0].kernel)
+    expected = np.mean(kernels, axis=0).astype(found.dtype)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_up_to_leaves_out_later_checkpoints(make, trained):
+    trained.save(make(), 5, 10, 15)
+    assert make().up_to(10).steps() == [5, 10]
+    assert make().up_to(4).steps() == []
+    with make().up_to(10).average(trained.model, last=1) as steps:
+        assert steps == (10,)
+
+
 @pytest.mark.parametrize("units", [8, 4_000])
 def test_nbytes_estimates_the_size_on_disk(make, units):
     trained = Trained(units=units)

@@ -16,10 +16,11 @@ class FakeCheckpoints:
 
     directory = "work/checkpoints"
 
-    def __init__(self, trainer, *steps, damaged=(), checked=None):
+    def __init__(self, trainer, *steps, damaged=(), removed=(), checked=None):
         self._trainer = trainer
         self.present = list(steps)
         self.damaged = set(damaged)
+        self.removed = set(removed)
         self._checked = checked
 
     def steps(self):
@@ -42,7 +43,9 @@ class FakeTrainer:
     def restore_step(self, checkpoints, step):
         checkpoints.restore_step(step, self.model, self.optimizer)
 
-    def evaluate(self, total_steps, *, stop):
+    def evaluate(self, total_steps, *, checkpoints, stop):
+        if self.step in checkpoints.removed:
+            raise DamagedCheckpointError("it is gone")
         return Summary(
             step=self.step, total_steps=total_steps, kind="eval", seconds=1.0
         )
@@ -190,6 +193,14 @@ def test_evaluation_passes_over_damaged_checkpoints(caplog):
     (warning,) = caplog.records
     assert "step 5 is damaged" in warning.getMessage()
     assert "half of it" in warning.getMessage()
+
+
+def test_evaluation_of_a_checkpoint_removed_meanwhile_goes_on(caplog):
+    # An evaluator that averages checkpoints finds none.
+    evaluation = Evaluation(5, 10, LAST, removed=[5])
+    evaluation.run()
+    assert evaluation.steps == [10, LAST]
+    assert "it is gone" in caplog.text
 
 
 def test_evaluation_of_incomplete_checkpoint_waits_for_the_rest():

@@ -419,6 +419,38 @@ def test_eval_and_train_and_eval_find_the_same(copy, program, tmp_path):
     assert followed == found
 
 
+def test_eval_and_train_and_eval_average_the_same_checkpoints(tmp_path):
+    class Averaged(ToyTask):
+        def evaluators(self, checkpoints):
+            def average(model):
+                with checkpoints.average(model, last=2) as steps:
+                    kernel = model.get_layer("a").kernel
+                    total = np.sum(keras.ops.convert_to_numpy(kernel))
+                return {"total": total, "averaged": f"{steps}"}
+
+            return {"average": average}
+
+    first, second = (Program(tmp_path / name) for name in "ab")
+    options = {"steps_per_eval": 5, "quiet": True}
+    first.task = second.task = Averaged("MagnitudePruning")
+    assert first("train_and_eval", **options) == 0
+    assert second("train", **options) == 0
+    assert second("eval", **options) == 0
+    found, other = (
+        [r for r in processes.records(program.workdir, log) if "texts" in r]
+        for program, log in ((first, "train"), (second, "eval"))
+    )
+    assert [r["texts"]["averaged"] for r in found] == [
+        "(5,)",
+        "(5, 10)",
+        "(10, 15)",
+        "(15, 20)",
+    ]
+    assert [(r["texts"], r["metrics"]) for r in found] == [
+        (r["texts"], r["metrics"]) for r in other
+    ]
+
+
 def test_eval_follows_a_training(program, trained):
     source = trained.workdir / "checkpoints"
     target = program.workdir / "checkpoints"

@@ -74,6 +74,20 @@ def test_format_summary_of_an_evaluation_names_it_so():
     )
 
 
+def test_summary_with_texts_prints_and_stores_them(tmp_path):
+    summary = dataclasses.replace(
+        EVAL, texts={"bleu_signature": "nrefs:1|case:mixed"}
+    )
+    assert format_summary(summary) == (
+        format_summary(EVAL) + "  bleu_signature nrefs:1|case:mixed"
+    )
+    assert Summary.from_json(summary.to_json()) == summary
+    # They are no scalars.
+    report = TensorBoard(tmp_path)
+    report(summary)
+    report.close()
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [

@@ -53,7 +53,7 @@ def test_task_without_an_override_raises(call):
 def test_task_has_no_evaluation_by_default():
     assert not Task().has_evaluation
     assert ToyTask().has_evaluation
-    assert dict(Task().evaluators()) == {}
+    assert dict(Task().evaluators(None)) == {}
     assert Task().initialize(None, None) is None
 
 
@@ -289,25 +289,38 @@ def test_check_evaluators_of_invalid_ones_raises(evaluators, text):
     [
         (27.3, "Received: 27.3 of type float"),
         ({3: 1.0}, "Received: 3 of type int"),
-        ({"bleu": "high"}, "'high' of type str for 'bleu'"),
+        ({"bleu": b"27.3"}, "b'27.3' of type bytes for 'bleu'"),
+        ({"bleu": None}, "None of type NoneType for 'bleu'"),
         ({"loss": 1.0, "bleu": 2.0}, r": \['loss'\]$"),
+        ({"loss": "nats"}, r": \['loss'\]$"),
     ],
 )
-def test_check_evaluator_metrics_of_invalid_ones_raises(figures, text):
+def test_check_evaluator_results_of_invalid_ones_raises(figures, text):
     check_raises(
-        lambda: task_lib.check_evaluator_metrics(
-            ToyTask(), "bleu", figures, {"loss": 0.5}
+        lambda: task_lib.check_evaluator_results(
+            ToyTask(), "bleu", figures, {"loss"}
         ),
         rf"ToyTask.evaluators\(\)\['bleu'\]`.*{text}",
     )
 
 
-def test_check_evaluator_metrics_of_arrays_returns_python_floats():
-    figures = task_lib.check_evaluator_metrics(
-        ToyTask(), "a", {"x": np.float32(0.5), "y": tf.constant(2)}, {}
+def test_check_evaluator_results_of_arrays_returns_python_values():
+    metrics, texts = task_lib.check_evaluator_results(
+        ToyTask(),
+        "a",
+        {
+            "x": np.float32(0.5),
+            "y": tf.constant(2),
+            "s": "27.3",
+            "t": np.str_("nrefs:1"),
+        },
+        (),
     )
-    assert figures == {"x": 0.5, "y": 2.0}
-    assert all(type(value) is float for value in figures.values())
+    assert metrics == {"x": 0.5, "y": 2.0}
+    assert all(type(value) is float for value in metrics.values())
+    # Strings are texts, even those that look like numbers.
+    assert texts == {"s": "27.3", "t": "nrefs:1"}
+    assert all(type(value) is str for value in texts.values())
 
 
 def test_check_serving_of_no_module_raises():

@@ -999,7 +999,7 @@ class ScoredTask(ToyTask):
         self.names = names
         self.models = []
 
-    def evaluators(self):
+    def evaluators(self, checkpoints):
         return {"accuracies": self.accuracies, "zeros": self.zeros}
 
     def accuracies(self, model):
@@ -1069,6 +1069,59 @@ def test_evaluators_can_be_stopped_between():
         trainer.evaluate(stop=StopAfter(3))
     # After the last one there is nothing left to stop.
     assert "zeros" in trainer.evaluate(stop=StopAfter(4)).metrics
+
+
+class AveragedTask(ToyTask):
+    """Scores the mean of its checkpoints, and names them."""
+
+    def evaluators(self, checkpoints):
+        def evaluator(model):
+            before = _kernel(model)
+            with checkpoints.average(model, last=2) as steps:
+                mean = _kernel(model).mean()
+            np.testing.assert_array_equal(_kernel(model), before)
+            return {"mean": mean, "averaged": f"steps {steps}"}
+
+        return {"average": evaluator}
+
+
+def _kernel(model):
+    return keras.ops.convert_to_numpy(model.get_layer("b").kernel)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_evaluators_may_score_the_mean_of_checkpoints(replicas, tmp_path):
+    task = AveragedTask("MagnitudePruning", batch_norm=True)
+    trainer = make_trainer(task=task, replicas=replicas)
+    checkpoints = Checkpoints(
+        tmp_path, configuration=trainer.configuration(), keep=5
+    )
+    kernels = {}
+    for step in (1, 2, 3):
+        trainer.train(step, checkpoints=checkpoints)
+        kernels[step] = _kernel(trainer.model)
+    before = toy_task.values(trainer)
+    summary = trainer.evaluate(checkpoints=checkpoints)
+    assert summary.texts == {"averaged": "steps (2, 3)"}
+    mean = (kernels[2] + kernels[3]) / 2
+    assert summary.metrics["mean"] == pytest.approx(mean.mean(), rel=1e-6)
+    for name, value in toy_task.values(trainer).items():
+        np.testing.assert_array_equal(value, before[name], err_msg=name)
+    # Of an earlier checkpoint, without the later ones.
+    trainer.restore_step(checkpoints, 2)
+    summary = trainer.evaluate(checkpoints=checkpoints)
+    assert summary.texts == {"averaged": "steps (1, 2)"}
+
+
+def test_evaluators_without_checkpoints_receive_none():
+    class Task(ToyTask):
+        def evaluators(self, checkpoints):
+            assert checkpoints is None
+            return {"name": lambda model: {"text": "none"}}
+
+    summary = make_trainer(task=Task()).evaluate()
+    assert summary.texts == {"text": "none"}
+    assert set(summary.metrics) == {"accuracy", "loss"}
 
 
 def test_evaluate_with_a_copy_of_another_model_raises():
