@@ -35,6 +35,8 @@ VOCABULARY = "vocabulary.model"
 TRANSLATIONS = "translations"
 
 _SPLITS = ("validation", "test")
+# Lengths to which an exported model pads a batch, in tokens.
+_SERVING_LENGTHS = LENGTHS[::2]
 
 
 class Regularization(NamedTuple):
@@ -396,12 +398,16 @@ class Translation(ExperimentTask):
             checkpoints: Those of the run.
 
         Returns:
-            A scope in which it has the mean of the newest
-            `config.decode.average_checkpoints` checkpoints; one without effect
-            if that is 1, or there are no checkpoints.
+            A scope in which it has the mean of up to
+            `config.decode.average_checkpoints` of the newest checkpoints after
+            step 0; one without effect if that is one checkpoint.
         """
         last = self.config.decode.average_checkpoints
-        if last == 1 or checkpoints is None:
+        if checkpoints is not None:
+            # Not the initial weights, whose checkpoint is kept as well.
+            trained = [step for step in checkpoints.steps() if step > 0]
+            last = min(last, len(trained))
+        if last <= 1 or checkpoints is None:
             return contextlib.nullcontext()
         return checkpoints.average(model, last=last)
 
@@ -488,7 +494,8 @@ class TranslationServing(tf.Module):
     [n]. It returns "translations", strings of shape [n], and "scores", float32
     of shape [n]: log probabilities, divided by the length penalty of the beam
     search. A sentence of nothing but spaces has an empty translation and the
-    score 0. All sentences are one batch, padded to the longest.
+    score 0. All sentences are one batch, padded to 16, 64, 256 or 1,024 tokens;
+    longer ones are cut.
 
     A process that loads the module must import tensorflow_text first.
 
@@ -517,25 +524,39 @@ class TranslationServing(tf.Module):
         object.__setattr__(self, "model", model)
         self.weights = [variable.value for variable in model.variables]
         self.subwords = subwords
-        longest = LENGTHS[-1]
 
         def translate(sentences: tf.Tensor) -> dict[str, tf.Tensor]:
             tokens = subwords.tokenize(sentences)
-            source = tokens.to_tensor()[:, :longest]
-            cut = tokens.row_lengths() > longest
-            last = tf.range(tf.shape(source)[1]) == longest - 1
-            source = tf.where(cut[:, tf.newaxis] & last, EOS, source)
+            lengths = tokens.row_lengths()
+            # A search has a static length.
+            branches = [
+                functools.partial(search, tokens, lengths, length)
+                for length in _SERVING_LENGTHS
+            ]
+            longest = tf.reduce_max(lengths)
+            index = tf.searchsorted(
+                tf.constant(_SERVING_LENGTHS, tf.int64), longest[tf.newaxis]
+            )[0]
+            texts, scores = tf.switch_case(
+                tf.minimum(index, len(branches) - 1), branches
+            )
+            return {"translations": texts, "scores": scores}
+
+        def search(
+            tokens: tf.RaggedTensor, lengths: tf.Tensor, length: int
+        ) -> tuple[tf.Tensor, tf.Tensor]:
+            source = tokens.to_tensor(shape=[None, length])
+            # The end of sentences that were cut.
+            cut = (lengths > length)[:, tf.newaxis]
+            cut &= tf.range(length) == length - 1
             found = beam_search.translate(
                 model,
-                source,
+                tf.where(cut, EOS, source),
                 beam=beam,
                 alpha=alpha,
                 extra_length=extra_length,
             )
-            return {
-                "translations": subwords.detokenize(found.tokens[:, 0]),
-                "scores": found.scores[:, 0],
-            }
+            return subwords.detokenize(found.tokens[:, 0]), found.scores[:, 0]
 
         @tf.function(
             input_signature=[tf.TensorSpec([None], tf.string, "sentences")],
