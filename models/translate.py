@@ -19,6 +19,7 @@ Exit codes: 0 for success; 1 for an error, whose message says what to do; 75 and
 130 if SIGTERM or Ctrl-C stopped it.
 """
 
+import argparse
 import contextlib
 import hashlib
 import itertools
@@ -29,7 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, NoReturn, Protocol
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -43,7 +44,7 @@ with startup.quiet():
 
 import keras
 import ml_collections
-from absl import app, flags, logging
+from absl import logging
 
 from models.decoding import LENGTHS, batches
 from models.wmt import VOCABULARY, Translation
@@ -51,36 +52,10 @@ from sos import files, keras_compat
 from sos.errors import MissingPackageError, StorageError, UsageError, reason
 from sos.experiments import config as config_lib
 from sos.experiments.run_files import CHECKPOINTS, read_config
+from sos.experiments.trunk import with_parent_directory
 from sos.training import main as training_main
 from sos.training import signals, trainer
 from sos.training.checkpoints import Checkpoints
-
-_RUN = flags.DEFINE_string(
-    "run", None, "Directory of a run, whose newest checkpoint translates."
-)
-_MODEL = flags.DEFINE_string(
-    "model", None, "Directory of an exported model, instead of a run."
-)
-_INPUT = flags.DEFINE_string(
-    "input", "-", "File to translate; - for the standard input."
-)
-_OUTPUT = flags.DEFINE_string(
-    "output", "-", "File to write; - for the standard output."
-)
-_BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size",
-    64,
-    "Number of lines that are translated at once. Batches of lines with more "
-    "than 64 subwords have fewer.",
-    lower_bound=1,
-)
-_CHUNK_LINES = flags.DEFINE_integer(
-    "chunk_lines",
-    2000,
-    "Number of lines that are held in memory and sorted by length. An "
-    "interrupted program continues after the last whole chunk.",
-    lower_bound=1,
-)
 
 _STANDARD = "-"
 _SIGNATURE = "serving_default"
@@ -127,6 +102,9 @@ class RunTranslator:
             # The run may have been moved away from the files that it names.
             config.data.vocabulary = vocabulary
         config.decode.batch_size = batch_size
+        config = with_parent_directory(
+            config, os.path.dirname(directory.rstrip("/"))
+        )
         with (
             config_lib.dtype_policy(config.dtype_policy),
             keras_compat.new_name_counts(),
@@ -148,8 +126,9 @@ class RunTranslator:
                     f"Received: {directory}, without one in "
                     f"{checkpoints.directory}"
                 )
-        # Never left: the model keeps the mean.
-        task.averaged(model, checkpoints).__enter__()
+        # Kept, as the model loses the mean at the end of the scope.
+        self._scope = contextlib.ExitStack()
+        self._scope.enter_context(task.averaged(model, checkpoints))
         self._decoder = task.decoder(model)
         decode = config.decode
         self.fingerprint = _hash(
@@ -397,6 +376,7 @@ class _Progress:
     def __init__(self, total: int | None, done: int) -> None:
         self._total = total
         self._done = self._first = done
+        self._shown: int | None = None
         self._begin = self._printed = time.monotonic()
         self._terminal = sys.stderr.isatty()
 
@@ -409,12 +389,14 @@ class _Progress:
 
     def close(self) -> None:
         """Prints the last number."""
-        self._print("\r" if self._terminal else "")
+        if self._shown != self._done:
+            self._print("\r" if self._terminal else "")
         if self._terminal:
             print(file=sys.stderr)
 
     def _print(self, start: str) -> None:
         self._printed = time.monotonic()
+        self._shown = self._done
         seconds = max(self._printed - self._begin, 1e-9)
         total = "" if self._total is None else f"/{self._total:,}"
         print(
@@ -461,82 +443,138 @@ def translate_lines(
         )
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Translates the input.
 
     Args:
-        argv: Arguments that are not flags.
+        argv: Arguments; those of the process by default.
+
+    Returns:
+        The exit code.
     """
-    training_main.end_process(
-        training_main.exit_code_of(lambda: _run(argv[1:]))
+    return training_main.exit_code_of(lambda: _run(_parse(argv)))
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are reported as those of the other programs."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises `UsageError`."""
+        raise UsageError(f"{message}. Run with --help for all arguments.")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        prog="python -m models.translate",
+        description="Translates a text file or the standard input by lines.",
+        allow_abbrev=False,
     )
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument(
+        "--run",
+        metavar="DIRECTORY",
+        help="directory of a run, whose newest checkpoint translates",
+    )
+    model.add_argument(
+        "--model",
+        metavar="DIRECTORY",
+        help="directory of an exported model",
+    )
+    parser.add_argument(
+        "--input",
+        default=_STANDARD,
+        metavar="FILE",
+        help="file to translate; - for the standard input (default)",
+    )
+    parser.add_argument(
+        "--output",
+        default=_STANDARD,
+        metavar="FILE",
+        help="file to write; - for the standard output (default)",
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=_positive,
+        default=64,
+        metavar="LINES",
+        help="lines that are translated at once (default: %(default)s); "
+        "batches of lines with more than 64 subwords have fewer",
+    )
+    parser.add_argument(
+        "--chunk_lines",
+        type=_positive,
+        default=2000,
+        metavar="LINES",
+        help="lines that are held in memory and sorted by length (default: "
+        "%(default)s); an interrupted program continues after the last chunk",
+    )
+    return parser.parse_args(argv)
 
 
-def _run(arguments: Sequence[str]) -> int:
-    if arguments:
-        raise UsageError(
-            f"The program takes only flags. Received: {' '.join(arguments)}"
-        )
-    if (_RUN.value is None) == (_MODEL.value is None):
-        raise UsageError(
-            "Pass one of --run=DIRECTORY and --model=DIRECTORY. Received: "
-            f"--run={_RUN.value or ''} --model={_MODEL.value or ''}"
-        )
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def _run(options: argparse.Namespace) -> int:
+    logging.set_verbosity(logging.WARNING)
     with contextlib.ExitStack() as stack:
-        source = stack.enter_context(_open_input(_INPUT.value))
+        source = stack.enter_context(_open_input(options.input))
         stack.enter_context(_raising_at_sigterm())
         try:
-            return _translate(source, stack)
+            return _translate(options, source, stack)
         except (KeyboardInterrupt, _Terminated) as stopped:
             terminated = isinstance(stopped, _Terminated)
-            name = "SIGTERM" if terminated else "SIGINT"
-            text = f"Stopped by {name}."
-            if _OUTPUT.value != _STANDARD:
+            signum = signal.SIGTERM if terminated else signal.SIGINT
+            text = f"Stopped by {signum.name}."
+            if options.output != _STANDARD:
                 text += " Run the same command again to continue."
             print(f"\n{text}", file=sys.stderr, flush=True)
-            return signals.exit_code(
-                signal.SIGTERM if terminated else signal.SIGINT
-            )
+            return signals.exit_code(signum)
         except BrokenPipeError:
             # As by `head`. Python would fail again when it ends.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
 
 
-def _translate(source: BinaryIO, stack: contextlib.ExitStack) -> int:
-    to_file = _OUTPUT.value != _STANDARD
+def _translate(
+    options: argparse.Namespace, source: BinaryIO, stack: contextlib.ExitStack
+) -> int:
+    to_file = options.output != _STANDARD
     if to_file:
         # Before the model is loaded.
-        _check_output(_OUTPUT.value)
-    if _RUN.value is not None:
-        translator: Translator = RunTranslator(_RUN.value, _BATCH_SIZE.value)
-    else:
-        translator = ExportTranslator(_MODEL.value, _BATCH_SIZE.value)
+        _check_output(options.output)
+    translator: Translator = (
+        ExportTranslator(options.model, options.batch_size)
+        if options.run is None
+        else RunTranslator(options.run, options.batch_size)
+    )
     done = 0
     write: Callable[[Sequence[bytes], bytes], None] = _write_standard
     if to_file:
-        output = PartialFile(_OUTPUT.value, translator.fingerprint)
+        output = PartialFile(options.output, translator.fingerprint)
         stack.callback(output.close)
         write, done = output.write, output.lines
         output.skip(source)
         if done:
             print(f"Continuing after {done:,} lines.", file=sys.stderr)
-    progress = _Progress(_count_lines(_INPUT.value), done)
+    # Line by line, as somebody waits for each.
     interactive = source.isatty() and not to_file
+    progress = _Progress(_count_lines(options.input), done)
     translate_lines(
         translator,
         source,
         write,
-        chunk_lines=1 if interactive else _CHUNK_LINES.value,
+        chunk_lines=1 if interactive else options.chunk_lines,
         on_batch=(lambda lines: None) if interactive else progress,
     )
     if not interactive:
         progress.close()
     if to_file:
         output.finish()
-        print(f"Wrote {_OUTPUT.value}", file=sys.stderr)
+        print(f"Wrote {options.output}", file=sys.stderr)
     if translator.cut:
         print(
             f"{translator.cut} lines were cut to {LENGTHS[-1]} subwords.",
@@ -656,4 +694,4 @@ def _read(path: str) -> bytes:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(main())
