@@ -259,7 +259,7 @@ def load_tfds(
         target: Language of their translations.
 
     Returns:
-        The pairs, in the order of the files.
+        The pairs, in the same order every time.
 
     Raises:
         UsageError: If the data set is unknown or not prepared, or lacks a split
@@ -286,7 +286,7 @@ def load_tfds(
     splits = []
     for split in _SPLITS:
         sentences: tuple[list[str], list[str]] = ([], [])
-        # The order of the files, which is the same every time.
+        # Unshuffled, the order is the same every time.
         dataset = builder.as_dataset(split=split, shuffle_files=False)
         dataset = dataset.map(
             lambda pair: (pair[source], pair[target]),

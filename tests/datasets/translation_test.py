@@ -254,6 +254,7 @@ def test_packed_embedded_pairs_fill_their_rows(source_length):
     assert np.sum(totals < 0.9) <= 1
 
 
+@pytest.mark.oldest
 def test_packed_embedded_pairs_come_back_as_text():
     data, vocabulary = embedded()
     small = TranslationData(
@@ -301,6 +302,7 @@ def as_lists(batches):
     ]
 
 
+@pytest.mark.oldest
 def test_train_batches_have_static_shapes_and_int32():
     batches = packed(many(), batch_size=4).train(context(replicas=2), 0)
     shapes = {"source": [2, 8], "target": [2, 9]}
