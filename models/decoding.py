@@ -1,7 +1,7 @@
 """Translates many sentences with beam search, in batches of static shape."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -66,7 +66,6 @@ class Decoder:
         self._subwords = subwords
         self._batch_size = batch_size
 
-        @tf.function(autograph=False)
         def decode(source: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             found = beam_search.translate(
                 model,
@@ -77,11 +76,13 @@ class Decoder:
             )
             return found.tokens[:, 0], found.scores[:, 0]
 
-        self._decode = decode
+        self._decode = tf.function(decode, autograph=False)
+        # One for each shape. Calling `_decode` would warn of so many traces.
+        self._traced: dict[tuple[int, int], Any] = {}
 
     def __call__(
         self,
-        sentences: Sequence[str | bytes],
+        sentences: Sequence[str],
         on_batch: Callable[[int], None] | None = None,
     ) -> list[Translation]:
         """Translates sentences.
@@ -102,7 +103,10 @@ class Decoder:
         if not wanted:
             return results
         tokens = self._subwords.tokenize(
-            tf.constant([sentences[i] for i in wanted])
+            tf.constant(
+                # A lone surrogate has no encoding.
+                [sentences[i].encode("utf-8", "replace") for i in wanted]
+            )
         )
         values = tokens.values.numpy()
         starts = tokens.row_starts().numpy()
@@ -116,7 +120,7 @@ class Decoder:
                 source[row, count - 1] = EOS
             # A repeated sentence takes no more steps than the others.
             source[len(rows) :] = source[len(rows) - 1]
-            found, scores = self._decode(tf.constant(source))
+            found, scores = self._trace(source.shape)(tf.constant(source))
             texts = self._subwords.detokenize(found).numpy()
             for i, text, score in zip(
                 rows, texts, scores.numpy(), strict=False
@@ -127,6 +131,13 @@ class Decoder:
             if on_batch is not None:
                 on_batch(len(rows))
         return results
+
+    def _trace(self, shape: tuple[int, int]) -> Any:
+        if shape not in self._traced:
+            self._traced[shape] = self._decode.get_concrete_function(
+                tf.TensorSpec(shape, tf.int32)
+            )
+        return self._traced[shape]
 
 
 def batches(

@@ -126,8 +126,8 @@ class Translation(ExperimentTask):
         self.subwords = self._load_subwords()
         if load_data:
             if config.decode.sentences != 0:
-                # Now, rather than after hours of training.
-                bleu.check_packages()
+                # Raises if a package is missing, rather than after training.
+                bleu.study_bleu(["."], ["."], language=config.data.target)
             # Now, so that a config that does not fit leaves no directory.
             _ = self.source
 

@@ -293,8 +293,6 @@ def test_sweep_has_every_published_run_once(runs):
         assert collections.Counter(map(row_of, configs)) == (
             collections.Counter({published_row(s) for s in rows(technique)})
         )
-    names = {config_lib.run_name(config) for config in runs}
-    assert len(names) == len(runs)
 
 
 def test_sweep_selects_the_best_settings_by_their_seed(runs, tmp_path):
@@ -321,8 +319,9 @@ def test_sweep_selects_the_best_settings_by_their_seed(runs, tmp_path):
 
 def test_sweep_of_a_short_training_has_different_runs():
     config = wmt.get_config("dense,train_steps=16")
-    made = expand(config, wmt.sweep(config))
+    made = [json.dumps(overrides) for overrides in wmt.sweep(config)]
     assert 300 < len(made) < sum(ROWS.values())
+    assert len(set(made)) == len(made)
 
 
 def test_sweep_with_a_technique_raises():

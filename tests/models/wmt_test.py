@@ -288,9 +288,11 @@ def test_translations_do_not_depend_on_the_others(task, model, directory):
     assert decoder([]) == []
 
 
-def test_awkward_lines_come_through(task, model):
+def test_awkward_lines_come_through(task, model, monkeypatch):
+    # Each is traced.
+    monkeypatch.setattr(decoding, "LENGTHS", (64, 1024))
     decoder = decoding.Decoder(
-        model, task.subwords, beam=2, alpha=0.6, extra_length=0, batch_size=4
+        model, task.subwords, beam=1, alpha=0.6, extra_length=0, batch_size=16
     )
     found = decoder([*AWKWARD, "a" * 3000])
     assert [translation.text for translation in found[:2]] == ["", ""]
@@ -404,7 +406,11 @@ def test_mean_of_checkpoints_is_scored(directory, tmp_path):
 # Serving.
 
 
-def test_export_translates_like_the_model(task, model, tmp_path):
+def test_export_translates_like_the_model(
+    task, model, tmp_path, monkeypatch
+):
+    # Each is traced.
+    monkeypatch.setattr(wmt, "_SERVING_LENGTHS", (8, 64))
     lines = ["Close the file.", "", "  ", "What is this?", "😀 Привет"]
     sos.export.export_model(task.serving(model), tmp_path / "export")
     expected = task.decoder(model)(lines)
@@ -424,8 +430,7 @@ def test_export_translates_like_the_model(task, model, tmp_path):
     assert bad["translations"].shape == (1,)
     # Longer than the longest length.
     long = translate(sentences=tf.constant(["a" * 1200]))
-    (expected,) = task.decoder(model)(["a" * 1200])
-    assert long["translations"].numpy()[0].decode() == expected.text
+    assert long["translations"].shape == (1,)
 
 
 _SERVE = """
@@ -446,6 +451,8 @@ def test_export_of_a_sparse_model_runs_without_this_package(
     task = wmt.Translation(tiny_config(directory, "l0"))
     model = task.build_model()
     lines = directory.joinpath("test.en").read_text().splitlines()[:3]
+    # Longer than the longest length.
+    lines.append("a" * 1200)
     expected = [found.text for found in task.decoder(model)(lines)]
     sos.export.export_model(task.serving(sos.strip(model)), tmp_path / "export")
     output = subprocess.run(
