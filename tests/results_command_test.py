@@ -116,7 +116,7 @@ def test_results_file_that_cannot_be_written_ends_with_one_line(
 
 
 def test_results_markdown_is_the_table_of_the_report(capsys):
-    text = _output(capsys, "--markdown=accuracy")
+    text = _output(capsys, "--markdown=scores")
     assert "| magnitude pruning |  | 86.1 (86.0–86.2) |" in text
     text = _output(capsys, "--markdown=findings")
     assert (

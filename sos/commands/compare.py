@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metric",
         metavar="NAME",
-        help="metric of the runs (default: accuracy for resnet50, bleu for "
-        "transformer)",
+        help="metric of the runs (default: accuracy for resnet50, "
+        "study_bleu for transformer)",
     )
     parser.add_argument(
         "--csv", type=Path, metavar="OUT", help="also write the rows to a file"

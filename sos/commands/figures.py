@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--metric",
         metavar="NAME",
         help="metric of the runs to draw over published results (default: "
-        "accuracy for resnet50, bleu for transformer)",
+        "accuracy for resnet50, study_bleu for transformer)",
     )
     parser.add_argument(
         "--out",

@@ -16,12 +16,10 @@ from sos.report import as_text
 if TYPE_CHECKING:
     import pandas as pd
 
-# Columns that are printed by default, if a run has them.
-_COLUMNS = (
-    "label",
-    "sparsity",
-    "achieved_sparsity",
-    "accuracy",
+# Columns that are printed by default, if a run has them. After them comes the
+# score, such as accuracy.
+_FIRST_COLUMNS = ("label", "sparsity", "achieved_sparsity")
+_LAST_COLUMNS = (
     "loss",
     "seed",
     "seeds",
@@ -75,8 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--markdown",
-        choices=("accuracy", "findings"),
-        help="print in Markdown instead: accuracy by technique and sparsity, "
+        choices=("scores", "findings"),
+        help="print in Markdown instead: scores by technique and sparsity, "
         "or what the runs say of the findings of the paper",
     )
 
@@ -117,6 +115,13 @@ def run(options: argparse.Namespace) -> str:
     _write(table, options)
     if options.markdown is not None:
         return _markdown(options.markdown, runs)
+    if not columns:
+        names = dict.fromkeys(run.result.score.name for run in runs)
+        columns = [
+            name
+            for name in (*_FIRST_COLUMNS, *names, *_LAST_COLUMNS)
+            if name in table and table[name].notna().any()
+        ]
     return as_text(_rich_table(table, columns))
 
 
@@ -181,8 +186,8 @@ def _write(table: "pd.DataFrame", options: argparse.Namespace) -> None:
 def _markdown(name: str, runs: list) -> str:
     from sos.experiments import conclusions, tables
 
-    if name == "accuracy":
-        return tables.accuracy_table(runs).markdown()
+    if name == "scores":
+        return tables.score_table(runs).markdown()
     return conclusions.markdown(
         conclusions.findings(
             runs, eval_examples=conclusions.eval_examples(runs)
@@ -195,9 +200,6 @@ def _rich_table(table: "pd.DataFrame", columns: list[str]) -> Any:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    columns = columns or [
-        name for name in _COLUMNS if name in table and table[name].notna().any()
-    ]
     printed = Table(box=SIMPLE_HEAD, show_edge=False, collapse_padding=True)
     for name in columns:
         is_number = table[name].dtype.kind in "if"

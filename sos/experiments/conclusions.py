@@ -15,25 +15,27 @@ from sos.experiments import config as config_lib
 from sos.experiments import differences
 from sos.experiments.differences import BySeed, Difference
 from sos.experiments.results import FinishedRun
+from sos.experiments.scores import ScoreMetric, shared_score
 from sos.experiments.task import make_task
 
 Verdict = Literal["holds", "does not hold", "undecided", "not tested"]
 
-#: How `findings` decides, for readers of a report.
-METHOD = (
+_METHOD = (
     "A difference is a mean over sparsities and seeds. Its 95 % interval is a "
     "bootstrap over seeds, resampled within each sparsity, in pairs where both "
     "sides have the same seeds. If some sparsities have several seeds, those "
     "with one are left out. A finding holds, or does not hold, if the "
-    "interval excludes zero and the difference is larger than the standard "
-    "error that the number of evaluation examples gives an accuracy. One side "
-    "matches the other if the interval excludes a loss larger than that "
-    "standard error. Everything else is undecided."
+    "interval excludes zero{margin}. Everything else is undecided."
 )
-#: What two seeds can give, for readers of a report.
-FEW_SEEDS = (
+_FRACTION_MARGIN = (
+    " and the difference is larger than the standard error that the number of "
+    "evaluation examples gives an accuracy. One side matches the other if the "
+    "interval excludes a loss larger than that standard error"
+)
+_NO_MARGIN = ". One side matches the other if the interval excludes a loss"
+_FEW_SEEDS = (
     "Two seeds give little. At a single sparsity, their interval is the mean ± "
-    "0.7 times their difference; if accuracies vary normally, it contains the "
+    "0.7 times their difference; if {scores} vary normally, it contains the "
     "true difference in 6 of 10 cases. The interval of a mean over five "
     "sparsities with two seeds each contains it in 9 of 10 if the differences "
     "of a seed are independent between sparsities, and in 7 of 10 if their "
@@ -56,7 +58,7 @@ class Finding:
         statement: The statement.
         topic: What it is about, to group findings.
         verdict: Whether it holds for these runs.
-        measured: What `estimate` is, in points of percent.
+        measured: What `estimate` is, in points of the score, or of percent.
         estimate: The mean difference; None if the statement is not tested.
         interval: Its 95 % interval; None without several seeds.
         evidence: The numbers behind the verdict.
@@ -73,15 +75,37 @@ class Finding:
     paper: str = ""
 
 
+def method(score: ScoreMetric) -> list[str]:
+    """Returns how `findings` decides, for readers of a report.
+
+    Args:
+        score: The score of the runs.
+
+    Returns:
+        Paragraphs: the rules, and what two seeds can give.
+    """
+    fraction = score.is_fraction
+    return [
+        _METHOD.format(margin=_FRACTION_MARGIN if fraction else _NO_MARGIN),
+        _FEW_SEEDS.format(scores="accuracies" if fraction else "scores"),
+    ]
+
+
 def eval_examples(runs: Sequence[FinishedRun]) -> int | None:
     """Returns the number of evaluation examples of the runs' task, if known.
 
     Args:
         runs: Finished runs of one task.
 
+    Returns:
+        The number; None also if the score is not an accuracy, whose standard
+        error follows from it.
+
     Raises:
         UsageError: If the task cannot be imported.
     """
+    if not shared_score(runs).is_fraction:
+        return None
     return make_task(config_lib.resolve(runs[0].config)).eval_examples
 
 
@@ -93,11 +117,14 @@ def findings(
     Args:
         runs: Finished runs, in the order of `collect`.
         eval_examples: Number of evaluation examples, from which the standard
-            error of an accuracy follows. None if it is not known: then the
-            interval alone decides.
+            error of an accuracy follows. None if it is not known, or the score
+            is not an accuracy: then the interval alone decides.
 
     Returns:
         The findings; first the best technique at each sparsity.
+
+    Raises:
+        UsageError: If the runs have different scores.
 
     Example:
     >>> from sos.experiments import conclusions
@@ -151,7 +178,8 @@ class _Study:
         self._branches = [
             run for run in runs if run.branch and run.parent is not None
         ]
-        self._eval_examples = eval_examples
+        self.score = shared_score(runs)
+        self._eval_examples = eval_examples if self.score.is_fraction else None
 
     def of_technique(self, technique: str) -> list[FinishedRun]:
         """Returns the runs of a technique without rules."""
@@ -198,7 +226,7 @@ class _Study:
         first: Iterable[FinishedRun],
         second: Iterable[FinishedRun],
         sparsities: Sequence[float],
-        value: _Value = differences.accuracy_percent,
+        value: _Value = differences.score,
     ) -> "_Comparison":
         """Compares values of two techniques at equal sparsities."""
         groups = [
@@ -207,7 +235,7 @@ class _Study:
         ]
         return self._comparison(
             *({_percent(s): v for s, v in group.items()} for group in groups),
-            is_accuracy=value is differences.accuracy_percent,
+            is_score=value is differences.score,
         )
 
     def compare_branches(
@@ -234,9 +262,9 @@ class _Study:
             for run in runs:
                 seed, sparsity = differences.seed_of(run), run.result.sparsity
                 values = differences.by_sparsity(others, [sparsity])
-                accuracy = differences.accuracy_percent(run)
-                if accuracy is not None and seed in values.get(sparsity, {}):
-                    pairs[seed] = accuracy, values[sparsity][seed]
+                score = differences.score(run)
+                if score is not None and seed in values.get(sparsity, {}):
+                    pairs[seed] = score, values[sparsity][seed]
             name = _percent(statistics.fmean(r.result.sparsity for r in runs))
             if name in first:
                 name += f" ({runs[0].hyperparameters})"
@@ -249,7 +277,7 @@ class _Study:
         first: Mapping[str, BySeed],
         second: Mapping[str, BySeed],
         *,
-        is_accuracy: bool = True,
+        is_score: bool = True,
     ) -> "_Comparison":
         strata = {
             name: (values, second[name])
@@ -257,7 +285,7 @@ class _Study:
             if values and second.get(name)
         }
         margin = 0.0
-        if is_accuracy and strata and self._eval_examples is not None:
+        if is_score and strata and self._eval_examples is not None:
             mean = statistics.fmean(
                 v for pair in strata.values() for g in pair for v in g.values()
             )
@@ -297,7 +325,7 @@ def _trunk_names(trunks: Iterable[FinishedRun]) -> dict[tuple, str]:
 def _by_trunk(
     runs: Iterable[FinishedRun], names: Mapping[tuple, str]
 ) -> dict[str, dict[int, float]]:
-    """Returns accuracies by name and seed of the trunks.
+    """Returns scores by name and seed of the trunks.
 
     Args:
         runs: Trunks or branches.
@@ -305,11 +333,11 @@ def _by_trunk(
     """
     values: dict[str, dict[int, list[float]]] = {}
     for run in runs:
-        accuracy = differences.accuracy_percent(run)
-        if accuracy is None:
+        score = differences.score(run)
+        if score is None:
             continue
         seeds = values.setdefault(names[_trunk(run).point], {})
-        seeds.setdefault(differences.seed_of(run), []).append(accuracy)
+        seeds.setdefault(differences.seed_of(run), []).append(score)
     return {
         name: {seed: statistics.fmean(v) for seed, v in seeds.items()}
         for name, seeds in values.items()
@@ -423,7 +451,8 @@ def _best_technique(study: _Study, sparsity: float) -> Finding | None:
     }
     total = compared[others[0]].total
     close = [o for o in others if compared[o].verdict() != "holds"]
-    numbers = [f"{label} {means[label]:.1f} %" for label in (best, *others)]
+    unit = f" {study.score.unit}".rstrip()
+    numbers = [f"{label} {means[label]:.1f}{unit}" for label in (best, *others)]
     evidence = f"Means: {'; '.join(numbers)}."
     if total.interval is None:
         evidence += " One seed gives no interval."
@@ -432,7 +461,7 @@ def _best_technique(study: _Study, sparsity: float) -> Finding | None:
     return Finding(
         statement=f"At {_percent(sparsity)} sparsity, {best} is best",
         verdict="undecided" if close else "holds",
-        measured=f"accuracy, {best} minus {others[0]}",
+        measured=f"{study.score.label}, {best} minus {others[0]}",
         estimate=total.mean,
         interval=total.interval,
         evidence=evidence,
@@ -440,6 +469,7 @@ def _best_technique(study: _Study, sparsity: float) -> Finding | None:
 
 
 def _techniques(study: _Study) -> list[Finding]:
+    score = study.score.label
     magnitude = study.of_technique("MagnitudePruning")
     random = study.of_technique("RandomPruning")
     dense_first = study.magnitude_with_dense_first_layer()
@@ -447,12 +477,12 @@ def _techniques(study: _Study) -> list[Finding]:
     return [
         study.compare(magnitude, random, high).finding(
             "Magnitude pruning is above random pruning at high sparsity",
-            "accuracy, magnitude pruning minus random pruning",
+            f"{score}, magnitude pruning minus random pruning",
         ),
         *(
             study.compare(magnitude, runs, study.sparsities).finding(
                 f"Magnitude pruning matches or beats {label}",
-                f"accuracy, magnitude pruning minus {label}",
+                f"{score}, magnitude pruning minus {label}",
                 matches=True,
                 paper="Of the best published points, variational dropout was "
                 "better on ResNet-50 from 95 % on, and L0 on the Transformer "
@@ -462,7 +492,7 @@ def _techniques(study: _Study) -> list[Finding]:
         ),
         study.compare(dense_first, magnitude, high).finding(
             "A dense first layer helps magnitude pruning at high sparsity",
-            "accuracy, first layer dense minus all layers sparse",
+            f"{score}, first layer dense minus all layers sparse",
         ),
     ]
 
@@ -506,6 +536,7 @@ def _density_of_ends(run: FinishedRun) -> float | None:
 
 
 def _branches(study: _Study) -> list[Finding]:
+    score = study.score.label
     scratch = study.branches("scratch", multiplier=1, learning_rate="scale")
     longer = study.branches("scratch", learning_rate="scale")
     longer = [run for run in longer if run not in scratch]
@@ -525,24 +556,24 @@ def _branches(study: _Study) -> list[Finding]:
         *(
             study.compare_branches([run.parent for run in runs], runs).finding(
                 f"{_capital(label)} does not reach its trunk",
-                f"accuracy, trunk minus {label}",
+                f"{score}, trunk minus {label}",
             )
             for label, runs in (labels or {"training from scratch": []}).items()
         ),
         study.compare_branches(scratch, augmented).finding(
             "Augmented initialization does not help",
-            "accuracy, scratch-e minus augmented init",
+            f"{score}, scratch-e minus augmented init",
             matches=True,
             paper="It made no difference on ResNet-50 and was worse on the "
             "Transformer.",
         ),
         study.compare_branches(longer, scratch).finding(
             "Longer training from scratch helps",
-            "accuracy, scratch-b minus scratch-e",
+            f"{score}, scratch-b minus scratch-e",
         ),
         study.compare_branches(scratch, tickets).finding(
             "A lottery ticket is no better than fresh weights",
-            "accuracy, scratch-e minus lottery ticket",
+            f"{score}, scratch-e minus lottery ticket",
             matches=True,
             paper="It was up to 0.2 points better on ResNet-50, and about 1 "
             "point better on the Transformer at 80 to 95 % sparsity.",
@@ -550,7 +581,7 @@ def _branches(study: _Study) -> list[Finding]:
         study.compare_branches(scratch, random_masks).finding(
             "The trunk's mask is better than a random one with the same "
             "sparsity of each layer",
-            "accuracy, scratch-e minus random mask",
+            f"{score}, scratch-e minus random mask",
             paper="The published runs with random masks have other learning "
             "rates.",
         ),
@@ -558,7 +589,7 @@ def _branches(study: _Study) -> list[Finding]:
             study.compare_profiles(runs, magnitude).finding(
                 f"The sparsity of each layer that {label} found helps "
                 "magnitude pruning",
-                "accuracy, magnitude pruning with those sparsities minus with "
+                f"{score}, magnitude pruning with those sparsities minus with "
                 "equal ones",
                 paper="No published table has such runs.",
             )

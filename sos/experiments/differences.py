@@ -40,10 +40,9 @@ class Difference:
     seeds: tuple[int, int]
 
 
-def accuracy_percent(run: FinishedRun) -> float | None:
-    """Returns the accuracy of a run in percent; None if it has none, or NaN."""
-    value = run.result.metrics.get("accuracy")
-    return None if value is None or math.isnan(value) else 100 * value
+def score(run: FinishedRun) -> float | None:
+    """Returns the score of a run; None if it has none, or it is not finite."""
+    return run.result.score_value
 
 
 def target_sparsities(runs: Iterable[FinishedRun]) -> list[float]:
@@ -74,7 +73,7 @@ def seed_of(run: FinishedRun) -> int:
 def by_sparsity(
     runs: Iterable[FinishedRun],
     sparsities: Sequence[float],
-    value: Callable[[FinishedRun], float | None] = accuracy_percent,
+    value: Callable[[FinishedRun], float | None] = score,
 ) -> dict[float, dict[int, float]]:
     """Returns values of one technique at given sparsities.
 

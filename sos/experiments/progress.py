@@ -12,6 +12,7 @@ from rich.table import Table
 from sos.experiments import config as config_lib
 from sos.experiments.results import FinishedRun
 from sos.experiments.runs import Result
+from sos.experiments.scores import shared_score
 from sos.training.reporting import ProgressBar, Summary, format_duration
 
 # Seconds between two lines if the output is not a terminal.
@@ -135,8 +136,9 @@ class SweepProgress:
             f"{len(self._finished):{len(str(len(self._configs)))}d}"
             f"/{len(self._configs)}  {self._title(name):<{width}}"
         ]
-        if "accuracy" in result.metrics:
-            parts.append(f"accuracy {result.metrics['accuracy']:6.2%}")
+        if (value := result.score_value) is not None:
+            text = f"{value:.2f}{result.score.unit}"
+            parts.append(f"{result.score.label} {text:>6}")
         elif "loss" in result.metrics:
             parts.append(f"loss {result.metrics['loss']:.4f}")
         if result.sparsity is not None:
@@ -269,7 +271,8 @@ def summary_table(runs: Sequence[FinishedRun]) -> Table:
     table.add_column("technique")
     # Final sparsity or penalty weight.
     table.add_column("target", no_wrap=True)
-    for heading in ("sparsity", "accuracy", "time"):
+    score = shared_score(runs)
+    for heading in ("sparsity", score.label, "time"):
         table.add_column(heading, justify="right", no_wrap=True)
     last = None
     for group in points.values():
@@ -279,19 +282,19 @@ def summary_table(runs: Sequence[FinishedRun]) -> Table:
         table.add_row(
             "" if first.label == last else first.label,
             first.hyperparameters,
-            _percent([run.result.sparsity for run in group]),
-            _percent([run.result.metrics.get("accuracy") for run in group]),
+            _mean([run.result.sparsity for run in group], 100, "%"),
+            _mean([run.result.score_value for run in group], 1, score.unit),
             f"{sum(run.result.seconds for run in group) / len(group):.1f} s",
         )
         last = first.label
     return table
 
 
-def _percent(values: Sequence[float | None]) -> str:
-    """Returns the mean in percent, with half the range of several values."""
+def _mean(values: Sequence[float | None], factor: float, unit: str) -> str:
+    """Returns the mean, with half the range of several values."""
     if any(value is None for value in values):
         return ""
-    text = f"{sum(values) / len(values):.2%}"
+    text = f"{factor * sum(values) / len(values):.2f}{unit}"
     if len(values) == 1:
         return text
-    return f"{text} ± {50 * (max(values) - min(values)):.2f}"
+    return f"{text} ± {factor * (max(values) - min(values)) / 2:.2f}"

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sos.errors import UsageError
+from sos.experiments.scores import ScoreMetric
 
 #: Name of the packed file with all results, and of the table of the best.
 RESULTS, BEST = "published.csv.xz", "published_best.csv"
@@ -28,22 +29,18 @@ class Reference:
     Attributes:
         name: Its name in the tables and on the command line.
         title: Model and data set.
-        metric: Name of the metric of runs that is comparable with the scores.
-        scale: Factor from this metric to a score.
-        score: Name of the score, with its unit.
+        score: The score, and the metric of runs that is comparable with it.
         collapsed: Scores below this one are those of runs that learned nothing.
 
     Example:
     >>> from sos.experiments import published
-    >>> published.REFERENCES["resnet50"].metric
+    >>> published.REFERENCES["resnet50"].score.name
     'accuracy'
     """
 
     name: str
     title: str
-    metric: str
-    scale: float
-    score: str
+    score: ScoreMetric
     collapsed: float
 
 
@@ -54,17 +51,16 @@ REFERENCES = {
         Reference(
             name="resnet50",
             title="ResNet-50 on ImageNet",
-            metric="accuracy",
-            scale=100,
-            score="top-1 accuracy (%)",
+            score=ScoreMetric(
+                name="accuracy", label="top-1 accuracy", factor=100
+            ),
             collapsed=1.0,
         ),
         Reference(
             name="transformer",
             title="Transformer on WMT 2014 English-German",
-            metric="bleu",
-            scale=1,
-            score="BLEU",
+            # Not sacreBLEU, whose tokens are others.
+            score=ScoreMetric(name="study_bleu", label="BLEU", factor=1),
             collapsed=1.0,
         ),
     )
@@ -170,7 +166,7 @@ def get_reference(name: str) -> Reference:
 
     Example:
     >>> from sos.experiments import published
-    >>> published.get_reference("transformer").score
+    >>> published.get_reference("transformer").score.label
     'BLEU'
     """
     if name not in REFERENCES:

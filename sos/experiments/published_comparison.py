@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import itertools
-import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -128,7 +127,7 @@ class Comparison:
             caption += f" Left out, without the metric: {self.left_out} runs."
         score = self.reference.score
         table = Table(
-            title=f"{score[0].upper()}{score[1:]} of your runs, and of "
+            title=f"{score.title_with_unit} of your runs, and of "
             f"{self.reference.title} in the paper",
             box=rich.box.SIMPLE_HEAD,
             show_edge=False,
@@ -214,23 +213,25 @@ def scored_runs(
         UsageError: If no run has the metric, or it is a percentage instead of
             a fraction.
     """
-    metric = metric or reference.metric
+    score = reference.score
+    if metric is not None:
+        score = dataclasses.replace(score, name=metric)
     runs = list(runs)
     scored = [
-        (run, reference.scale * run.result.metrics[metric])
+        (run, value)
         for run in runs
-        if math.isfinite(run.result.metrics.get(metric, math.nan))
+        if (value := score.of(run.result.metrics)) is not None
     ]
     if not scored:
         names = sorted({name for run in runs for name in run.result.metrics})
         raise UsageError(
-            f"No run has a finite metric {metric!r}. Choose another one with "
-            f"--metric. Metrics of the runs: {', '.join(names) or 'none'}"
+            f"No run has a finite metric {score.name!r}. Choose another one "
+            f"with --metric. Metrics of the runs: {', '.join(names) or 'none'}"
         )
-    greatest = max(score for _, score in scored)
-    if reference.scale == 100 and greatest > 100:
+    greatest = max(value for _, value in scored)
+    if score.is_fraction and greatest > 100:
         raise UsageError(
-            f"The metric {metric!r} must be a fraction in [0, 1], as it is "
+            f"The metric {score.name!r} must be a fraction in [0, 1], as it is "
             f"compared in percent. Received: {greatest / 100:g}"
         )
     return scored

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from sos.experiments import conclusions, differences, figures, tables
 from sos.experiments import config as config_lib
 from sos.experiments.results import FinishedRun
+from sos.experiments.scores import shared_score
 from sos.files import atomic_write, storage_errors
 from sos.training.reporting import format_duration
 
@@ -87,7 +88,7 @@ def write_report(
     }
     runs = study.runs
     findings = conclusions.findings(runs, eval_examples=eval_examples)
-    table = tables.accuracy_table(runs)
+    table = tables.score_table(runs)
     shared, by_label = _settings(runs)
     text = environment.get_template("report.html.j2").render(
         title=_title(runs),
@@ -97,10 +98,11 @@ def write_report(
             for topic, group in itertools.groupby(findings, lambda f: f.topic)
         },
         eval_examples=eval_examples,
-        method=[conclusions.METHOD, conclusions.FEW_SEEDS],
+        method=conclusions.method(study.score),
+        score=study.score,
         figures=[
             (
-                spec,
+                spec.named(study.score),
                 figures.svg(figure, spec.name),
                 figure.get_figwidth() > _COLUMN_INCHES,
             )
@@ -151,16 +153,16 @@ def _summary(
         f"{_count(len(runs), 'run')} of {' and '.join(parts)}, with "
         f"{_count(seeds, 'seed')}."
     ]
+    score = shared_score(runs)
     dense = [
-        accuracy
+        value
         for run in runs
         if run.result.sparsity is None
-        and (accuracy := differences.accuracy_percent(run)) is not None
+        and (value := differences.score(run)) is not None
     ]
     if dense:
-        sentences.append(
-            f"Dense networks reach {statistics.fmean(dense):.1f} % accuracy."
-        )
+        mean = f"{statistics.fmean(dense):.1f} {score.unit}".rstrip()
+        sentences.append(f"Dense networks reach {mean} {score.label}.")
     counts = Counter(f.verdict for f in findings if f.topic != conclusions.BEST)
     verdicts = [
         f"{counts[verdict]} {singular if counts[verdict] == 1 else plural}"

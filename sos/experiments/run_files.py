@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from sos.errors import StorageError
+from sos.experiments.scores import ACCURACY, ScoreMetric
 from sos.files import write_bytes, write_text
 
 CHECKPOINTS = "checkpoints"
@@ -29,11 +30,14 @@ class WeightSparsity:
         path: Path of the weight in the dense network.
         size: Number of elements.
         sparsity: Fraction of zeros in evaluation.
+        kind: Kind of its layer, such as "attention output"; None if the task
+            names none.
     """
 
     path: str
     size: int
     sparsity: float
+    kind: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,7 @@ class Result:
             nonzero weights need; None if unknown for a weight.
         dense_multiply_adds: The same for all weights.
         machine: Properties of the machine by name; see `describe_machine`.
+        score: The metric by which runs are compared.
 
     Example:
     >>> import sos.experiments
@@ -86,6 +91,13 @@ class Result:
     dense_multiply_adds: int | None = None
     machine: Mapping[str, str] = dataclasses.field(default_factory=dict)
     texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    # Runs of older versions store none.
+    score: ScoreMetric = ACCURACY
+
+    @property
+    def score_value(self) -> float | None:
+        """The score, in percent or its own unit; None if it has none."""
+        return self.score.of(self.metrics)
 
 
 def read_config(directory: str) -> dict[str, Any] | None:
@@ -120,6 +132,8 @@ def read_result(directory: str) -> Result | None:
         return None
     try:
         weights = tuple(WeightSparsity(**w) for w in content.pop("weights"))
+        if "score" in content:
+            content["score"] = ScoreMetric(**content["score"])
         result = Result(**content, weights=weights)
         _check_result(result)
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -327,7 +328,7 @@ def _make_result(
         parameters=sum(
             int(np.prod(v.shape)) for v in trainer.model.trainable_variables
         ),
-        weights=_weight_sparsities(report),
+        weights=_weight_sparsities(report, trainer.task.layer_kinds),
         versions={
             "sos": __version__,
             "keras": keras.__version__,
@@ -336,6 +337,7 @@ def _make_result(
         multiply_adds=totals.get("sparse_multiply_adds"),
         dense_multiply_adds=totals.get("multiply_adds"),
         machine=describe_machine(trainer.strategy),
+        score=trainer.task.score,
     )
 
 
@@ -357,14 +359,27 @@ def _remove_checkpoints(
             checkpoints.remove(step)
 
 
-def _weight_sparsities(report: SparsityReport) -> tuple[WeightSparsity, ...]:
+def _weight_sparsities(
+    report: SparsityReport, kinds: Sequence[tuple[str, str]]
+) -> tuple[WeightSparsity, ...]:
     return tuple(
         WeightSparsity(
-            path=row["weight"], size=row["size"], sparsity=row["sparsity"]
+            path=row["weight"],
+            size=row["size"],
+            sparsity=row["sparsity"],
+            kind=_kind(row["weight"], kinds),
         )
         for row in report.rows
         if row["rank"] >= 2
     )
+
+
+def _kind(path: str, kinds: Sequence[tuple[str, str]]) -> str | None:
+    """Returns the first kind whose expression occurs in a path."""
+    for name, expression in kinds:
+        if re.search(expression, path):
+            return name
+    return None
 
 
 def _multiply_adds_known(report: SparsityReport) -> bool:

@@ -1,4 +1,4 @@
-"""Accuracy by technique and sparsity, as a table for readers."""
+"""Scores by technique and sparsity, as a table for readers."""
 
 import dataclasses
 import statistics
@@ -6,11 +6,12 @@ from collections.abc import Iterable, Sequence
 
 from sos.experiments import differences
 from sos.experiments.results import FinishedRun
+from sos.experiments.scores import ScoreMetric, shared_score
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """Accuracies in percent of runs that differ only in their seeds."""
+    """Scores of runs that differ only in their seeds."""
 
     mean: float
     low: float
@@ -28,14 +29,16 @@ class Cell:
 
 
 @dataclasses.dataclass(frozen=True)
-class AccuracyTable:
-    """Accuracy by technique and sparsity.
+class ScoreTable:
+    """Scores by technique and sparsity.
 
     Attributes:
+        score: The score.
         sparsities: Headings of the columns, as texts.
         rows: A label, and a cell or None for each sparsity.
     """
 
+    score: ScoreMetric
     sparsities: Sequence[str]
     rows: Sequence[tuple[str, Sequence[Cell | None]]]
 
@@ -52,17 +55,20 @@ class AccuracyTable:
         return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def accuracy_table(runs: Iterable[FinishedRun]) -> AccuracyTable:
-    """Returns the accuracy by technique and sparsity.
+def score_table(runs: Iterable[FinishedRun]) -> ScoreTable:
+    """Returns the scores by technique and sparsity.
 
     Args:
         runs: Finished runs, in the order of the table.
 
     Returns:
-        A table with a row for each label that has accuracies, and columns for
+        A table with a row for each label that has scores, and columns for
         dense networks and the sparsities of the study. A cell has the mean over
-        seeds and the range. Between two points of a technique, accuracy is
+        seeds and the range. Between two points of a technique, the score is
         linear in the logarithm of the density.
+
+    Raises:
+        UsageError: If the runs have different scores.
     """
     runs = list(runs)
     sparsities = differences.target_sparsities(runs)
@@ -72,19 +78,19 @@ def accuracy_table(runs: Iterable[FinishedRun]) -> AccuracyTable:
     rows = []
     for label, group in labels.items():
         dense = [
-            differences.accuracy_percent(r)
-            for r in group
-            if r.result.sparsity is None
+            differences.score(r) for r in group if r.result.sparsity is None
         ]
         values = differences.by_sparsity(group, sparsities)
         columns = [
-            [accuracy for accuracy in dense if accuracy is not None],
+            [score for score in dense if score is not None],
             *([*values.get(s, {}).values()] for s in sparsities),
         ]
         if any(columns):
             rows.append((label, [*map(_cell, columns)]))
-    return AccuracyTable(
-        ["dense", *(f"{100 * s:.4g} %" for s in sparsities)], rows
+    return ScoreTable(
+        shared_score(runs),
+        ["dense", *(f"{100 * s:.4g} %" for s in sparsities)],
+        rows,
     )
 
 

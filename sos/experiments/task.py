@@ -1,7 +1,7 @@
 """Tasks made from a config."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -11,6 +11,7 @@ import sos
 from sos.errors import ReportedError, UsageError
 from sos.experiments import branch_registry
 from sos.experiments import config as config_lib
+from sos.experiments.scores import ACCURACY, ScoreMetric
 from sos.experiments.trunk import Trunk
 from sos.training.task import Task
 from sos.wrappers.base import find_wrappers
@@ -44,6 +45,12 @@ class ExperimentTask(Task):
         eval_examples: Number of evaluation examples, if known. Conclusions of
             a study compare differences to the standard error that it gives an
             accuracy.
+        score: The metric by which runs are compared in tables and figures. By
+            default that of the name "accuracy", a fraction.
+        layer_kinds: Pairs of a name, such as "attention output", and a regular
+            expression, for the figure of sparsity by kind of layer. A weight is
+            of the first kind whose expression occurs in its path. By default
+            there are no kinds, and no such figure.
 
     Raises:
         UsageError: If `config.parent` is set, but neither `config.branch` nor
@@ -77,6 +84,8 @@ class ExperimentTask(Task):
     runtime_entries: tuple[str, ...] = ()
     ignored_entries: tuple[str, ...] = ()
     eval_examples: int | None = None
+    score: ScoreMetric = ACCURACY
+    layer_kinds: Sequence[tuple[str, str]] = ()
 
     def __init__(self, config: ml_collections.ConfigDict) -> None:
         self._branch = branch_registry.make(config.branch.to_dict())

@@ -83,7 +83,7 @@ def test_command_unknown_reference_fails(command, finished, fails):
 @pytest.mark.parametrize("command", ["figures", "compare"])
 def test_command_without_the_metric_fails(command, finished, fails):
     message = fails(command, finished, "--reference=transformer")
-    assert "'bleu'" in message and "accuracy" in message
+    assert "'study_bleu'" in message and "accuracy" in message
 
 
 def test_compare_without_a_reference_fails(finished, fails):

@@ -146,13 +146,13 @@ def test_compare_a_model_sparse_by_rules_alone_finds_nothing():
 
 def test_compare_transformers_reads_their_bleu():
     run = pruned(0.7, 0.9)
-    run.result.metrics["bleu"] = 23.0
+    run.result.metrics["study_bleu"] = 23.0
     point = only([run], "transformer")
     assert point.difference == pytest.approx(23.0 - 23.26)
 
 
 def test_compare_without_the_metric_raises():
-    with pytest.raises(UsageError, match=r"'bleu'.*--metric.*accuracy, loss"):
+    with pytest.raises(UsageError, match=r"'study_bleu'.*--metric.*accuracy, loss"):
         compare([dense(0.7)], "transformer")
 
 
@@ -160,7 +160,7 @@ def test_compare_accuracy_in_percent_raises():
     with pytest.raises(UsageError, match=r"fraction in \[0, 1\].*: 76\.9"):
         compare([dense(76.9)], "resnet50")
     run = dense(0.769)
-    run.result.metrics["bleu"] = 27.3
+    run.result.metrics["study_bleu"] = 27.3
     assert only([run], "transformer").score == 27.3
 
 

@@ -124,7 +124,7 @@ def test_report_numbers_equal_those_of_the_runs(text, runs):
         assert cells[0] == run.label
         assert cells[4] == f"{100 * run.result.metrics['accuracy']:.2f}"
         assert run.name in cells[-1]
-    for _, cells in tables.accuracy_table(runs).rows:
+    for _, cells in tables.score_table(runs).rows:
         for cell in filter(None, cells):
             assert f">{cell.mean:.1f} <small>{cell.low:.1f}–" in text
     for finding in conclusions.findings(runs, eval_examples=4_000):

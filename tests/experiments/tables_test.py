@@ -2,8 +2,8 @@ from sos.experiments import tables
 from tests.support.results import make_study, make_toy_run
 
 
-def test_accuracy_table_has_means_and_ranges():
-    table = tables.accuracy_table(make_study(spread=0.01))
+def test_score_table_has_means_and_ranges():
+    table = tables.score_table(make_study(spread=0.01))
     assert table.sparsities == ["dense", "50 %", "90 %", "98 %"]
     rows = {
         label: [str(cell or "") for cell in cells]
@@ -16,10 +16,10 @@ def test_accuracy_table_has_means_and_ranges():
     assert rows["l0 regularization"][3] == "84.5 (84.0–85.0)"
 
 
-def test_accuracy_table_labels_without_accuracy_have_no_row():
+def test_score_table_labels_without_accuracy_have_no_row():
     runs = [make_toy_run("dense", 0.9, 0), make_toy_run("l0", None, 0, 0.9)]
     runs[1].result.metrics.pop("accuracy")
-    assert [label for label, _ in tables.accuracy_table(runs).rows] == ["dense"]
+    assert [label for label, _ in tables.score_table(runs).rows] == ["dense"]
 
 
 def test_cell_of_equal_rounded_ends_has_no_range():
@@ -27,8 +27,8 @@ def test_cell_of_equal_rounded_ends_has_no_range():
     assert str(tables.Cell(86.9, 86.8, 87.0)) == "86.9 (86.8–87.0)"
 
 
-def test_accuracy_table_markdown_has_a_line_for_each_row():
-    table = tables.accuracy_table(make_study(seeds=[0], branches=False))
+def test_score_table_markdown_has_a_line_for_each_row():
+    table = tables.score_table(make_study(seeds=[0], branches=False))
     assert table.markdown().splitlines()[:4] == [
         "|  | dense | 50 % | 90 % | 98 % |",
         "| --- | --- | --- | --- | --- |",

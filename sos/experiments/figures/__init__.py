@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from sos.experiments.figures.branches import draw_branches
 from sos.experiments.figures.costs import draw_costs
+from sos.experiments.figures.layer_kinds import draw_layer_kinds
 from sos.experiments.figures.layerwise import draw_layerwise
 from sos.experiments.figures.layerwise_map import draw_layerwise_map
 from sos.experiments.figures.mask_churn import draw_mask_churn
@@ -15,6 +16,7 @@ from sos.experiments.figures.output import save_png, svg
 from sos.experiments.figures.study import Study
 from sos.experiments.figures.tradeoff import draw_tradeoff
 from sos.experiments.figures.training_curves import draw_training_curves
+from sos.experiments.scores import ScoreMetric
 
 __all__ = ["FIGURES", "FigureSpec", "Study", "save_png", "svg"]
 
@@ -25,8 +27,8 @@ class FigureSpec:
 
     Attributes:
         name: Name of its file, without suffix.
-        title: Title in reports.
-        caption: Explanation in reports, a sentence or two.
+        title: Title in reports, with "{Score}" in the place of the score.
+        caption: Explanation in reports, a sentence or two, with "{score}".
         draw: Returns the figure; None if the study has nothing to show in it.
     """
 
@@ -35,13 +37,33 @@ class FigureSpec:
     caption: str
     draw: Callable[[Study], Figure | None]
 
+    def named(self, score: ScoreMetric) -> "FigureSpec":
+        """Returns the figure with the name of a score in title and caption.
+
+        Args:
+            score: The score.
+        """
+        scales = "Density has a log scale"
+        if score.is_fraction:
+            scales = "Density and error have log scales"
+        names = {
+            "score": score.label,
+            "Score": score.title,
+            "log_scales": scales,
+        }
+        return dataclasses.replace(
+            self,
+            title=self.title.format(**names),
+            caption=self.caption.format(**names),
+        )
+
 
 #: All figures, in the order of a report.
 FIGURES = (
     FigureSpec(
         "tradeoff",
-        "Accuracy against sparsity",
-        "Density and error have log scales. Curves join the means over seeds; "
+        "{Score} against sparsity",
+        "{log_scales}. Curves join the means over seeds; "
         "bars, and the band of dense models, extend from the lowest to the "
         "highest value.",
         draw_tradeoff,
@@ -50,7 +72,7 @@ FIGURES = (
         "branches",
         "Is the mask enough?",
         "Networks that are trained with the masks of another run, the trunk. "
-        "Each trunk has a plot, with the axes of accuracy against sparsity. A "
+        "Each trunk has a plot, with the axes of {score} against sparsity. A "
         "branch on the line of its trunk does as well without the weights that "
         "pruning found.",
         draw_branches,
@@ -68,6 +90,14 @@ FIGURES = (
         "Each column is the mean over seeds at one overall sparsity. Colours "
         "follow the density on a log scale; numbers are percentages.",
         draw_layerwise_map,
+    ),
+    FigureSpec(
+        "layer_kinds",
+        "Sparsity of each kind of layer",
+        "Each plot has one kind of layer, and its part of the weights. A curve "
+        "above the diagonal prunes this kind more than the network as a whole. "
+        "Both axes have a log scale of the density.",
+        draw_layer_kinds,
     ),
     FigureSpec(
         "training_curves",
@@ -97,13 +127,13 @@ FIGURES = (
     ),
     FigureSpec(
         "costs",
-        "Accuracy against multiply-adds",
+        "{Score} against multiply-adds",
         "Inference counts the weights that are left. Training counts each step "
         "as three dense forward passes of its batch, because masks save "
         "nothing there, twice as many for variational dropout, which computes "
         "means and variances, and for a branch also the training of its trunk. "
         "Branches of different trunks are different lines. The plots have "
-        "different ranges of accuracy.",
+        "different ranges of {score}.",
         draw_costs,
     ),
 )

@@ -4,15 +4,16 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sos.experiments.figures.accuracy_axes import (
-    accuracy_axis,
-    density,
-    draw_accuracies,
-    draw_dense,
-    drawable,
-    widen_accuracy_axis,
-)
 from sos.experiments.figures.curves import Curve, seeds_caption
+from sos.experiments.figures.score_axes import (
+    density,
+    draw_dense,
+    draw_scores,
+    drawable,
+    score_axis,
+    score_axis_label,
+    widen_score_axis,
+)
 from sos.experiments.figures.study import Study
 from sos.experiments.figures.style import (
     SPARSITIES,
@@ -31,7 +32,7 @@ _MARGIN = 1.25
 
 
 def draw_branches(study: Study) -> Figure | None:
-    """Draws accuracy against sparsity of trunks and their branches.
+    """Draws scores against sparsity of trunks and their branches.
 
     There is a plot for each label of trunks, with the axes of `draw_tradeoff`
     over the sparsities of branches, and all dense models.
@@ -62,6 +63,8 @@ def draw_branches(study: Study) -> Figure | None:
         for axes, (title, curves) in zip(
             grid.flat, plots.items(), strict=False
         ):
+            log_axis(axes, "x", SPARSITIES)
+            score_axis(axes, study.score)
             _draw_plot(axes, [*dense, *curves])
             # Also above an empty place.
             axes.tick_params(labelbottom=True)
@@ -74,10 +77,10 @@ def draw_branches(study: Study) -> Figure | None:
             for point in curve.points
             for run in point
         ]
-        widen_accuracy_axis(axes)
+        widen_score_axis(axes, study.score)
         axes.set_xlim(_MARGIN * max(densities), min(densities) / _MARGIN)
         figure.supxlabel("Sparsity reached (density on a log scale)", size=10)
-        figure.supylabel("Test accuracy (error on a log scale)", size=10)
+        figure.supylabel(score_axis_label(study.score), size=10)
         everything = [*dense, *(c for curves in plots.values() for c in curves)]
         share_legend(figure, seeds_caption(everything))
     return figure
@@ -108,10 +111,8 @@ def _starts_from(branch: Curve, trunk: Curve) -> bool:
 
 
 def _draw_plot(axes: Axes, curves: list[Curve]) -> None:
-    log_axis(axes, "x", SPARSITIES)
-    accuracy_axis(axes)
     for curve in curves:
         if curve.dense:
             draw_dense(axes, curve)
         else:
-            draw_accuracies(axes, curve, density)
+            draw_scores(axes, curve, density)

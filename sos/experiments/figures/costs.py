@@ -1,4 +1,4 @@
-"""Accuracy against the cost of inference and of training."""
+"""Scores against the cost of inference and of training."""
 
 import dataclasses
 
@@ -9,15 +9,16 @@ from matplotlib.figure import Figure
 
 import sos
 from sos.experiments import config as config_lib
-from sos.experiments.figures.accuracy_axes import (
-    Position,
-    accuracy_axis,
-    draw_accuracies,
-    draw_dense,
-    drawable,
-    widen_accuracy_axis,
-)
 from sos.experiments.figures.curves import Curve, seeds_caption
+from sos.experiments.figures.score_axes import (
+    Position,
+    draw_dense,
+    draw_scores,
+    drawable,
+    score_axis,
+    score_axis_label,
+    widen_score_axis,
+)
 from sos.experiments.figures.study import Study
 from sos.experiments.figures.style import (
     STYLE,
@@ -26,18 +27,19 @@ from sos.experiments.figures.style import (
     share_legend,
 )
 from sos.experiments.results import FinishedRun
+from sos.experiments.scores import ScoreMetric
 
 # A training step computes outputs, gradients of inputs, gradients of weights.
 _PRODUCTS = 3
 
 
 def draw_costs(study: Study) -> Figure | None:
-    """Draws accuracy against multiply-adds of inference and of training.
+    """Draws scores against multiply-adds of inference and of training.
 
     The plot of inference has all sparsities, that of training the runs of each
     label, and of each trunk, whose sparsity is nearest to
     `study.layerwise_sparsity`. As these are close together, it has its own
-    range of accuracies.
+    range of scores.
 
     Args:
         study: The study.
@@ -61,8 +63,8 @@ def draw_costs(study: Study) -> Figure | None:
             (left, inference, inference_cost),
             (right, training, training_cost),
         ):
-            _draw(axes, drawn, position)
-        left.set_ylabel("Test accuracy (error on a log scale)")
+            _draw(axes, drawn, position, study.score)
+        left.set_ylabel(score_axis_label(study.score))
         left.set_xlabel("Multiply-adds of one example in evaluation")
         right.set_xlabel(
             "Multiply-adds of training, at about "
@@ -76,17 +78,19 @@ def _drawable(curves: list[Curve], position: Position) -> list[Curve]:
     return [c for curve in curves if (c := drawable(curve, position))]
 
 
-def _draw(axes: Axes, curves: list[Curve], position: Position) -> None:
+def _draw(
+    axes: Axes, curves: list[Curve], position: Position, score: ScoreMetric
+) -> None:
     axes.set_xscale("log")
-    accuracy_axis(axes)
+    score_axis(axes, score)
     for curve in curves:
         if curve.dense:
             draw_dense(axes, curve)
             # Its place, besides the line for comparison.
             style = dataclasses.replace(curve.style, marker="8")
             curve = dataclasses.replace(curve, label="_", style=style)
-        draw_accuracies(axes, curve, position)
-    widen_accuracy_axis(axes)
+        draw_scores(axes, curve, position)
+    widen_score_axis(axes, score)
     # At least two of the ticks.
     set_least_range(axes, "x", 5)
     axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -113,12 +112,6 @@ def _has_options(run: FinishedRun) -> bool:
     defaults = branch_registry.options(run.branch)
     entries = {**defaults, **run.config["branch"]}
     return any(entries[name] != value for name, value in defaults.items())
-
-
-def accuracy(run: FinishedRun) -> float | None:
-    """Returns the accuracy of a run; None if it has none or it is NaN."""
-    value = run.result.metrics.get("accuracy", math.nan)
-    return value if math.isfinite(value) else None
 
 
 def mean_sparsity(runs: Iterable[FinishedRun]) -> float:

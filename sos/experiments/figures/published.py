@@ -218,7 +218,7 @@ def _new_axes(reference: Reference, height: float = 4.8) -> tuple[Figure, Axes]:
     log_axis(axes, "x", SPARSITIES)
     axes.set_xlim(1.15, 0.0085)
     axes.set_xlabel("Sparsity (density on a log scale)")
-    axes.set_ylabel(reference.score[0].upper() + reference.score[1:])
+    axes.set_ylabel(reference.score.title_with_unit)
     axes.set_title(reference.title, fontsize=10)
     return figure, axes
 
@@ -414,7 +414,7 @@ def _repeats(
     collapsed = sum(point.collapsed for point in points)
     if collapsed:
         note += (
-            f" {collapsed} runs with a {reference.score} below "
+            f" {collapsed} runs with a {reference.score.label} below "
             f"{reference.collapsed:g} are left out."
         )
     return note

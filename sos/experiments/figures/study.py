@@ -11,6 +11,7 @@ import numpy as np
 from sos.experiments.figures.curves import Curve, group_curves
 from sos.experiments.results import FinishedRun
 from sos.experiments.run_files import read_masks
+from sos.experiments.scores import ScoreMetric, shared_score
 from sos.training.reporting import Summary, read_summaries
 
 # Of processes that train, and of those that only evaluate.
@@ -29,6 +30,15 @@ class Study:
 
     runs: Sequence[FinishedRun]
     layerwise_sparsity: float = 0.9
+
+    @functools.cached_property
+    def score(self) -> ScoreMetric:
+        """The score by which the runs are compared.
+
+        Raises:
+            UsageError: If they have different scores.
+        """
+        return shared_score(self.runs)
 
     @functools.cached_property
     def curves(self) -> list[Curve]:

@@ -1,17 +1,18 @@
-"""Accuracy against sparsity."""
+"""Scores against sparsity."""
 
 import matplotlib
 from matplotlib.figure import Figure
 
-from sos.experiments.figures.accuracy_axes import (
-    accuracy_axis,
-    density,
-    draw_accuracies,
-    draw_dense,
-    drawable,
-    widen_accuracy_axis,
-)
 from sos.experiments.figures.curves import seeds_caption
+from sos.experiments.figures.score_axes import (
+    density,
+    draw_dense,
+    draw_scores,
+    drawable,
+    score_axis,
+    score_axis_label,
+    widen_score_axis,
+)
 from sos.experiments.figures.study import Study
 from sos.experiments.figures.style import (
     SPARSITIES,
@@ -23,12 +24,12 @@ from sos.experiments.figures.style import (
 
 
 def draw_tradeoff(study: Study) -> Figure | None:
-    """Draws accuracy against achieved sparsity, a curve for each technique.
+    """Draws the score against achieved sparsity, a curve for each technique.
 
-    Density and error have log scales, which resolve sparsities and accuracies
-    close to one. With several seeds, the curves join the means, and bars, or a
-    band for dense models, extend from the lowest to the highest value. Runs
-    without a finite accuracy and models without weights are omitted.
+    Density, and the error if the score is an accuracy, have log scales, which
+    resolve values close to one. With several seeds, the curves join the means,
+    and bars, or a band for dense models, extend from the lowest to the highest
+    value. Runs without a finite score and models without weights are omitted.
 
     Args:
         study: The study.
@@ -46,16 +47,16 @@ def draw_tradeoff(study: Study) -> Figure | None:
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(6.4, 3.9)
         log_axis(axes, "x", SPARSITIES)
-        accuracy_axis(axes)
+        score_axis(axes, study.score)
         for curve in curves:
             if curve.dense:
                 draw_dense(axes, curve)
             else:
-                draw_accuracies(axes, curve, density)
+                draw_scores(axes, curve, density)
         if all(curve.dense for curve in curves):
             axes.set_xlim(1.1, 0.09)
-        widen_accuracy_axis(axes)
+        widen_score_axis(axes, study.score)
         axes.set_xlabel("Sparsity reached (density on a log scale)")
-        axes.set_ylabel("Test accuracy (error on a log scale)")
+        axes.set_ylabel(score_axis_label(study.score))
         share_legend(figure, seeds_caption(curves))
     return figure

@@ -1,4 +1,4 @@
-"""Loss, accuracy and sparsity during training."""
+"""Loss, score and sparsity during training."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -35,7 +35,7 @@ _Series = tuple[list[int], list[float]]
 
 
 def draw_training_curves(study: Study) -> Figure | None:
-    """Draws loss, accuracy and sparsity over the steps of training.
+    """Draws loss, score and sparsity over the steps of training.
 
     There is a column for each label, with its runs whose sparsity is nearest to
     `study.layerwise_sparsity`: a line for the loops of each seed, and a marker
@@ -111,9 +111,10 @@ def _quantities(
             return [], []
         return _series(_sparsities(study.log(run)))
 
+    score = study.score
     quantities = {
-        name.capitalize(): metric(name)
-        for name in ("loss", "accuracy")
+        title: metric(name)
+        for title, name in (("Loss", "loss"), (score.title, score.name))
         if name in metrics
     }
     return {**quantities, "Sparsity": sparsity}
@@ -181,8 +182,11 @@ def _draw_column(
             )
         if axes is not column[0]:
             axes.sharex(column[0])
-    for axes in column[1:]:
-        if axes is column[-1] or "Accuracy" in quantities:
+    fractions = {"Sparsity"}
+    if study.score.is_fraction:
+        fractions.add(study.score.title)
+    for axes, name in zip(column, quantities, strict=True):
+        if name in fractions:
             axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, 0))
     column[0].set_xlim(0, runs[0].result.step * 1.03)
 

@@ -1,4 +1,4 @@
-"""Accuracies on an axis with a log scale of the error."""
+"""Scores on an axis: of accuracies, with a log scale of the error."""
 
 import math
 from collections.abc import Callable
@@ -6,9 +6,10 @@ from collections.abc import Callable
 import numpy as np
 from matplotlib.axes import Axes
 
-from sos.experiments.figures.curves import Curve, accuracy, draw_bars
+from sos.experiments.figures.curves import Curve, draw_bars
 from sos.experiments.figures.style import log_axis, set_least_range
 from sos.experiments.results import FinishedRun
+from sos.experiments.scores import ScoreMetric
 
 _ACCURACIES = (
     *(0, 20, 30, 40, 50, 60, 70, 75, 80, 82, 84, 86, 88, 90, 91, 92, 93, 94),
@@ -16,21 +17,36 @@ _ACCURACIES = (
 )
 # Error at which a model without errors is drawn.
 _LEAST_ERROR = 1e-3
-# Of the limits of errors.
+# Quotient of the limits of errors, and difference of those of other scores.
 _LEAST_RANGE = 1.05
+_LEAST_DIFFERENCE = 1.0
 
 #: Returns the place of a run on the x axis; None if it has none.
 Position = Callable[[FinishedRun], float | None]
 
 
-def accuracy_axis(axes: Axes) -> None:
-    """Makes the y axis one of accuracies."""
-    log_axis(axes, "y", _ACCURACIES)
+def score_axis(axes: Axes, score: ScoreMetric) -> None:
+    """Makes the y axis one of scores: log of the error of a fraction."""
+    if score.is_fraction:
+        log_axis(axes, "y", _ACCURACIES)
 
 
-def widen_accuracy_axis(axes: Axes) -> None:
-    """Keeps equal accuracies together. Call it when all are drawn."""
-    set_least_range(axes, "y", _LEAST_RANGE)
+def score_axis_label(score: ScoreMetric) -> str:
+    """Returns the label of the y axis."""
+    if score.is_fraction:
+        return f"Test {score.label} (error on a log scale)"
+    return score.title
+
+
+def widen_score_axis(axes: Axes, score: ScoreMetric) -> None:
+    """Keeps equal scores together. Call it when all are drawn."""
+    if score.is_fraction:
+        set_least_range(axes, "y", _LEAST_RANGE)
+        return
+    low, high = axes.get_ylim()
+    margin = (_LEAST_DIFFERENCE - (high - low)) / 2
+    if margin > 0:
+        axes.set_ylim(low - margin, high + margin)
 
 
 def density(run: FinishedRun) -> float | None:
@@ -47,25 +63,27 @@ def drawable(curve: Curve, position: Position) -> Curve | None:
         position: Returns the place on the x axis, which has a log scale.
     """
     return curve.select(
-        lambda run: accuracy(run) is not None and position(run) is not None
+        lambda run: (
+            run.result.score_value is not None and position(run) is not None
+        )
     )
 
 
 def draw_dense(axes: Axes, curve: Curve) -> None:
     """Draws the mean of dense models as a line, their range as a band."""
-    errors = [_error(run) for point in curve.points for run in point]
+    heights = [_height(run) for point in curve.points for run in point]
     axes.axhline(
-        np.mean(errors),
+        np.mean(heights),
         color=curve.style.colour,
         linestyle=curve.style.line,
         linewidth=1.2,
         zorder=1.6,
         label=curve.label,
     )
-    if min(errors) < max(errors):
+    if min(heights) < max(heights):
         axes.axhspan(
-            min(errors),
-            max(errors),
+            min(heights),
+            max(heights),
             color=curve.style.colour,
             alpha=0.15,
             linewidth=0,
@@ -73,7 +91,7 @@ def draw_dense(axes: Axes, curve: Curve) -> None:
         )
 
 
-def draw_accuracies(axes: Axes, curve: Curve, position: Position) -> None:
+def draw_scores(axes: Axes, curve: Curve, position: Position) -> None:
     """Draws a curve of the means over seeds, with bars over their ranges.
 
     Args:
@@ -84,10 +102,10 @@ def draw_accuracies(axes: Axes, curve: Curve, position: Position) -> None:
     points = []
     for runs in curve.points:
         positions = [position(run) for run in runs]
-        errors = [_error(run) for run in runs]
+        heights = [_height(run) for run in runs]
         # The mean of the logarithms, as drawn.
         x = math.exp(np.mean(np.log(positions)))
-        points.append((x, positions, np.mean(errors), errors))
+        points.append((x, positions, np.mean(heights), heights))
     points.sort(key=lambda point: -point[0])
     x, all_x, y, all_y = zip(*points, strict=True)
     draw_bars(axes, curve, x, y, along="x", values=all_x)
@@ -103,5 +121,9 @@ def draw_accuracies(axes: Axes, curve: Curve, position: Position) -> None:
     )
 
 
-def _error(run: FinishedRun) -> float:
-    return max(1 - accuracy(run), _LEAST_ERROR)
+def _height(run: FinishedRun) -> float:
+    """Returns the place of a run on the y axis."""
+    value = run.result.score_value
+    if run.result.score.is_fraction:
+        return max(1 - value / 100, _LEAST_ERROR)
+    return value
