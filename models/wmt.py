@@ -22,6 +22,7 @@ from sos.datasets.subwords import EOS, Subwords
 from sos.datasets.translation import PackedPairs, Pairs, TranslationData
 from sos.errors import UsageError
 from sos.experiments import bleu
+from sos.experiments.scores import ScoreMetric
 from sos.experiments.task import ExperimentTask
 from sos.training.checkpoints import Checkpoints
 from sos.training.learning_rates import make_learning_rate
@@ -113,6 +114,7 @@ class Translation(ExperimentTask):
         "sparsity.sparsity",
         "sparsity.threshold",
     )
+    score = ScoreMetric(name="bleu", label="BLEU", factor=1)
     ignored_entries = ("data.vocabulary", "decode.batch_size", "decode.samples")
 
     def __init__(
