@@ -152,7 +152,9 @@ def test_compare_transformers_reads_their_bleu():
 
 
 def test_compare_without_the_metric_raises():
-    with pytest.raises(UsageError, match=r"'study_bleu'.*--metric.*accuracy, loss"):
+    with pytest.raises(
+        UsageError, match=r"'study_bleu'.*--metric.*accuracy, loss"
+    ):
         compare([dense(0.7)], "transformer")
 
 

@@ -406,9 +406,7 @@ def test_mean_of_checkpoints_is_scored(directory, tmp_path):
 # Serving.
 
 
-def test_export_translates_like_the_model(
-    task, model, tmp_path, monkeypatch
-):
+def test_export_translates_like_the_model(task, model, tmp_path, monkeypatch):
     # Each is traced.
     monkeypatch.setattr(wmt, "_SERVING_LENGTHS", (8, 64))
     lines = ["Close the file.", "", "  ", "What is this?", "😀 Привет"]
@@ -560,6 +558,7 @@ def test_training_step_is_accepted_by_a_tpu(directory, technique):
         updater.pause()
 
 
+@pytest.mark.slow
 def test_replicas_evaluate_every_pair_once(directory, task, model):
     strategy = make_strategy("mirrored", cpu_replicas=2)
     with strategy.scope():
