@@ -30,6 +30,13 @@ class FashionMnist(ImageClassification):
         "sparsity.seed",
         "sparsity.sparsity",
     )
+    layer_kinds = (
+        ("first convolution", "^conv1/"),
+        ("1x1 convolution", "_shortcut/"),
+        ("3x3 convolution", "conv"),
+        ("hidden dense layer", "^hidden/"),
+        ("classifier", "^logits/"),
+    )
 
     @classmethod
     def default_config(cls) -> ml_collections.ConfigDict:

@@ -44,6 +44,17 @@ class ImageNet(ImageClassification):
         "sparsity.sparsity",
     )
 
+    @property
+    def layer_kinds(self) -> tuple[tuple[str, str], ...]:
+        """Names and regular expressions of the kinds of layers."""
+        bottleneck, _ = resnet.DEPTHS[self.config.model.depth]
+        return (
+            ("first convolution", r"^initial_conv/"),
+            ("3x3 convolution", "_conv2/" if bottleneck else "_conv[12]/"),
+            ("1x1 convolution", "_(conv[13]|projection)/"),
+            ("classifier", r"^final_dense/"),
+        )
+
     @classmethod
     def default_config(cls) -> ml_collections.ConfigDict:
         """Returns the entries of a config, with their defaults.

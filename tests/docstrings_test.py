@@ -10,7 +10,9 @@ import sos.datasets
 import sos.datasets.fashion_mnist
 import sos.datasets.imagenet
 import sos.experiments
+import sos.experiments.bleu
 import sos.experiments.published
+import sos.experiments.scores
 import sos.export
 import sos.extend
 import sos.ramps
@@ -35,7 +37,9 @@ PACKAGES = {
     sos.datasets.fashion_mnist: None,
     sos.datasets.imagenet: None,
     sos.experiments: None,
+    sos.experiments.bleu: None,
     sos.experiments.published: None,
+    sos.experiments.scores: None,
     sos.export: None,
     sos.extend: None,
     sos.ramps: None,

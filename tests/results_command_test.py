@@ -5,7 +5,7 @@ import pytest
 
 from sos.__main__ import main
 from sos.experiments import results
-from tests.support.results import make_study
+from tests.support.results import in_bleu, make_study
 
 
 @pytest.fixture(autouse=True)
@@ -123,3 +123,28 @@ def test_results_markdown_is_the_table_of_the_report(capsys):
         "| Longer training from scratch helps | yes | +1.0 [+1.0, +1.0] |"
         in text
     )
+
+
+def test_results_of_bleu_have_its_column(capsys, monkeypatch, runs):
+    study = in_bleu(runs)
+    monkeypatch.setattr("sos.experiments.collect", lambda workdirs: study)
+    heading, _, first, *_ = _output(capsys, "--sort=-bleu").splitlines()
+    assert (
+        heading.split()
+        == "label sparsity achieved_sparsity bleu loss seed seconds".split()
+    )
+    assert "26.16" in first
+    assert "| dense | 26.1 (26.1–26.2) |" in _output(
+        capsys, "--markdown=scores"
+    )
+
+
+def test_results_markdown_of_two_scores_ends_with_one_line(
+    capsys, monkeypatch, runs
+):
+    study = [*runs, *in_bleu(runs)]
+    monkeypatch.setattr("sos.experiments.collect", lambda workdirs: study)
+    assert "accuracy" in _output(capsys)
+    assert "accuracy, BLEU" in _error(capsys, "--markdown=scores")
+    text = _output(capsys, "--markdown=scores", "--where=bleu > 0")
+    assert "| dense | 26.1 (26.1–26.2) |" in text

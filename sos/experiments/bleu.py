@@ -24,7 +24,17 @@ _COMPOUND = re.compile(r"(\S)-(\S)")
 
 
 class Score(NamedTuple):
-    """A BLEU score, from 0 to 100, and the signature of how it was computed."""
+    """A BLEU score, and how it was computed.
+
+    Attributes:
+        value: The score, from 0 to 100.
+        signature: What determines the score: the tokens, smoothing, versions.
+
+    Example:
+    >>> from sos.experiments import bleu
+    >>> bleu.Score(27.3, "nrefs:1|case:mixed").value
+    27.3
+    """
 
     value: float
     signature: str
@@ -61,7 +71,7 @@ def sacrebleu_score(
     _check(hypotheses, references)
     metric = _import("sacrebleu").metrics.BLEU()
     value = metric.corpus_score([*hypotheses], [[*references]]).score
-    return Score(float(value), str(metric.get_signature()))
+    return Score(min(value, 100.0), str(metric.get_signature()))
 
 
 def study_bleu(
@@ -132,7 +142,8 @@ def study_bleu(
             f"sacrebleu:{sacrebleu.__version__}",
         )
     )
-    return Score(float(score.score), signature)
+    # Rounding may exceed 100.
+    return Score(min(score.score, 100.0), signature)
 
 
 def split_compounds(sentence: str) -> str:

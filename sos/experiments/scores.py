@@ -89,6 +89,11 @@ def shared_score(runs: Iterable[Any]) -> ScoreMetric:
 
     Raises:
         UsageError: If they have different scores.
+
+    Example:
+    >>> from sos.experiments import scores
+    >>> scores.shared_score([]).title_with_unit
+    'Accuracy (%)'
     """
     metrics = [*dict.fromkeys(run.result.score for run in runs)]
     if len(metrics) > 1:

@@ -342,22 +342,21 @@ class Checkpoints:
 
         Example:
         >>> import keras, sos.training
-        >>> model = keras.Sequential(
-        ...     [keras.Input((1,)), keras.layers.Dense(1, use_bias=False)]
-        ... )
+        >>> layer = keras.layers.Dense(1, kernel_initializer="ones")
+        >>> model = keras.Sequential([keras.Input((1,)), layer])
         >>> optimizer = keras.optimizers.SGD()
         >>> optimizer.build(model.trainable_variables)
         >>> checkpoints = sos.training.Checkpoints(
         ...     "averaged", configuration={}
         ... )
-        >>> for step in (0, 1, 2):
-        ...     optimizer.iterations.assign(step)
-        ...     model.set_weights([[[2.0**step]]])
-        ...     checkpoints.save(step, model, optimizer)
+        >>> checkpoints.save(0, model, optimizer)
+        >>> _ = optimizer.iterations.assign(1)
+        >>> _ = layer.kernel.assign([[4.0]])
+        >>> checkpoints.save(1, model, optimizer)
         >>> with checkpoints.average(model, last=2) as steps:
-        ...     steps, model.get_weights()[0].item()
-        ((1, 2), 3.0)
-        >>> model.get_weights()[0].item()
+        ...     steps, layer.kernel.numpy().item()
+        ((0, 1), 2.5)
+        >>> layer.kernel.numpy().item()
         4.0
         """
         if last < 1:

@@ -4,7 +4,13 @@ import math
 import pytest
 
 from sos.experiments import conclusions
-from tests.support.results import make_branch, make_study, make_toy_run
+from sos.experiments.scores import ACCURACY, BLEU
+from tests.support.results import (
+    in_bleu,
+    make_branch,
+    make_study,
+    make_toy_run,
+)
 
 
 def _verdicts(runs, **options):
@@ -194,3 +200,28 @@ def test_findings_trunks_of_other_sparsity_at_each_seed_are_one_stratum():
     finding = _finding(runs, "Scratch-e does not reach")
     assert finding.evidence == "89 %: +2.0 [+2.0, +2.0] (2 seeds)."
     assert finding.verdict == "holds"
+
+
+def test_findings_of_bleu_have_its_unit_and_no_margin():
+    runs = make_study()
+    percent = conclusions.findings(runs)
+    bleu = conclusions.findings(in_bleu(runs), eval_examples=3_000)
+    scored = [(a, b) for a, b in zip(percent, bleu, strict=True) if a.estimate]
+    assert scored
+    for a, b in scored:
+        assert (a.statement, a.verdict) == (b.statement, b.verdict)
+        if a.measured.startswith("accuracy, "):
+            # 30 times a fraction instead of 100 times.
+            assert b.estimate == pytest.approx(0.3 * a.estimate)
+            assert b.measured == a.measured.replace("accuracy", "BLEU")
+            assert "%" not in b.evidence.partition("Means: ")[2]
+        else:
+            assert b == a
+    assert any("magnitude pruning 25." in b.evidence for _, b in scored)
+    assert conclusions.eval_examples(in_bleu(runs)) is None
+
+
+def test_method_of_bleu_speaks_of_no_standard_error():
+    text = " ".join(conclusions.method(BLEU))
+    assert "accurac" not in text and "standard error" not in text
+    assert "an accuracy" in conclusions.method(ACCURACY)[0]

@@ -7,7 +7,7 @@ from rich.console import Console
 from sos.experiments import branch, progress
 from sos.experiments.config import plain, resolve, run_name
 from sos.training.reporting import Summary
-from tests.support.results import make_result, make_run
+from tests.support.results import in_bleu, make_result, make_run
 
 
 def _text(table, width=80):
@@ -211,3 +211,23 @@ def test_sweep_progress_failures_are_shown(sweep, toy_configs):
     text = output.getvalue()
     assert "dense, seed 0 failed: no [red]room" in text
     assert text.count("Another process") == 1
+
+
+def test_summary_table_of_bleu_has_no_percent(toy_configs):
+    runs = in_bleu(
+        [
+            make_run(config, accuracy=0.8 + 0.1 * config.seed)
+            for config in toy_configs[2:4]
+        ]
+    )
+    text = _text(progress.summary_table(runs))
+    assert "BLEU" in text and "accuracy" not in text
+    assert "25.50 ± 1.50 " in text
+
+
+def test_sweep_progress_of_bleu_has_no_percent(sweep, toy_configs):
+    shown, output = sweep
+    (run,) = in_bleu([make_run(toy_configs[2])])
+    with shown:
+        shown.finish(run_name(toy_configs[2]), run.result)
+    assert "  BLEU  25.50  sparsity 90.00%" in output.getvalue()

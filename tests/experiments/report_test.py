@@ -11,7 +11,7 @@ import pytest
 from sos.errors import StorageError
 from sos.experiments import conclusions, report, tables
 from sos.experiments.figures import FIGURES, Study
-from tests.support.results import make_report, make_study
+from tests.support.results import in_bleu, make_report, make_study
 
 VOID = {"meta", "link", "input", "br", "img"}
 # Attributes with addresses that a browser loads by itself.
@@ -194,3 +194,21 @@ def test_draw_figures_fault_in_one_does_not_stop_the_others(runs, monkeypatch):
     assert [spec for spec, _ in drawn] == specs[1:]
     assert list(failures) == ["tradeoff"]
     assert "ZeroDivisionError: a bug" in failures["tradeoff"]
+
+
+def test_report_of_bleu_has_its_name_and_unit(tmp_path):
+    path = tmp_path / "report.html"
+    make_report(path, in_bleu(make_study()))
+    text = path.read_text("utf-8")
+    words = re.sub(r"<[^>]*>", " ", text[: text.index("<script>")])
+    assert "accuracy" not in words.lower()
+    for part in (
+        "Dense networks reach 26.1 BLEU.",
+        "Differences are in points of BLEU",
+        "BLEU by technique and sparsity",
+        "BLEU against sparsity",
+    ):
+        assert part in words
+    assert ">BLEU</th>" in text
+    assert ">26.10</td>" in text
+    Page(text)

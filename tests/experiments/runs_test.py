@@ -19,6 +19,7 @@ from sos.experiments import config as config_lib
 from sos.experiments import runs
 from sos.experiments.launchers import TrainerCache
 from sos.experiments.runs import read_result, run, run_directory
+from sos.experiments.scores import ACCURACY, BLEU
 from sos.files import lock_directory
 from tests.experiments.config_test import add_default
 from tests.support import processes, toy_experiment
@@ -95,10 +96,13 @@ def test_run_leaves_config_checkpoints_log_and_result(one):
     assert set(result.metrics) == {"accuracy", "loss"}
     # Of 6 x 16 and 16 x 3 weights, each of which keeps a fifth.
     assert result.sparsity == pytest.approx(1 - (19 + 10) / 144)
-    assert [(w.path, w.size) for w in result.weights] == [
-        ("a/kernel", 96),
-        ("b/kernel", 48),
+    assert [(w.path, w.size, w.kind) for w in result.weights] == [
+        ("a/kernel", 96, None),
+        ("b/kernel", 48, None),
     ]
+    assert result.score == ACCURACY
+    assert result.score_value == 100 * result.metrics["accuracy"]
+    assert result.texts == {}
     assert result.parameters == 96 + 16 + 48 + 3
     (last,) = [
         record for record in processes.records(one) if record["kind"] == "eval"
@@ -435,3 +439,32 @@ def test_run_with_a_schedule_that_does_not_fit_raises(tmp_path):
         UsageError, match="config.sparsity.*begin_step=11, train_steps=12"
     ):
         train("magnitude", tmp_path, overrides={"sparsity": sparsity})
+
+
+class Translated(toy_experiment.ToyExperiment):
+    """Has another score, kinds of layers, and a text among its results."""
+
+    score = BLEU
+    layer_kinds = (("first", "^a/"), ("any", "kernel"))
+
+    def evaluators(self, checkpoints):
+        return {
+            "bleu": lambda model: {
+                "bleu": 27.3,
+                "bleu_signature": f"steps {checkpoints.steps()[-1]}",
+            }
+        }
+
+
+@pytest.mark.parametrize("modes", [["train_and_eval"], ["train", "eval"]])
+def test_run_stores_the_score_and_the_kinds_of_its_task(modes, tmp_path):
+    config = toy_experiment.config(
+        "magnitude", task=f"{__name__}:Translated", keep="none"
+    )
+    for mode in modes:
+        result = runs.run(config, tmp_path, mode=mode, quiet=True)
+    (directory,) = tmp_path.iterdir()
+    assert read_result(str(directory)) == result
+    assert (result.score, result.score_value) == (BLEU, 27.3)
+    assert result.texts == {"bleu_signature": f"steps {STEPS}"}
+    assert [w.kind for w in result.weights] == ["first", "any"]

@@ -1,5 +1,5 @@
 from sos.experiments import tables
-from tests.support.results import make_study, make_toy_run
+from tests.support.results import in_bleu, make_study, make_toy_run
 
 
 def test_score_table_has_means_and_ranges():
@@ -34,4 +34,15 @@ def test_score_table_markdown_has_a_line_for_each_row():
         "| --- | --- | --- | --- | --- |",
         "| dense | 87.0 |  |  |  |",
         "| magnitude pruning |  | 86.0 | 85.0 | 78.0 |",
+    ]
+
+
+def test_score_table_of_bleu_is_in_its_own_unit():
+    runs = in_bleu(make_study(seeds=[0], branches=False))
+    table = tables.score_table(runs)
+    assert table.score.label == "BLEU"
+    # 30 times 0.87, 0.86, 0.85 and 0.78.
+    assert table.markdown().splitlines()[2:4] == [
+        "| dense | 26.1 |  |  |  |",
+        "| magnitude pruning |  | 25.8 | 25.5 | 23.4 |",
     ]

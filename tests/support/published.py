@@ -97,8 +97,8 @@ standard deviations where the authors repeated a run (dense models, scratch
 runs, lottery tickets), otherwise in points of accuracy or BLEU.
 
 - *Metric*: `accuracy` for ResNet-50, a fraction that is shown in percent, and
-  `study_bleu` for the Transformer, from 0 to 100: BLEU as the authors computed it
-  (`sos.experiments.bleu.study_bleu`). `--metric` names another one.
+  `study_bleu` for the Transformer, from 0 to 100: BLEU as the authors computed
+  it (`sos.experiments.bleu.study_bleu`). `--metric` names another one.
 - *Kind*: by technique, or by branch and its options. Magnitude pruning with
   rules is compared with the published non-uniform one, and branches only if
   their masks are of magnitude pruning, as the published ones are.

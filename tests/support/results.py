@@ -1,10 +1,13 @@
 """Results of runs, as if they had been trained."""
 
+import dataclasses
+
 from sos.experiments.config import plain, resolve, run_name
 from sos.experiments.figures import Study
 from sos.experiments.report import draw_figures, write_report
 from sos.experiments.results import FinishedRun
 from sos.experiments.runs import Result, WeightSparsity
+from sos.experiments.scores import BLEU
 from tests.support import toy_experiment
 
 
@@ -33,6 +36,27 @@ def make_run(config, *, parent=None, **changes):
         directory=f"runs/{run_name(config)}",
         parent=parent,
     )
+
+
+def in_bleu(runs):
+    """The same runs with a BLEU of 30 times their accuracy as the score."""
+    changed = {}
+
+    def change(run):
+        if run is None:
+            return None
+        if run.directory not in changed:
+            metrics = dict(run.result.metrics)
+            metrics["bleu"] = 30 * metrics.pop("accuracy")
+            result = dataclasses.replace(
+                run.result, score=BLEU, metrics=metrics
+            )
+            changed[run.directory] = dataclasses.replace(
+                run, result=result, parent=change(run.parent)
+            )
+        return changed[run.directory]
+
+    return [change(run) for run in runs]
 
 
 # Accuracy at 50, 90 and 98 % sparsity.

@@ -1,3 +1,4 @@
+import doctest
 import errno
 import json
 import os
@@ -461,6 +462,15 @@ def test_average_of_bfloat16_variables_rounds_once(make, folder):
         found = keras.ops.convert_to_numpy(model.layers[0].kernel)
     expected = np.mean(kernels, axis=0).astype(found.dtype)
     np.testing.assert_array_equal(found, expected)
+
+
+def test_average_example_runs(tmp_path, monkeypatch):
+    # Those of methods are not in docstrings_test.
+    monkeypatch.chdir(tmp_path)
+    (example,) = doctest.DocTestFinder().find(
+        Checkpoints.average, "average", globs={}
+    )
+    assert doctest.DocTestRunner().run(example).failed == 0
 
 
 def test_up_to_leaves_out_later_checkpoints(make, trained):

@@ -28,9 +28,11 @@ from sos.experiments.results import FinishedRun
 
 # Density at which a kind without weights is drawn, the end of the axis.
 _LEAST_DENSITY = 1e-3
-_MAX_COLUMNS = 3
+_MAX_COLUMNS = 5
 # Of a plot, in inches.
-_WIDTH, _HEIGHT = 2.75, 2.3
+_WIDTH, _HEIGHT = 1.85, 2.4
+# Relative difference of densities that count as equal.
+_TOLERANCE = 0.02
 _HORIZONTAL_MARGIN = 1.25
 # Quotient of the limits of densities: one overall sparsity needs a scale, too.
 _LEAST_RANGE = 4.0
@@ -41,9 +43,11 @@ def draw_layer_kinds(study: Study) -> Figure | None:
 
     There is a plot for each kind that the task names, with its part of the
     weights, and a curve for each label. On the dotted diagonal a kind is as
-    sparse as the network. With several seeds, points are means, and bars extend
-    from the lowest to the highest value. Densities below a thousandth are drawn
-    as a thousandth.
+    sparse as the network. Labels whose kinds are always equally sparse, as
+    those of pruning without rules, would hide each other there: the legend
+    names them for the diagonal instead. With several seeds, points are means,
+    and bars extend from the lowest to the highest value. Densities below a
+    thousandth are drawn as a thousandth.
 
     Args:
         study: The study.
@@ -59,14 +63,13 @@ def draw_layer_kinds(study: Study) -> Figure | None:
     sizes = _sizes(_runs(curves))
     if not sizes:
         return None
-    columns = min(len(sizes), _MAX_COLUMNS)
-    if len(sizes) == 4:
-        columns = 2
-    rows = -(-len(sizes) // columns)
+    uniform = [curve for curve in curves if _is_uniform(curve)]
+    rows = -(-len(sizes) // _MAX_COLUMNS)
+    columns = -(-len(sizes) // rows)
     with matplotlib.rc_context(STYLE):
         figure, grid = new_grid(
-            0.6 + _WIDTH * columns,
-            0.5 + _HEIGHT * rows,
+            max(4.6, 0.6 + _WIDTH * columns),
+            0.3 + _HEIGHT * rows,
             rows,
             columns,
             sharex=True,
@@ -79,22 +82,20 @@ def draw_layer_kinds(study: Study) -> Figure | None:
             log_axis(axes, "x", SPARSITIES)
             log_axis(axes, "y", SPARSITIES)
             for curve in curves:
-                _draw_curve(axes, curve, kind)
-            title = f"{kind}, {_percent(size / total)} of weights"
-            axes.set_title(wrap(title, _WIDTH - 0.2), size=9)
+                if curve not in uniform:
+                    _draw_curve(axes, curve, kind)
+            part = f"{_percent(size / total)} of weights"
+            title = wrap(kind[:1].upper() + kind[1:], _WIDTH - 0.1)
+            axes.set_title(f"{title}\n{part}", size=9)
             # Also above an empty place.
             axes.tick_params(labelbottom=True)
         _set_limits(axes, curves)
+        equal = ", ".join(curve.label for curve in uniform)
         for axes in grid.flat[: len(sizes)]:
-            _draw_diagonal(axes)
+            _draw_diagonal(axes, f"all kinds alike: {equal}" if equal else None)
         figure.supxlabel("Overall sparsity (density on a log scale)", size=10)
-        figure.supylabel("Sparsity of the kind of layer", size=10)
-        caption = seeds_caption(curves)
-        share_legend(
-            figure,
-            "Dotted: as sparse as the network"
-            + (f". {caption}" if caption else ""),
-        )
+        figure.supylabel("Sparsity of the layers", size=10)
+        share_legend(figure, seeds_caption(curves))
     return figure
 
 
@@ -128,6 +129,15 @@ def _sizes(runs: Iterable[FinishedRun]) -> dict[str, int]:
         for kind, size in own.items():
             sizes.setdefault(kind, size)
     return sizes
+
+
+def _is_uniform(curve: Curve) -> bool:
+    """Returns whether all kinds are as sparse as the network in all runs."""
+    return all(
+        math.isclose(density, _overall(run), rel_tol=_TOLERANCE)
+        for run in _runs([curve])
+        for density in kind_densities(run).values()
+    )
 
 
 def _draw_curve(axes: Axes, curve: Curve, kind: str) -> None:
@@ -173,16 +183,17 @@ def _set_limits(axes: Axes, curves: Sequence[Curve]) -> None:
     set_least_range(axes, "y", _LEAST_RANGE)
 
 
-def _draw_diagonal(axes: Axes) -> None:
+def _draw_diagonal(axes: Axes, label: str | None) -> None:
     low, high = sorted(axes.get_xlim())
     bottom, top = axes.get_ylim()
     axes.plot(
         [low, high],
         [low, high],
         color=INK,
-        linestyle=(0, (1, 2)),
-        linewidth=1.0,
+        linestyle=(0, (1, 1.5)),
+        linewidth=1.2,
         zorder=1.7,
+        label=label or "as sparse as the network",
     )
     axes.set_ylim(bottom, top)
 

@@ -5,6 +5,7 @@ import matplotlib.colors
 import numpy as np
 import pytest
 
+from sos.experiments.figures import FIGURES
 from sos.experiments.figures.study import Study
 from sos.experiments.figures.style import technique_style
 from sos.experiments.figures.tradeoff import draw_tradeoff
@@ -13,8 +14,10 @@ from tests.support.figures import (
     error_bars,
     labelled_lines,
     replaced,
+    texts,
     weights,
 )
+from tests.support.results import in_bleu
 
 # Matplotlib warns of what it cannot draw.
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
@@ -189,3 +192,40 @@ def test_draw_tradeoff_any_range_of_accuracies_has_legible_ticks(
     limits = sorted(axes.get_ylim())
     ticks = [y for y in axes.get_yticks() if limits[0] <= y <= limits[1]]
     assert 3 <= len(ticks) <= 16
+
+
+def test_draw_tradeoff_of_bleu_has_a_linear_axis(runs):
+    figure = draw_tradeoff(Study(in_bleu(runs)))
+    check_texts(figure)
+    (axes,) = figure.axes
+    assert axes.get_ylabel() == "BLEU"
+    assert axes.get_yscale() == "linear" and not axes.yaxis_inverted()
+    lines = labelled_lines(axes)
+    accuracies = labelled_lines(draw_tradeoff(Study(runs)).axes[0])
+    for label, line in lines.items():
+        errors = np.asarray(accuracies[label].get_ydata())
+        np.testing.assert_allclose(line.get_ydata(), 30 * (1 - errors))
+
+
+def test_draw_tradeoff_of_equal_bleu_keeps_them_together(runs):
+    same = [
+        replaced(run, metrics={"accuracy": 0.9 + 1e-5 * run.config["seed"]})
+        for run in runs
+    ]
+    (axes,) = draw_tradeoff(Study(in_bleu(same))).axes
+    low, high = axes.get_ylim()
+    assert (low + high) / 2 == pytest.approx(27, abs=1e-3)
+    assert high - low == pytest.approx(1)
+
+
+@pytest.mark.parametrize("spec", FIGURES, ids=lambda spec: spec.name)
+def test_draw_figures_of_bleu_have_no_accuracy(spec, with_branches, stored):
+    # Logs and masks are there for some.
+    runs = in_bleu(stored if "mask" in spec.name else with_branches)
+    figure = spec.draw(Study(runs))
+    named = spec.named(runs[0].result.score)
+    assert "ccuracy" not in named.title + named.caption
+    assert "{" not in named.title + named.caption
+    if figure is not None:
+        check_texts(figure)
+        assert not [t for t, _ in texts(figure) if "ccuracy" in t.get_text()]
