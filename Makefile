@@ -133,7 +133,7 @@ format: $(READY)  ## repair what can be repaired of style and formatting
 # Without tpu_compile and gpu_step, which install a compiler.
 bench: $(READY)  ## run every benchmark of CPUs (ARGS go to each)
 	@for name in mask_update train_step "train_step --model=transformer" \
-			frozen resume launchers input_pipeline; do \
+			decode frozen resume launchers input_pipeline; do \
 		$(RUN) -m benchmarks.$$name $(ARGS) || exit; \
 	done
 

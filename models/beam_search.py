@@ -52,7 +52,8 @@ def beam_search(
     ended precede those that reached their limit, which follow only if fewer
     than `beam` ended. A search stops when nothing that continues can be better
     than the worst sentence that ended, so that stopping changes no result. What
-    a sentence gets does not depend on the others of the batch.
+    a sentence gets does not depend on the others of the batch. With a beam of
+    one the search is greedy.
 
     Call it in a `tf.function`, with or without `jit_compile`.
 
@@ -133,10 +134,11 @@ def beam_search(
         logs = tf.where(tf.math.is_nan(logs), _NEVER, logs)
         logs = tf.reshape(logs, [sentences, beam, vocabulary_size])
         scores = state.scores[:, :, tf.newaxis] + logs
-        # Every beginning may end, and as many must go on.
+        # Every beginning may end, and as many must go on. A greedy search is
+        # over when its only one ends.
         scores, places = tf.math.top_k(
             tf.reshape(scores, [sentences, beam * vocabulary_size]),
-            min(2 * beam, beam * vocabulary_size),
+            2 * beam if beam > 1 else 1,
         )
         parents = places // vocabulary_size
         last = places % vocabulary_size

@@ -577,10 +577,9 @@ class _Block(keras.layers.Layer):
         """
         y = self.self_norm(x)
         keys, values = self.self_attention.keys_values(y)
-        places = ops.arange(cache["keys"].shape[2])
-        here = ops.reshape(ops.equal(places, index), (1, 1, -1, 1))
-        keys = ops.where(here, keys, cache["keys"])
-        values = ops.where(here, values, cache["values"])
+        keys = _write(cache["keys"], index, keys)
+        values = _write(cache["values"], index, values)
+        places = ops.arange(keys.shape[2])
         before = ops.reshape(ops.less_equal(places, index), (1, 1, -1))
         x = x + self.self_attention.attend(y, keys, values, before)
         x = x + self.cross_attention.attend(
@@ -737,8 +736,8 @@ class _Attention(keras.layers.Layer):
         training: bool = False,
     ) -> Tensor:
         """Attends from `x` to what `keys_values` returned; see `call`."""
-        queries = ops.transpose(self._heads(self.query, x), (0, 2, 1, 3))
-        scores = ops.matmul(queries, ops.transpose(keys, (0, 1, 3, 2)))
+        queries = self._heads(self.query, x)
+        scores = ops.einsum("bqhd,bhkd->bhqk", queries, keys)
         # In float32 at least, as `dot_product_attention` has it.
         scores = ops.cast(
             scores, keras.backend.result_type(scores.dtype, "float32")
@@ -748,7 +747,7 @@ class _Attention(keras.layers.Layer):
         scores = ops.where(ops.expand_dims(visible, 1), scores, -1e9)
         weights = ops.cast(ops.softmax(scores), values.dtype)
         weights = self.dropout(weights, training=training)
-        y = ops.transpose(ops.matmul(weights, values), (0, 2, 1, 3))
+        y = ops.einsum("bhqk,bhkd->bqhd", weights, values)
         return self.output_projection(ops.reshape(y, ops.shape(x)))
 
     def _heads(self, projections: list[Callable], x: Tensor) -> Tensor:
@@ -790,6 +789,17 @@ def timing_signal(positions: Tensor, width: int) -> Tensor:
     if width % 2:
         signal = ops.pad(signal, [[0, 0]] * len(positions.shape) + [[0, 1]])
     return signal
+
+
+def _write(cache: Tensor, index: Tensor | int, new: Tensor) -> Tensor:
+    """Writes one place, axis 2, of keys or values of all heads."""
+    heads = cache.shape[1]
+    # A scatter, which need not copy the cache as a selection would.
+    rows = ops.arange(ops.shape(cache)[0] * heads)
+    here = ops.zeros_like(rows) + index
+    places = ops.stack([rows // heads, rows % heads, here], 1)
+    new = ops.reshape(new, (-1, cache.shape[3]))
+    return ops.scatter_update(cache, places, new)
 
 
 def _same(segments: Tensor, others: Tensor) -> Tensor:
