@@ -40,7 +40,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 export KERAS_BACKEND := tensorflow
 
 .DELETE_ON_ERROR:
-.PHONY: help docs study study-full environment environment-oldest test \
+.PHONY: help docs study study-full translate environment environment-oldest test \
 	environment-tpu environment-tpu-here test-slow test-browser test-oldest \
 	test-oldest-here compatibility soak lint format bench lock bazel-query wheel clean
 
@@ -78,6 +78,12 @@ study-full: $(READY)  ## run the long study on a residual network (days)
 		--workdir="$(WORKDIR)" $(ARGS)
 
 study-full: WORKDIR = runs/fashion_mnist_full
+
+translate: $(READY)  ## train a small translator and score it (WORKDIR=, ARGS=)
+	@$(RUN) -m models.train --config=configs/libreoffice_help.py \
+		--workdir="$(WORKDIR)" $(ARGS)
+
+translate: WORKDIR = runs/translate
 
 environment: $(READY)  ## make the virtual environment
 
@@ -127,7 +133,7 @@ format: $(READY)  ## repair what can be repaired of style and formatting
 # Without tpu_compile and gpu_step, which install a compiler.
 bench: $(READY)  ## run every benchmark of CPUs (ARGS go to each)
 	@for name in mask_update train_step "train_step --model=transformer" \
-			frozen resume launchers input_pipeline; do \
+			decode frozen resume launchers input_pipeline; do \
 		$(RUN) -m benchmarks.$$name $(ARGS) || exit; \
 	done
 

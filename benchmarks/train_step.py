@@ -1,9 +1,9 @@
 """Times one training step of a network under each technique.
 
     python -m benchmarks.train_step
-        [--model=resnet50|transformer|convnet|attention]
-        [--technique=NAME,NAME] [--repeats=7] [--batch_size=N] [--size=N]
-        [--json]
+        [--model=resnet50|transformer|transformer_base|...]
+        [--technique=NAME,NAME] [--repeats=7] [--batch_size=N | --tokens=N]
+        [--size=N] [--json]
 
 Each technique has its own process, whose peak memory is reported. The processes
 run one step each in turns, so other load on the machine affects all of them.
@@ -12,8 +12,11 @@ pass, backward pass and optimizer, as a `tf.function` without XLA and without
 mask updates (see `benchmarks.mask_update`). Tracing is timed apart.
 
 With ResNet-50 it takes about three minutes and 16 GB of memory on two cores,
-with the Transformer two minutes and 8 GB. With
+with the small Transformer two minutes and 8 GB. With
 `--model=convnet --technique=MagnitudePruning --repeats=1` it takes seconds.
+
+`--model=transformer_base` is the Transformer of the study, on `--tokens=N`
+tokens of each language in a step: 2,048 by default.
 """
 
 import argparse
@@ -131,6 +134,28 @@ def figures(
     }
 
 
+def _batch_size(
+    parser: argparse.ArgumentParser, flags: argparse.Namespace
+) -> int:
+    """Returns the number of pairs of sentences that have `--tokens` tokens."""
+    if not flags.model.startswith("transformer"):
+        parser.error(
+            "--tokens is for Transformers; give --batch_size. "
+            f"Received: --model={flags.model}"
+        )
+    if flags.batch_size is not None:
+        parser.error(
+            "--tokens and --batch_size exclude each other. Received: "
+            f"--tokens={flags.tokens} --batch_size={flags.batch_size}"
+        )
+    if flags.tokens < 1 or flags.size < 1 or flags.tokens % flags.size:
+        parser.error(
+            f"--tokens must be a multiple of --size, {flags.size} tokens in a "
+            f"sentence. Received: --tokens={flags.tokens}"
+        )
+    return flags.tokens // flags.size
+
+
 def main() -> None:
     """Measures and prints a table or JSON."""
     # Others have the training step of magnitude pruning.
@@ -159,7 +184,13 @@ def main() -> None:
         "--batch_size",
         type=int,
         help="number of images, or of pairs of sentences, in a step; by "
-        "default 32, and 64 for the Transformer",
+        "default that of the network",
+    )
+    add(
+        "--tokens",
+        type=int,
+        help="number of tokens of each language in a step, instead of "
+        "--batch_size: a multiple of --size",
     )
     add(
         "--size",
@@ -170,10 +201,12 @@ def main() -> None:
     add("--json", action="store_true", help="print one JSON object")
     flags = parser.parse_args()
     network = NETWORKS[flags.model]
-    if flags.batch_size is None:
-        flags.batch_size = network.batch_size
     if flags.size is None:
         flags.size = SIZES.get(flags.model, network.size)
+    if flags.tokens is not None:
+        flags.batch_size = _batch_size(parser, flags)
+    if flags.batch_size is None:
+        flags.batch_size = network.batch_size
     for name, least in (
         ("repeats", 1),
         ("batch_size", 1),

@@ -37,7 +37,8 @@ from sos.training.task import Task
 #: Which checkpoints of a finished run are kept: all; the first and the last,
 #: from which other runs can start; or none.
 KEEP = ("all", "trunk", "none")
-#: Entries that do not change the result and are not in the fingerprint.
+#: Entries that do not change the result and are not in the fingerprint. A task
+#: adds others: `ExperimentTask.ignored_entries`.
 IGNORED_ENTRIES = ("keep", "keep_steps", "label")
 # Mappings whose names depend on a choice, such as the optimizer. Their readers
 # check the names.
@@ -210,7 +211,7 @@ def fingerprint(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: _canonical(value)
         for name, value in sorted(flatten(values).items())
-        if name.partition(".")[0] not in IGNORED_ENTRIES
+        if not _is_ignored(name, values["task"])
         and (
             name == "task"
             or name not in defaults
@@ -353,7 +354,7 @@ def config_diff(
     new = flatten(_with_parent_name(values))
     old = flatten(_with_parent_name(_merge(_defaults(values), plain(stored))))
     for name in {*old, *new}:
-        if name.partition(".")[0] in IGNORED_ENTRIES:
+        if _is_ignored(name, values["task"]):
             old.pop(name, None)
             new.pop(name, None)
     return list(diff(old, new))
@@ -435,6 +436,13 @@ def _flatten(
             yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _is_ignored(name: str, task: str) -> bool:
+    """Returns whether an entry does not change the result."""
+    if name.partition(".")[0] in IGNORED_ENTRIES:
+        return True
+    return name in getattr(load_task(task), "ignored_entries", ())
 
 
 def _with_parent_name(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,9 @@ class ExperimentTask(Task):
             nor the model's graph uses it. Hyperparameters that are a
             `sos.extend.Hyperparameter` or belong to a pruning schedule
             qualify. `parent` and `branch` always do.
+        ignored_entries: Dotted names of config entries that do not change the
+            result, such as the path of a file whose content is in
+            `configuration`. They are not in the fingerprint of a run.
         eval_examples: Number of evaluation examples, if known. Conclusions of
             a study compare differences to the standard error that it gives an
             accuracy.
@@ -79,6 +82,7 @@ class ExperimentTask(Task):
     """
 
     runtime_entries: tuple[str, ...] = ()
+    ignored_entries: tuple[str, ...] = ()
     eval_examples: int | None = None
     score: ScoreMetric = ACCURACY
     layer_kinds: Sequence[tuple[str, str]] = ()

@@ -53,6 +53,43 @@ def test_train_step_prints_one_report_of_the_techniques(process, monkeypatch):
     assert report["results"]["dense"]["times_dense"] == 1
 
 
+def test_train_step_of_a_transformer_takes_a_number_of_tokens(monkeypatch):
+    monkeypatch.setattr(
+        train_step.multiprocessing, "get_context", lambda kind: Threads
+    )
+    report = benchmarks.run(
+        "train_step",
+        "--model=transformer_tiny",
+        "--technique=dense",
+        "--repeats=1",
+        "--tokens=12",
+    )
+    assert list(report["results"]) == ["dense"]
+    assert (report["batch"], report["size"]) == (3, 4)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model=transformer_tiny", "--tokens=6"], "multiple.*, 4 tok.*=6"),
+        (["--model=transformer", "--tokens=0"], "multiple.*--tokens=0"),
+        (["--model=convnet", "--tokens=8"], "--batch_size.*--model=convnet"),
+        (
+            ["--model=transformer", "--tokens=64", "--batch_size=2"],
+            "exclude each other.*--tokens=64 --batch_size=2",
+        ),
+    ],
+)
+def test_train_step_with_a_wrong_number_of_tokens_says_why(
+    arguments, message, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", ["train_step", *arguments])
+    with pytest.raises(SystemExit) as error:
+        train_step.main()
+    assert error.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     "argument, message",
     [

@@ -1,0 +1,768 @@
+"""Translation of WMT, and of other pairs of sentences."""
+
+import contextlib
+import functools
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import ml_collections
+import tensorflow as tf
+from ml_collections import config_dict
+
+import sos
+from models import beam_search, transformer
+from models.decoding import LENGTHS, Decoder
+from sos import files
+from sos.arguments import check_integer, check_number
+from sos.datasets import subwords, translation
+from sos.datasets.subwords import EOS, Subwords
+from sos.datasets.translation import PackedPairs, Pairs, TranslationData
+from sos.errors import UsageError
+from sos.experiments import bleu
+from sos.experiments.scores import ScoreMetric
+from sos.experiments.task import ExperimentTask
+from sos.training.checkpoints import Checkpoints
+from sos.training.learning_rates import make_learning_rate
+from sos.training.optimizers import make_optimizer, technique_variables
+from sos.training.task import Evaluator, WeightedSum
+from sos.wrappers.base import find_wrappers
+
+#: Name of the vocabulary in the directory of a run.
+VOCABULARY = "vocabulary.model"
+#: Folder of the translations in the directory of a run.
+TRANSLATIONS = "translations"
+
+_SPLITS = ("validation", "test")
+# Lengths to which an exported model pads a batch, in tokens.
+_SERVING_LENGTHS = LENGTHS[::2]
+
+
+class Regularization(NamedTuple):
+    """Dropouts and label smoothing.
+
+    Attributes:
+        residual_dropout: Rate after the embedding, attention and feed-forward
+            layers.
+        attention_dropout: Rate of attention weights.
+        hidden_dropout: Rate within the feed-forward layers.
+        label_smoothing: Part of the target's probability that is shared by all
+            other entries of the vocabulary.
+    """
+
+    residual_dropout: float
+    attention_dropout: float
+    hidden_dropout: float
+    label_smoothing: float
+
+
+#: The values of `config.regularization`, those of the authors' program.
+REGULARIZATIONS = {
+    "none": Regularization(0.0, 0.0, 0.0, 0.0),
+    "label_smoothing": Regularization(0.0, 0.0, 0.0, 0.1),
+    "dropout+label_smoothing": Regularization(0.1, 0.1, 0.1, 0.1),
+    "moredropout+label_smoothing": Regularization(0.3, 0.1, 0.1, 0.1),
+    "muchmoredropout+label_smoothing": Regularization(0.5, 0.1, 0.1, 0.1),
+}
+
+
+class Translation(ExperimentTask):
+    """Translates sentences with a Transformer.
+
+    The recipe is that of the authors for WMT 2014, English to German: 500,000
+    steps of 2,048 target tokens, in packed rows of 256; Adam with a warm-up of
+    8,000 steps, then a rate that falls with the square root of the step. The
+    score is sacreBLEU of the test split after beam search.
+
+    An evaluation writes its translations to `translations/SPLIT.txt` in the
+    directory of the run, one a line, and those at other thresholds of
+    variational dropout to `translations/SPLIT_at_THRESHOLD.txt`; and the
+    vocabulary to `vocabulary.model`.
+
+    Attributes:
+        subwords: The vocabulary.
+        data: The sentences.
+        source: The sentences as packed batches.
+
+    Args:
+        config: A resolved config.
+        load_data: Whether to load the sentences at once. Without them the task
+            can restore, decode and export, but neither train nor evaluate; the
+            vocabulary is learned from the sentences, unless the config names a
+            file.
+
+    Raises:
+        UsageError: If the config does not fit.
+        StorageError: If a file cannot be read.
+        MissingPackageError: If an optional package is missing.
+    """
+
+    runtime_entries = (
+        "decode.alpha",
+        "decode.average_checkpoints",
+        "decode.beam",
+        "decode.extra_length",
+        "decode.sentences",
+        "decode.split",
+        "decode.thresholds",
+        "seed",
+        "sparsity.num_examples",
+        "sparsity.penalty_weight",
+        "sparsity.seed",
+        "sparsity.sparsity",
+        "sparsity.threshold",
+    )
+    score = ScoreMetric(name="bleu", label="BLEU", factor=1)
+    ignored_entries = ("data.vocabulary", "decode.batch_size", "decode.samples")
+
+    def __init__(
+        self, config: ml_collections.ConfigDict, *, load_data: bool = True
+    ) -> None:
+        super().__init__(config)
+        _check_config(config, type(self).default_config())
+        self.batch_size = _rows(config)
+        self.regularization = _regularization(config)
+        self._decoder: Decoder | None = None
+        self.subwords = self._load_subwords()
+        if load_data:
+            if config.decode.sentences != 0:
+                # Raises if a package is missing, rather than after training.
+                bleu.study_bleu(["."], ["."], language=config.data.target)
+            # Now, so that a config that does not fit leaves no directory.
+            _ = self.source
+
+    @classmethod
+    def default_config(cls) -> ml_collections.ConfigDict:
+        """Returns the entries of a config, with their defaults.
+
+        - `model.width`, `model.hidden_width`, `model.heads`, `model.layers`,
+          `model.split_heads`, `model.target_spaces`: As
+          `models.transformer.Transformer` takes them.
+        - `regularization`: Dropouts and label smoothing, by a name of
+          `REGULARIZATIONS`.
+        - `batch_size`: Number of target tokens in a step, padding included,
+          over all replicas: a multiple of `data.target_length`.
+        - `data.name`, `data.directory`, `data.source`, `data.target`: The
+          sentences, as `sos.datasets.translation.load` takes them.
+        - `data.vocabulary`: Path of a sentencepiece model; by default, one of
+          `data.vocabulary_size` entries is learned from the training sentences,
+          which takes minutes for millions of them. It does not identify the
+          run.
+        - `data.vocabulary_hash`: If set, the fingerprint that the vocabulary
+          must have.
+        - `data.source_length`, `data.target_length`: Tokens in a packed row.
+        - `data.eval_batch_size`: Maximum number of rows in an evaluation batch.
+        - `learning_rate.hidden_size`: The width of the study's network. Another
+          `model.width` does not change the rate.
+        - `learning_rate.technique_multiplier`: Factor of the learning rate of
+          trainable variables that a technique adds.
+        - `decode.split`: "test" or "validation", the sentences that an
+          evaluation translates and scores.
+        - `decode.sentences`: If set, only so many of them; 0 for none.
+        - `decode.beam`, `decode.alpha`, `decode.extra_length`,
+          `decode.batch_size`: As for `models.decoding.Decoder`. The last does
+          not identify the run.
+        - `decode.thresholds`: Further thresholds of variational dropout at
+          which the split is scored.
+        - `decode.average_checkpoints`: Number of newest checkpoints whose mean
+          is scored.
+        - `decode.samples`: Number of translations that an evaluation prints.
+          It does not identify the run.
+        """
+        config = super().default_config()
+        config.model = {
+            "width": 512,
+            "hidden_width": 2048,
+            "heads": 8,
+            "layers": 6,
+            "split_heads": False,
+            "target_spaces": 32,
+        }
+        config.regularization = "dropout+label_smoothing"
+        config.data = {
+            "name": "wmt14_translate/de-en",
+            "directory": config_dict.placeholder(str),
+            "source": "en",
+            "target": "de",
+            "vocabulary": config_dict.placeholder(str),
+            "vocabulary_size": 33_288,
+            "vocabulary_hash": config_dict.placeholder(str),
+            "source_length": 256,
+            "target_length": 256,
+            "eval_batch_size": 8,
+        }
+        config.decode = {
+            "split": "test",
+            "sentences": config_dict.placeholder(int),
+            "beam": 4,
+            "alpha": 0.6,
+            "extra_length": 100,
+            "batch_size": 64,
+            "thresholds": (),
+            "average_checkpoints": 1,
+            "samples": 0,
+        }
+        config.optimizer.name = "adam"
+        config.optimizer.beta_2 = 0.997
+        config.optimizer.epsilon = 1e-9
+        config.learning_rate.schedule = "rsqrt"
+        config.learning_rate.base = 2.0
+        config.learning_rate.warmup_steps = 8000
+        config.learning_rate.hidden_size = 512
+        config.learning_rate.technique_multiplier = 1.0
+        config.batch_size = 2048
+        config.train_steps = 500_000
+        return config
+
+    def configuration(self) -> Mapping[str, Any]:
+        """Returns the fingerprint of the run, with that of its vocabulary."""
+        return {
+            **super().configuration(),
+            "data.vocabulary_hash": self.subwords.fingerprint,
+        }
+
+    @functools.cached_property
+    def data(self) -> TranslationData:
+        """The sentences that `config.data` selects."""
+        return _load(_place(self.config.data))
+
+    @functools.cached_property
+    def source(self) -> PackedPairs:
+        """The sentences as packed batches."""
+        data = self.config.data
+        with _naming("data"):
+            return _pack(
+                _place(data),
+                self.subwords.model,
+                seed=self.config.seed,
+                batch_size=self.batch_size,
+                source_length=data.source_length,
+                target_length=data.target_length,
+                eval_batch_size=data.eval_batch_size,
+            )
+
+    def _load_subwords(self) -> Subwords:
+        data = self.config.data
+        with _naming("data.vocabulary"):
+            if data.vocabulary is not None:
+                vocabulary = Subwords.load(data.vocabulary)
+            else:
+                size = check_integer(
+                    "vocabulary_size", data.vocabulary_size, minimum=1
+                )
+                vocabulary = Subwords(_learn(_place(data), size))
+        expected = data.vocabulary_hash
+        if expected is not None and expected != vocabulary.fingerprint:
+            place = data.vocabulary or "learned from the training sentences"
+            raise UsageError(
+                "The vocabulary must be that of `config.data.vocabulary_hash`, "
+                f"{expected}. Received: {vocabulary.fingerprint}, of "
+                f"{vocabulary.size} entries, {place}"
+            )
+        return vocabulary
+
+    # Training.
+
+    def build_network(self) -> keras.Model:
+        """Returns the dense network that `config.model` describes."""
+        rates = self.regularization
+        with _naming("model"):
+            return transformer.Transformer(
+                self.subwords.size,
+                **self.config.model.to_dict(),
+                residual_dropout=rates.residual_dropout,
+                attention_dropout=rates.attention_dropout,
+                hidden_dropout=rates.hidden_dropout,
+                seed=self.config.seed,
+            )
+
+    def build_model(self) -> keras.Model:
+        """Returns the network, made sparse according to `config.sparsity`."""
+        model = self.sparsify(self.build_network())
+        if self.config.decode.thresholds and not _with_threshold(model):
+            raise UsageError(
+                "`config.decode.thresholds` are thresholds of variational "
+                "dropout: remove them for other techniques. Received: "
+                f"{tuple(self.config.decode.thresholds)}"
+            )
+        return model
+
+    def build_optimizer(self, model: keras.Model) -> keras.optimizers.Optimizer:
+        """Returns the optimizer that `config.optimizer` describes."""
+        rate = self.config.learning_rate.to_dict()
+        multiplier = rate.pop("technique_multiplier")
+        if rate["schedule"] != "rsqrt":
+            del rate["hidden_size"]
+        optimizer = make_optimizer(
+            self.config.optimizer.to_dict(),
+            learning_rate=make_learning_rate(
+                rate,
+                train_steps=self.config.train_steps,
+                batch_size=self.config.batch_size,
+            ),
+            multipliers=[
+                (variable, multiplier)
+                for variable in technique_variables(model)
+            ],
+        )
+        optimizer.build(model.trainable_variables)
+        return optimizer
+
+    def train_dataset(
+        self, context: tf.distribute.InputContext, step: int
+    ) -> tf.data.Dataset:
+        """Returns batches of packed training pairs."""
+        return self.source.train(context, step)
+
+    def eval_dataset(
+        self, context: tf.distribute.InputContext
+    ) -> tf.data.Dataset:
+        """Returns batches of packed validation pairs."""
+        return self.source.eval(context)
+
+    def compute_metrics(
+        self, model: keras.Model, batch: Any, training: bool
+    ) -> dict[str, WeightedSum]:
+        """Returns smoothed cross-entropy in nats and accuracy, per token."""
+        logits = model(
+            batch["source"],
+            batch["target"],
+            batch["source_segments"],
+            batch["target_segments"],
+            training=training,
+        )
+        weights = tf.cast(batch["target_segments"] > 0, tf.float32)
+        if "weight" in batch:
+            weights *= batch["weight"][:, tf.newaxis]
+        return token_metrics(
+            logits,
+            batch["target"],
+            weights,
+            label_smoothing=self.regularization.label_smoothing,
+        )
+
+    # Scores.
+
+    def evaluators(
+        self, checkpoints: Checkpoints | None = None
+    ) -> Mapping[str, Evaluator]:
+        """Returns evaluators that translate and score `config.decode.split`.
+
+        Metrics are "bleu" and "study_bleu" (see `sos.experiments.bleu`), and
+        the signature of the former. With thresholds of variational dropout also
+        "bleu_at_T", "study_bleu_at_T" and "sparsity_at_T" for each threshold T.
+
+        Args:
+            checkpoints: Those of the run, whose directory gets the translations
+                and the vocabulary; None to write nothing.
+        """
+        if self.config.decode.sentences == 0:
+            return {}
+        evaluators = {
+            "translation": functools.partial(
+                self._evaluate, checkpoints=checkpoints
+            )
+        }
+        for threshold in dict.fromkeys(self.config.decode.thresholds):
+            evaluators[f"translation_at_{threshold:g}"] = functools.partial(
+                self._evaluate, checkpoints=checkpoints, threshold=threshold
+            )
+        return evaluators
+
+    def decoder(self, model: keras.Model) -> Decoder:
+        """Returns the decoder of a model, as `config.decode` describes it.
+
+        Args:
+            model: A model of this task. The decoder of the last one is kept,
+                with its compiled functions.
+        """
+        if self._decoder is None or self._decoder.model is not model:
+            decode = self.config.decode
+            self._decoder = Decoder(
+                model,
+                self.subwords,
+                beam=decode.beam,
+                alpha=decode.alpha,
+                extra_length=decode.extra_length,
+                batch_size=decode.batch_size,
+            )
+        return self._decoder
+
+    def averaged(
+        self, model: keras.Model, checkpoints: Checkpoints | None
+    ) -> contextlib.AbstractContextManager:
+        """Returns a scope in which a model has the weights to be scored.
+
+        Args:
+            model: A model of this task.
+            checkpoints: Those of the run.
+
+        Returns:
+            A scope in which it has the mean of up to
+            `config.decode.average_checkpoints` of the newest checkpoints after
+            step 0; one without effect if that is one checkpoint.
+        """
+        last = self.config.decode.average_checkpoints
+        if checkpoints is not None:
+            # Not the initial weights, whose checkpoint is kept as well.
+            trained = [step for step in checkpoints.steps() if step > 0]
+            last = min(last, len(trained))
+        if last <= 1 or checkpoints is None:
+            return contextlib.nullcontext()
+        return checkpoints.average(model, last=last)
+
+    def _evaluate(
+        self,
+        model: keras.Model,
+        *,
+        checkpoints: Checkpoints | None,
+        threshold: float | None = None,
+    ) -> dict[str, float | str]:
+        pairs = self._scored_pairs()
+        suffix = "" if threshold is None else f"_at_{threshold:g}"
+        metrics: dict[str, float | str] = {}
+        with (
+            self.averaged(model, checkpoints),
+            _at_threshold(model, threshold),
+        ):
+            translations = [
+                " ".join(found.text.splitlines())
+                for found in self.decoder(model)(pairs.source)
+            ]
+            if threshold is not None:
+                report = sos.sparsity_report(model)
+                metrics[f"sparsity{suffix}"] = report.sparsity
+        score = bleu.sacrebleu_score(translations, pairs.target)
+        study = bleu.study_bleu(
+            translations, pairs.target, language=self.config.data.target
+        )
+        metrics[f"bleu{suffix}"] = score.value
+        metrics[f"study_bleu{suffix}"] = study.value
+        if threshold is None:
+            metrics["bleu_signature"] = score.signature
+            metrics["study_bleu_signature"] = study.signature
+            self._print_samples(pairs, translations)
+        if checkpoints is not None:
+            self._write(translations, checkpoints, suffix)
+        return metrics
+
+    def _scored_pairs(self) -> Pairs:
+        split = getattr(self.data, self.config.decode.split)
+        count = self.config.decode.sentences
+        return Pairs(split.source[:count], split.target[:count])
+
+    def _print_samples(self, pairs: Pairs, translations: Sequence[str]) -> None:
+        count = min(self.config.decode.samples, len(translations))
+        for number in range(count):
+            # From all parts of the split.
+            index = (2 * number + 1) * len(translations) // (2 * count)
+            print(
+                f"\nsource       {pairs.source[index]}"
+                f"\nreference    {pairs.target[index]}"
+                f"\ntranslation  {translations[index]}",
+                flush=True,
+            )
+        if count:
+            print(flush=True)
+
+    def _write(
+        self, translations: Sequence[str], checkpoints: Checkpoints, suffix: str
+    ) -> None:
+        directory = os.path.dirname(checkpoints.directory)
+        folder = os.path.join(directory, TRANSLATIONS)
+        tf.io.gfile.makedirs(folder)
+        path = os.path.join(folder, f"{self.config.decode.split}{suffix}.txt")
+        files.write_text(path, "".join(f"{text}\n" for text in translations))
+        self.subwords.save(os.path.join(directory, VOCABULARY))
+
+    def serving(self, model: keras.Model) -> tf.Module:
+        """Returns a module that translates strings."""
+        decode = self.config.decode
+        return TranslationServing(
+            model,
+            self.subwords,
+            beam=decode.beam,
+            alpha=decode.alpha,
+            extra_length=decode.extra_length,
+        )
+
+
+class TranslationServing(tf.Module):
+    """A module that translates sentences, tokenization included.
+
+    The signature `serving_default` takes "sentences", strings in UTF-8 of shape
+    [n]. It returns "translations", strings of shape [n], and "scores", float32
+    of shape [n]: log probabilities, divided by the length penalty of the beam
+    search. A sentence of nothing but spaces has an empty translation and the
+    score 0. All sentences are one batch, padded to 16, 64, 256 or 1,024 tokens;
+    longer ones are cut.
+
+    A process that loads the module must import tensorflow_text first.
+
+    Args:
+        model: A `models.transformer.Transformer`. A sparse one is stripped.
+        subwords: Its vocabulary.
+        beam: Number of hypotheses.
+        alpha: Exponent of the length penalty.
+        extra_length: Number of tokens by which a translation may be longer than
+            its source.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        subwords: Subwords,
+        *,
+        beam: int = 4,
+        alpha: float = 0.6,
+        extra_length: int = 100,
+    ) -> None:
+        super().__init__()
+        if find_wrappers(model):
+            model = sos.strip(model)
+        # Hidden from tf.Module, which would store all variables twice.
+        object.__setattr__(self, "model", model)
+        self.weights = [variable.value for variable in model.variables]
+        self.subwords = subwords
+
+        def translate(sentences: tf.Tensor) -> dict[str, tf.Tensor]:
+            tokens = subwords.tokenize(sentences)
+            lengths = tokens.row_lengths()
+            # A search has a static length.
+            branches = [
+                functools.partial(search, tokens, lengths, length)
+                for length in _SERVING_LENGTHS
+            ]
+            longest = tf.reduce_max(lengths)
+            index = tf.searchsorted(
+                tf.constant(_SERVING_LENGTHS, tf.int64), longest[tf.newaxis]
+            )[0]
+            texts, scores = tf.switch_case(
+                tf.minimum(index, len(branches) - 1), branches
+            )
+            return {"translations": texts, "scores": scores}
+
+        def search(
+            tokens: tf.RaggedTensor, lengths: tf.Tensor, length: int
+        ) -> tuple[tf.Tensor, tf.Tensor]:
+            source = tokens.to_tensor(shape=[None, length])
+            # The end of sentences that were cut.
+            cut = (lengths > length)[:, tf.newaxis]
+            cut &= tf.range(length) == length - 1
+            found = beam_search.translate(
+                model,
+                tf.where(cut, EOS, source),
+                beam=beam,
+                alpha=alpha,
+                extra_length=extra_length,
+            )
+            return subwords.detokenize(found.tokens[:, 0]), found.scores[:, 0]
+
+        @tf.function(
+            input_signature=[tf.TensorSpec([None], tf.string, "sentences")],
+            autograph=False,
+        )
+        def serve(sentences: tf.Tensor) -> dict[str, tf.Tensor]:
+            wanted = tf.where(tf.strings.strip(sentences) != "")
+            results = tf.cond(
+                tf.size(wanted) > 0,
+                lambda: translate(tf.gather_nd(sentences, wanted)),
+                lambda: {
+                    "translations": tf.zeros([0], tf.string),
+                    "scores": tf.zeros([0]),
+                },
+            )
+            shape = tf.shape(sentences, tf.int64)
+            return {
+                name: tf.scatter_nd(wanted, values, shape)
+                if name == "scores"
+                else tf.tensor_scatter_nd_update(
+                    tf.fill(shape, ""), wanted, values
+                )
+                for name, values in results.items()
+            }
+
+        self.signatures = {"serving_default": serve}
+
+
+def token_metrics(
+    logits: tf.Tensor,
+    labels: tf.Tensor,
+    weights: tf.Tensor,
+    *,
+    label_smoothing: float = 0.0,
+) -> dict[str, WeightedSum]:
+    """Computes cross-entropy and accuracy for `Task.compute_metrics`.
+
+    Args:
+        logits: Floats of shape [batch, length, vocabulary].
+        labels: int32 of shape [batch, length].
+        weights: float32 of shape [batch, length], 0 for padding.
+        label_smoothing: Part e of the target's probability that is shared
+            equally by the V - 1 other entries of the vocabulary, as in
+            tensor2tensor: the label's is 1 - e, the others' e / (V - 1). The
+            loss is reduced by the entropy of this target, its least value.
+
+    Returns:
+        "loss", in nats, and "token_accuracy", the fraction of correct
+        predictions. Each is the weighted sum over the tokens and the sum of the
+        weights, float32 scalars.
+
+    Example:
+    >>> from models import wmt
+    >>> metrics = wmt.token_metrics(
+    ...     [[[0.0, 2.0, 1.0], [0.0, 0.0, 1.0]]], [[1, 1]], [[1.0, 1.0]]
+    ... )
+    >>> [float(value) for value in metrics["token_accuracy"]]
+    [1.0, 2.0]
+    """
+    logits = tf.cast(logits, tf.float32)
+    weights = tf.convert_to_tensor(weights, tf.float32)
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+    if label_smoothing:
+        size = logits.shape[-1]
+        low = label_smoothing / (size - 1)
+        # -sum_i p_i log q_i, without a tensor of all p_i.
+        label_logits = tf.gather(logits, labels, axis=-1, batch_dims=2)
+        others = size * label_logits - tf.reduce_sum(logits, axis=-1)
+        entropy = -(1 - label_smoothing) * math.log(1 - label_smoothing)
+        entropy -= label_smoothing * math.log(low)
+        losses += low * others - entropy
+    predictions = tf.argmax(logits, axis=-1, output_type=tf.int32)
+    correct = tf.cast(predictions == tf.cast(labels, tf.int32), tf.float32)
+    total = tf.reduce_sum(weights)
+    return {
+        "loss": (tf.reduce_sum(weights * losses), total),
+        "token_accuracy": (tf.reduce_sum(weights * correct), total),
+    }
+
+
+class _Place(NamedTuple):
+    """The entries of `config.data` that select sentences."""
+
+    name: str
+    directory: str | None
+    source: str
+    target: str
+
+
+def _place(data: Mapping[str, Any]) -> _Place:
+    return _Place(*(data[name] for name in _Place._fields))
+
+
+# The last results are kept, as a process may make several tasks.
+@functools.lru_cache(maxsize=1)
+def _load(place: _Place) -> TranslationData:
+    return translation.load(
+        place.name,
+        place.directory,
+        source=place.source,
+        target=place.target,
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _learn(place: _Place, size: int) -> bytes:
+    train = _load(place).train
+    return subwords.learn((*train.source, *train.target), size)
+
+
+@functools.lru_cache(maxsize=1)
+def _pack(place: _Place, vocabulary: bytes, **options: Any) -> PackedPairs:
+    return PackedPairs(_load(place), Subwords(vocabulary), **options)
+
+
+def _check_config(
+    config: ml_collections.ConfigDict, defaults: ml_collections.ConfigDict
+) -> None:
+    """Raises `UsageError` if an entry of this task is invalid."""
+    for section in ("model", "data", "decode"):
+        unknown = sorted(set(config[section]) - set(defaults[section]))
+        if unknown:
+            raise UsageError(
+                f"`config.{section}` has the entries "
+                f"{', '.join(defaults[section])}. "
+                f"Received: {', '.join(unknown)}"
+            )
+    data, decode = config.data, config.decode
+    with _naming("data"):
+        for name in ("source_length", "target_length", "eval_batch_size"):
+            check_integer(name, data[name], minimum=1)
+    with _naming("decode"):
+        if decode.split not in _SPLITS:
+            raise UsageError(
+                f"`split` must be one of {', '.join(_SPLITS)}. "
+                f"Received: {decode.split!r}"
+            )
+        for name in ("beam", "batch_size", "average_checkpoints"):
+            check_integer(name, decode[name], minimum=1)
+        for name in ("extra_length", "samples"):
+            check_integer(name, decode[name], minimum=0)
+        if decode.sentences is not None:
+            check_integer("sentences", decode.sentences, minimum=0)
+        check_number("alpha", decode.alpha, "[0, inf)")
+        if isinstance(decode.thresholds, str) or not isinstance(
+            decode.thresholds, Sequence
+        ):
+            raise UsageError(
+                "`thresholds` must be a list of numbers. "
+                f"Received: {decode.thresholds!r}"
+            )
+        for threshold in decode.thresholds:
+            check_number("thresholds", threshold, "(-inf, inf)")
+
+
+def _rows(config: ml_collections.ConfigDict) -> int:
+    """Returns the number of packed rows in a step."""
+    length = config.data.target_length
+    if config.batch_size % length:
+        raise UsageError(
+            "`config.batch_size` is a number of target tokens and must be a "
+            f"multiple of `config.data.target_length`, {length}. "
+            f"Received: {config.batch_size}"
+        )
+    return config.batch_size // length
+
+
+def _regularization(config: ml_collections.ConfigDict) -> Regularization:
+    name = config.regularization
+    if not isinstance(name, str) or name not in REGULARIZATIONS:
+        raise UsageError(
+            "`config.regularization` must be one of "
+            f"{', '.join(REGULARIZATIONS)}. Received: {name!r}"
+        )
+    return REGULARIZATIONS[name]
+
+
+@contextlib.contextmanager
+def _naming(entry: str) -> Iterator[None]:
+    """Names the entry of the config in errors that the scope raises."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"`config.{entry}`: {error}") from error
+
+
+def _with_threshold(model: keras.Model) -> list[Any]:
+    """Returns the techniques of a model that have a threshold."""
+    return [each for each in find_wrappers(model) if hasattr(each, "threshold")]
+
+
+@contextlib.contextmanager
+def _at_threshold(
+    model: keras.Model, threshold: float | None
+) -> Iterator[None]:
+    """Changes the threshold of variational dropout within a scope."""
+    if threshold is None:
+        yield
+        return
+    techniques = _with_threshold(model)
+    before = [technique.threshold for technique in techniques]
+    sos.set_hyperparameters(model, threshold=threshold)
+    try:
+        yield
+    finally:
+        for technique, value in zip(techniques, before, strict=True):
+            technique.threshold = value
