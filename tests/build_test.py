@@ -121,8 +121,9 @@ def test_third_party_deps_are_declared_in_setup(name):
         allowed |= declared["STUDY_REQUIRES"]
     if name == "benchmarks" or name.startswith("tests/"):
         allowed |= declared["TFDS_REQUIRES"] | declared["IMAGENET_REQUIRES"]
-    if name.startswith("tests/"):
+    if name == "models" or name.startswith("tests/"):
         allowed |= declared["TRANSLATION_REQUIRES"]
+    if name.startswith("tests/"):
         allowed |= declared["TEST_REQUIRES"]
     assert {d for d in TARGETS[name]["deps"] if d[0] == "@"} <= allowed
 
