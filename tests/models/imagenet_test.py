@@ -22,6 +22,7 @@ from tests.support import photographs, processes
 
 CLASSES = 7
 EVAL_EXAMPLES = 23
+WIDTH = 0.25
 SIZE = 32
 
 
@@ -64,6 +65,7 @@ def make_task(directory):
 
     def make(arg="", policy="float32", **overrides):
         config = imagenet_small.get_config(arg)
+        config.model.width = WIDTH
         config.batch_size = 8
         config.data.name = "small"
         config.data.directory = str(directory)
@@ -126,7 +128,7 @@ def test_loss_has_smoothed_labels_and_l2(make_task):
 @pytest.fixture(scope="module")
 def answers(directory):
     """A network and its top-1 and top-5 accuracies, one image at a time."""
-    model = resnet.build((SIZE, SIZE, 3), CLASSES, 0, depth=18, width=0.25)
+    model = resnet.build((SIZE, SIZE, 3), CLASSES, 0, depth=18, width=WIDTH)
     rng = np.random.default_rng(0)
     for variable in model.variables:
         if len(variable.shape) == 1:
@@ -259,6 +261,7 @@ def test_ten_images_are_learned_and_a_kill_changes_no_bit(directory, tmp_path):
         "--config.data.name=ten",
         f"--config.data.image_size={SIZE}",
         "--config.batch_size=10",
+        "--config.learning_rate.base=0.1",
         "--config.learning_rate.base_batch_size=40",
         "--cpu_replicas=2",
         "--deterministic",
