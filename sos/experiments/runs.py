@@ -338,6 +338,7 @@ def _make_result(
         dense_multiply_adds=totals.get("multiply_adds"),
         machine=describe_machine(trainer.strategy),
         score=trainer.task.score,
+        ignored_entries=tuple(trainer.task.ignored_entries),
     )
 
 

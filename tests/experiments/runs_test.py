@@ -446,6 +446,7 @@ class Translated(toy_experiment.ToyExperiment):
 
     score = BLEU
     layer_kinds = (("first", "^a/"), ("any", "kernel"))
+    ignored_entries = ("data.path",)
 
     def evaluators(self, checkpoints):
         return {
@@ -468,3 +469,4 @@ def test_run_stores_the_score_and_the_kinds_of_its_task(modes, tmp_path):
     assert (result.score, result.score_value) == (BLEU, 27.3)
     assert result.texts == {"bleu_signature": f"steps {STEPS}"}
     assert [w.kind for w in result.weights] == ["first", "any"]
+    assert result.ignored_entries == ("data.path",)
