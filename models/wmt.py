@@ -22,6 +22,7 @@ from sos.datasets.subwords import EOS, Subwords
 from sos.datasets.translation import PackedPairs, Pairs, TranslationData
 from sos.errors import UsageError
 from sos.experiments import bleu
+from sos.experiments import config as config_lib
 from sos.experiments.scores import ScoreMetric
 from sos.experiments.task import ExperimentTask
 from sos.training.checkpoints import Checkpoints
@@ -216,6 +217,11 @@ class Translation(ExperimentTask):
         config.train_steps = 500_000
         return config
 
+    @property
+    def averaged_checkpoints(self) -> int:
+        """Number of newest checkpoints of which a score is made."""
+        return self.config.decode.average_checkpoints
+
     def configuration(self) -> Mapping[str, Any]:
         """Returns the fingerprint of the run, with that of its vocabulary."""
         return {
@@ -400,18 +406,17 @@ class Translation(ExperimentTask):
             checkpoints: Those of the run.
 
         Returns:
-            A scope in which it has the mean of up to
-            `config.decode.average_checkpoints` of the newest checkpoints after
-            step 0; one without effect if that is one checkpoint.
+            A scope in which it has the mean of the newest
+            `config.decode.average_checkpoints`; one without effect for a single
+            checkpoint.
         """
-        last = self.config.decode.average_checkpoints
-        if checkpoints is not None:
-            # Not the initial weights, whose checkpoint is kept as well.
-            trained = [step for step in checkpoints.steps() if step > 0]
-            last = min(last, len(trained))
-        if last <= 1 or checkpoints is None:
+        if checkpoints is None or self.averaged_checkpoints == 1:
             return contextlib.nullcontext()
-        return checkpoints.average(model, last=last)
+        return checkpoints.average(
+            model,
+            last=self.averaged_checkpoints,
+            after=config_lib.first_step(self.config),
+        )
 
     def _evaluate(
         self,

@@ -47,6 +47,9 @@ class ExperimentTask(Task):
             accuracy.
         score: The metric by which runs are compared in tables and figures. By
             default that of the name "accuracy", a fraction.
+        averaged_checkpoints: Number of newest checkpoints of which a score is
+            made. A finished run keeps them all if it keeps its last one, so
+            that others can use what was scored.
         layer_kinds: Pairs of a name, such as "attention output", and a regular
             expression, for the figure of sparsity by kind of layer. A weight is
             of the first kind whose expression occurs in its path. By default
@@ -85,6 +88,7 @@ class ExperimentTask(Task):
     ignored_entries: tuple[str, ...] = ()
     eval_examples: int | None = None
     score: ScoreMetric = ACCURACY
+    averaged_checkpoints: int = 1
     layer_kinds: Sequence[tuple[str, str]] = ()
 
     def __init__(self, config: ml_collections.ConfigDict) -> None:

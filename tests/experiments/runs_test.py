@@ -351,6 +351,50 @@ def test_run_eval_mode_finished_run_without_checkpoints_returns(one):
     assert result == read_result(str(one))
 
 
+class Averaged(toy_experiment.ToyExperiment):
+    """Scores the mean of more checkpoints than are kept by default."""
+
+    averaged_checkpoints = 7
+
+    def evaluators(self, checkpoints):
+        def score(model):
+            with checkpoints.average(model, last=7) as steps:
+                return {"steps": " ".join(map(str, steps))}
+
+        return {"averaged": score}
+
+
+@pytest.mark.parametrize(
+    ("keep", "before", "after"),
+    [
+        ("trunk", [0, 6, 7, 8, 9, 10, 11, 12], [0, 6, 7, 8, 9, 10, 11, 12]),
+        ("none", [6, 7, 8, 9, 10, 11, 12], []),
+    ],
+)
+def test_run_keeps_the_checkpoints_that_it_scores(
+    keep, before, after, tmp_path, monkeypatch
+):
+    config = toy_experiment.config(
+        "dense", task=f"{__name__}:Averaged", keep=keep
+    )
+
+    def killed(result, masks, directory):
+        raise InterruptedError
+
+    def start():
+        return runs.run(config, tmp_path, quiet=True, save_checkpoints_steps=1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "write_result", killed)
+        with pytest.raises(InterruptedError):
+            start()
+    (directory,) = tmp_path.iterdir()
+    assert processes.checkpoint_steps(directory) == before
+    result = start()
+    assert result.texts == {"steps": "6 7 8 9 10 11 12"}
+    assert processes.checkpoint_steps(directory) == after
+
+
 @pytest.mark.parametrize("keep", ["trunk", "none"])
 def test_run_killed_before_the_result_needs_no_training(
     keep, tmp_path, monkeypatch
