@@ -23,7 +23,7 @@ from sos.datasets.translation import PackedPairs, Pairs, TranslationData
 from sos.errors import UsageError
 from sos.experiments import bleu
 from sos.experiments import config as config_lib
-from sos.experiments.scores import ScoreMetric
+from sos.experiments.scores import BLEU
 from sos.experiments.task import ExperimentTask
 from sos.training.checkpoints import Checkpoints
 from sos.training.learning_rates import make_learning_rate
@@ -89,8 +89,8 @@ class Translation(ExperimentTask):
 
     Args:
         config: A resolved config.
-        load_data: Whether to load the sentences at once. Without them the task
-            can restore, decode and export, but neither train nor evaluate; the
+        load_data: Whether the task will load the sentences, to train or to
+            score. If so, the packages that scores need must be installed. The
             vocabulary is learned from the sentences, unless the config names a
             file.
 
@@ -115,7 +115,15 @@ class Translation(ExperimentTask):
         "sparsity.sparsity",
         "sparsity.threshold",
     )
-    score = ScoreMetric(name="bleu", label="BLEU", factor=1)
+    score = BLEU
+    # With split heads the paths have "query_0" and so on.
+    layer_kinds = (
+        ("embedding", "^embedding/"),
+        ("query and key", "_attention/(query|key)"),
+        ("value", "_attention/value"),
+        ("attention output", "_attention/output/"),
+        ("feed-forward", "/feed_forward/"),
+    )
     ignored_entries = ("data.vocabulary", "decode.batch_size", "decode.samples")
 
     def __init__(
@@ -127,12 +135,9 @@ class Translation(ExperimentTask):
         self.regularization = _regularization(config)
         self._decoder: Decoder | None = None
         self.subwords = self._load_subwords()
-        if load_data:
-            if config.decode.sentences != 0:
-                # Raises if a package is missing, rather than after training.
-                bleu.study_bleu(["."], ["."], language=config.data.target)
-            # Now, so that a config that does not fit leaves no directory.
-            _ = self.source
+        if load_data and config.decode.sentences != 0:
+            # Raises if a package is missing, rather than after training.
+            bleu.study_bleu(["."], ["."], language=config.data.target)
 
     @classmethod
     def default_config(cls) -> ml_collections.ConfigDict:
@@ -248,6 +253,10 @@ class Translation(ExperimentTask):
                 target_length=data.target_length,
                 eval_batch_size=data.eval_batch_size,
             )
+
+    def prepare(self) -> None:
+        """Tokenizes and packs the sentences."""
+        _ = self.source
 
     def _load_subwords(self) -> Subwords:
         data = self.config.data

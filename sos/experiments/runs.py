@@ -137,6 +137,7 @@ def run(
             if not options.quiet:
                 print(f"Wrote {path}", flush=True)
             return None
+        trainer.task.prepare()
         options = _keep_averaged(options, trainer.task.averaged_checkpoints)
         with contextlib.ExitStack() as stack:
             if stop is None:

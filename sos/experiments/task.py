@@ -119,6 +119,15 @@ class ExperimentTask(Task):
         config.task = f"{cls.__module__}:{cls.__qualname__}"
         return config
 
+    def prepare(self) -> None:
+        """Prepares for training and evaluation. Default: does nothing.
+
+        `sos.experiments.run` calls it before it makes the directory of a run,
+        so that an error leaves none, and not to export a run. Override it to
+        load data, rather than in the constructor: a sweep also makes the tasks
+        of all its runs to compare them.
+        """
+
     def configuration(self) -> Mapping[str, Any]:
         """Returns the fingerprint of the run."""
         return config_lib.fingerprint(self.config)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sos.errors import (
+    CheckpointError,
     DirectoryInUseError,
     NonFiniteLossError,
     Stopped,
@@ -422,6 +423,23 @@ def test_run_invalid_call_leaves_no_directory(tmp_path):
     with pytest.raises(UsageError, match=r"config\.parent"):
         train("dense", workdir, overrides={"parent": "other"})
     assert not workdir.exists()
+
+
+def test_run_prepares_its_task_first_and_not_to_export_it(
+    tmp_path, monkeypatch
+):
+    def fail(task):
+        raise UsageError("There is no data.")
+
+    config = toy_experiment.config("dense")
+    with monkeypatch.context() as patch:
+        patch.setattr(toy_experiment.ToyExperiment, "prepare", fail)
+        with pytest.raises(UsageError, match="no data"):
+            runs.run(config, tmp_path, quiet=True)
+        assert not list(tmp_path.iterdir())
+        # Which needs a checkpoint.
+        with pytest.raises(CheckpointError, match="no checkpoint to export"):
+            runs.run(config, tmp_path, quiet=True, mode="export")
 
 
 def test_run_rules_with_a_technique_alone_have_a_sparsity(tmp_path):
