@@ -20,7 +20,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -36,6 +35,7 @@ from absl import app, flags
 
 from sos.datasets import subwords, translation
 from sos.errors import UsageError
+from sos.files import check_writable
 from sos.training import main as training_main
 
 # Pairs that are packed to print how full rows are.
@@ -66,7 +66,9 @@ _PAIRS = flags.DEFINE_integer(
     "takes less time and memory.",
     lower_bound=1,
 )
-_OUTPUT = flags.DEFINE_string("output", None, "The file to write, required.")
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "The file to write, required. It may be remote (gs://)."
+)
 _SOURCE_LENGTH = flags.DEFINE_integer(
     "source_length",
     256,
@@ -106,12 +108,14 @@ def _run(arguments: Sequence[str]) -> None:
                 f"--{flag.name} is required, such as --{flag.name}={example}. "
                 f"Received: --{flag.name}={flag.value or ''}"
             )
-    output = Path(_OUTPUT.value).expanduser()
-    if output.is_dir():
+    output = os.path.expanduser(_OUTPUT.value)
+    if tf.io.gfile.isdir(output):
         raise UsageError(
             "--output must be a file, such as --output=runs/vocabulary.model. "
             f"Received: {output}, which is a directory"
         )
+    # Before the work.
+    check_writable(os.path.dirname(output) or ".")
     print(f"Reading {_DATA.value}", file=sys.stderr, flush=True)
     train = translation.load(
         _DATA.value,
@@ -125,7 +129,7 @@ def _run(arguments: Sequence[str]) -> None:
     model = subwords.learn([*pairs.source, *pairs.target], _SIZE.value)
     seconds = time.monotonic() - start
     vocabulary = subwords.Subwords(model)
-    if output.exists():
+    if tf.io.gfile.exists(output):
         if subwords.Subwords.load(output).model != model:
             raise UsageError(
                 "A vocabulary is not replaced by another, as checkpoints need "

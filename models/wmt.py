@@ -22,7 +22,8 @@ from sos.datasets.subwords import EOS, Subwords
 from sos.datasets.translation import PackedPairs, Pairs, TranslationData
 from sos.errors import UsageError
 from sos.experiments import bleu
-from sos.experiments.scores import ScoreMetric
+from sos.experiments import config as config_lib
+from sos.experiments.scores import BLEU
 from sos.experiments.task import ExperimentTask
 from sos.training.checkpoints import Checkpoints
 from sos.training.learning_rates import make_learning_rate
@@ -88,8 +89,8 @@ class Translation(ExperimentTask):
 
     Args:
         config: A resolved config.
-        load_data: Whether to load the sentences at once. Without them the task
-            can restore, decode and export, but neither train nor evaluate; the
+        load_data: Whether the task will load the sentences, to train or to
+            score. If so, the packages that scores need must be installed. The
             vocabulary is learned from the sentences, unless the config names a
             file.
 
@@ -114,7 +115,15 @@ class Translation(ExperimentTask):
         "sparsity.sparsity",
         "sparsity.threshold",
     )
-    score = ScoreMetric(name="bleu", label="BLEU", factor=1)
+    score = BLEU
+    # With split heads the paths have "query_0" and so on.
+    layer_kinds = (
+        ("embedding", "^embedding/"),
+        ("query and key", "_attention/(query|key)"),
+        ("value", "_attention/value"),
+        ("attention output", "_attention/output/"),
+        ("feed-forward", "/feed_forward/"),
+    )
     ignored_entries = ("data.vocabulary", "decode.batch_size", "decode.samples")
 
     def __init__(
@@ -126,12 +135,9 @@ class Translation(ExperimentTask):
         self.regularization = _regularization(config)
         self._decoder: Decoder | None = None
         self.subwords = self._load_subwords()
-        if load_data:
-            if config.decode.sentences != 0:
-                # Raises if a package is missing, rather than after training.
-                bleu.study_bleu(["."], ["."], language=config.data.target)
-            # Now, so that a config that does not fit leaves no directory.
-            _ = self.source
+        if load_data and config.decode.sentences != 0:
+            # Raises if a package is missing, rather than after training.
+            bleu.study_bleu(["."], ["."], language=config.data.target)
 
     @classmethod
     def default_config(cls) -> ml_collections.ConfigDict:
@@ -216,6 +222,11 @@ class Translation(ExperimentTask):
         config.train_steps = 500_000
         return config
 
+    @property
+    def averaged_checkpoints(self) -> int:
+        """Number of newest checkpoints of which a score is made."""
+        return self.config.decode.average_checkpoints
+
     def configuration(self) -> Mapping[str, Any]:
         """Returns the fingerprint of the run, with that of its vocabulary."""
         return {
@@ -242,6 +253,10 @@ class Translation(ExperimentTask):
                 target_length=data.target_length,
                 eval_batch_size=data.eval_batch_size,
             )
+
+    def prepare(self) -> None:
+        """Tokenizes and packs the sentences."""
+        _ = self.source
 
     def _load_subwords(self) -> Subwords:
         data = self.config.data
@@ -400,18 +415,17 @@ class Translation(ExperimentTask):
             checkpoints: Those of the run.
 
         Returns:
-            A scope in which it has the mean of up to
-            `config.decode.average_checkpoints` of the newest checkpoints after
-            step 0; one without effect if that is one checkpoint.
+            A scope in which it has the mean of the newest
+            `config.decode.average_checkpoints`; one without effect for a single
+            checkpoint.
         """
-        last = self.config.decode.average_checkpoints
-        if checkpoints is not None:
-            # Not the initial weights, whose checkpoint is kept as well.
-            trained = [step for step in checkpoints.steps() if step > 0]
-            last = min(last, len(trained))
-        if last <= 1 or checkpoints is None:
+        if checkpoints is None or self.averaged_checkpoints == 1:
             return contextlib.nullcontext()
-        return checkpoints.average(model, last=last)
+        return checkpoints.average(
+            model,
+            last=self.averaged_checkpoints,
+            after=config_lib.first_step(self.config),
+        )
 
     def _evaluate(
         self,

@@ -35,7 +35,8 @@ from sos.training.checkpoints import diff
 from sos.training.task import Task
 
 #: Which checkpoints of a finished run are kept: all; the first and the last,
-#: from which other runs can start; or none.
+#: from which other runs can start, and all of which its score is a mean; or
+#: none.
 KEEP = ("all", "trunk", "none")
 #: Entries that do not change the result and are not in the fingerprint. A task
 #: adds others: `ExperimentTask.ignored_entries`.
@@ -208,10 +209,11 @@ def fingerprint(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     values = _with_parent_name(plain(config))
     defaults = flatten(_defaults(values))
+    ignored = ignored_entries(values["task"])
     return {
         name: _canonical(value)
         for name, value in sorted(flatten(values).items())
-        if not _is_ignored(name, values["task"])
+        if name not in ignored
         and (
             name == "task"
             or name not in defaults
@@ -353,10 +355,9 @@ def config_diff(
     values = plain(config)
     new = flatten(_with_parent_name(values))
     old = flatten(_with_parent_name(_merge(_defaults(values), plain(stored))))
-    for name in {*old, *new}:
-        if _is_ignored(name, values["task"]):
-            old.pop(name, None)
-            new.pop(name, None)
+    for name in ignored_entries(values["task"]):
+        old.pop(name, None)
+        new.pop(name, None)
     return list(diff(old, new))
 
 
@@ -438,11 +439,17 @@ def _flatten(
             yield f"{prefix}{key}", value
 
 
-def _is_ignored(name: str, task: str) -> bool:
-    """Returns whether an entry does not change the result."""
-    if name.partition(".")[0] in IGNORED_ENTRIES:
-        return True
-    return name in getattr(load_task(task), "ignored_entries", ())
+def ignored_entries(task: str) -> tuple[str, ...]:
+    """Returns the dotted names of entries that do not change the result.
+
+    Args:
+        task: The entry `task` of a config.
+
+    Raises:
+        UsageError: If the task cannot be imported.
+    """
+    entries = getattr(load_task(task), "ignored_entries", ())
+    return (*IGNORED_ENTRIES, *entries)
 
 
 def _with_parent_name(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -91,7 +91,8 @@ class FinishedRun:
         The parents of such runs may differ in their seeds, too.
         """
         values = config_lib.flatten(self.config)
-        for name in ("seed", *config_lib.IGNORED_ENTRIES):
+        ignored = (*config_lib.IGNORED_ENTRIES, *self.result.ignored_entries)
+        for name in ("seed", *ignored):
             values.pop(name, None)
         if self.parent is not None:
             values["parent"] = self.parent.point

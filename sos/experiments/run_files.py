@@ -64,6 +64,8 @@ class Result:
         dense_multiply_adds: The same for all weights.
         machine: Properties of the machine by name; see `describe_machine`.
         score: The metric by which runs are compared.
+        ignored_entries: Dotted names of further config entries that do not
+            change the result; those of the task.
 
     Example:
     >>> import sos.experiments
@@ -93,6 +95,7 @@ class Result:
     texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     # Runs of older versions store none.
     score: ScoreMetric = ACCURACY
+    ignored_entries: tuple[str, ...] = ()
 
     @property
     def score_value(self) -> float | None:
@@ -134,7 +137,8 @@ def read_result(directory: str) -> Result | None:
         weights = tuple(WeightSparsity(**w) for w in content.pop("weights"))
         if "score" in content:
             content["score"] = ScoreMetric(**content["score"])
-        result = Result(**content, weights=weights)
+        ignored = tuple(content.pop("ignored_entries", ()))
+        result = Result(**content, weights=weights, ignored_entries=ignored)
         _check_result(result)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise _damaged_file_error(

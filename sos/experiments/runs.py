@@ -1,6 +1,7 @@
 """One run: a resolved config and a directory."""
 
 import contextlib
+import dataclasses
 import os
 import re
 import sys
@@ -136,6 +137,8 @@ def run(
             if not options.quiet:
                 print(f"Wrote {path}", flush=True)
             return None
+        trainer.task.prepare()
+        options = _keep_averaged(options, trainer.task.averaged_checkpoints)
         with contextlib.ExitStack() as stack:
             if stop is None:
                 # After creating the strategy, which may install signal
@@ -245,6 +248,14 @@ def _checkpoints_to_keep(
     return options
 
 
+def _keep_averaged(options: main.Options, count: int) -> main.Options:
+    """Returns the options, which keep at least the averaged checkpoints."""
+    return dataclasses.replace(
+        options,
+        keep_checkpoint_max=max(options.keep_checkpoint_max, count),
+    )
+
+
 def _train(
     trainer: Trainer,
     config: ml_collections.ConfigDict,
@@ -254,21 +265,22 @@ def _train(
 ) -> Result | None:
     """Trains a run; writes the result unless another process evaluates."""
     directory = options.workdir
+    averaged = trainer.task.averaged_checkpoints
     summary = main.train(trainer, options, stop=stop, on_summary=on_summary)
     if summary is None and trainer.task.has_evaluation:
         result = read_result(directory)
         if result is not None and trainer.is_chief:
-            _remove_checkpoints(config, directory)
+            _remove_checkpoints(config, directory, averaged)
         return result
     result = _make_result(trainer, config, summary, trainer.seconds)
     # On all workers, because reading variables may involve all of them.
     masks = get_masks(trainer.model)
     if trainer.is_chief:
         # Before the result, because a finished run removes none. A run that is
-        # killed in between needs the last one.
-        _remove_checkpoints(config, directory, except_step=config.train_steps)
+        # killed in between needs those that are scored.
+        _remove_checkpoints(config, directory, averaged, finished=False)
         write_result(result, masks, directory)
-        _remove_checkpoints(config, directory)
+        _remove_checkpoints(config, directory, averaged)
     return result
 
 
@@ -301,7 +313,9 @@ def _evaluate(
         contextlib.suppress(CheckpointError, DirectoryInUseError),
         lock_directory(directory, "run"),
     ):
-        _remove_checkpoints(config, directory)
+        _remove_checkpoints(
+            config, directory, trainer.task.averaged_checkpoints
+        )
     return result
 
 
@@ -338,24 +352,36 @@ def _make_result(
         dense_multiply_adds=totals.get("multiply_adds"),
         machine=describe_machine(trainer.strategy),
         score=trainer.task.score,
+        ignored_entries=tuple(trainer.task.ignored_entries),
     )
 
 
 def _remove_checkpoints(
     config: ml_collections.ConfigDict,
     directory: str,
+    averaged: int,
     *,
-    except_step: int | None = None,
+    finished: bool = True,
 ) -> None:
-    """Removes the checkpoints that `config.keep` does not keep."""
+    """Removes the checkpoints that `config.keep` does not keep.
+
+    Args:
+        config: A resolved config.
+        directory: Directory of the run.
+        averaged: Number of newest checkpoints of which the score is made.
+        finished: Whether the result is written. Until then, these are kept.
+    """
     if config.keep == "all":
         return
+    checkpoints = _checkpoints(directory)
+    steps = checkpoints.steps()
     kept = set(config.keep_steps)
     if config.keep == "trunk":
-        kept |= {config_lib.first_step(config), config.train_steps}
-    checkpoints = _checkpoints(directory)
-    for step in checkpoints.steps():
-        if step not in kept and step != except_step:
+        kept.add(config_lib.first_step(config))
+    if config.keep == "trunk" or not finished:
+        kept.update(steps[-averaged:])
+    for step in steps:
+        if step not in kept:
             checkpoints.remove(step)
 
 

@@ -190,14 +190,15 @@ def estimate_disk_use(
         steps = set(config.keep_steps)
         saves = 1 + -(-(config.train_steps - begin) // save_checkpoints_steps)
         saves += len(steps - ends)
+        averaged = task.averaged_checkpoints
         keeps = {
             "all": saves,
-            "trunk": len(steps | ends),
+            "trunk": min(saves, len(steps | ends) + averaged - 1),
             "none": len(steps),
         }[config.keep]
         final_bytes += keeps * size
         # A checkpoint is written before the oldest is removed.
-        peak = min(saves, keep_checkpoint_max + 2)
+        peak = min(saves, max(keep_checkpoint_max, averaged) + 2)
         largest = max(largest, max(0, peak - keeps) * size)
     return DiskUse(final_bytes=final_bytes, temporary_bytes=largest * workers)
 

@@ -47,6 +47,9 @@ class ExperimentTask(Task):
             accuracy.
         score: The metric by which runs are compared in tables and figures. By
             default that of the name "accuracy", a fraction.
+        averaged_checkpoints: Number of newest checkpoints of which a score is
+            made. A finished run keeps them all if it keeps its last one, so
+            that others can use what was scored.
         layer_kinds: Pairs of a name, such as "attention output", and a regular
             expression, for the figure of sparsity by kind of layer. A weight is
             of the first kind whose expression occurs in its path. By default
@@ -85,6 +88,7 @@ class ExperimentTask(Task):
     ignored_entries: tuple[str, ...] = ()
     eval_examples: int | None = None
     score: ScoreMetric = ACCURACY
+    averaged_checkpoints: int = 1
     layer_kinds: Sequence[tuple[str, str]] = ()
 
     def __init__(self, config: ml_collections.ConfigDict) -> None:
@@ -114,6 +118,15 @@ class ExperimentTask(Task):
         config = config_lib.base_config()
         config.task = f"{cls.__module__}:{cls.__qualname__}"
         return config
+
+    def prepare(self) -> None:
+        """Prepares for training and evaluation. Default: does nothing.
+
+        `sos.experiments.run` calls it before it makes the directory of a run,
+        so that an error leaves none, and not to export a run. Override it to
+        load data, rather than in the constructor: a sweep also makes the tasks
+        of all its runs to compare them.
+        """
 
     def configuration(self) -> Mapping[str, Any]:
         """Returns the fingerprint of the run."""

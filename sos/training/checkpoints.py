@@ -314,7 +314,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def average(
-        self, model: keras.Model, last: int = 5
+        self, model: keras.Model, last: int = 5, *, after: int = 0
     ) -> Iterator[tuple[int, ...]]:
         """Gives a model the mean of the newest checkpoints for a while.
 
@@ -330,6 +330,9 @@ class Checkpoints:
                 also after an exception, its variables have the values that they
                 had before.
             last: Maximum number of checkpoints.
+            after: The step at which training began. Its checkpoint is kept as
+                well, but holds initial weights: it, and earlier ones, are only
+                used if there is no later one.
 
         Yields:
             The steps of the averaged checkpoints, in ascending order.
@@ -349,15 +352,15 @@ class Checkpoints:
         >>> checkpoints = sos.training.Checkpoints(
         ...     "averaged", configuration={}
         ... )
-        >>> checkpoints.save(0, model, optimizer)
-        >>> _ = optimizer.iterations.assign(1)
-        >>> _ = layer.kernel.assign([[4.0]])
-        >>> checkpoints.save(1, model, optimizer)
+        >>> for step in (0, 1, 2):
+        ...     _ = optimizer.iterations.assign(step)
+        ...     _ = layer.kernel.assign([[float(step)]])
+        ...     checkpoints.save(step, model, optimizer)
         >>> with checkpoints.average(model, last=2) as steps:
         ...     steps, layer.kernel.numpy().item()
-        ((0, 1), 2.5)
+        ((1, 2), 1.5)
         >>> layer.kernel.numpy().item()
-        4.0
+        2.0
         """
         if last < 1:
             raise UsageError(
@@ -365,7 +368,7 @@ class Checkpoints:
             )
         before = _values(model)
         try:
-            steps = self._read_average(model, last)
+            steps = self._read_average(model, last, after)
             if len(steps) < last:
                 logging.warning(
                     "Averaging %d instead of %d checkpoints, of steps %s: "
@@ -379,12 +382,16 @@ class Checkpoints:
         finally:
             _assign(model, before)
 
-    def _read_average(self, model: keras.Model, last: int) -> tuple[int, ...]:
+    def _read_average(
+        self, model: keras.Model, last: int, after: int
+    ) -> tuple[int, ...]:
         """Assigns the mean of checkpoints to a model; returns their steps."""
         steps: list[int] = []
         newest: list[np.ndarray] = []
         sums: dict[int, np.ndarray] = {}
         for step in reversed(self.steps()):
+            if steps and step <= after:
+                break
             try:
                 self._read_model(step, model)
             except DamagedCheckpointError as damage:

@@ -82,6 +82,21 @@ def test_point_is_the_same_for_seeds_and_whatever_is_kept(finished):
     assert first.point == second.point == kept.point != other.point
 
 
+def test_point_is_the_same_whatever_entries_the_task_ignores(finished):
+    run = results.collect(finished)[0]
+    ignored = dataclasses.replace(run.result, ignored_entries=("data.path",))
+    for result, equal in ((ignored, True), (run.result, False)):
+        points = {
+            dataclasses.replace(
+                run,
+                result=result,
+                config={**run.config, "data": {"path": path}},
+            ).point
+            for path in ("/here", "/there")
+        }
+        assert (len(points) == 1) is equal
+
+
 @pytest.fixture
 def with_branches(copy):
     """A directory with a branch of each pruned run; its trunk, the branch."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sos.errors import (
+    CheckpointError,
     DirectoryInUseError,
     NonFiniteLossError,
     Stopped,
@@ -351,6 +352,50 @@ def test_run_eval_mode_finished_run_without_checkpoints_returns(one):
     assert result == read_result(str(one))
 
 
+class Averaged(toy_experiment.ToyExperiment):
+    """Scores the mean of more checkpoints than are kept by default."""
+
+    averaged_checkpoints = 7
+
+    def evaluators(self, checkpoints):
+        def score(model):
+            with checkpoints.average(model, last=7) as steps:
+                return {"steps": " ".join(map(str, steps))}
+
+        return {"averaged": score}
+
+
+@pytest.mark.parametrize(
+    ("keep", "before", "after"),
+    [
+        ("trunk", [0, 6, 7, 8, 9, 10, 11, 12], [0, 6, 7, 8, 9, 10, 11, 12]),
+        ("none", [6, 7, 8, 9, 10, 11, 12], []),
+    ],
+)
+def test_run_keeps_the_checkpoints_that_it_scores(
+    keep, before, after, tmp_path, monkeypatch
+):
+    config = toy_experiment.config(
+        "dense", task=f"{__name__}:Averaged", keep=keep
+    )
+
+    def killed(result, masks, directory):
+        raise InterruptedError
+
+    def start():
+        return runs.run(config, tmp_path, quiet=True, save_checkpoints_steps=1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "write_result", killed)
+        with pytest.raises(InterruptedError):
+            start()
+    (directory,) = tmp_path.iterdir()
+    assert processes.checkpoint_steps(directory) == before
+    result = start()
+    assert result.texts == {"steps": "6 7 8 9 10 11 12"}
+    assert processes.checkpoint_steps(directory) == after
+
+
 @pytest.mark.parametrize("keep", ["trunk", "none"])
 def test_run_killed_before_the_result_needs_no_training(
     keep, tmp_path, monkeypatch
@@ -378,6 +423,23 @@ def test_run_invalid_call_leaves_no_directory(tmp_path):
     with pytest.raises(UsageError, match=r"config\.parent"):
         train("dense", workdir, overrides={"parent": "other"})
     assert not workdir.exists()
+
+
+def test_run_prepares_its_task_first_and_not_to_export_it(
+    tmp_path, monkeypatch
+):
+    def fail(task):
+        raise UsageError("There is no data.")
+
+    config = toy_experiment.config("dense")
+    with monkeypatch.context() as patch:
+        patch.setattr(toy_experiment.ToyExperiment, "prepare", fail)
+        with pytest.raises(UsageError, match="no data"):
+            runs.run(config, tmp_path, quiet=True)
+        assert not list(tmp_path.iterdir())
+        # Which needs a checkpoint.
+        with pytest.raises(CheckpointError, match="no checkpoint to export"):
+            runs.run(config, tmp_path, quiet=True, mode="export")
 
 
 def test_run_rules_with_a_technique_alone_have_a_sparsity(tmp_path):
@@ -446,6 +508,7 @@ class Translated(toy_experiment.ToyExperiment):
 
     score = BLEU
     layer_kinds = (("first", "^a/"), ("any", "kernel"))
+    ignored_entries = ("data.path",)
 
     def evaluators(self, checkpoints):
         return {
@@ -468,3 +531,4 @@ def test_run_stores_the_score_and_the_kinds_of_its_task(modes, tmp_path):
     assert (result.score, result.score_value) == (BLEU, 27.3)
     assert result.texts == {"bleu_signature": f"steps {STEPS}"}
     assert [w.kind for w in result.weights] == ["first", "any"]
+    assert result.ignored_entries == ("data.path",)

@@ -243,6 +243,23 @@ def test_disk_use_counts_the_steps_that_are_kept(
     assert several.temporary_bytes == further * one.final_bytes
 
 
+def test_disk_use_counts_the_checkpoints_that_are_averaged(
+    toy_configs, tmp_path, monkeypatch
+):
+    def estimate():
+        return sweeps.estimate_disk_use(
+            toy_configs[:1], tmp_path, workers=1, save_checkpoints_steps=1
+        )
+
+    one = estimate()
+    task = toy_experiment.ToyExperiment
+    monkeypatch.setattr(task, "averaged_checkpoints", 8)
+    several = estimate()
+    # The first one as well.
+    assert several.final_bytes == one.final_bytes // 2 * 9
+    assert several.temporary_bytes == one.final_bytes // 2
+
+
 def test_disk_use_finished_runs_take_nothing_more(toy_configs, finished):
     use = sweeps.estimate_disk_use(toy_configs, finished, workers=2)
     assert use == sweeps.DiskUse(final_bytes=0, temporary_bytes=0)

@@ -6,7 +6,7 @@ from absl.testing import flagsaver
 
 from models import learn_vocabulary
 from sos.datasets import libreoffice_help, subwords
-from sos.errors import UsageError
+from sos.errors import StorageError, UsageError
 from tests.support import processes
 
 pytest.importorskip("sentencepiece")
@@ -115,6 +115,15 @@ def test_learn_vocabulary_with_an_invalid_flag_raises(
     values = {"data": "libreoffice_help", "size": 600, "output": output}
     with pytest.raises(UsageError, match=message):
         run(**{**values, **changed})
+
+
+def test_learn_vocabulary_that_cannot_be_written_raises_first(
+    run, data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(subwords, "learn", pytest.fail)
+    tmp_path.joinpath("file").touch()
+    with pytest.raises(StorageError, match="cannot be written"):
+        run(data=data, size=600, output=f"{tmp_path}/file/words.model")
 
 
 def test_learn_vocabulary_with_arguments_raises(run):

@@ -1,7 +1,9 @@
 """The task of translation, on a tiny network and a few pairs."""
 
+import collections
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -473,9 +475,26 @@ def test_technique_of_the_small_config_fits_the_network(directory, technique):
     model = wmt.Translation(config).build_model()
     report = sos.sparsity_report(model)
     sparse = [row for row in report.rows if row["technique"]]
+    kinds = [
+        next(
+            name
+            for name, expression in wmt.Translation.layer_kinds
+            if re.search(expression, row["weight"])
+        )
+        for row in sparse
+    ]
     # An encoder and a decoder block with two heads, and the table.
     weights = (6 + 1 + 2) + (2 * (6 + 1) + 2) + 1
     assert len(sparse) == (0 if technique == "dense" else weights)
+    if sparse:
+        # Three attention layers, and two feed-forward ones.
+        assert collections.Counter(kinds) == {
+            "embedding": 1,
+            "query and key": 3 * 4,
+            "value": 3 * 2,
+            "attention output": 3,
+            "feed-forward": 2 * 2,
+        }
 
 
 @pytest.mark.parametrize(
@@ -494,6 +513,7 @@ def test_embedding_options_name_the_table(directory, option, expected):
     assert set(targets.values()) == {0.8}
 
 
+@pytest.mark.slow
 def test_small_config_is_small():
     config = config_lib.resolve(libreoffice_help.get_config())
     task = wmt.Translation(config)
@@ -528,6 +548,7 @@ def test_config_that_does_not_fit_raises(directory, overrides, parts):
     with pytest.raises(Exception) as error:
         task = wmt.Translation(tiny_config(directory, **overrides))
         task.build_model()
+        task.prepare()
     assert type(error.value).__name__ in ("UsageError", "StorageError")
     for part in parts:
         assert part in str(error.value)

@@ -381,6 +381,22 @@ def test_average_of_fewer_checkpoints_says_how_many(
     ]
 
 
+def test_average_leaves_out_untrained_weights(make, trained, warnings):
+    trained.save(make(), 0, 5)
+    with make().average(trained.model, last=2) as steps:
+        assert steps == (5,)
+        check_mean(trained, 5)
+    assert "Averaging 1 instead of 2" in warnings[0]
+    trained.save(make(), 10)
+    with make().average(trained.model, last=3, after=5) as steps:
+        assert steps == (10,)
+    # There are no others.
+    with make().up_to(0).average(trained.model, last=2) as steps:
+        assert steps == (0,)
+    with make().up_to(5).average(trained.model, last=2, after=5) as steps:
+        assert steps == (5,)
+
+
 def test_average_skips_damaged_checkpoints(make, trained, warnings):
     trained.save(make(), 5, 10, 15, 20)
     for step, damage in (
@@ -450,7 +466,7 @@ def test_average_of_bfloat16_variables_rounds_once(make, folder):
     optimizer = keras.optimizers.SGD()
     optimizer.build(model.trainable_variables)
     kernels = []
-    for step in range(3):
+    for step in range(1, 4):
         optimizer.iterations.assign(step)
         kernel = np.random.default_rng(step).normal(size=(3, 4))
         model.layers[0].kernel.assign(kernel)
