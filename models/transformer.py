@@ -308,9 +308,11 @@ class Transformer(keras.Model):
         length = ops.shape(target)[1]
         visible = ops.tril(ops.ones((1, length, length), "bool"))
         if target_segments is None:
-            # What is padding in the target comes after all else.
+            # No token of the target sees padding, which comes after it.
             visible_source = ops.expand_dims(ops.not_equal(source, PAD), 1)
         else:
+            # So does the first one of each pair, as in `step`. Tensor2Tensor
+            # shows it the end of the pair before.
             continues = ops.equal(
                 target_segments[:, 1:], target_segments[:, :-1]
             )
@@ -713,6 +715,7 @@ class _Attention(keras.layers.Layer):
             A tensor like `x`.
         """
         if training and self.dropout.rate:
+            # `dot_product_attention` has no dropout.
             keys, values = self.keys_values(memory)
             return self.attend(x, keys, values, visible, training=training)
         y = ops.dot_product_attention(
