@@ -164,7 +164,8 @@ def batches(lengths: Sequence[int], batch_size: int) -> Iterator[np.ndarray]:
     >>> for indices in decoding.batches([3, 200, 16, 150, 17], 4):
     ...     print(indices)
     [1]
-    [4 2 0 3]
+    [3]
+    [4 2 0]
     """
     lengths = np.minimum(lengths, MAX_LENGTH)
     # Longest first, so that a lack of memory is noticed at once.
