@@ -1,4 +1,4 @@
-"""Beam search with a cache, in one graph of static shapes."""
+"""Batched beam search with a cache, in one graph."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ def beam_search(
     cache: Any,
     *,
     limits: tf.Tensor,
-    length: int,
+    length: int | tf.Tensor,
     vocabulary_size: int,
     beam: int = 4,
     alpha: float = 0.6,
@@ -55,7 +55,8 @@ def beam_search(
     a sentence gets does not depend on the others of the batch. With a beam of
     one the search is greedy.
 
-    Call it in a `tf.function`, with or without `jit_compile`.
+    Call it in a `tf.function`, with or without `jit_compile`. Shapes are static
+    if the batch and `length` are: a TPU needs that.
 
     Args:
         step: Function of the last tokens (int32 of shape [batch * beam], those
@@ -67,7 +68,7 @@ def beam_search(
         cache: Nested structure of tensors whose first axis is the batch.
         limits: Most tokens of each sentence, `EOS` included, int32 of shape
             [batch]; at most `length`.
-        length: Most tokens of all sentences.
+        length: Most tokens of all sentences, an integer or int32 scalar.
         vocabulary_size: Number of tokens.
         beam: Number of hypotheses.
         alpha: Exponent of the length penalty, at least 0.
@@ -102,9 +103,8 @@ def beam_search(
     limits = tf.minimum(tf.convert_to_tensor(limits, tf.int32), length)
     batch = limits.shape[0]
     sentences = tf.shape(limits)[0] if batch is None else batch
-    # By the number of tokens, computed once so that it is monotone.
-    penalties = ((5 + np.arange(length + 1)) / 6) ** alpha
-    penalties = tf.constant(penalties, tf.float32)
+    # By the number of tokens, computed once so that equal ones are the same.
+    penalties = ((5 + tf.range(length + 1, dtype=tf.float32)) / 6) ** alpha
     largest = tf.gather(penalties, tf.maximum(limits, 0))[:, tf.newaxis]
     rows = tf.range(sentences)[:, tf.newaxis] * beam
 
@@ -204,7 +204,8 @@ def translate(
     Args:
         model: The model, sparse or dense.
         source: Tokens of the sentences, int32 of shape [batch, source length],
-            each with `EOS` and then `PAD` at the end.
+            each with `EOS` and then `PAD` at the end. In a graph either size
+            may be unknown, except on a TPU.
         beam: As for `beam_search`.
         alpha: As for `beam_search`.
         extra_length: Number of tokens by which a translation may be longer than
@@ -214,8 +215,7 @@ def translate(
         The hypotheses, of length `source length + extra_length`.
 
     Raises:
-        UsageError: If an argument is out of range, or the shape of `source` is
-            not static except for the batch.
+        UsageError: If an argument is out of range, or `source` is not a matrix.
 
     Example:
     >>> import tensorflow as tf
@@ -230,10 +230,9 @@ def translate(
     TensorShape([2, 4, 6])
     """
     source = tf.convert_to_tensor(source, tf.int32)
-    if source.shape.rank != 2 or source.shape[1] is None:
+    if source.shape.rank != 2:
         raise UsageError(
-            "`source` must have the shape [batch, source length] with a static "
-            "length: pad the sentences. "
+            "`source` must have the shape [batch, source length]. "
             f"Received: source of shape {source.shape}"
         )
     if extra_length < 0:
@@ -242,7 +241,8 @@ def translate(
             f"Received: extra_length={extra_length!r}"
         )
     sizes = tf.reduce_sum(tf.cast(source != PAD, tf.int32), 1)
-    length = source.shape[1] + extra_length
+    # Static if it can be.
+    length = keras.ops.shape(source)[1] + extra_length
     with sos.frozen(model):
         encoded = model.encode(source)
         return beam_search(
@@ -334,8 +334,10 @@ def _result(state: _State, penalties: tf.Tensor) -> Hypotheses:
     return Hypotheses(tf.where(exists, tokens, PAD), scores)
 
 
-def _check(length: int, vocabulary_size: int, beam: int, alpha: float) -> None:
-    if length < 1:
+def _check(
+    length: int | tf.Tensor, vocabulary_size: int, beam: int, alpha: float
+) -> None:
+    if not tf.is_tensor(length) and length < 1:
         raise UsageError(
             f"`length` must be at least 1. Received: length={length!r}"
         )

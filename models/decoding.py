@@ -1,7 +1,7 @@
-"""Translates many sentences with beam search, in batches of static shape."""
+"""Translates many sentences with beam search, in batches of similar length."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -10,8 +10,8 @@ import tensorflow as tf
 from models import beam_search
 from sos.datasets.subwords import EOS, PAD, Subwords
 
-#: Lengths to which sentences are padded, in tokens. Each is traced once.
-LENGTHS = (16, 32, 64, 128, 256, 512, 1024)
+#: Most tokens of a sentence; longer ones are cut.
+MAX_LENGTH = 1024
 # Up to this length a batch has all its rows, and above it as many tokens.
 _FULL_LENGTH = 64
 
@@ -32,9 +32,8 @@ class Translation(NamedTuple):
 class Decoder:
     """Translates sentences with the present weights of a model.
 
-    Sentences are sorted by length and padded to one of `LENGTHS`, so that few
-    shapes are traced and little is computed for padding. Longer sentences are
-    cut.
+    Sentences are sorted by length, so that little is computed for padding.
+    Those of more than `MAX_LENGTH` tokens are cut. One graph has all batches.
 
     Args:
         model: A `models.transformer.Transformer`, dense or sparse.
@@ -66,6 +65,12 @@ class Decoder:
         self._subwords = subwords
         self._batch_size = batch_size
 
+        # With a signature, as another trace for each shape would take longer
+        # than many batches.
+        @tf.function(
+            input_signature=[tf.TensorSpec([None, None], tf.int32)],
+            autograph=False,
+        )
         def decode(source: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             found = beam_search.translate(
                 model,
@@ -74,11 +79,9 @@ class Decoder:
                 alpha=alpha,
                 extra_length=extra_length,
             )
-            return found.tokens[:, 0], found.scores[:, 0]
+            return subwords.detokenize(found.tokens[:, 0]), found.scores[:, 0]
 
-        self._decode = tf.function(decode, autograph=False)
-        # One for each shape. Calling `_decode` would warn of so many traces.
-        self._traced: dict[tuple[int, int], Any] = {}
+        self._decode = decode
 
     def __call__(
         self,
@@ -108,22 +111,12 @@ class Decoder:
                 [sentences[i].encode("utf-8", "replace") for i in wanted]
             )
         )
-        values = tokens.values.numpy()
-        starts = tokens.row_starts().numpy()
         lengths = tokens.row_lengths().numpy()
-        self.cut += int(np.sum(lengths > LENGTHS[-1]))
-        for length, size, rows in batches(lengths, self._batch_size):
-            source = np.full((size, length), PAD, np.int32)
-            for row, i in enumerate(rows):
-                count = min(lengths[i], length)
-                source[row, :count] = values[starts[i] : starts[i] + count]
-                source[row, count - 1] = EOS
-            # A repeated sentence takes no more steps than the others.
-            source[len(rows) :] = source[len(rows) - 1]
-            found, scores = self._trace(source.shape)(tf.constant(source))
-            texts = self._subwords.detokenize(found).numpy()
+        self.cut += int(np.sum(lengths > MAX_LENGTH))
+        for rows in batches(lengths, self._batch_size):
+            texts, scores = self._decode(to_matrix(tf.gather(tokens, rows)))
             for i, text, score in zip(
-                rows, texts, scores.numpy(), strict=False
+                rows, texts.numpy(), scores.numpy(), strict=True
             ):
                 results[wanted[i]] = Translation(
                     text.decode(errors="replace"), float(score)
@@ -132,43 +125,53 @@ class Decoder:
                 on_batch(len(rows))
         return results
 
-    def _trace(self, shape: tuple[int, int]) -> Any:
-        if shape not in self._traced:
-            self._traced[shape] = self._decode.get_concrete_function(
-                tf.TensorSpec(shape, tf.int32)
-            )
-        return self._traced[shape]
+
+def to_matrix(tokens: tf.RaggedTensor) -> tf.Tensor:
+    """Pads sentences to the longest, and cuts those that are too long.
+
+    Args:
+        tokens: Tokens of the sentences, int32 of shape [batch, (length)].
+
+    Returns:
+        int32 tensor of shape [batch, length] with `PAD` at the end, of at most
+        `MAX_LENGTH` tokens. Sentences that are cut end with `EOS`.
+
+    Example:
+    >>> import tensorflow as tf
+    >>> from models import decoding
+    >>> decoding.to_matrix(tf.ragged.constant([[5, 6, 1], [1]])).numpy()
+    array([[5, 6, 1],
+           [1, 0, 0]], dtype=int32)
+    """
+    matrix = tokens[:, :MAX_LENGTH].to_tensor(PAD)
+    is_cut = (tokens.row_lengths() > MAX_LENGTH)[:, tf.newaxis]
+    is_last = tf.range(tf.shape(matrix)[1]) == MAX_LENGTH - 1
+    return tf.where(is_cut & is_last, EOS, matrix)
 
 
-def batches(
-    lengths: Sequence[int], batch_size: int
-) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Sorts sentences by length and divides them into batches.
+def batches(lengths: Sequence[int], batch_size: int) -> Iterator[np.ndarray]:
+    """Divides sentences into batches of similar length, the longest first.
 
     Args:
         lengths: Number of tokens of each sentence.
         batch_size: As for `Decoder`.
 
     Yields:
-        The length of a batch, one of `LENGTHS`; the number of its rows, a
-        function of the length; and the indices of up to as many sentences.
+        The indices of the sentences of a batch.
 
     Example:
     >>> from models import decoding
-    >>> for length, size, indices in decoding.batches([3, 200, 16, 17], 8):
-    ...     print(length, size, indices)
-    16 8 [0 2]
-    32 8 [3]
-    256 2 [1]
+    >>> for indices in decoding.batches([3, 200, 16, 150, 17], 4):
+    ...     print(indices)
+    [1]
+    [3]
+    [4 2 0]
     """
-    lengths = np.minimum(lengths, LENGTHS[-1])
-    order = np.argsort(lengths, kind="stable")
-    shortest = 0
-    for longest in LENGTHS:
-        size = max(1, batch_size * _FULL_LENGTH // max(_FULL_LENGTH, longest))
-        chosen = order[
-            (lengths[order] > shortest) & (lengths[order] <= longest)
-        ]
-        for begin in range(0, len(chosen), size):
-            yield longest, size, chosen[begin : begin + size]
-        shortest = longest
+    lengths = np.minimum(lengths, MAX_LENGTH)
+    # Longest first, so that a lack of memory is noticed at once.
+    order = np.argsort(-lengths, kind="stable")
+    while len(order):
+        longest = max(_FULL_LENGTH, lengths[order[0]])
+        size = max(1, batch_size * _FULL_LENGTH // longest)
+        yield order[:size]
+        order = order[size:]

@@ -308,9 +308,11 @@ class Transformer(keras.Model):
         length = ops.shape(target)[1]
         visible = ops.tril(ops.ones((1, length, length), "bool"))
         if target_segments is None:
-            # What is padding in the target comes after all else.
+            # No token of the target sees padding, which comes after it.
             visible_source = ops.expand_dims(ops.not_equal(source, PAD), 1)
         else:
+            # So does the first one of each pair, as in `step`. Tensor2Tensor
+            # shows it the end of the pair before.
             continues = ops.equal(
                 target_segments[:, 1:], target_segments[:, :-1]
             )
@@ -325,13 +327,15 @@ class Transformer(keras.Model):
             x = block(x, visible, encoded, visible_source, training=training)
         return self._logits(x, training)
 
-    def make_cache(self, encoded: Tensor, source: Tensor, length: int) -> Cache:
+    def make_cache(
+        self, encoded: Tensor, source: Tensor, length: Tensor | int
+    ) -> Cache:
         """Prepares `step` for sources.
 
         Args:
             encoded: Result of `encode`, without segments.
             source: Tokens, as for `encode`.
-            length: Most tokens of a translation.
+            length: Most tokens of a translation, an integer or int32 scalar.
 
         Returns:
             A nested structure of tensors whose first axis is the batch.
@@ -545,7 +549,9 @@ class _Block(keras.layers.Layer):
         y = self.feed_forward(self.hidden_norm(x), training=training)
         return x + self.hidden_dropout(y, training=training)
 
-    def make_cache(self, memory: Tensor, length: int) -> dict[str, Tensor]:
+    def make_cache(
+        self, memory: Tensor, length: Tensor | int
+    ) -> dict[str, Tensor]:
         """Computes keys and values of the source, and makes room for others."""
         keys, values = self.cross_attention.keys_values(memory)
         shape = (ops.shape(memory)[0], keys.shape[1], length, keys.shape[3])
@@ -579,7 +585,7 @@ class _Block(keras.layers.Layer):
         keys, values = self.self_attention.keys_values(y)
         keys = _write(cache["keys"], index, keys)
         values = _write(cache["values"], index, values)
-        places = ops.arange(keys.shape[2])
+        places = ops.arange(ops.shape(keys)[2])
         before = ops.reshape(ops.less_equal(places, index), (1, 1, -1))
         x = x + self.self_attention.attend(y, keys, values, before)
         x = x + self.cross_attention.attend(
@@ -709,6 +715,7 @@ class _Attention(keras.layers.Layer):
             A tensor like `x`.
         """
         if training and self.dropout.rate:
+            # `dot_product_attention` has no dropout.
             keys, values = self.keys_values(memory)
             return self.attend(x, keys, values, visible, training=training)
         y = ops.dot_product_attention(

@@ -46,7 +46,7 @@ import keras
 import ml_collections
 from absl import logging
 
-from models.decoding import LENGTHS, batches
+from models.decoding import MAX_LENGTH, batches
 from models.wmt import VOCABULARY, Translation
 from sos import files, keras_compat
 from sos.errors import MissingPackageError, StorageError, UsageError, reason
@@ -216,7 +216,7 @@ class ExportTranslator:
         # About the number of subwords: only the order of the lines and the
         # sizes of the batches depend on it.
         lengths = [1 + len(line.encode()) // 4 for line in lines]
-        for _, _, rows in batches(lengths, self._batch_size):
+        for rows in batches(lengths, self._batch_size):
             found = self._translate(
                 sentences=tf.constant([lines[i].encode() for i in rows])
             )
@@ -512,9 +512,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+        raise argparse.ArgumentTypeError(
+            f"must be an integer of at least 1. Received: {text}"
+        )
     return number
 
 
@@ -577,7 +582,7 @@ def _translate(
         print(f"Wrote {options.output}", file=sys.stderr)
     if translator.cut:
         print(
-            f"{translator.cut} lines were cut to {LENGTHS[-1]} subwords.",
+            f"{translator.cut} lines were cut to {MAX_LENGTH:,} subwords.",
             file=sys.stderr,
         )
     return 0

@@ -14,11 +14,11 @@ from ml_collections import config_dict
 
 import sos
 from models import beam_search, transformer
-from models.decoding import LENGTHS, Decoder
+from models.decoding import Decoder, to_matrix
 from sos import files
 from sos.arguments import check_integer, check_number
 from sos.datasets import subwords, translation
-from sos.datasets.subwords import EOS, Subwords
+from sos.datasets.subwords import Subwords
 from sos.datasets.translation import PackedPairs, Pairs, TranslationData
 from sos.errors import UsageError
 from sos.experiments import bleu
@@ -37,8 +37,8 @@ VOCABULARY = "vocabulary.model"
 TRANSLATIONS = "translations"
 
 _SPLITS = ("validation", "test")
-# Lengths to which an exported model pads a batch, in tokens.
-_SERVING_LENGTHS = LENGTHS[::2]
+# What `str.strip` removes, as a regular expression of TensorFlow.
+_SPACES = r"[\s\v\x1c-\x1f\x{85}\p{Z}]*"
 
 
 class Regularization(NamedTuple):
@@ -510,8 +510,8 @@ class TranslationServing(tf.Module):
     [n]. It returns "translations", strings of shape [n], and "scores", float32
     of shape [n]: log probabilities, divided by the length penalty of the beam
     search. A sentence of nothing but spaces has an empty translation and the
-    score 0. All sentences are one batch, padded to 16, 64, 256 or 1,024 tokens;
-    longer ones are cut.
+    score 0. All sentences are one batch, padded to the longest; those of more
+    than `models.decoding.MAX_LENGTH` tokens are cut.
 
     A process that loads the module must import tensorflow_text first.
 
@@ -541,33 +541,10 @@ class TranslationServing(tf.Module):
         self.weights = [variable.value for variable in model.variables]
         self.subwords = subwords
 
-        def translate(sentences: tf.Tensor) -> dict[str, tf.Tensor]:
-            tokens = subwords.tokenize(sentences)
-            lengths = tokens.row_lengths()
-            # A search has a static length.
-            branches = [
-                functools.partial(search, tokens, lengths, length)
-                for length in _SERVING_LENGTHS
-            ]
-            longest = tf.reduce_max(lengths)
-            index = tf.searchsorted(
-                tf.constant(_SERVING_LENGTHS, tf.int64), longest[tf.newaxis]
-            )[0]
-            texts, scores = tf.switch_case(
-                tf.minimum(index, len(branches) - 1), branches
-            )
-            return {"translations": texts, "scores": scores}
-
-        def search(
-            tokens: tf.RaggedTensor, lengths: tf.Tensor, length: int
-        ) -> tuple[tf.Tensor, tf.Tensor]:
-            source = tokens.to_tensor(shape=[None, length])
-            # The end of sentences that were cut.
-            cut = (lengths > length)[:, tf.newaxis]
-            cut &= tf.range(length) == length - 1
+        def translate(sentences: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             found = beam_search.translate(
                 model,
-                tf.where(cut, EOS, source),
+                to_matrix(subwords.tokenize(sentences)),
                 beam=beam,
                 alpha=alpha,
                 extra_length=extra_length,
@@ -579,23 +556,19 @@ class TranslationServing(tf.Module):
             autograph=False,
         )
         def serve(sentences: tf.Tensor) -> dict[str, tf.Tensor]:
-            wanted = tf.where(tf.strings.strip(sentences) != "")
-            results = tf.cond(
+            is_blank = tf.strings.regex_full_match(sentences, _SPACES)
+            wanted = tf.where(~is_blank)
+            texts, scores = tf.cond(
                 tf.size(wanted) > 0,
                 lambda: translate(tf.gather_nd(sentences, wanted)),
-                lambda: {
-                    "translations": tf.zeros([0], tf.string),
-                    "scores": tf.zeros([0]),
-                },
+                lambda: (tf.zeros([0], tf.string), tf.zeros([0])),
             )
             shape = tf.shape(sentences, tf.int64)
             return {
-                name: tf.scatter_nd(wanted, values, shape)
-                if name == "scores"
-                else tf.tensor_scatter_nd_update(
-                    tf.fill(shape, ""), wanted, values
-                )
-                for name, values in results.items()
+                "translations": tf.tensor_scatter_nd_update(
+                    tf.fill(shape, ""), wanted, texts
+                ),
+                "scores": tf.scatter_nd(wanted, scores, shape),
             }
 
         self.signatures = {"serving_default": serve}

@@ -366,8 +366,10 @@ def test_translations_do_not_depend_on_batch_or_padding(model, translate):
 
 
 def test_compiled_by_xla_translations_are_the_same(model, translate):
+    # XLA learns the sizes when it is called.
     found = tf.function(
         lambda source: beam_search.translate(model, source, extra_length=3),
+        input_signature=[tf.TensorSpec([None, None], tf.int32)],
         jit_compile=True,
     )(SOURCE)
     np.testing.assert_array_equal(found.tokens, translate(SOURCE).tokens)
@@ -376,16 +378,37 @@ def test_compiled_by_xla_translations_are_the_same(model, translate):
     )
 
 
-def test_batch_of_unknown_size_translates(model, translate):
-    spec = tf.TensorSpec([None, 5], tf.int32)
+def test_sizes_are_static_where_those_of_the_source_are(model):
+    def search(source):
+        return beam_search.translate(model, source, extra_length=3)
+
+    for shape, expected in (
+        ([3, 5], [3, 4, 8]),
+        ([None, 5], [None, 4, 8]),
+        ([3, None], [3, 4, None]),
+    ):
+        function = tf.function(search).get_concrete_function(
+            tf.TensorSpec(shape, tf.int32)
+        )
+        tokens, scores = function.structured_outputs
+        assert tokens.shape.as_list() == expected
+        assert scores.shape.as_list() == expected[:2]
+
+
+def test_source_of_unknown_size_translates(model, translate):
     function = tf.function(
         lambda source: beam_search.translate(model, source, extra_length=3),
-        input_signature=[spec],
+        input_signature=[tf.TensorSpec([None, None], tf.int32)],
     )
-    for count in (1, 3):
-        found = function(SOURCE[:count])
+    expected = translate(SOURCE)
+    for count, length in ((1, 4), (3, 5)):
+        found = function(SOURCE[:count, :length])
+        assert found.tokens.shape == (count, 4, length + 3)
         np.testing.assert_array_equal(
-            found.tokens, translate(SOURCE).tokens[:count]
+            found.tokens, expected.tokens[:count, :, : length + 3]
+        )
+        np.testing.assert_allclose(
+            found.scores, expected.scores[:count], atol=1e-4
         )
 
 

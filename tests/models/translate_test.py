@@ -31,10 +31,7 @@ def run(tmp_path_factory):
         decode={"extra_length": 2, "sentences": 2},
     )
     sos.experiments.run(config, workdir, quiet=True)
-    with pytest.MonkeyPatch.context() as patch:
-        # Each is traced.
-        patch.setattr(wmt, "_SERVING_LENGTHS", (64, 128))
-        sos.experiments.run(config, workdir, mode="export", quiet=True)
+    sos.experiments.run(config, workdir, mode="export", quiet=True)
     # The run has all that is needed.
     for file in data.iterdir():
         file.unlink()
@@ -240,7 +237,8 @@ def test_memory_is_bounded_by_the_chunk(program):
         (["--input=missing.txt"], ["--input", "missing.txt", "No such file"]),
         (["--input=."], ["--input", "directory"]),
         (["--output=."], ["--output", "directory"]),
-        (["--batch_size=0"], ["--batch_size", "less than 1"]),
+        (["--batch_size=0"], ["--batch_size", "at least 1", "0"]),
+        (["--chunk_lines=x"], ["--chunk_lines", "at least 1", "x"]),
         (["--model=x"], ["not allowed with", "--help"]),
         (["extra"], ["extra"]),
     ],
