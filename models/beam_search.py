@@ -194,7 +194,7 @@ def translate(
     *,
     beam: int = 4,
     alpha: float = 0.6,
-    extra_length: int = 50,
+    extra_length: int = 100,
 ) -> Hypotheses:
     """Translates sentences by `beam_search`.
 

@@ -109,7 +109,7 @@ class RunTranslator:
             config_lib.dtype_policy(config.dtype_policy),
             keras_compat.new_name_counts(),
         ):
-            task = config_lib.load_task(config.task)(config, load_data=False)
+            task = config_lib.load_task(config.task)(config)
             model, optimizer = trainer.build(task)
             checkpoints = Checkpoints(
                 os.path.join(directory, CHECKPOINTS),

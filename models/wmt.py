@@ -88,11 +88,8 @@ class Translation(ExperimentTask):
         source: The sentences as packed batches.
 
     Args:
-        config: A resolved config.
-        load_data: Whether the task will load the sentences, to train or to
-            score. If so, the packages that scores need must be installed. The
-            vocabulary is learned from the sentences, unless the config names a
-            file.
+        config: A resolved config. The vocabulary is learned from the training
+            sentences, unless the config names a file.
 
     Raises:
         UsageError: If the config does not fit.
@@ -126,18 +123,13 @@ class Translation(ExperimentTask):
     )
     ignored_entries = ("data.vocabulary", "decode.batch_size", "decode.samples")
 
-    def __init__(
-        self, config: ml_collections.ConfigDict, *, load_data: bool = True
-    ) -> None:
+    def __init__(self, config: ml_collections.ConfigDict) -> None:
         super().__init__(config)
         _check_config(config, type(self).default_config())
         self.batch_size = _rows(config)
         self.regularization = _regularization(config)
         self._decoder: Decoder | None = None
         self.subwords = self._load_subwords()
-        if load_data and config.decode.sentences != 0:
-            # Raises if a package is missing, rather than after training.
-            bleu.study_bleu(["."], ["."], language=config.data.target)
 
     @classmethod
     def default_config(cls) -> ml_collections.ConfigDict:
@@ -256,6 +248,9 @@ class Translation(ExperimentTask):
 
     def prepare(self) -> None:
         """Tokenizes and packs the sentences."""
+        if self.config.decode.sentences != 0:
+            # Raises if a package is missing, rather than after training.
+            bleu.study_bleu(["."], ["."], language=self.config.data.target)
         _ = self.source
 
     def _load_subwords(self) -> Subwords:
