@@ -48,8 +48,8 @@ _DATA = flags.DEFINE_string(
     "directory with files such as train.en and train.de, or the name of a data "
     'set of TensorFlow Datasets such as "wmt14_translate/de-en".',
 )
-_DIRECTORY = flags.DEFINE_string(
-    "directory", None, "Data directory of TensorFlow Datasets."
+_DATA_DIRECTORY = flags.DEFINE_string(
+    "data_directory", None, "Data directory of TensorFlow Datasets."
 )
 _SOURCE = flags.DEFINE_string("source", "en", "Language of the sentences.")
 _TARGET = flags.DEFINE_string("target", "de", "Language of the translations.")
@@ -119,7 +119,7 @@ def _run(arguments: Sequence[str]) -> None:
     print(f"Reading {_DATA.value}", file=sys.stderr, flush=True)
     train = translation.load(
         _DATA.value,
-        _DIRECTORY.value,
+        _DATA_DIRECTORY.value,
         source=_SOURCE.value,
         target=_TARGET.value,
     ).train

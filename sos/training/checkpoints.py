@@ -124,9 +124,9 @@ class Checkpoints:
         Args:
             step: The last step of `steps()`.
         """
-        checkpoints = copy.copy(self)
-        checkpoints._last_step = step
-        return checkpoints
+        other = copy.copy(self)
+        other._last_step = step
+        return other
 
     def steps(self) -> list[int]:
         """Returns the steps of all checkpoints, in ascending order."""
