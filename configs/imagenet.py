@@ -76,6 +76,13 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from configs.arguments import Overrides, Techniques, check_dense, make_config
+from configs.published_settings import (
+    distinct,
+    find_penalty,
+    find_pruning,
+    pruning_steps,
+    window,
+)
 from models.imagenet import TRAIN_EXAMPLES, ImageNet
 from sos.arguments import check_number
 from sos.errors import UsageError
@@ -179,14 +186,7 @@ def sweep(config: ml_collections.ConfigDict) -> Iterator[Overrides]:
         UsageError: If the config has a technique.
     """
     check_dense(config)
-    seen = set()
-    for overrides in _all_runs(config):
-        # The best settings are also in the grids, and a short training rounds
-        # different steps to the same ones.
-        text = repr(overrides)
-        if text not in seen:
-            seen.add(text)
-            yield overrides
+    yield from distinct(_all_runs(config))
 
 
 def _all_runs(config: ml_collections.ConfigDict) -> Iterator[Overrides]:
@@ -241,7 +241,7 @@ def _magnitude(
     config: ml_collections.ConfigDict, /, **values: Any
 ) -> Overrides:
     sparsity = values.setdefault("sparsity", 0.9)
-    setting = _published(config, "magnitude", _MAGNITUDE, values)
+    setting = _find_pruning(config, "magnitude", _MAGNITUDE, values)
     return _pruned(config, "MagnitudePruning", sparsity, setting, values)
 
 
@@ -249,7 +249,7 @@ def _extended_magnitude(
     config: ml_collections.ConfigDict, /, **values: Any
 ) -> Overrides:
     sparsity = values.setdefault("sparsity", 0.91)
-    setting = _published(
+    setting = _find_pruning(
         config,
         "extended_magnitude",
         _EXTENDED_MAGNITUDE,
@@ -270,23 +270,15 @@ def _extended_magnitude(
 
 def _random(config: ml_collections.ConfigDict, /, **values: Any) -> Overrides:
     sparsity = values.setdefault("sparsity", 0.9)
-    setting = _published(config, "random", _RANDOM, values)
+    setting = _find_pruning(config, "random", _RANDOM, values)
     return _pruned(config, "RandomPruning", sparsity, setting, values)
 
 
 def _variational_dropout(
     config: ml_collections.ConfigDict, /, **values: Any
 ) -> Overrides:
-    # Not a hyperparameter: the penalty determines it.
-    sparsity = values.pop("sparsity", 0.9)
-    if not _is_in(sparsity, _VARIATIONAL_DROPOUT):
-        raise UsageError(
-            "`sparsity` selects a published setting of variational_dropout: "
-            f"{_numbers(_VARIATIONAL_DROPOUT)}. For another sparsity pass "
-            "penalty_weight, begin_step and end_step instead. "
-            f"Received: sparsity={sparsity!r}"
-        )
-    return _dropped(config, _VARIATIONAL_DROPOUT[sparsity], values)
+    setting = find_penalty("variational_dropout", _VARIATIONAL_DROPOUT, values)
+    return _dropped(config, setting, values)
 
 
 def _l0(config: ml_collections.ConfigDict, /, **values: Any) -> Overrides:
@@ -305,49 +297,22 @@ def _l0(config: ml_collections.ConfigDict, /, **values: Any) -> Overrides:
     return _gated(config, _L0, log_alpha, values)
 
 
-def _published(
+def _find_pruning(
     config: ml_collections.ConfigDict,
     name: str,
     settings: Mapping[float, _Pruning],
     values: Mapping[str, Any],
     reference_steps: int = _STEPS,
 ) -> _Pruning | None:
-    """Returns the published setting of a pruning technique.
-
-    Args:
-        config: A dense config.
-        name: The technique.
-        settings: The published settings by sparsity.
-        values: `sparsity` and hyperparameters.
-        reference_steps: Training steps for which the settings were chosen.
-
-    Returns:
-        The setting; None if there is none, but all hyperparameters are given.
-
-    Raises:
-        UsageError: If there is none, and a hyperparameter is missing.
-    """
-    sparsity = values["sparsity"]
-    if _is_in(sparsity, settings):
-        return settings[sparsity]
-    needed = ("begin_step", "end_step", "frequency")
-    if all(step in values for step in needed):
-        return None
-    text = ""
-    if isinstance(sparsity, int | float):
-        nearest = min(settings, key=lambda key: abs(key - sparsity))
-        setting = settings[nearest]
-        steps = _steps(config, setting, reference_steps)
-        arguments = ",".join(f"{key}={steps[key]}" for key in needed)
-        text = (
-            f", such as those of {nearest} in {config.train_steps} steps: "
-            f"{name},sparsity={sparsity},{arguments} "
-            f"with --config.loss.label_smoothing={setting.label_smoothing:g}"
-        )
-    raise UsageError(
-        f"There is no published setting of {name} with this sparsity, only "
-        f"with {_numbers(settings)}. For another one also pass begin_step, "
-        f"end_step and frequency{text}. Received: sparsity={sparsity!r}"
+    return find_pruning(
+        config,
+        name,
+        settings,
+        values,
+        reference_steps=reference_steps,
+        format_rest=lambda each: (
+            f" with --config.loss.label_smoothing={each.label_smoothing:g}"
+        ),
     )
 
 
@@ -362,7 +327,7 @@ def _pruned(
     entries: Overrides = {"technique": technique, "sparsity": sparsity}
     if setting is None:
         return {"sparsity": {**entries, **(values or {})}}
-    entries |= _steps(config, setting, reference_steps)
+    entries |= pruning_steps(config, setting, reference_steps)
     return {
         "loss": {"label_smoothing": setting.label_smoothing},
         "sparsity": {**entries, **(values or {})},
@@ -416,31 +381,8 @@ def _penalized(
     return {
         "penalty_weight": setting.penalty / TRAIN_EXAMPLES,
         "ramp": "linear",
-        **_window(config, setting, _STEPS),
+        **window(config, setting, _STEPS),
     }
-
-
-def _steps(
-    config: ml_collections.ConfigDict, setting: _Pruning, reference_steps: int
-) -> dict[str, int]:
-    """Returns the steps of a setting, scaled with `train_steps`."""
-    scale = config.train_steps / reference_steps
-    return {
-        **_window(config, setting, reference_steps),
-        "frequency": max(1, round(scale * setting.frequency)),
-    }
-
-
-def _window(
-    config: ml_collections.ConfigDict,
-    setting: _Pruning | _Penalty,
-    reference_steps: int,
-) -> dict[str, int]:
-    """Returns `begin_step` and `end_step`, scaled with `train_steps`."""
-    scale = config.train_steps / reference_steps
-    begin = round(scale * setting.begin_step)
-    end = max(begin + 1, round(scale * setting.end_step))
-    return {"begin_step": begin, "end_step": end}
 
 
 def _extended_length(config: ml_collections.ConfigDict) -> Overrides:
@@ -451,15 +393,6 @@ def _extended_length(config: ml_collections.ConfigDict) -> Overrides:
         ),
         "batch_size": _EXTENDED_BATCHES * config.batch_size,
     }
-
-
-def _is_in(sparsity: Any, settings: Mapping[float, Any]) -> bool:
-    # Of any other type it may have no hash.
-    return isinstance(sparsity, int | float) and sparsity in settings
-
-
-def _numbers(settings: Mapping[float, Any]) -> str:
-    return ", ".join(map(str, settings))
 
 
 TECHNIQUES: Techniques = {

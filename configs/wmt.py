@@ -78,6 +78,13 @@ from typing import Any, NamedTuple, TypeVar
 import ml_collections
 
 from configs.arguments import Overrides, Techniques, check_dense, make_config
+from configs.published_settings import (
+    distinct,
+    find_penalty,
+    find_pruning,
+    pruning_steps,
+    window,
+)
 from models.wmt import Translation
 from sos.arguments import check_number
 from sos.errors import UsageError
@@ -195,15 +202,8 @@ def sweep(config: ml_collections.ConfigDict) -> Iterator[Overrides]:
         UsageError: If the config has a technique.
     """
     check_dense(config)
-    seen = set()
-    for overrides in _all_runs(config):
-        # A network of variational dropout has several scores in the tables, and
-        # the best settings are also in the grids. A short training rounds
-        # different steps to the same ones.
-        text = repr(overrides)
-        if text not in seen:
-            seen.add(text)
-            yield overrides
+    # A network of variational dropout has several scores in the tables.
+    yield from distinct(_all_runs(config))
 
 
 def _all_runs(config: ml_collections.ConfigDict) -> Iterator[Overrides]:
@@ -256,96 +256,41 @@ def _magnitude(
     config: ml_collections.ConfigDict, /, **values: Any
 ) -> Overrides:
     sparsity = values.setdefault("sparsity", 0.9)
-    setting = _published_pruning(config, "magnitude", _MAGNITUDE, values)
+    setting = _find_pruning(config, "magnitude", _MAGNITUDE, values)
     return _pruned(config, "MagnitudePruning", sparsity, setting, values)
 
 
 def _random(config: ml_collections.ConfigDict, /, **values: Any) -> Overrides:
     sparsity = values.setdefault("sparsity", 0.9)
-    setting = _published_pruning(config, "random", _RANDOM, values)
+    setting = _find_pruning(config, "random", _RANDOM, values)
     return _pruned(config, "RandomPruning", sparsity, setting, values)
 
 
 def _variational_dropout(
     config: ml_collections.ConfigDict, /, **values: Any
 ) -> Overrides:
-    setting = _published_penalty(
-        "variational_dropout", _VARIATIONAL_DROPOUT, values
-    )
+    setting = find_penalty("variational_dropout", _VARIATIONAL_DROPOUT, values)
     return _dropped(config, setting, values)
 
 
 def _l0(config: ml_collections.ConfigDict, /, **values: Any) -> Overrides:
-    setting = _published_penalty("l0", _L0, values)
+    setting = find_penalty("l0", _L0, values)
     return _gated(config, setting, values)
 
 
-def _published_pruning(
+def _find_pruning(
     config: ml_collections.ConfigDict,
     name: str,
     settings: Mapping[float, _Pruning],
     values: Mapping[str, Any],
 ) -> _Pruning | None:
-    """Returns the published setting of a pruning technique.
-
-    Args:
-        config: A dense config.
-        name: The technique.
-        settings: The published settings by sparsity.
-        values: `sparsity` and hyperparameters.
-
-    Returns:
-        The setting; None if there is none, but all hyperparameters are given.
-
-    Raises:
-        UsageError: If there is none, and a hyperparameter is missing.
-    """
-    sparsity = values["sparsity"]
-    if _is_in(sparsity, settings):
-        return settings[sparsity]
-    needed = ("begin_step", "end_step", "frequency")
-    if all(step in values for step in needed):
-        return None
-    text = ""
-    if isinstance(sparsity, int | float):
-        nearest = min(settings, key=lambda key: abs(key - sparsity))
-        setting = settings[nearest]
-        steps = _steps(config, setting)
-        arguments = ",".join(f"{key}={steps[key]}" for key in needed)
-        text = (
-            f", such as those of {nearest} in {config.train_steps} steps: "
-            f"{name},sparsity={sparsity},{arguments},"
-            f"regularization={setting.regularization}"
-        )
-    raise UsageError(
-        f"There is no published setting of {name} with this sparsity, only "
-        f"with {_numbers(settings)}. For another one also pass begin_step, "
-        f"end_step and frequency{text}. Received: sparsity={sparsity!r}"
-    )
-
-
-def _published_penalty(
-    name: str, settings: Mapping[float, _Setting], values: dict[str, Any]
-) -> _Setting:
-    """Returns the published setting of a technique with a penalty.
-
-    Args:
-        name: The technique.
-        settings: The published settings by sparsity.
-        values: `sparsity` and hyperparameters. `sparsity` is removed: it is not
-            a hyperparameter, because the penalty determines it.
-
-    Raises:
-        UsageError: If there is no such setting.
-    """
-    sparsity = values.pop("sparsity", 0.9)
-    if _is_in(sparsity, settings):
-        return settings[sparsity]
-    raise UsageError(
-        f"`sparsity` selects a published setting of {name}: "
-        f"{_numbers(settings)}. For another sparsity pass penalty_weight, "
-        "begin_step and end_step instead. "
-        f"Received: sparsity={sparsity!r}"
+    return find_pruning(
+        config,
+        name,
+        settings,
+        values,
+        reference_steps=_STEPS,
+        format_rest=lambda each: f",regularization={each.regularization}",
     )
 
 
@@ -359,7 +304,7 @@ def _pruned(
     entries: Overrides = {"technique": technique, "sparsity": sparsity}
     if setting is None:
         return {"sparsity": {**entries, **(values or {})}}
-    entries |= _steps(config, setting)
+    entries |= pruning_steps(config, setting, _STEPS)
     return {
         "regularization": setting.regularization,
         "sparsity": {**entries, **(values or {})},
@@ -405,38 +350,8 @@ def _penalized(
     return {
         "penalty_weight": setting.penalty / _PAIRS,
         "ramp": setting.ramp,
-        **_window(config, setting),
+        **window(config, setting, _STEPS),
     }
-
-
-def _steps(
-    config: ml_collections.ConfigDict, setting: _Pruning
-) -> dict[str, int]:
-    """Returns the steps of a setting, scaled with `train_steps`."""
-    scale = config.train_steps / _STEPS
-    return {
-        **_window(config, setting),
-        "frequency": max(1, round(scale * setting.frequency)),
-    }
-
-
-def _window(
-    config: ml_collections.ConfigDict, setting: _Pruning | _Penalty
-) -> dict[str, int]:
-    """Returns `begin_step` and `end_step`, scaled with `train_steps`."""
-    scale = config.train_steps / _STEPS
-    begin = round(scale * setting.begin_step)
-    end = max(begin + 1, round(scale * setting.end_step))
-    return {"begin_step": begin, "end_step": end}
-
-
-def _is_in(sparsity: Any, settings: Mapping[float, Any]) -> bool:
-    # Of any other type it may have no hash.
-    return isinstance(sparsity, int | float) and sparsity in settings
-
-
-def _numbers(settings: Mapping[float, Any]) -> str:
-    return ", ".join(map(str, settings))
 
 
 # The table of the embedding, which is that of the softmax, too.

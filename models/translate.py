@@ -228,7 +228,7 @@ class ExportTranslator:
 
 
 class _State(NamedTuple):
-    """What OUTPUT.partial.json says.
+    """Content of OUTPUT.partial.json.
 
     Attributes:
         model: Fingerprint of the translator.

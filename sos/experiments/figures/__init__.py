@@ -27,7 +27,7 @@ class FigureSpec:
 
     Attributes:
         name: Name of its file, without suffix.
-        title: Title in reports, with "{Score}" in the place of the score.
+        title: Title in reports, in which "{Score}" is replaced by the score.
         caption: Explanation in reports, a sentence or two, with "{score}".
         draw: Returns the figure; None if the study has nothing to show in it.
     """
