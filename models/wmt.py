@@ -26,8 +26,6 @@ from sos.experiments import config as config_lib
 from sos.experiments.scores import BLEU
 from sos.experiments.task import ExperimentTask
 from sos.training.checkpoints import Checkpoints
-from sos.training.learning_rates import make_learning_rate
-from sos.training.optimizers import make_optimizer, technique_variables
 from sos.training.task import Evaluator, WeightedSum
 from sos.wrappers.base import find_wrappers
 
@@ -301,26 +299,12 @@ class Translation(ExperimentTask):
             )
         return model
 
-    def build_optimizer(self, model: keras.Model) -> keras.optimizers.Optimizer:
-        """Returns the optimizer that `config.optimizer` describes."""
-        rate = self.config.learning_rate.to_dict()
-        multiplier = rate.pop("technique_multiplier")
-        if rate["schedule"] != "rsqrt":
-            del rate["hidden_size"]
-        optimizer = make_optimizer(
-            self.config.optimizer.to_dict(),
-            learning_rate=make_learning_rate(
-                rate,
-                train_steps=self.config.train_steps,
-                batch_size=self.config.batch_size,
-            ),
-            multipliers=[
-                (variable, multiplier)
-                for variable in technique_variables(model)
-            ],
-        )
-        optimizer.build(model.trainable_variables)
-        return optimizer
+    def learning_rate_entries(self) -> dict[str, Any]:
+        """Returns `config.learning_rate`, as its schedule needs it."""
+        entries = super().learning_rate_entries()
+        if entries["schedule"] != "rsqrt":
+            del entries["hidden_size"]
+        return entries
 
     def train_dataset(
         self, context: tf.distribute.InputContext, step: int

@@ -11,8 +11,6 @@ import tensorflow as tf
 from sos.errors import UsageError
 from sos.experiments.task import ExperimentTask
 from sos.training import inputs
-from sos.training.learning_rates import make_learning_rate
-from sos.training.optimizers import make_optimizer, technique_variables
 from sos.training.task import WeightedSum
 
 
@@ -196,29 +194,6 @@ class ImageClassification(ExperimentTask):
     def build_model(self) -> keras.Model:
         """Returns the network, made sparse according to `config.sparsity`."""
         return self.sparsify(self.build_network())
-
-    def build_optimizer(self, model: keras.Model) -> keras.optimizers.Optimizer:
-        """Returns the optimizer selected by `config.optimizer`.
-
-        Decoupled weight decay applies to weights of rank 2 or more, except
-        variables that a technique adds.
-        """
-        rate = self.config.learning_rate.to_dict()
-        multiplier = rate.pop("technique_multiplier")
-        added = technique_variables(model)
-        vectors = [v for v in model.trainable_variables if len(v.shape) < 2]
-        optimizer = make_optimizer(
-            self.config.optimizer.to_dict(),
-            learning_rate=make_learning_rate(
-                rate,
-                train_steps=self.config.train_steps,
-                batch_size=self.batch_size,
-            ),
-            multipliers=[(variable, multiplier) for variable in added],
-            no_weight_decay=[*vectors, *added],
-        )
-        optimizer.build(model.trainable_variables)
-        return optimizer
 
     def train_dataset(
         self, context: tf.distribute.InputContext, step: int

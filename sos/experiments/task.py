@@ -13,6 +13,8 @@ from sos.experiments import branch_registry
 from sos.experiments import config as config_lib
 from sos.experiments.scores import ACCURACY, ScoreMetric
 from sos.experiments.trunk import Trunk
+from sos.training.learning_rates import make_learning_rate
+from sos.training.optimizers import make_optimizer, technique_variables
 from sos.training.task import Task
 from sos.wrappers.base import find_wrappers
 from sos.wrappers.masked import resolve_schedules
@@ -167,6 +169,43 @@ class ExperimentTask(Task):
                 optimizer,
                 config=self.config,
             )
+
+    def learning_rate_entries(self) -> dict[str, Any]:
+        """Returns the schedule and its entries, for `build_optimizer`.
+
+        Override it to derive some of them. `technique_multiplier`, if there is
+        one, is the factor of the learning rate of trainable variables that a
+        technique adds.
+        """
+        return self.config.learning_rate.to_dict()
+
+    def build_optimizer(self, model: keras.Model) -> keras.optimizers.Optimizer:
+        """Returns the optimizer that the config describes.
+
+        `config.optimizer` is as for `sos.training.make_optimizer`. Decoupled
+        weight decay applies to weights of rank 2 or more, except variables that
+        a technique adds.
+
+        Raises:
+            UsageError: If entries of the optimizer or the learning rate do not
+                fit.
+        """
+        rate = self.learning_rate_entries()
+        multiplier = rate.pop("technique_multiplier", 1.0)
+        added = technique_variables(model)
+        vectors = [v for v in model.trainable_variables if len(v.shape) < 2]
+        optimizer = make_optimizer(
+            self.config.optimizer.to_dict(),
+            learning_rate=make_learning_rate(
+                rate,
+                train_steps=self.config.train_steps,
+                batch_size=self.config.batch_size,
+            ),
+            multipliers=[(variable, multiplier) for variable in added],
+            no_weight_decay=[*vectors, *added],
+        )
+        optimizer.build(model.trainable_variables)
+        return optimizer
 
     def sparsify(self, model: keras.Model) -> keras.Model:
         """Makes a model sparse according to `config.sparsity`.
