@@ -1,4 +1,4 @@
-"""What config files share that have the best published settings of the study.
+"""Helpers of config files with the best published settings of the study.
 
 A setting is a named tuple with `begin_step` and `end_step`, and for pruning
 `frequency`, in the steps of the training for which the authors chose them. They
