@@ -29,6 +29,7 @@ def run(tmp_path_factory):
         data,
         "magnitude,train_steps=6",
         decode={"extra_length": 2, "sentences": 2},
+        learning_rate={"warmup_steps": 1},
     )
     sos.experiments.run(config, workdir, quiet=True)
     sos.experiments.run(config, workdir, mode="export", quiet=True)
@@ -307,6 +308,7 @@ def test_run_translator_keeps_the_mean_of_checkpoints(tmp_path):
         data,
         "dense,train_steps=2",
         decode={"average_checkpoints": 2, "extra_length": 0, "sentences": 2},
+        learning_rate={"warmup_steps": 1},
         keep="all",
     )
     sos.experiments.run(config, tmp_path, quiet=True, save_checkpoints_steps=1)
