@@ -20,6 +20,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -45,7 +46,7 @@ def cached(
     def search() -> tf.Tensor:
         with sos.frozen(model):
             encoded = model.encode(source)
-            cache = model.make_cache(encoded, source, tokens)
+            cache = model.make_cache(encoded, source, tokens, beam)
             return _search(model, _endless(model.step), cache, tokens, beam)
 
     return search
@@ -56,22 +57,31 @@ def uncached(
 ) -> Callable[[], tf.Tensor]:
     """Returns a compiled search that decodes all places in each step."""
 
-    def step(last: tf.Tensor, index: tf.Tensor, cache: dict) -> tuple:
-        # The token before each place is known up to this one.
-        here = tf.range(tokens) == index - 1
-        target = tf.where(here, last[:, tf.newaxis], cache["target"])
-        logits = model.decode(target, cache["encoded"], cache["source"])
-        return tf.gather(logits, index, axis=1), {**cache, "target": target}
-
     @tf.function(autograph=False)
     def search() -> tf.Tensor:
         with sos.frozen(model):
-            cache = {
-                "encoded": model.encode(source),
-                "source": source,
-                "target": tf.zeros([source.shape[0], tokens], tf.int32),
-            }
-            return _search(model, _endless(step), cache, tokens, beam)
+            sources = tf.repeat(source, beam, axis=0)
+            encoded = tf.repeat(model.encode(source), beam, axis=0)
+
+            def step(
+                last: tf.Tensor,
+                index: tf.Tensor,
+                target: tf.Tensor,
+                ancestors: tf.Tensor,
+            ) -> tuple[tf.Tensor, tf.Tensor]:
+                before = tf.maximum(index - 1, 0)
+                parents = tf.gather(ancestors, before, axis=2)
+                target = tf.gather(target, parents, axis=1, batch_dims=1)
+                # The token before each place is known up to this one.
+                here = tf.range(tokens) == index - 1
+                target = tf.where(here, last[..., tf.newaxis], target)
+                rows = tf.reshape(target, [-1, tokens])
+                logits = model.decode(rows, encoded, sources)
+                logits = tf.gather(logits, index, axis=1)
+                return tf.reshape(logits, [*last.shape, -1]), target
+
+            target = tf.zeros([source.shape[0], beam, tokens], tf.int32)
+            return _search(model, _endless(step), target, tokens, beam)
 
     return search
 
@@ -79,16 +89,18 @@ def uncached(
 def _endless(step: Callable) -> Callable:
     """Returns a step in which sentences never end, so that all take as long."""
 
-    def endless(last: tf.Tensor, index: tf.Tensor, cache: dict) -> tuple:
-        logits, cache = step(last, index, cache)
-        ends = tf.range(logits.shape[1]) == beam_search.EOS
+    def endless(
+        last: tf.Tensor, index: tf.Tensor, cache: Any, ancestors: tf.Tensor
+    ) -> tuple[tf.Tensor, Any]:
+        logits, cache = step(last, index, cache, ancestors)
+        ends = tf.range(logits.shape[-1]) == beam_search.EOS
         return tf.where(ends, -1e9, logits), cache
 
     return endless
 
 
 def _search(
-    model: Transformer, step: Callable, cache: dict, tokens: int, beam: int
+    model: Transformer, step: Callable, cache: Any, tokens: int, beam: int
 ) -> tf.Tensor:
     batch = keras.tree.flatten(cache)[0].shape[0]
     return beam_search.beam_search(

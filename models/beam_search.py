@@ -34,7 +34,9 @@ class Hypotheses(NamedTuple):
 
 
 def beam_search(
-    step: Callable[[tf.Tensor, tf.Tensor, Any], tuple[tf.Tensor, Any]],
+    step: Callable[
+        [tf.Tensor, tf.Tensor, Any, tf.Tensor], tuple[tf.Tensor, Any]
+    ],
     cache: Any,
     *,
     limits: tf.Tensor,
@@ -59,13 +61,14 @@ def beam_search(
     if the batch and `length` are: a TPU needs that.
 
     Args:
-        step: Function of the last tokens (int32 of shape [batch * beam], those
-            of one sentence in a row, `PAD` at the beginning), the place (int32
-            scalar) and the cache, that returns logits of shape [batch * beam,
-            vocabulary size] and the new cache. Tensors of the cache that it
-            returns as they are (the same object) must not differ within a
-            sentence: they are not moved.
-        cache: Nested structure of tensors whose first axis is the batch.
+        step: Function of the last tokens (int32 of shape [batch, beam], `PAD`
+            at the beginning), the place (int32 scalar), the cache and
+            `ancestors`, that returns logits of shape [batch, beam, vocabulary
+            size] and the new cache. The cache stays where it is when hypotheses
+            are ranked anew, as to move it would take as long as to use it.
+            `ancestors`, int32 of shape [batch, beam, length], has the rank of
+            each hypothesis at each place, up to this one.
+        cache: Nested structure of tensors.
         limits: Most tokens of each sentence, `EOS` included, int32 of shape
             [batch]; at most `length`.
         length: Most tokens of all sentences, an integer or int32 scalar.
@@ -83,9 +86,9 @@ def beam_search(
     Example: a sentence without a context, whose tokens are independent.
     >>> import numpy as np, tensorflow as tf
     >>> from models import beam_search
-    >>> def step(tokens, index, cache):
+    >>> def step(tokens, index, cache, ancestors):
     ...     logits = tf.math.log([0.0, 0.5, 0.3, 0.2])
-    ...     return tf.tile(logits[None], [tf.shape(tokens)[0], 1]), cache
+    ...     return tf.broadcast_to(logits, [*tokens.shape, 4]), cache
     >>> found = beam_search.beam_search(
     ...     step,
     ...     {},
@@ -106,14 +109,11 @@ def beam_search(
     # By the number of tokens, computed once so that equal ones are the same.
     penalties = ((5 + tf.range(length + 1, dtype=tf.float32)) / 6) ** alpha
     largest = tf.gather(penalties, tf.maximum(limits, 0))[:, tf.newaxis]
-    rows = tf.range(sentences)[:, tf.newaxis] * beam
-
-    def to_rows(tensor: Any) -> tf.Tensor:
-        """Repeats each sentence for its hypotheses."""
-        tensor = tf.convert_to_tensor(tensor)
-        tensor = tf.repeat(tensor, beam, axis=0)
-        shape = [None if batch is None else batch * beam, *tensor.shape[1:]]
-        return tf.ensure_shape(tensor, shape)
+    here = tf.range(beam)[:, tf.newaxis]
+    # Every beginning may end, and as many must go on. A greedy search is over
+    # when its only one ends.
+    wanted = 2 * beam if beam > 1 else 1
+    count = min(wanted, vocabulary_size)
 
     def goes_on(state: _State) -> tf.Tensor:
         """Returns whether each sentence can still change."""
@@ -125,23 +125,20 @@ def beam_search(
 
     def body(state: _State) -> list[_State]:
         index = state.index
-        logits, new_cache = step(
-            tf.reshape(state.last, [-1]), index, state.cache
+        logits, cache = step(state.last, index, state.cache, state.ancestors)
+        logits = _checked_logits(logits, beam, vocabulary_size)
+        # The best of each beginning, as the best of all are among them.
+        logs, last = tf.math.top_k(
+            tf.nn.log_softmax(tf.cast(logits, tf.float32)), count
         )
-        _check_logits(logits, vocabulary_size)
-        logs = tf.nn.log_softmax(tf.cast(logits, tf.float32))
         # Nothing follows from NaN, which has no order.
         logs = tf.where(tf.math.is_nan(logs), _NEVER, logs)
-        logs = tf.reshape(logs, [sentences, beam, vocabulary_size])
         scores = state.scores[:, :, tf.newaxis] + logs
-        # Every beginning may end, and as many must go on. A greedy search is
-        # over when its only one ends.
         scores, places = tf.math.top_k(
-            tf.reshape(scores, [sentences, beam * vocabulary_size]),
-            2 * beam if beam > 1 else 1,
+            tf.reshape(scores, [sentences, beam * count]), wanted
         )
-        parents = places // vocabulary_size
-        last = places % vocabulary_size
+        parents = places // count
+        last = _take(tf.reshape(last, [sentences, beam * count]), places)
         column = tf.range(length) == index
         tokens = tf.where(
             column, last[..., tf.newaxis], _take(state.tokens, parents)
@@ -163,9 +160,12 @@ def beam_search(
                 tf.concat([state.ended_tokens, tokens], 1), ended
             ),
             ended_scores=ended_scores,
-            cache=_reorder(
-                state.cache, new_cache, tf.reshape(rows + parents, [-1])
+            ancestors=tf.where(
+                tf.range(length) > index,
+                here,
+                _take(state.ancestors, parents),
             ),
+            cache=cache,
         )
         return [_keep_shapes(state, _select(goes_on(state), new, state))]
 
@@ -180,7 +180,8 @@ def beam_search(
         scores=tf.where(tf.range(beam) == 0, 0.0, nothing),
         ended_tokens=empty + PAD,
         ended_scores=nothing,
-        cache=keras.tree.map_structure(to_rows, cache),
+        ancestors=empty + here,
+        cache=keras.tree.map_structure(tf.convert_to_tensor, cache),
     )
     (state,) = tf.while_loop(
         lambda state: tf.reduce_any(goes_on(state)), body, [state]
@@ -247,7 +248,7 @@ def translate(
         encoded = model.encode(source)
         return beam_search(
             model.step,
-            model.make_cache(encoded, source, length),
+            model.make_cache(encoded, source, length, beam),
             limits=sizes + extra_length,
             length=length,
             vocabulary_size=model.vocabulary_size,
@@ -267,7 +268,9 @@ class _State(NamedTuple):
             beam].
         ended_tokens: Tokens of the best hypotheses that ended.
         ended_scores: Their scores, best first.
-        cache: The cache, with `beam` rows for each sentence.
+        ancestors: Their ranks at each place, as for `beam_search`; after
+            `index` the present ones.
+        cache: The cache.
     """
 
     index: tf.Tensor
@@ -276,27 +279,13 @@ class _State(NamedTuple):
     scores: tf.Tensor
     ended_tokens: tf.Tensor
     ended_scores: tf.Tensor
+    ancestors: tf.Tensor
     cache: Any
 
 
 def _take(tensor: tf.Tensor, indices: tf.Tensor) -> tf.Tensor:
     """Takes hypotheses of each sentence."""
     return tf.gather(tensor, indices, axis=1, batch_dims=1)
-
-
-def _reorder(old: Any, new: Any, rows: tf.Tensor) -> Any:
-    """Gives each hypothesis the cache of the one that it continues.
-
-    Tensors that are the same in all hypotheses of a sentence, such as those of
-    the source, stay: to move them would take as long as to use them.
-    """
-    return keras.tree.map_structure(
-        lambda before, after: (
-            before if after is before else tf.gather(after, rows)
-        ),
-        old,
-        new,
-    )
 
 
 def _select(active: tf.Tensor, new: _State, old: _State) -> _State:
@@ -357,10 +346,16 @@ def _check(
         )
 
 
-def _check_logits(logits: tf.Tensor, vocabulary_size: int) -> None:
-    if logits.shape.rank != 2 or logits.shape[1] != vocabulary_size:
+def _checked_logits(
+    logits: tf.Tensor, beam: int, vocabulary_size: int
+) -> tf.Tensor:
+    """Returns the logits with their static shape."""
+    shape = [None, beam, vocabulary_size]
+    if not logits.shape.is_compatible_with(shape):
         raise UsageError(
-            "`step` must return logits of shape [batch * beam, "
-            f"{vocabulary_size}], as `vocabulary_size={vocabulary_size}`. "
+            f"`step` must return logits of shape [batch, {beam}, "
+            f"{vocabulary_size}], as `beam={beam}` and "
+            f"`vocabulary_size={vocabulary_size}`. "
             f"Received: logits of shape {logits.shape}"
         )
+    return tf.ensure_shape(logits, shape)

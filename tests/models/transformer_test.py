@@ -341,21 +341,51 @@ def test_invalid_options_raise(options, message):
 
 
 @pytest.mark.parametrize("split_heads", [False, True])
-def test_cached_steps_equal_decoding_all_places(split_heads):
+@pytest.mark.parametrize("technique", [None, "MagnitudePruning"])
+def test_cached_steps_equal_decoding_all_places(split_heads, technique):
     model = tiny(split_heads=split_heads, layers=1)
+    if technique:
+        # Without `sos.frozen`.
+        model = sos.sparsify(model, technique, sparsity=0.7)
+        sos.prune(model)
     encoded = model.encode(PADDED_SOURCE)
     logits = model.decode(PADDED_TARGET, encoded, PADDED_SOURCE)
     np.testing.assert_array_equal(model(PADDED_SOURCE, PADDED_TARGET), logits)
     length = PADDED_TARGET.shape[1]
     cache = model.make_cache(encoded, PADDED_SOURCE, length + 2)
-    assert {x.shape[0] for x in keras.tree.flatten(cache)} == {2}
-    tokens = np.zeros(2, np.int32)
+    tokens = np.zeros((2, 1), np.int32)
     for place in range(length):
         step_logits, cache = model.step(tokens, place, cache)
         np.testing.assert_allclose(
-            step_logits, logits[:, place], rtol=1e-4, atol=1e-5
+            step_logits[:, 0], logits[:, place], rtol=1e-4, atol=1e-5
         )
-        tokens = PADDED_TARGET[:, place]
+        tokens = PADDED_TARGET[:, place, np.newaxis]
+
+
+def test_cached_steps_follow_the_ancestors():
+    model = tiny(layers=2)
+    rng = np.random.default_rng(0)
+    encoded = model.encode(PADDED_SOURCE)
+    batch, beam, length = 2, 3, 4
+    cache = model.make_cache(encoded, PADDED_SOURCE, length, beam)
+    histories = np.zeros((batch, beam, 0), np.int32)
+    ancestors = np.zeros((batch, beam, length), np.int32)
+    tokens = np.zeros((batch, beam), np.int32)
+    for place in range(length):
+        ancestors[:, :, place] = np.arange(beam)
+        step_logits, cache = model.step(tokens, place, cache, ancestors)
+        for rank in range(beam):
+            history = np.pad(histories[:, rank], [(0, 0), (0, length - place)])
+            logits = model.decode(history, encoded, PADDED_SOURCE)
+            np.testing.assert_allclose(
+                step_logits[:, rank], logits[:, place], rtol=1e-4, atol=1e-5
+            )
+        # Each hypothesis goes on with any of its sentence.
+        parents = rng.integers(0, beam, (batch, beam, 1))
+        tokens = rng.integers(2, 20, (batch, beam)).astype(np.int32)
+        histories = np.take_along_axis(histories, parents, 1)
+        histories = np.concatenate([histories, tokens[..., np.newaxis]], 2)
+        ancestors = np.take_along_axis(ancestors, parents, 1)
 
 
 def test_methods_can_be_traced_without_sizes(plain):
