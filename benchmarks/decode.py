@@ -47,7 +47,14 @@ def cached(
         with sos.frozen(model):
             encoded = model.encode(source)
             cache = model.make_cache(encoded, source, tokens, beam)
-            return _search(model, _endless(model.step), cache, tokens, beam)
+            return _search(
+                model,
+                _endless(model.step),
+                cache,
+                batch=source.shape[0],
+                tokens=tokens,
+                beam=beam,
+            )
 
     return search
 
@@ -73,15 +80,22 @@ def uncached(
                 parents = tf.gather(ancestors, before, axis=2)
                 target = tf.gather(target, parents, axis=1, batch_dims=1)
                 # The token before each place is known up to this one.
-                here = tf.range(tokens) == index - 1
-                target = tf.where(here, last[..., tf.newaxis], target)
+                is_last = tf.range(tokens) == index - 1
+                target = tf.where(is_last, last[..., tf.newaxis], target)
                 rows = tf.reshape(target, [-1, tokens])
                 logits = model.decode(rows, encoded, sources)
                 logits = tf.gather(logits, index, axis=1)
                 return tf.reshape(logits, [*last.shape, -1]), target
 
-            target = tf.zeros([source.shape[0], beam, tokens], tf.int32)
-            return _search(model, _endless(step), target, tokens, beam)
+            batch = source.shape[0]
+            return _search(
+                model,
+                _endless(step),
+                tf.zeros([batch, beam, tokens], tf.int32),
+                batch=batch,
+                tokens=tokens,
+                beam=beam,
+            )
 
     return search
 
@@ -100,9 +114,14 @@ def _endless(step: Callable) -> Callable:
 
 
 def _search(
-    model: Transformer, step: Callable, cache: Any, tokens: int, beam: int
+    model: Transformer,
+    step: Callable,
+    cache: Any,
+    *,
+    batch: int,
+    tokens: int,
+    beam: int,
 ) -> tf.Tensor:
-    batch = keras.tree.flatten(cache)[0].shape[0]
     return beam_search.beam_search(
         step,
         cache,

@@ -80,8 +80,8 @@ from configs.published_settings import (
     distinct,
     find_penalty,
     find_pruning,
-    pruning_steps,
-    window,
+    scaled_pruning_steps,
+    scaled_window,
 )
 from models.imagenet import TRAIN_EXAMPLES, ImageNet
 from sos.arguments import check_number
@@ -327,7 +327,7 @@ def _pruned(
     entries: Overrides = {"technique": technique, "sparsity": sparsity}
     if setting is None:
         return {"sparsity": {**entries, **(values or {})}}
-    entries |= pruning_steps(config, setting, reference_steps)
+    entries |= scaled_pruning_steps(config, setting, reference_steps)
     return {
         "loss": {"label_smoothing": setting.label_smoothing},
         "sparsity": {**entries, **(values or {})},
@@ -381,7 +381,7 @@ def _penalized(
     return {
         "penalty_weight": setting.penalty / TRAIN_EXAMPLES,
         "ramp": "linear",
-        **window(config, setting, _STEPS),
+        **scaled_window(config, setting, _STEPS),
     }
 
 

@@ -15,14 +15,14 @@ from sos.errors import UsageError
 
 T = TypeVar("T")
 
-_PRUNING_STEPS = ("begin_step", "end_step", "frequency")
+#: Hyperparameters of pruning that are steps.
+PRUNING_STEPS = ("begin_step", "end_step", "frequency")
 
 
 def distinct(runs: Iterable[Overrides]) -> Iterator[Overrides]:
-    """Yields overrides without those that came before.
+    """Yields overrides, equal ones once.
 
-    The best settings are also in the grids, and a short training rounds
-    different steps to the same ones.
+    A short training rounds different steps to the same ones.
     """
     seen = set()
     for overrides in runs:
@@ -49,8 +49,8 @@ def find_pruning(
         settings: The published settings by sparsity.
         values: `sparsity` and hyperparameters.
         reference_steps: Training steps for which the settings were chosen.
-        format_rest: Returns what follows the steps in the argument of an
-            example.
+        format_rest: Formats the other arguments of a setting, for the example
+            in the error.
 
     Returns:
         The setting; None if there is none, but all hyperparameters are given.
@@ -61,14 +61,14 @@ def find_pruning(
     sparsity = values["sparsity"]
     if _is_in(sparsity, settings):
         return settings[sparsity]
-    if all(step in values for step in _PRUNING_STEPS):
+    if all(step in values for step in PRUNING_STEPS):
         return None
     text = ""
     if isinstance(sparsity, int | float):
         nearest = min(settings, key=lambda key: abs(key - sparsity))
         setting = settings[nearest]
-        steps = pruning_steps(config, setting, reference_steps)
-        arguments = ",".join(f"{key}={steps[key]}" for key in _PRUNING_STEPS)
+        steps = scaled_pruning_steps(config, setting, reference_steps)
+        arguments = ",".join(f"{key}={steps[key]}" for key in PRUNING_STEPS)
         text = (
             f", such as those of {nearest} in {config.train_steps} steps: "
             f"{name},sparsity={sparsity},{arguments}{format_rest(setting)}"
@@ -88,8 +88,12 @@ def find_penalty(
     Args:
         name: The technique.
         settings: The published settings by sparsity.
-        values: `sparsity` and hyperparameters. `sparsity` is removed: it is not
-            a hyperparameter, because the penalty determines it.
+        values: `sparsity`, by default 0.9, and hyperparameters. `sparsity` is
+            removed: it is not a hyperparameter, because the penalty determines
+            it.
+
+    Returns:
+        The setting.
 
     Raises:
         UsageError: If there is no such setting.
@@ -105,18 +109,18 @@ def find_penalty(
     )
 
 
-def pruning_steps(
+def scaled_pruning_steps(
     config: ml_collections.ConfigDict, setting: Any, reference_steps: int
 ) -> dict[str, int]:
     """Returns the steps of a setting, scaled with `train_steps`."""
     scale = config.train_steps / reference_steps
     return {
-        **window(config, setting, reference_steps),
+        **scaled_window(config, setting, reference_steps),
         "frequency": max(1, round(scale * setting.frequency)),
     }
 
 
-def window(
+def scaled_window(
     config: ml_collections.ConfigDict, setting: Any, reference_steps: int
 ) -> dict[str, int]:
     """Returns `begin_step` and `end_step`, scaled with `train_steps`."""

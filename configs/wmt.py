@@ -15,6 +15,8 @@ hyperparameters of the technique, which replace published ones, `seed`,
 `train_steps` and these options:
 
 - `regularization`: See `models.wmt.REGULARIZATIONS`.
+- `size=tiny`: The network "transformer_tiny" of Tensor2Tensor: 2 layers, width
+  128, 4 heads.
 - `split_heads=True`: The queries, keys and values of each head are weights of
   their own, and are pruned each by itself.
 - `dense_embedding=True`: The table of the embedding and the softmax, 28 % of
@@ -73,17 +75,18 @@ settings only, once (29 runs):
 
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import ml_collections
 
 from configs.arguments import Overrides, Techniques, check_dense, make_config
 from configs.published_settings import (
+    PRUNING_STEPS,
     distinct,
     find_penalty,
     find_pruning,
-    pruning_steps,
-    window,
+    scaled_pruning_steps,
+    scaled_window,
 )
 from models.wmt import Translation
 from sos.arguments import check_number
@@ -171,7 +174,6 @@ _DENSE_SEEDS = (0, 1, 2, 3, 4)
 _SEEDS = (0, 1, 2)
 
 _RAMPS = {"linear": "linear", "cubic": _CUBIC}
-_Setting = TypeVar("_Setting")
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
@@ -226,8 +228,9 @@ def _published_run(
     row = score.hyperparameters
     regularization = row["regularization"]
     if score.technique in ("MagnitudePruning", "RandomPruning"):
-        names = ("begin_step", "end_step", "frequency")
-        setting = _Pruning(*(int(row[name]) for name in names), regularization)
+        setting = _Pruning(
+            *(int(row[name]) for name in PRUNING_STEPS), regularization
+        )
         # Tables name the sparsity that was reached.
         sparsity = round(score.sparsity, 2)
         return _pruned(config, score.technique, sparsity, setting)
@@ -304,7 +307,7 @@ def _pruned(
     entries: Overrides = {"technique": technique, "sparsity": sparsity}
     if setting is None:
         return {"sparsity": {**entries, **(values or {})}}
-    entries |= pruning_steps(config, setting, _STEPS)
+    entries |= scaled_pruning_steps(config, setting, _STEPS)
     return {
         "regularization": setting.regularization,
         "sparsity": {**entries, **(values or {})},
@@ -350,10 +353,15 @@ def _penalized(
     return {
         "penalty_weight": setting.penalty / _PAIRS,
         "ramp": setting.ramp,
-        **window(config, setting, _STEPS),
+        **scaled_window(config, setting, _STEPS),
     }
 
 
+# Networks of Tensor2Tensor by their names there, "transformer_base" and so on.
+_SIZES = {
+    "base": {"width": 512, "hidden_width": 2048, "heads": 8, "layers": 6},
+    "tiny": {"width": 128, "hidden_width": 512, "heads": 4, "layers": 2},
+}
 # The table of the embedding, which is that of the softmax, too.
 _EMBEDDING = "^embedding/"
 _LABELS = {
@@ -372,8 +380,8 @@ def with_options(techniques: Techniques) -> Techniques:
         techniques: The functions, by the names of `TECHNIQUES`.
 
     Returns:
-        Functions that also take `regularization`, `split_heads`,
-        `dense_embedding` and `embedding_sparsity`. With one of the last three,
+        Functions that also take `regularization`, `size`, `split_heads`,
+        `dense_embedding` and `embedding_sparsity`. With one of the last four,
         the label of the run names it.
     """
     return {
@@ -389,6 +397,7 @@ def _with_options(
     /,
     *,
     regularization: str | None = None,
+    size: str | None = None,
     split_heads: bool = False,
     dense_embedding: bool = False,
     embedding_sparsity: float | None = None,
@@ -400,8 +409,20 @@ def _with_options(
     label = [_LABELS[name]]
     if regularization is not None:
         overrides["regularization"] = regularization
+    if size is not None:
+        if size not in _SIZES:
+            raise UsageError(
+                f"`size` must be one of {', '.join(_SIZES)}. "
+                f"Received: size={size!r}"
+            )
+        overrides["model"] = dict(_SIZES[size])
+        overrides["learning_rate"] = {
+            **overrides.get("learning_rate", {}),
+            "hidden_size": _SIZES[size]["width"],
+        }
+        label.append(size)
     if split_heads:
-        overrides["model"] = {"split_heads": True}
+        overrides.setdefault("model", {})["split_heads"] = True
         label.append("split heads")
     if dense_embedding or embedding_sparsity is not None:
         if (

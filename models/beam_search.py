@@ -62,13 +62,15 @@ def beam_search(
 
     Args:
         step: Function of the last tokens (int32 of shape [batch, beam], `PAD`
-            at the beginning), the place (int32 scalar), the cache and
+            at the beginning), the place `index` (int32 scalar), the cache and
             `ancestors`, that returns logits of shape [batch, beam, vocabulary
-            size] and the new cache. The cache stays where it is when hypotheses
-            are ranked anew, as to move it would take as long as to use it.
-            `ancestors`, int32 of shape [batch, beam, length], has the rank of
-            each hypothesis at each place, up to this one.
-        cache: Nested structure of tensors.
+            size] and the new cache. `ancestors[b, h, i]`, int32, is the rank
+            that the beginning of hypothesis h of sentence b had at place i, for
+            i up to `index`. The search does not reorder the cache, which would
+            take as long as a step: what belongs to a hypothesis is at the rank
+            that it had.
+        cache: Nested structure of tensors of any shape, which `step` returns
+            with the same structure, shapes and dtypes.
         limits: Most tokens of each sentence, `EOS` included, int32 of shape
             [batch]; at most `length`.
         length: Most tokens of all sentences, an integer or int32 scalar.
@@ -109,11 +111,11 @@ def beam_search(
     # By the number of tokens, computed once so that equal ones are the same.
     penalties = ((5 + tf.range(length + 1, dtype=tf.float32)) / 6) ** alpha
     largest = tf.gather(penalties, tf.maximum(limits, 0))[:, tf.newaxis]
-    here = tf.range(beam)[:, tf.newaxis]
+    ranks = tf.range(beam)[:, tf.newaxis]
     # Every beginning may end, and as many must go on. A greedy search is over
     # when its only one ends.
-    wanted = 2 * beam if beam > 1 else 1
-    count = min(wanted, vocabulary_size)
+    candidates = 2 * beam if beam > 1 else 1
+    tokens_each = min(candidates, vocabulary_size)
 
     def goes_on(state: _State) -> tf.Tensor:
         """Returns whether each sentence can still change."""
@@ -126,19 +128,18 @@ def beam_search(
     def body(state: _State) -> list[_State]:
         index = state.index
         logits, cache = step(state.last, index, state.cache, state.ancestors)
-        logits = _checked_logits(logits, beam, vocabulary_size)
+        logits = _checked_logits(logits, [batch, beam, vocabulary_size])
+        logs = tf.nn.log_softmax(tf.cast(logits, tf.float32))
         # The best of each beginning, as the best of all are among them.
-        logs, last = tf.math.top_k(
-            tf.nn.log_softmax(tf.cast(logits, tf.float32)), count
+        scores, last = tf.math.top_k(
+            state.scores[:, :, tf.newaxis] + logs, tokens_each
         )
         # Nothing follows from NaN, which has no order.
-        logs = tf.where(tf.math.is_nan(logs), _NEVER, logs)
-        scores = state.scores[:, :, tf.newaxis] + logs
-        scores, places = tf.math.top_k(
-            tf.reshape(scores, [sentences, beam * count]), wanted
-        )
-        parents = places // count
-        last = _take(tf.reshape(last, [sentences, beam * count]), places)
+        scores = tf.where(tf.math.is_nan(scores), _NEVER, scores)
+        joined = [sentences, beam * tokens_each]
+        scores, chosen = tf.math.top_k(tf.reshape(scores, joined), candidates)
+        parents = chosen // tokens_each
+        last = _take(tf.reshape(last, joined), chosen)
         column = tf.range(length) == index
         tokens = tf.where(
             column, last[..., tf.newaxis], _take(state.tokens, parents)
@@ -162,7 +163,7 @@ def beam_search(
             ended_scores=ended_scores,
             ancestors=tf.where(
                 tf.range(length) > index,
-                here,
+                ranks,
                 _take(state.ancestors, parents),
             ),
             cache=cache,
@@ -180,7 +181,7 @@ def beam_search(
         scores=tf.where(tf.range(beam) == 0, 0.0, nothing),
         ended_tokens=empty + PAD,
         ended_scores=nothing,
-        ancestors=empty + here,
+        ancestors=empty + ranks,
         cache=keras.tree.map_structure(tf.convert_to_tensor, cache),
     )
     (state,) = tf.while_loop(
@@ -268,8 +269,7 @@ class _State(NamedTuple):
             beam].
         ended_tokens: Tokens of the best hypotheses that ended.
         ended_scores: Their scores, best first.
-        ancestors: Their ranks at each place, as for `beam_search`; after
-            `index` the present ones.
+        ancestors: As for `beam_search`; from `index` on the present ranks.
         cache: The cache.
     """
 
@@ -289,7 +289,10 @@ def _take(tensor: tf.Tensor, indices: tf.Tensor) -> tf.Tensor:
 
 
 def _select(active: tf.Tensor, new: _State, old: _State) -> _State:
-    """Keeps the state of sentences whose search is over, except the cache."""
+    """Keeps the hypotheses of sentences whose search is over.
+
+    Their cache and ancestors may change, as nothing follows from them.
+    """
 
     def select(name: str) -> tf.Tensor:
         value = getattr(new, name)
@@ -346,16 +349,14 @@ def _check(
         )
 
 
-def _checked_logits(
-    logits: tf.Tensor, beam: int, vocabulary_size: int
-) -> tf.Tensor:
-    """Returns the logits with their static shape."""
-    shape = [None, beam, vocabulary_size]
-    if not logits.shape.is_compatible_with(shape):
+def _checked_logits(logits: tf.Tensor, shape: list[int | None]) -> tf.Tensor:
+    """Returns logits with their static shape, or raises `UsageError`."""
+    _, beam, vocabulary_size = shape
+    if logits.shape.rank != 3 or not logits.shape.is_compatible_with(shape):
         raise UsageError(
             f"`step` must return logits of shape [batch, {beam}, "
             f"{vocabulary_size}], as `beam={beam}` and "
-            f"`vocabulary_size={vocabulary_size}`. "
-            f"Received: logits of shape {logits.shape}"
+            f"`vocabulary_size={vocabulary_size}`, for as many sentences as "
+            f"there are `limits`. Received: logits of shape {logits.shape}"
         )
     return tf.ensure_shape(logits, shape)

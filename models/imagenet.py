@@ -70,8 +70,9 @@ class ImageNet(ImageClassification):
           tensorflow-datasets does so.
         - `data.image_size`: Height and width of the images, in pixels.
         - `data.min_area`: Smallest part of an image that a random crop covers.
-        - `data.skip_corrupt`: Whether images that cannot be decoded count
-          nothing, instead of ending the run.
+        - `data.skip_corrupt`: Whether images that cannot be decoded are
+          replaced by black ones with a weight of 0 and counted in the log,
+          instead of ending the run.
         - `data.shuffle_buffer`: Number of undecoded images that a host holds to
           draw the next one from.
         - `data.eval_batch_size`: Maximum number of images in an evaluation

@@ -326,14 +326,17 @@ class Transformer(keras.Model):
         x = self.target_dropout(x, training=training)
         for block in self.decoder:
             x = block(x, visible, encoded, visible_source, training=training)
-        return self._project(self.decoder_norm(x), training)
+        with sos.noise_scope("logits"):
+            return self.embedding(
+                self.decoder_norm(x), reverse=True, training=training
+            )
 
     def make_cache(
         self,
         encoded: Tensor,
         source: Tensor,
         length: Tensor | int,
-        beam: int = 1,
+        beam: int,
     ) -> Cache:
         """Prepares `step` for sources.
 
@@ -346,10 +349,14 @@ class Transformer(keras.Model):
         Returns:
             A nested structure of tensors.
         """
+        # The layer itself, as it may be sparse.
+        table = self.embedding(ops.arange(self.vocabulary_size))
         return {
-            # A product with few rows takes half as long with the transposed
-            # table. This gets it from the layer, dense or sparse.
-            "table": self._project(ops.eye(self.width, dtype=encoded.dtype)),
+            # A product with few rows takes half as long if the table has been
+            # transposed before.
+            "table": ops.transpose(
+                ops.cast(table, self._logits_dtype() or table.dtype)
+            ),
             "visible": ops.not_equal(source, PAD),
             "blocks": [
                 block.make_cache(encoded, length, beam)
@@ -362,19 +369,22 @@ class Transformer(keras.Model):
         tokens: Tensor,
         index: Tensor | int,
         cache: Cache,
-        ancestors: Tensor | None = None,
+        ancestors: Tensor,
     ) -> tuple[Tensor, Cache]:
         """Runs the decoder for one place, with what the cache has of others.
 
+        If one hypothesis of a sentence is NaN, all of them become NaN.
+
         Args:
             tokens: The token of each hypothesis before this place, int32 of
-                shape [batch, beam]; `PAD` at the first place.
+                shape [batch, beam] for the `beam` of the cache; `PAD` at the
+                first place.
             index: The place, an integer or int32 scalar less than the length of
                 the cache. Call it for 0, 1, and so on.
             cache: Result of `make_cache` or the last `step`.
-            ancestors: Where each hypothesis, axis 1, was on the axis of
-                hypotheses at each place, axis 2, up to this one; int32 of shape
-                [batch, beam, length]. Without it each was always where it is.
+            ancestors: The ranks that hypotheses had at other places, int32 of
+                shape [batch, beam, length], as for `beam_search.beam_search`.
+                Zeros for a beam of 1.
 
         Returns:
             Logits of this place, of shape [batch, beam, vocabulary size] and
@@ -383,16 +393,13 @@ class Transformer(keras.Model):
         x = self._embed(tokens, "target", training=False)
         position = ops.cast(ops.reshape(index, (1, 1)), "float32")
         x = x + ops.cast(timing_signal(position, self.width), x.dtype)
-        beam = ops.shape(tokens)[1]
-        here = ops.arange(beam, dtype="int32")
-        if ancestors is None:
-            ancestors = ops.reshape(here, (1, beam, 1))
-        # A hypothesis sees its own past among that of all of its sentence.
-        length = ops.shape(cache["blocks"][0]["keys"])[2]
-        before = ops.less_equal(ops.arange(length, dtype="int32"), index)
-        own = ops.equal(ops.expand_dims(ancestors, -1), here)
-        visible = ops.logical_and(own, ops.expand_dims(before, -1))
-        visible = ops.reshape(visible, (-1, beam, length * beam))
+        # Places that other hypotheses wrote, or nobody yet, are masked.
+        batch, beam, length = ops.shape(ancestors)
+        ranks = ops.arange(beam, dtype="int32")
+        is_ancestor = ops.equal(ops.expand_dims(ancestors, -1), ranks)
+        is_written = ops.arange(length, dtype="int32") <= index
+        visible = ops.logical_and(is_ancestor, ops.expand_dims(is_written, -1))
+        visible = ops.reshape(visible, (batch, beam, length * beam))
         blocks = []
         for block, block_cache in zip(
             self.decoder, cache["blocks"], strict=True
@@ -424,11 +431,6 @@ class Transformer(keras.Model):
         return ops.cast(
             timing_signal(positions, self.width), self.compute_dtype
         )
-
-    def _project(self, x: Tensor, training: bool = False) -> Tensor:
-        """Multiplies by the transposed table."""
-        with sos.noise_scope("logits"):
-            return self.embedding(x, reverse=True, training=training)
 
     def _logits_dtype(self) -> str | None:
         low = keras.backend.standardize_dtype(self.compute_dtype) in (
@@ -605,9 +607,9 @@ class _Block(keras.layers.Layer):
             x: Features of shape [batch, beam, width].
             index: The place.
             cache: Result of `make_cache` or the last `step`.
-            visible: Whether a hypothesis, axis 1, sees a place of another or
-                its own, axis 2; boolean, broadcast to [batch, beam, length *
-                beam].
+            visible: Whether a hypothesis, axis 1, sees what was written at
+                `place * beam + rank`, axis 2; boolean of shape [batch, beam,
+                length * beam].
             visible_memory: Whether source tokens are visible, boolean of shape
                 [batch, source length].
 
@@ -845,10 +847,10 @@ def _write(cache: Tensor, index: Tensor | int, new: Tensor) -> Tensor:
     heads = cache.shape[1]
     # A scatter, as a selection would compute all places.
     rows = ops.arange(ops.shape(cache)[0] * heads)
-    here = ops.zeros_like(rows) + index
-    places = ops.stack([rows // heads, rows % heads, here], 1)
+    column = ops.zeros_like(rows) + index
+    indices = ops.stack([rows // heads, rows % heads, column], 1)
     new = ops.reshape(new, (-1, *ops.shape(cache)[3:]))
-    return ops.scatter_update(cache, places, new)
+    return ops.scatter_update(cache, indices, new)
 
 
 def _join_places(cache: Tensor) -> Tensor:

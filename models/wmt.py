@@ -146,14 +146,14 @@ class Translation(ExperimentTask):
           sentences, as `sos.datasets.translation.load` takes them.
         - `data.vocabulary`: Path of a sentencepiece model; by default, one of
           `data.vocabulary_size` entries is learned from the training sentences,
-          which takes minutes for millions of them. It does not identify the
-          run.
-        - `data.vocabulary_hash`: If set, the fingerprint that the vocabulary
-          must have.
+          which takes minutes for millions of them. The path does not identify
+          the run, but the content does:
+        - `data.vocabulary_hash`: The fingerprint that the vocabulary must have,
+          by default that of the file.
         - `data.source_length`, `data.target_length`: Tokens in a packed row.
         - `data.eval_batch_size`: Maximum number of rows in an evaluation batch.
-        - `learning_rate.hidden_size`: The width of the study's network. Another
-          `model.width` does not change the rate.
+        - `learning_rate.hidden_size`: The width of the study's network, for the
+          schedule "rsqrt". Another `model.width` does not change the rate.
         - `learning_rate.technique_multiplier`: Factor of the learning rate of
           trainable variables that a technique adds.
         - `decode.split`: "test" or "validation", the sentences that an
@@ -213,6 +213,17 @@ class Translation(ExperimentTask):
         config.batch_size = 2048
         config.train_steps = 500_000
         return config
+
+    @classmethod
+    def complete_config(cls, config: dict[str, Any]) -> None:
+        """Sets `data.vocabulary_hash`, if `data.vocabulary` names a file."""
+        data = config["data"]
+        path = data.get("vocabulary")
+        if isinstance(path, str) and data.get("vocabulary_hash") is None:
+            with _naming("data.vocabulary"):
+                data["vocabulary_hash"] = subwords.fingerprint(
+                    subwords.read_model(path)
+                )
 
     @property
     def averaged_checkpoints(self) -> int:
@@ -300,10 +311,10 @@ class Translation(ExperimentTask):
         return model
 
     def learning_rate_entries(self) -> dict[str, Any]:
-        """Returns `config.learning_rate`, as its schedule needs it."""
+        """Returns `config.learning_rate`; "rsqrt" alone has a hidden size."""
         entries = super().learning_rate_entries()
         if entries["schedule"] != "rsqrt":
-            del entries["hidden_size"]
+            entries.pop("hidden_size", None)
         return entries
 
     def train_dataset(

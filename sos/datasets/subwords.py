@@ -114,6 +114,34 @@ def learn(sentences: Iterable[str], size: int) -> bytes:
     return model.getvalue()
 
 
+def read_model(path: str | os.PathLike) -> bytes:
+    """Reads the model of a vocabulary, without looking into it.
+
+    Args:
+        path: The model file; may be remote, such as a `gs://` path.
+
+    Raises:
+        StorageError: If the file cannot be read.
+    """
+    path = os.path.expanduser(os.fspath(path))
+    try:
+        with tf.io.gfile.GFile(path, "rb") as file:
+            return file.read()
+    except (tf.errors.OpError, OSError) as error:
+        raise StorageError(
+            f"The vocabulary {path} cannot be read: {reason(error)}. "
+            "Correct the path, or learn one with models.learn_vocabulary."
+        ) from error
+
+
+def fingerprint(model: bytes) -> str:
+    """Returns the fingerprint of a vocabulary, 16 hexadecimal digits.
+
+    They are the first ones of the SHA-256 of its model.
+    """
+    return hashlib.sha256(model).hexdigest()[:16]
+
+
 class Subwords(tf.Module):
     """A vocabulary of subwords that tokenizes strings inside a graph.
 
@@ -127,7 +155,7 @@ class Subwords(tf.Module):
     Attributes:
         model: The same.
         size: Number of entries.
-        fingerprint: The first 16 hexadecimal digits of the SHA-256 of `model`.
+        fingerprint: That of `model`, as `fingerprint` returns it.
 
     Raises:
         UsageError: If `model` is not a model of sentencepiece, has other
@@ -166,7 +194,7 @@ class Subwords(tf.Module):
                 ) from error
             self.model = model
             self.size = int(self._tokenizer.vocab_size())
-            self.fingerprint = hashlib.sha256(model).hexdigest()[:16]
+            self.fingerprint = fingerprint(model)
             self._byte = self._check_entries()
             (probe,) = self.detokenize(self.tokenize([_PROBE]).to_tensor())
             found = probe.numpy().decode()
@@ -190,19 +218,11 @@ class Subwords(tf.Module):
             StorageError: If the file cannot be read.
             UsageError: If its content is no vocabulary; see the class.
         """
-        path = os.path.expanduser(os.fspath(path))
-        try:
-            with tf.io.gfile.GFile(path, "rb") as file:
-                model = file.read()
-        except (tf.errors.OpError, OSError) as error:
-            raise StorageError(
-                f"The vocabulary {path} cannot be read: {reason(error)}. "
-                "Correct the path, or learn one with models.learn_vocabulary."
-            ) from error
+        model = read_model(path)
         try:
             return cls(model)
         except UsageError as error:
-            raise UsageError(f"{path}: {error}") from error
+            raise UsageError(f"{os.fspath(path)}: {error}") from error
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the model to a file, completely or not at all.

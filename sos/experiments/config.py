@@ -64,8 +64,9 @@ def base_config() -> ml_collections.ConfigDict:
         A config with these entries:
 
         - `task`: Class of the task, as `"package.module:Class"`.
-        - `model`, `data`, `optimizer`, `learning_rate`: Mappings that the task
-          reads.
+        - `model`, `data`: Mappings that the task reads.
+        - `optimizer`, `learning_rate`: Mappings as for
+          `sos.training.make_optimizer` and `make_learning_rate`.
         - `batch_size`: Number of examples in one optimizer step, over all
           replicas.
         - `train_steps`: Number of optimizer steps.
@@ -190,6 +191,7 @@ def resolve(config: Mapping[str, Any]) -> ml_collections.ConfigDict:
         )
     resolved = _merge(defaults, values)
     _check(resolved)
+    load_task(resolved["task"]).complete_config(resolved)
     try:
         return ml_collections.ConfigDict(resolved, convert_dict=True).lock()
     except ValueError as error:

@@ -121,6 +121,19 @@ class ExperimentTask(Task):
         config.task = f"{cls.__module__}:{cls.__qualname__}"
         return config
 
+    @classmethod
+    def complete_config(cls, config: dict[str, Any]) -> None:
+        """Sets entries that follow from others. Default: does nothing.
+
+        It is called when a config is resolved, before the run gets its name.
+        Override it for what is not in the config, but determines the result,
+        such as the content of a file.
+
+        Args:
+            config: The entries, to be changed in place.
+        """
+        del config
+
     def prepare(self) -> None:
         """Prepares for training and evaluation. Default: does nothing.
 
@@ -190,20 +203,27 @@ class ExperimentTask(Task):
             UsageError: If entries of the optimizer or the learning rate do not
                 fit.
         """
-        rate = self.learning_rate_entries()
-        multiplier = rate.pop("technique_multiplier", 1.0)
-        added = technique_variables(model)
-        vectors = [v for v in model.trainable_variables if len(v.shape) < 2]
-        optimizer = make_optimizer(
-            self.config.optimizer.to_dict(),
-            learning_rate=make_learning_rate(
-                rate,
+        entries = self.learning_rate_entries()
+        multiplier = entries.pop("technique_multiplier", 1.0)
+        try:
+            rate = make_learning_rate(
+                entries,
                 train_steps=self.config.train_steps,
                 batch_size=self.config.batch_size,
-            ),
-            multipliers=[(variable, multiplier) for variable in added],
-            no_weight_decay=[*vectors, *added],
-        )
+            )
+        except ReportedError as error:
+            raise UsageError(f"`config.learning_rate`: {error}") from error
+        added = technique_variables(model)
+        vectors = [v for v in model.trainable_variables if len(v.shape) < 2]
+        try:
+            optimizer = make_optimizer(
+                self.config.optimizer.to_dict(),
+                learning_rate=rate,
+                multipliers=[(variable, multiplier) for variable in added],
+                no_weight_decay=[*vectors, *added],
+            )
+        except ReportedError as error:
+            raise UsageError(f"`config.optimizer`: {error}") from error
         optimizer.build(model.trainable_variables)
         return optimizer
 

@@ -215,6 +215,17 @@ def test_equal_logits_prefer_the_first_hypothesis_and_token():
     ]
 
 
+def test_equal_sums_prefer_the_first_token():
+    # The logits of 2 and 3 differ, but their sums are the same in float32.
+    table = Table(0, 1, 2, 5)
+    table.tables[...] = -np.inf
+    table.tables[0, 0, ..., [EOS, 4]] = [[[0]], [[-40]]]
+    table.tables[0, 1, ..., [2, 3]] = [[[0]], [[3e-7]]]
+    found = sentence(table.search(beam=3, alpha=0.0), 0)
+    assert found.scores[1] == found.scores[2]
+    np.testing.assert_array_equal(found.tokens, [[EOS, PAD], [4, 2], [4, 3]])
+
+
 def test_beam_of_one_is_greedy():
     table = Table(3, 8, 9, 7)
     found = table.search(beam=1)
@@ -431,15 +442,27 @@ def test_source_of_unknown_size_translates(model, translate):
         ({"length": 0}, "`length` must be at least 1"),
         ({"vocabulary_size": 1}, "`vocabulary_size` must be at least 2"),
         ({"vocabulary_size": 6}, r"`step` must .*4, 6\].*\(2, 4, 7\)"),
+        ({"beam": 3}, r"`step` must .*, 3, 7\].*\(2, 4, 7\)"),
+        ({"limits": [4]}, r"`step` must .*as many .*\(2, 4, 7\)"),
     ],
 )
 def test_invalid_arguments_raise(options, message):
     table = Table(0, 2, 4, 7)
-    arguments = {"length": 4, "vocabulary_size": 7, **options}
-    with pytest.raises(UsageError, match=message):
-        beam_search.beam_search(
-            table.step, table.cache(), limits=[4, 4], **arguments
+    arguments = {
+        "length": 4,
+        "vocabulary_size": 7,
+        "limits": [4, 4],
+        **options,
+    }
+
+    def step(tokens, index, cache, ancestors):
+        del tokens, ancestors
+        return table.step(
+            np.full((2, 4), PAD), index, cache, np.zeros((2, 4, 4), np.int32)
         )
+
+    with pytest.raises(UsageError, match=message):
+        beam_search.beam_search(step, table.cache(), **arguments)
 
 
 @pytest.mark.parametrize(

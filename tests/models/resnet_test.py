@@ -105,6 +105,7 @@ def test_resnet50_has_the_weights_of_the_paper(resnet50):
         (18, 11_689_512 + 4224),
         (34, 21_797_672 + 4224),
         (101, 44_549_160),
+        (152, 60_192_808),
     ],
 )
 def test_other_depths_have_their_weights(depth, weights):
@@ -133,16 +134,26 @@ def test_forward_pass_equals_numpy(depth, width, size):
     )
 
 
-def test_blocks_begin_as_the_identity():
-    model = resnet.build((64, 64, 3), 10, seed=0, depth=50, width=0.25)
+@pytest.mark.parametrize("depth", [18, 50])
+def test_blocks_begin_as_the_identity(depth):
+    model = resnet.build((64, 64, 3), 10, seed=0, depth=depth, width=0.25)
     probe = keras.Model(
         model.input,
-        [model.get_layer(f"block1_{i}_relu").output for i in (1, 2, 3)],
+        [model.get_layer(f"block1_{i}_relu").output for i in (1, 2)],
     )
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3))
-    first, second, third = probe(images, training=True)
+    first, second = probe(images, training=True)
     np.testing.assert_array_equal(first, second)
-    np.testing.assert_array_equal(second, third)
+
+
+def test_batch_norm_has_the_constants_of_the_study(resnet50):
+    norms = [
+        layer
+        for layer in resnet50.layers
+        if isinstance(layer, keras.layers.BatchNormalization)
+    ]
+    assert len(norms) == 53
+    assert {(norm.momentum, norm.epsilon) for norm in norms} == {(0.9, 1e-5)}
 
 
 def test_initial_kernels_have_the_published_distributions(resnet50):

@@ -351,18 +351,21 @@ def test_cached_steps_equal_decoding_all_places(split_heads, sparse):
     logits = model.decode(PADDED_TARGET, encoded, PADDED_SOURCE)
     np.testing.assert_array_equal(model(PADDED_SOURCE, PADDED_TARGET), logits)
     length = PADDED_TARGET.shape[1]
-    cache = model.make_cache(encoded, PADDED_SOURCE, length + 2)
+    cache = model.make_cache(encoded, PADDED_SOURCE, length + 2, beam=1)
     tokens = np.zeros((2, 1), np.int32)
+    ancestors = np.zeros((2, 1, length + 2), np.int32)
     for place in range(length):
-        step_logits, cache = model.step(tokens, place, cache)
+        step_logits, cache = model.step(tokens, place, cache, ancestors)
         np.testing.assert_allclose(
             step_logits[:, 0], logits[:, place], rtol=1e-4, atol=1e-5
         )
         tokens = PADDED_TARGET[:, place, np.newaxis]
 
 
-def test_cached_steps_follow_the_ancestors():
-    model = tiny(layers=2)
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+def test_cached_steps_follow_the_ancestors(dtype):
+    model = tiny(layers=2, dtype=dtype)
+    tolerance = 1e-5 if dtype == "float32" else 0.1
     rng = np.random.default_rng(0)
     encoded = model.encode(PADDED_SOURCE)
     batch, beam, length = 2, 3, 4
@@ -376,8 +379,12 @@ def test_cached_steps_follow_the_ancestors():
         for rank in range(beam):
             history = np.pad(histories[:, rank], [(0, 0), (0, length - place)])
             logits = model.decode(history, encoded, PADDED_SOURCE)
+            assert step_logits.dtype == logits.dtype
             np.testing.assert_allclose(
-                step_logits[:, rank], logits[:, place], rtol=1e-4, atol=1e-5
+                step_logits[:, rank],
+                logits[:, place],
+                rtol=10 * tolerance,
+                atol=tolerance,
             )
         # Each hypothesis goes on with any of its sentence.
         parents = rng.integers(0, beam, (batch, beam, 1))

@@ -236,6 +236,17 @@ def test_options_change_the_network_and_the_label():
     config = config_of("random,sparsity=0.9,embedding_sparsity=0.5")
     assert rules_of(config) == [["^embedding/", {"sparsity": 0.5}]]
     assert config.label == "random pruning, embedding 0.5"
+    config = config_of("magnitude,size=tiny,split_heads=True")
+    assert config.model.to_dict() == {
+        **wmt.Translation.default_config().model.to_dict(),
+        "width": 128,
+        "hidden_width": 512,
+        "heads": 4,
+        "layers": 2,
+        "split_heads": True,
+    }
+    assert config.learning_rate.hidden_size == 128
+    assert config.label == "magnitude pruning, tiny, split heads"
     assert config_of("magnitude").label == ""
     assert config_of("l0").label == "L0"
 
@@ -254,6 +265,7 @@ def test_options_change_the_network_and_the_label():
         ("variational_dropout,sparsity=0.65", ["penalty_weight", "0.65"]),
         ("l0,sparsity=0.65", ["penalty_weight", "0.65"]),
         ("dense,split_heads=1", ["split_heads", "True or False", "1"]),
+        ("dense,size=big", ["size", "base, tiny", "big"]),
         ("dense,dense_embedding=True", ["dense_embedding=True"]),
         ("l0,embedding_sparsity=0.5", ["embedding_sparsity", "l0"]),
         ("magnitude,embedding_sparsity=2", ["embedding_sparsity", "[0, 1)"]),

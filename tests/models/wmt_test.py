@@ -19,7 +19,7 @@ from configs import libreoffice_help
 from models import decoding, wmt
 from sos.datasets import translation
 from sos.datasets.subwords import PAD, Subwords
-from sos.errors import CheckpointError, UsageError
+from sos.errors import CheckpointError, StorageError, UsageError
 from sos.experiments import config as config_lib
 from sos.experiments.image_classification import classification_metrics
 from sos.training import Checkpoints, make_strategy, tpu_check
@@ -207,13 +207,23 @@ def test_vocabulary_identifies_the_run_and_its_path_does_not(
     config = config_lib.plain(task.config)
     config["data"]["vocabulary"] = str(path)
     config["decode"]["batch_size"] = 3
-    config = config_lib.resolve(config)
-    assert config_lib.run_name(config) == config_lib.run_name(task.config)
-    assert not config_lib.config_diff(task.config, config)
-    named = wmt.Translation(config)
-    assert named.configuration() == task.configuration()
+    resolved = config_lib.resolve(config)
     fingerprint = task.configuration()["data.vocabulary_hash"]
+    assert resolved.data.vocabulary_hash == fingerprint
     assert fingerprint == Subwords.load(path).fingerprint
+    named = wmt.Translation(resolved)
+    assert named.configuration() == task.configuration()
+    # A moved vocabulary is the same run, and another one in its place is not.
+    moved = path.rename(tmp_path / "moved.model")
+    config["data"]["vocabulary"] = str(moved)
+    assert not config_lib.config_diff(resolved, config_lib.resolve(config))
+    moved.write_bytes(moved.read_bytes() + b" ")
+    assert config_lib.run_name(config_lib.resolve(config)) != (
+        config_lib.run_name(resolved)
+    )
+    moved.unlink()
+    with pytest.raises(StorageError, match=r"moved\.model cannot be read"):
+        config_lib.resolve(config)
     other = wmt.Translation(
         tiny_config(directory, data={"vocabulary_size": 401})
     )

@@ -926,7 +926,9 @@ def test_record_batches_skip_corrupt_replaces_by_zeros(
     assert sum(batch["weight"].sum() for batch in found) == 9 - len(CORRUPT)
     # Once, although it was read twice.
     messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == len(CORRUPT)
+    assert [text.rsplit(maxsplit=1)[1] for text in messages] == [
+        str(i + 1) for i in range(len(CORRUPT))
+    ]
     for file, position in CORRUPT:
         (message,) = (text for text in messages if shards[file].path in text)
         assert f"Record {position} of" in message

@@ -90,6 +90,9 @@ def draw_layer_kinds(study: Study) -> Figure | None:
             # Also above an empty place.
             axes.tick_params(labelbottom=True)
         _set_limits(axes, curves)
+        if len(uniform) == len(curves):
+            # No curve has set them.
+            axes.set_ylim(axes.get_xlim())
         equal = ", ".join(curve.label for curve in uniform)
         for axes in grid.flat[: len(sizes)]:
             _draw_diagonal(axes, f"all kinds alike: {equal}" if equal else None)

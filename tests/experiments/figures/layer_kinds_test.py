@@ -93,6 +93,14 @@ def test_draw_layer_kinds_names_equal_techniques_for_the_diagonal(kinds):
         assert sorted(axes.get_xlim()) == pytest.approx(sorted(x))
 
 
+def test_draw_layer_kinds_of_equal_techniques_alone_shows_the_line(kinds):
+    figure = draw_layer_kinds(Study([r for r in kinds if r.label != "L0"]))
+    for axes in figure.axes:
+        assert axes.get_ylim() == pytest.approx(axes.get_xlim())
+        (diagonal,) = labelled_lines(axes).values()
+        assert diagonal.get_label().startswith("all kinds alike: ")
+
+
 def test_draw_layer_kinds_without_equal_techniques_explains_the_line(kinds):
     figure = draw_layer_kinds(Study([r for r in kinds if r.label == "L0"]))
     assert "as sparse as the network" in labelled_lines(figure.axes[0])
