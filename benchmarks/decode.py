@@ -184,7 +184,8 @@ def main() -> None:
     add(
         "--technique",
         type=techniques,
-        default="MagnitudePruning,L0Regularization,VariationalDropout",
+        default="MagnitudePruning,RandomPruning,L0Regularization,"
+        "VariationalDropout,FixedMask",
         help="techniques to compare with the dense model, separated by commas",
     )
     numbers = {
