@@ -1,4 +1,4 @@
-"""What every task of an experiment gets from its base class."""
+"""The base class of the tasks of experiments."""
 
 import keras
 import numpy as np

@@ -139,11 +139,16 @@ def test_blocks_begin_as_the_identity(depth):
     model = resnet.build((64, 64, 3), 10, seed=0, depth=depth, width=0.25)
     probe = keras.Model(
         model.input,
-        [model.get_layer(f"block1_{i}_relu").output for i in (1, 2)],
+        [
+            model.get_layer(f"block1_{i + 1}_relu").output
+            for i in range(resnet.DEPTHS[depth][1][0])
+        ],
     )
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3))
-    first, second = probe(images, training=True)
-    np.testing.assert_array_equal(first, second)
+    first, *others = probe(images, training=True)
+    assert others
+    for other in others:
+        np.testing.assert_array_equal(first, other)
 
 
 def test_batch_norm_has_the_constants_of_the_study(resnet50):
