@@ -12,7 +12,8 @@ quality 95 with about 100 kB. Medians are compared with the bound:
 - PIL: the same with PIL, which decodes the whole image and averages;
 - `TfdsImages.train` and `TfdsImages.eval`: the batches of training and
   evaluation, from records on the disk to batches of 128. They are timed after
-  `--warm_up` seconds, as tf.data adds threads during the first ones.
+  `--warm_up` seconds, as tf.data adds threads during the first ones; 0 times
+  them from their start.
 
 The milliseconds of processor time for an image count all threads. From them
 follows how many such cores feed an H100, whose training step of ResNet-50 takes
@@ -183,7 +184,8 @@ def make_contestants(
     def batches(dataset: tf.data.Dataset) -> Iterator[None]:
         iterator = iter(dataset)
         start = time.perf_counter()
-        next(iterator)
+        # Without a warm-up, the first batch is timed: a few more may be ready
+        # as soon as it is there, and take no time.
         while time.perf_counter() - start < warm_up:
             next(iterator)
         yield
@@ -237,7 +239,7 @@ def main() -> None:
         "--warm_up",
         type=float,
         default=4.0,
-        help="seconds before an input is timed",
+        help="seconds before an input is timed; 0 times its start too",
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object"
