@@ -49,7 +49,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.data.name = "libreoffice_help"
     config.data.vocabulary_size = 4000
     # German needs more tokens, so that both sides are full.
-    config.data.source_length = 120
+    config.data.source_length = 114
     config.data.target_length = 128
     config.data.eval_batch_size = 32
     config.decode.extra_length = 50
