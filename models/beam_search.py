@@ -8,11 +8,9 @@ import numpy as np
 import tensorflow as tf
 
 import sos
-from models.transformer import PAD, Transformer
+from models.transformer import Transformer
+from sos.datasets.subwords import EOS, PAD
 from sos.errors import UsageError
-
-# Number of the token that ends a sentence.
-EOS = 1
 
 # Score of a hypothesis that does not exist.
 _NEVER = -np.inf

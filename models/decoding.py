@@ -1,14 +1,14 @@
 """Translates many sentences with beam search, in batches of similar length."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from models import beam_search
-from sos.datasets.subwords import EOS, PAD, Subwords
+from sos.datasets.subwords import EOS, PAD, Subwords, encode
 
 #: Most tokens of a sentence; longer ones are cut.
 MAX_LENGTH = 1024
@@ -29,6 +29,39 @@ class Translation(NamedTuple):
     score: float
 
 
+def make_translate(
+    model: keras.Model,
+    subwords: Subwords,
+    *,
+    beam: int,
+    alpha: float,
+    extra_length: int,
+) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
+    """Makes a function that translates tokens to text, for a graph.
+
+    Args:
+        model: A `models.transformer.Transformer`, dense or sparse.
+        subwords: Its vocabulary.
+        beam: Number of hypotheses.
+        alpha: Exponent of the length penalty.
+        extra_length: Number of tokens by which a translation may be longer than
+            its source.
+
+    Returns:
+        A function of int32 tokens of shape [batch, length], such as `to_matrix`
+        returns. It returns translations, strings of shape [batch], and their
+        scores, float32 of shape [batch]; see `beam_search.Hypotheses`.
+    """
+
+    def translate(source: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        found = beam_search.translate(
+            model, source, beam=beam, alpha=alpha, extra_length=extra_length
+        )
+        return subwords.detokenize(found.tokens[:, 0]), found.scores[:, 0]
+
+    return translate
+
+
 class Decoder:
     """Translates sentences with the present weights of a model.
 
@@ -38,16 +71,15 @@ class Decoder:
     Args:
         model: A `models.transformer.Transformer`, dense or sparse.
         subwords: Its vocabulary.
-        beam: Number of hypotheses.
-        alpha: Exponent of the length penalty.
-        extra_length: Number of tokens by which a translation may be longer than
-            its source.
         batch_size: Number of sentences of up to 64 tokens in a batch. Batches
             of longer ones have as many tokens.
+        **search: As for `make_translate`.
 
     Attributes:
         model: The model.
         cut: Number of sentences so far that were cut.
+        failed: Number of sentences so far that have no translation, as logits
+            of the model are NaN.
     """
 
     def __init__(
@@ -55,33 +87,21 @@ class Decoder:
         model: keras.Model,
         subwords: Subwords,
         *,
-        beam: int,
-        alpha: float,
-        extra_length: int,
         batch_size: int,
+        **search: Any,
     ) -> None:
         self.model = model
-        self.cut = 0
+        self.cut = self.failed = 0
         self._subwords = subwords
         self._batch_size = batch_size
 
         # With a signature, as another trace for each shape would take longer
         # than many batches.
-        @tf.function(
+        self._decode = tf.function(
+            make_translate(model, subwords, **search),
             input_signature=[tf.TensorSpec([None, None], tf.int32)],
             autograph=False,
         )
-        def decode(source: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            found = beam_search.translate(
-                model,
-                source,
-                beam=beam,
-                alpha=alpha,
-                extra_length=extra_length,
-            )
-            return subwords.detokenize(found.tokens[:, 0]), found.scores[:, 0]
-
-        self._decode = decode
 
     def __call__(
         self,
@@ -106,10 +126,7 @@ class Decoder:
         if not wanted:
             return results
         tokens = self._subwords.tokenize(
-            tf.constant(
-                # A lone surrogate has no encoding.
-                [sentences[i].encode("utf-8", "replace") for i in wanted]
-            )
+            tf.constant([encode(sentences[i]) for i in wanted])
         )
         lengths = tokens.row_lengths().numpy()
         self.cut += int(np.sum(lengths > MAX_LENGTH))
@@ -121,9 +138,24 @@ class Decoder:
                 results[wanted[i]] = Translation(
                     text.decode(errors="replace"), float(score)
                 )
+            self.failed += int(np.sum(np.isneginf(scores)))
             if on_batch is not None:
                 on_batch(len(rows))
         return results
+
+
+def to_line(text: str) -> str:
+    r"""Replaces line breaks, which bytes of the vocabulary make, by spaces.
+
+    Args:
+        text: A translation.
+
+    Example:
+    >>> from models import decoding
+    >>> decoding.to_line("one\ntwo")
+    'one two'
+    """
+    return " ".join(text.splitlines())
 
 
 def to_matrix(tokens: tf.RaggedTensor) -> tf.Tensor:

@@ -157,7 +157,7 @@ class ImageServing(ServingModule):
     It takes RGB images of any size, and prepares them as for evaluation: the
     central 224/256 of the shorter side, resized to the size of the network.
 
-    Signatures, for one or more images:
+    Signatures, for any number of images:
 
     - `serving_default` takes "images", uint8 of shape [n, height, width, 3].
     - `classify_files` takes "files", strings of shape [n]: the contents of
@@ -184,13 +184,20 @@ class ImageServing(ServingModule):
     def __init__(self, model: keras.Model) -> None:
         super().__init__(model)
         size = self.model.input_shape[1]
+        classes = self.model.output_shape[-1]
 
         def classify(images: tf.Tensor) -> dict[str, tf.Tensor]:
-            logits = tf.cast(self(images), tf.float32)
-            classes = min(ImageNet.top_k, logits.shape[-1])
+            # oneDNN's batch normalization fails for no images.
+            logits = tf.cond(
+                tf.shape(images)[0] > 0,
+                lambda: tf.cast(self(images), tf.float32),
+                lambda: tf.zeros([0, classes]),
+            )
             return {
                 "probabilities": tf.nn.softmax(logits),
-                "class_ids": tf.math.top_k(logits, classes).indices,
+                "class_ids": tf.math.top_k(
+                    logits, min(ImageNet.top_k, classes)
+                ).indices,
             }
 
         def resized(prepare: Any, inputs: tf.Tensor) -> dict[str, tf.Tensor]:

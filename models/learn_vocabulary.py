@@ -130,7 +130,7 @@ def _run(arguments: Sequence[str]) -> None:
     seconds = time.monotonic() - start
     vocabulary = subwords.Subwords(model)
     if tf.io.gfile.exists(output):
-        if subwords.Subwords.load(output).model != model:
+        if subwords.read_model(output) != model:
             raise UsageError(
                 "A vocabulary is not replaced by another, as checkpoints need "
                 "their own. Choose another --output, or remove the file. "
@@ -154,17 +154,22 @@ def _print_fill(
     """Prints how long sentences are, and how full rows."""
     sizes = (_SOURCE_LENGTH.value, _TARGET_LENGTH.value)
     nothing = translation.Pairs([], [])
-    packed = translation.PackedPairs(
-        translation.TranslationData(
-            _evenly_spaced(train, _PACKED_PAIRS), nothing, nothing
-        ),
-        vocabulary,
-        seed=0,
-        batch_size=1,
-        source_length=sizes[0],
-        target_length=sizes[1],
-        eval_batch_size=1,
-    )
+    try:
+        packed = translation.PackedPairs(
+            translation.TranslationData(
+                _evenly_spaced(train, _PACKED_PAIRS), nothing, nothing
+            ),
+            vocabulary,
+            seed=0,
+            batch_size=1,
+            source_length=sizes[0],
+            target_length=sizes[1],
+            eval_batch_size=1,
+        )
+    except UsageError:
+        # Of the pairs, as the flags are checked. The vocabulary is written.
+        print(f"No pair fits into rows of {sizes[0]} and {sizes[1]} tokens")
+        return
     tokens = [
         size * fill * packed.train_rows
         for size, fill in zip(sizes, packed.fill, strict=True)

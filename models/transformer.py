@@ -14,10 +14,8 @@ import numpy as np
 from keras import ops
 
 import sos
+from sos.datasets.subwords import PAD
 from sos.errors import UsageError
-
-# Number of the token that fills rows. It is embedded as zeros.
-PAD = 0
 
 #: Periods of the sines of positions, over 2 pi, are between these.
 MIN_TIMESCALE, MAX_TIMESCALE = 1.0, 1e4

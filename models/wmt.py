@@ -10,11 +10,18 @@ from typing import Any, NamedTuple
 import keras
 import ml_collections
 import tensorflow as tf
+from absl import logging
 from ml_collections import config_dict
 
 import sos
-from models import beam_search, transformer
-from models.decoding import Decoder, to_matrix
+from models import transformer
+from models.decoding import (
+    MAX_LENGTH,
+    Decoder,
+    make_translate,
+    to_line,
+    to_matrix,
+)
 from sos import files
 from sos.arguments import check_integer, check_number
 from sos.datasets import subwords, translation
@@ -22,7 +29,6 @@ from sos.datasets.subwords import Subwords
 from sos.datasets.translation import PackedPairs, Pairs, TranslationData
 from sos.errors import UsageError
 from sos.experiments import bleu
-from sos.experiments import config as config_lib
 from sos.experiments.scores import BLEU
 from sos.experiments.task import ExperimentTask
 from sos.training.checkpoints import Checkpoints
@@ -77,15 +83,10 @@ class Translation(ExperimentTask):
     8,000 steps, then a rate that falls with the square root of the step. The
     score is sacreBLEU of the test split after beam search.
 
-    An evaluation writes its translations to `translations/SPLIT.txt` in the
-    directory of the run, one a line, and those at other thresholds of
-    variational dropout to `translations/SPLIT_at_THRESHOLD.txt`; and the
-    vocabulary to `vocabulary.model`.
-
-    Attributes:
-        subwords: The vocabulary.
-        data: The sentences.
-        source: The sentences as packed batches.
+    The directory of a run has the vocabulary, `vocabulary.model`. An evaluation
+    writes its translations to `translations/SPLIT.txt` there, one a line, and
+    those at other thresholds of variational dropout to
+    `translations/SPLIT_at_THRESHOLD.txt`.
 
     Args:
         config: A resolved config. The vocabulary is learned from the training
@@ -93,8 +94,6 @@ class Translation(ExperimentTask):
 
     Raises:
         UsageError: If the config does not fit.
-        StorageError: If a file cannot be read.
-        MissingPackageError: If an optional package is missing.
     """
 
     runtime_entries = (
@@ -129,7 +128,6 @@ class Translation(ExperimentTask):
         self.batch_size = _rows(config)
         self.regularization = _regularization(config)
         self._decoder: Decoder | None = None
-        self.subwords = self._load_subwords()
 
     @classmethod
     def default_config(cls) -> ml_collections.ConfigDict:
@@ -165,7 +163,7 @@ class Translation(ExperimentTask):
         - `decode.thresholds`: Further thresholds of variational dropout at
           which the split is scored.
         - `decode.average_checkpoints`: Number of newest checkpoints whose mean
-          is scored.
+          is scored and exported.
         - `decode.samples`: Number of translations that an evaluation prints.
           It does not identify the run.
         """
@@ -227,29 +225,62 @@ class Translation(ExperimentTask):
 
     @property
     def averaged_checkpoints(self) -> int:
-        """Number of newest checkpoints of which a score is made."""
+        """Number of newest checkpoints whose mean is scored and exported."""
         return self.config.decode.average_checkpoints
 
     def configuration(self) -> Mapping[str, Any]:
         """Returns the fingerprint of the run, with that of its vocabulary."""
+        expected = self.config.data.vocabulary_hash
         return {
             **super().configuration(),
-            "data.vocabulary_hash": self.subwords.fingerprint,
+            "data.vocabulary_hash": expected or self.subwords.fingerprint,
         }
+
+    @functools.cached_property
+    def subwords(self) -> Subwords:
+        """The vocabulary: read from its file, or learned.
+
+        Raises:
+            UsageError: If it is not that of `config.data.vocabulary_hash`, or
+                cannot be learned.
+            StorageError: If its file cannot be read.
+        """
+        data = self.config.data
+        if data.vocabulary is not None:
+            with _naming("data.vocabulary"):
+                vocabulary = Subwords.load(data.vocabulary)
+        else:
+            # An error of reading is that of another entry.
+            _ = self.data
+            with _naming("data.vocabulary_size"):
+                vocabulary = Subwords(
+                    _learn(_place(data), data.vocabulary_size)
+                )
+        expected = data.vocabulary_hash
+        if expected is not None and expected != vocabulary.fingerprint:
+            place = data.vocabulary or "learned from the training sentences"
+            raise UsageError(
+                "The vocabulary must be that of `config.data.vocabulary_hash`, "
+                f"{expected}. Received: {vocabulary.fingerprint}, of "
+                f"{vocabulary.size} entries, {place}"
+            )
+        return vocabulary
 
     @functools.cached_property
     def data(self) -> TranslationData:
         """The sentences that `config.data` selects."""
-        return _load(_place(self.config.data))
+        with _naming("data"):
+            return _load(_place(self.config.data))
 
     @functools.cached_property
     def source(self) -> PackedPairs:
         """The sentences as packed batches."""
         data = self.config.data
+        model = self.subwords.model
         with _naming("data"):
             return _pack(
                 _place(data),
-                self.subwords.model,
+                model,
                 seed=self.config.seed,
                 batch_size=self.batch_size,
                 source_length=data.source_length,
@@ -264,25 +295,9 @@ class Translation(ExperimentTask):
             bleu.study_bleu(["."], ["."], language=self.config.data.target)
         _ = self.source
 
-    def _load_subwords(self) -> Subwords:
-        data = self.config.data
-        with _naming("data.vocabulary"):
-            if data.vocabulary is not None:
-                vocabulary = Subwords.load(data.vocabulary)
-            else:
-                size = check_integer(
-                    "vocabulary_size", data.vocabulary_size, minimum=1
-                )
-                vocabulary = Subwords(_learn(_place(data), size))
-        expected = data.vocabulary_hash
-        if expected is not None and expected != vocabulary.fingerprint:
-            place = data.vocabulary or "learned from the training sentences"
-            raise UsageError(
-                "The vocabulary must be that of `config.data.vocabulary_hash`, "
-                f"{expected}. Received: {vocabulary.fingerprint}, of "
-                f"{vocabulary.size} entries, {place}"
-            )
-        return vocabulary
+    def write_files(self, directory: str) -> None:
+        """Writes the vocabulary."""
+        self.subwords.save(os.path.join(directory, VOCABULARY))
 
     # Training.
 
@@ -362,19 +377,18 @@ class Translation(ExperimentTask):
         "bleu_at_T", "study_bleu_at_T" and "sparsity_at_T" for each threshold T.
 
         Args:
-            checkpoints: Those of the run, whose directory gets the translations
-                and the vocabulary; None to write nothing.
+            checkpoints: Those of the run, whose directory gets the
+                translations; None to write nothing.
         """
         if self.config.decode.sentences == 0:
             return {}
-        evaluators = {
-            "translation": functools.partial(
-                self._evaluate, checkpoints=checkpoints
-            )
-        }
+        evaluate = functools.partial(
+            self._evaluate, checkpoints=checkpoints, translations={}
+        )
+        evaluators = {"translation": functools.partial(evaluate, None)}
         for threshold in dict.fromkeys(self.config.decode.thresholds):
             evaluators[f"translation_at_{threshold:g}"] = functools.partial(
-                self._evaluate, checkpoints=checkpoints, threshold=threshold
+                evaluate, threshold
             )
         return evaluators
 
@@ -397,62 +411,76 @@ class Translation(ExperimentTask):
             )
         return self._decoder
 
-    def averaged(
-        self, model: keras.Model, checkpoints: Checkpoints | None
-    ) -> contextlib.AbstractContextManager:
-        """Returns a scope in which a model has the weights to be scored.
-
-        Args:
-            model: A model of this task.
-            checkpoints: Those of the run.
-
-        Returns:
-            A scope in which it has the mean of the newest
-            `config.decode.average_checkpoints`; one without effect for a single
-            checkpoint.
-        """
-        if checkpoints is None or self.averaged_checkpoints == 1:
-            return contextlib.nullcontext()
-        return checkpoints.average(
-            model,
-            last=self.averaged_checkpoints,
-            after=config_lib.first_step(self.config),
-        )
-
     def _evaluate(
         self,
+        threshold: float | None,
         model: keras.Model,
         *,
         checkpoints: Checkpoints | None,
-        threshold: float | None = None,
+        translations: dict[frozenset[float], list[str]],
     ) -> dict[str, float | str]:
+        """Translates and scores the split.
+
+        Args:
+            threshold: Threshold of variational dropout; None for that of each
+                layer.
+            model: The model.
+            checkpoints: As for `evaluators`.
+            translations: Those that the evaluation has made already, by the
+                thresholds of the layers; new ones are added.
+
+        Returns:
+            The metrics and texts.
+        """
         pairs = self._scored_pairs()
         suffix = "" if threshold is None else f"_at_{threshold:g}"
         metrics: dict[str, float | str] = {}
         with (
-            self.averaged(model, checkpoints),
+            self.averaged_weights(model, checkpoints),
             _at_threshold(model, threshold),
         ):
-            translations = [
-                " ".join(found.text.splitlines())
-                for found in self.decoder(model)(pairs.source)
-            ]
+            key = frozenset(each.threshold for each in _with_threshold(model))
+            if key not in translations:
+                translations[key] = self._translate(model, pairs.source)
             if threshold is not None:
                 report = sos.sparsity_report(model)
                 metrics[f"sparsity{suffix}"] = report.sparsity
-        score = bleu.sacrebleu_score(translations, pairs.target)
+        lines = translations[key]
+        score = bleu.sacrebleu_score(lines, pairs.target)
         study = bleu.study_bleu(
-            translations, pairs.target, language=self.config.data.target
+            lines, pairs.target, language=self.config.data.target
         )
         metrics[f"bleu{suffix}"] = score.value
         metrics[f"study_bleu{suffix}"] = study.value
         if threshold is None:
             metrics["bleu_signature"] = score.signature
             metrics["study_bleu_signature"] = study.signature
-            self._print_samples(pairs, translations)
+            self._print_samples(pairs, lines)
         if checkpoints is not None:
-            self._write(translations, checkpoints, suffix)
+            self._write(lines, checkpoints, suffix)
         return metrics
+
+    def _translate(
+        self, model: keras.Model, sentences: Sequence[str]
+    ) -> list[str]:
+        """Returns a line for each sentence; warns of what lowers the score."""
+        decoder = self.decoder(model)
+        cut, failed = decoder.cut, decoder.failed
+        lines = [to_line(found.text) for found in decoder(sentences)]
+        if decoder.cut > cut:
+            logging.warning(
+                "%d sentences were cut to %d tokens before they were "
+                "translated and scored.",
+                decoder.cut - cut,
+                MAX_LENGTH,
+            )
+        if decoder.failed > failed:
+            logging.warning(
+                "%d sentences have no translation, as logits are NaN, and "
+                "lower the score.",
+                decoder.failed - failed,
+            )
+        return lines
 
     def _scored_pairs(self) -> Pairs:
         split = getattr(self.data, self.config.decode.split)
@@ -481,7 +509,6 @@ class Translation(ExperimentTask):
         tf.io.gfile.makedirs(folder)
         path = os.path.join(folder, f"{self.config.decode.split}{suffix}.txt")
         files.write_text(path, "".join(f"{text}\n" for text in translations))
-        self.subwords.save(os.path.join(directory, VOCABULARY))
 
     def serving(self, model: keras.Model) -> tf.Module:
         """Returns a module that translates strings."""
@@ -499,11 +526,13 @@ class TranslationServing(tf.Module):
     """A module that translates sentences, tokenization included.
 
     The signature `serving_default` takes "sentences", strings in UTF-8 of shape
-    [n]. It returns "translations", strings of shape [n], and "scores", float32
-    of shape [n]: log probabilities, divided by the length penalty of the beam
-    search. A sentence of nothing but spaces has an empty translation and the
-    score 0. All sentences are one batch, padded to the longest; those of more
-    than `models.decoding.MAX_LENGTH` tokens are cut.
+    [n]. It returns "translations", strings of shape [n]; "scores", float32 of
+    shape [n]: log probabilities, divided by the length penalty of the beam
+    search; and "cut", booleans of shape [n]: whether the sentence had more than
+    `models.decoding.MAX_LENGTH` tokens and was cut. A sentence of nothing but
+    spaces has an empty translation and the score 0. One whose translation
+    failed, as logits are NaN, has an empty one and the score -inf. All
+    sentences are one batch, padded to the longest.
 
     A process that loads the module must import tensorflow_text first.
 
@@ -533,15 +562,13 @@ class TranslationServing(tf.Module):
         self.weights = [variable.value for variable in model.variables]
         self.subwords = subwords
 
-        def translate(sentences: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            found = beam_search.translate(
-                model,
-                to_matrix(subwords.tokenize(sentences)),
-                beam=beam,
-                alpha=alpha,
-                extra_length=extra_length,
-            )
-            return subwords.detokenize(found.tokens[:, 0]), found.scores[:, 0]
+        translate = make_translate(
+            model,
+            subwords,
+            beam=beam,
+            alpha=alpha,
+            extra_length=extra_length,
+        )
 
         @tf.function(
             input_signature=[tf.TensorSpec([None], tf.string, "sentences")],
@@ -550,17 +577,20 @@ class TranslationServing(tf.Module):
         def serve(sentences: tf.Tensor) -> dict[str, tf.Tensor]:
             is_blank = tf.strings.regex_full_match(sentences, _SPACES)
             wanted = tf.where(~is_blank)
+            tokens = subwords.tokenize(tf.gather_nd(sentences, wanted))
             texts, scores = tf.cond(
                 tf.size(wanted) > 0,
-                lambda: translate(tf.gather_nd(sentences, wanted)),
+                lambda: translate(to_matrix(tokens)),
                 lambda: (tf.zeros([0], tf.string), tf.zeros([0])),
             )
             shape = tf.shape(sentences, tf.int64)
+            is_cut = tokens.row_lengths() > MAX_LENGTH
             return {
                 "translations": tf.tensor_scatter_nd_update(
                     tf.fill(shape, ""), wanted, texts
                 ),
                 "scores": tf.scatter_nd(wanted, scores, shape),
+                "cut": tf.scatter_nd(wanted, is_cut, shape),
             }
 
         self.signatures = {"serving_default": serve}
@@ -667,7 +697,12 @@ def _check_config(
             )
     data, decode = config.data, config.decode
     with _naming("data"):
-        for name in ("source_length", "target_length", "eval_batch_size"):
+        for name in (
+            "vocabulary_size",
+            "source_length",
+            "target_length",
+            "eval_batch_size",
+        ):
             check_integer(name, data[name], minimum=1)
     with _naming("decode"):
         if decode.split not in _SPLITS:

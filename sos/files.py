@@ -9,6 +9,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import tensorflow as tf
 
@@ -194,31 +195,47 @@ def lock_directory(
             lock.
         StorageError: If the lock file cannot be written.
     """
-    try:
-        # Absent on Windows.
-        import fcntl
-    except ImportError:
-        fcntl = None
-    if fcntl is None or not os.path.isdir(directory):
+    if not os.path.isdir(directory):
         yield
         return
     path = os.path.join(directory, f".{role}.lock")
     with contextlib.ExitStack() as stack:
         with storage_errors(f"The lock {path} could not be taken"):
             file = stack.enter_context(open(path, "w"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not lock_file(file):
                 raise DirectoryInUseError(
                     f"Another process ({role}) is working in "
                     f"{os.fspath(directory)}. Two processes would overwrite "
                     "each other's files: stop the other one, or choose "
                     "another directory."
-                ) from None
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise
+                )
         yield
+
+
+def lock_file(file: IO) -> bool:
+    """Locks an open file against other processes until it is closed.
+
+    Does nothing where files cannot be locked.
+
+    Args:
+        file: The file, open for writing.
+
+    Returns:
+        Whether no other process has the lock.
+    """
+    try:
+        # Absent on Windows.
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True
 
 
 def sync_tree(directory: str | os.PathLike) -> None:

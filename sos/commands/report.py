@@ -19,6 +19,7 @@ from tensorflow.core.protobuf import trackable_object_graph_pb2
 from sos.errors import UsageError, reason
 from sos.files import storage_errors
 from sos.report import FIELDS, SparsityReport, sparsity_report
+from sos.training import checkpoints
 from sos.updater import set_hyperparameters
 from sos.wrappers.base import find_wrappers
 from sos.wrappers.l0 import mean_gate
@@ -37,8 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "file",
         metavar="FILE",
         type=Path,
-        help="a .keras file, a TensorFlow checkpoint (such as ckpt-500), or a "
-        "directory of checkpoints, of which the latest is read",
+        help="a .keras file, a TensorFlow checkpoint (such as ckpt-500), a "
+        "directory of checkpoints, of which the latest is read, or the "
+        "directory of a run",
     )
     parser.add_argument(
         "--threshold",
@@ -166,10 +168,12 @@ def _check_archive(path: Path) -> None:
 
 def _checkpoint_prefix(path: Path) -> str:
     if path.is_dir():
-        latest = tf.train.latest_checkpoint(str(path))
-        if latest is None:
+        prefix = tf.train.latest_checkpoint(str(path))
+        if prefix is None:
+            prefix = checkpoints.latest_prefix(path)
+        if prefix is None:
             raise UsageError(f"there is no checkpoint in {path}")
-        return latest
+        return prefix
     prefix = path.with_suffix("") if path.suffix == ".index" else path
     if prefix.with_name(f"{prefix.name}.index").is_file():
         return str(prefix)

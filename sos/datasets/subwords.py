@@ -18,6 +18,7 @@ import hashlib
 import importlib
 import importlib.util
 import io
+import itertools
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -43,7 +44,7 @@ def learn(sentences: Iterable[str], size: int) -> bytes:
     """Learns a vocabulary of subwords by byte-pair encoding.
 
     The result is a function of the sentences and the size. Texts are taken as
-    they are: nothing is normalised, and every character of the sentences is an
+    they are: nothing is normalized, and every character of the sentences is an
     entry, except that sentences of more than 4,192 bytes in UTF-8 are not
     learned from.
 
@@ -72,7 +73,7 @@ def learn(sentences: Iterable[str], size: int) -> bytes:
         raise UsageError(
             f"`size` must be a positive number of entries. Received: {size}"
         )
-    texts = (text for text in sentences if text)
+    texts = (encode(text) for text in sentences if text)
     first = next(texts, None)
     if first is None:
         raise UsageError(
@@ -80,14 +81,10 @@ def learn(sentences: Iterable[str], size: int) -> bytes:
             "empty. Received: none"
         )
 
-    def all_texts() -> Iterable[str]:
-        yield first
-        yield from texts
-
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(all_texts()),
+            sentence_iterator=itertools.chain([first], texts),
             model_writer=model,
             model_type="bpe",
             vocab_size=size,
@@ -140,6 +137,11 @@ def fingerprint(model: bytes) -> str:
     They are the first ones of the SHA-256 of its model.
     """
     return hashlib.sha256(model).hexdigest()[:16]
+
+
+def encode(sentence: str) -> bytes:
+    """Encodes a sentence in UTF-8, lone surrogates, which have none, as "?"."""
+    return sentence.encode("utf-8", "replace")
 
 
 class Subwords(tf.Module):

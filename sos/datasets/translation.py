@@ -20,7 +20,7 @@ import tensorflow as tf
 from absl import logging
 
 from sos.datasets import prepared
-from sos.datasets.subwords import EOS, PAD, Subwords
+from sos.datasets.subwords import EOS, PAD, Subwords, encode
 from sos.errors import StorageError, UsageError, reason
 from sos.training import inputs
 
@@ -658,11 +658,7 @@ def _tokenize(
 
     def chunks() -> Iterator[list[bytes]]:
         for begin in range(0, len(sentences), _CHUNK):
-            yield [
-                # A lone surrogate has no encoding.
-                sentence.encode("utf-8", "replace")
-                for sentence in sentences[begin : begin + _CHUNK]
-            ]
+            yield [encode(text) for text in sentences[begin : begin + _CHUNK]]
 
     def tokenize(chunk: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         tokens = subwords.tokenize(chunk)

@@ -16,7 +16,6 @@ from sos.errors import StorageError
 from sos.experiments.scores import ACCURACY, ScoreMetric
 from sos.files import write_bytes, write_text
 
-CHECKPOINTS = "checkpoints"
 CONFIG = "config.json"
 MASKS = "masks.npz"
 RESULT = "result.json"

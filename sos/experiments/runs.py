@@ -18,7 +18,6 @@ from sos.errors import CheckpointError, DirectoryInUseError, UsageError
 from sos.experiments import config as config_lib
 from sos.experiments.machine import describe_machine
 from sos.experiments.run_files import (
-    CHECKPOINTS,
     RESULT,
     Result,
     WeightSparsity,
@@ -34,7 +33,7 @@ from sos.files import check_writable, lock_directory
 from sos.model_masks import get_masks
 from sos.report import SparsityReport, sparsity_report
 from sos.training import main
-from sos.training.checkpoints import Checkpoints
+from sos.training.checkpoints import CHECKPOINTS, Checkpoints
 from sos.training.reporting import Summary
 from sos.training.signals import StopRequest, StopSource
 from sos.training.strategies import make_strategy, several_processes
@@ -68,7 +67,8 @@ def run(
         workdir: Directory of several runs.
         mode: One of `sos.training.main.MODES`. The modes "train" and "eval", in
             two processes, together do what "train_and_eval" does. "export"
-            exports the newest checkpoint for serving.
+            exports the newest checkpoint, or the mean of
+            `ExperimentTask.averaged_checkpoints`, for serving.
         make_trainer: Makes the trainer of a resolved config. By default it uses
             the strategy of `sos.training.make_strategy()`.
         on_summary: Called with the summary of every loop and evaluation.
@@ -156,6 +156,7 @@ def run(
                     if result is not None:
                         return result
                 write_config(config_lib.plain(config), directory)
+                trainer.task.write_files(directory)
             return _train(trainer, config, options, stop, on_summary)
 
 

@@ -1,5 +1,6 @@
 """Tasks made from a config."""
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from sos.experiments import branch_registry
 from sos.experiments import config as config_lib
 from sos.experiments.scores import ACCURACY, ScoreMetric
 from sos.experiments.trunk import Trunk
+from sos.training.checkpoints import Checkpoints
 from sos.training.learning_rates import make_learning_rate
 from sos.training.optimizers import make_optimizer, technique_variables
 from sos.training.task import Task
@@ -49,9 +51,9 @@ class ExperimentTask(Task):
             accuracy.
         score: The metric by which runs are compared in tables and figures. By
             default that of the name "accuracy", a fraction.
-        averaged_checkpoints: Number of newest checkpoints of which a score is
-            made. A finished run keeps them all if it keeps its last one, so
-            that others can use what was scored.
+        averaged_checkpoints: Number of newest checkpoints whose mean is
+            exported, and scored by evaluators that enter `averaged_weights`. A
+            finished run keeps them all if it keeps its last one.
         layer_kinds: Pairs of a name, such as "attention output", and a regular
             expression, for the figure of sparsity by kind of layer. A weight is
             of the first kind whose expression occurs in its path. By default
@@ -143,9 +145,37 @@ class ExperimentTask(Task):
         of all its runs to compare them.
         """
 
+    def write_files(self, directory: str) -> None:
+        """Writes files to the directory of a run. Default: writes none.
+
+        `sos.experiments.run` calls it in the chief's process before training,
+        also to resume a run. Override it for what belongs to the checkpoints,
+        such as a vocabulary.
+
+        Args:
+            directory: The directory of the run.
+        """
+        del directory
+
     def configuration(self) -> Mapping[str, Any]:
         """Returns the fingerprint of the run."""
         return config_lib.fingerprint(self.config)
+
+    def averaged_weights(
+        self, model: keras.Model, checkpoints: Checkpoints | None
+    ) -> contextlib.AbstractContextManager[tuple[int, ...]]:
+        """Returns a scope with the mean of `averaged_checkpoints`.
+
+        The checkpoint of the initial weights is not averaged. For a single
+        checkpoint the scope changes nothing. See `sos.training.Task`.
+        """
+        if checkpoints is None or self.averaged_checkpoints == 1:
+            return contextlib.nullcontext(())
+        return checkpoints.average(
+            model,
+            last=self.averaged_checkpoints,
+            after=config_lib.first_step(self.config),
+        )
 
     def compile_signature(self) -> str:
         """Returns equal strings for runs that share a compiled step."""

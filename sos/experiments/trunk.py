@@ -15,13 +15,13 @@ from sos.errors import CheckpointError, DamagedCheckpointError, UsageError
 from sos.experiments import config as config_lib
 from sos.experiments.config import run_name
 from sos.experiments.run_files import (
-    CHECKPOINTS,
     read_config,
     read_masks,
     read_result,
 )
 from sos.training import trainer
 from sos.training.checkpoints import (
+    CHECKPOINTS,
     Checkpoints,
     diff,
     format_differences,

@@ -24,6 +24,9 @@ from sos.errors import (
 from sos.files import sync_directory, sync_tree
 from sos.training.strategies import is_lost_worker, several_workers
 
+#: The folder of the checkpoints in the directory of a training.
+CHECKPOINTS = "checkpoints"
+
 _FOLDER = re.compile(r"step-(\d{8,})")
 _METADATA = "metadata.json"
 _VARIABLES = "variables"
@@ -380,7 +383,7 @@ class Checkpoints:
                 )
             yield steps
         finally:
-            _assign(model, before)
+            assign(model.variables, before)
 
     def _read_average(
         self, model: keras.Model, last: int, after: int
@@ -417,7 +420,7 @@ class Checkpoints:
         for index, total in sums.items():
             mean = total / len(steps)
             newest[index] = mean.astype(newest[index].dtype)
-        _assign(model, newest)
+        assign(model.variables, newest)
         return tuple(reversed(steps))
 
     def _read_model(self, step: int, model: keras.Model) -> None:
@@ -632,6 +635,27 @@ def canonical_path(path: str) -> str:
     return _NUMBERS.sub("", path)
 
 
+def latest_prefix(directory: str | os.PathLike) -> str | None:
+    """Returns the newest checkpoint in a directory, as TensorFlow reads it.
+
+    Args:
+        directory: The directory of a training, its folder of checkpoints, or
+            the folder of one of these.
+
+    Returns:
+        The prefix of the files; None if there is no checkpoint.
+    """
+    directory = os.fspath(directory)
+    for folder in (directory, os.path.join(directory, CHECKPOINTS)):
+        checkpoints = Checkpoints(folder, configuration={})
+        steps = checkpoints.steps()
+        for parent in (folder, *(checkpoints.path(n) for n in steps[-1:])):
+            prefix = os.path.join(parent, _VARIABLES)
+            if tf.io.gfile.exists(f"{prefix}.index"):
+                return prefix
+    return None
+
+
 def variable_specs(
     model: keras.Model, optimizer: keras.optimizers.Optimizer | None = None
 ) -> dict[str, str]:
@@ -764,8 +788,9 @@ def _values(model: keras.Model) -> list[np.ndarray]:
     ]
 
 
-def _assign(model: keras.Model, values: Sequence[np.ndarray]) -> None:
-    for variable, value in zip(model.variables, values, strict=True):
+def assign(variables: Sequence[keras.Variable], values: Sequence[Any]) -> None:
+    """Assigns a value to each variable."""
+    for variable, value in zip(variables, values, strict=True):
         variable.assign(keras.ops.convert_to_tensor(value))
 
 

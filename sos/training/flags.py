@@ -36,7 +36,8 @@ MODE = flags.DEFINE_enum(
     "train_and_eval",
     MODES,
     "train; eval: evaluate every checkpoint in the work directory as it "
-    "appears; train_and_eval; export: write the newest checkpoint for serving.",
+    "appears; train_and_eval; export: write the newest checkpoint, or the "
+    "mean of several, for serving.",
 )
 STRATEGY = flags.DEFINE_enum(
     "strategy",

@@ -20,7 +20,11 @@ from sos.errors import (
     UsageError,
 )
 from sos.files import check_writable, lock_directory, storage_errors
-from sos.training.checkpoints import Checkpoints, remove_unfinished
+from sos.training.checkpoints import (
+    CHECKPOINTS,
+    Checkpoints,
+    remove_unfinished,
+)
 from sos.training.continuous_evaluation import ContinuousEvaluation
 from sos.training.reporting import (
     Console,
@@ -55,8 +59,9 @@ class Options:
 
     Attributes:
         mode: "train"; "eval": evaluate every checkpoint in `workdir` as it
-            appears; "train_and_eval"; or "export": export the newest checkpoint
-            for serving. "eval" and "export" run in one process.
+            appears; "train_and_eval"; or "export": export the newest
+            checkpoint, or the mean of several, for serving. "eval" and "export"
+            run in one process.
         workdir: Directory of all output files.
         train_steps: Total number of optimizer steps.
         save_checkpoints_steps: Steps between two checkpoints. Another one is
@@ -359,6 +364,9 @@ def evaluate_continuously(
 def export(trainer: Trainer, options: Options) -> str:
     """Exports the newest checkpoint in the work directory for serving.
 
+    If the task averages checkpoints, it has their mean; see
+    `Task.averaged_weights`.
+
     Args:
         trainer: The trainer, in a single process.
         options: Options.
@@ -370,8 +378,8 @@ def export(trainer: Trainer, options: Options) -> str:
         UsageError: If there are several processes.
         StorageError: If the export cannot be written, or another process
             exports from the work directory.
-        CheckpointError: If there is no checkpoint, or it is of another
-            configuration.
+        CheckpointError: If there is no checkpoint, it is of another
+            configuration, or one to be averaged cannot be read.
     """
     _check_one_process(trainer, "export")
     with lock_directory(options.workdir, "export"):
@@ -384,7 +392,7 @@ def export(trainer: Trainer, options: Options) -> str:
             )
         # TensorFlow Serving uses the number as the version.
         path = os.path.join(options.workdir, "export", str(step))
-        trainer.export(path)
+        trainer.export(path, checkpoints)
         return path
 
 
@@ -436,7 +444,7 @@ def exit_code_of(
         # Raising would end in `sys.exit`; see `end_process`.
         traceback.print_exc()
         return 1
-    return code if isinstance(code, int) else 0
+    return code if type(code) is int else 0
 
 
 def end_process(code: int) -> NoReturn:
@@ -484,7 +492,7 @@ def _check_one_process(trainer: Trainer, mode: str) -> None:
 
 def _checkpoints(trainer: Trainer, options: Options) -> Checkpoints:
     return Checkpoints(
-        os.path.join(options.workdir, "checkpoints"),
+        os.path.join(options.workdir, CHECKPOINTS),
         configuration=trainer.configuration(),
         keep=options.keep_checkpoint_max,
         keep_every=options.keep_checkpoint_every_n_steps,

@@ -143,15 +143,13 @@ class Summary:
         try:
             values = json.loads(text)
             values["mask_updates"] = tuple(
-                MaskUpdate(**update)
+                MaskUpdate(**_fields_of(MaskUpdate, update))
                 for update in values.get("mask_updates", ())
             )
-            names = {field.name for field in dataclasses.fields(cls)}
             summary = cls(
                 **{
                     name: _from_plain(value)
-                    for name, value in values.items()
-                    if name in names
+                    for name, value in _fields_of(cls, values).items()
                 }
             )
             if not isinstance(summary.step, int):
@@ -538,6 +536,12 @@ def _to_plain(value: Any) -> Any:
     if isinstance(value, numbers.Real):
         return float(value) if math.isfinite(value) else None
     return value
+
+
+def _fields_of(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values that are fields of a dataclass."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    return {name: value for name, value in values.items() if name in names}
 
 
 def _from_plain(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """Tasks: a model, its optimizer, its data and its metrics."""
 
+import contextlib
 import json
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn
@@ -215,6 +216,26 @@ class Task:
             The evaluators by name. All workers call this method.
         """
         return {}
+
+    def averaged_weights(
+        self, model: keras.Model, checkpoints: Checkpoints | None
+    ) -> contextlib.AbstractContextManager[tuple[int, ...]]:
+        """Returns a scope in which a model has averaged weights, if it should.
+
+        An export has the weights of this scope. Evaluators that score them
+        enter it, too. By default it changes nothing.
+
+        Args:
+            model: A model of this task.
+            checkpoints: The checkpoints of this training up to the step of the
+                model; None if there are none, to change nothing.
+
+        Returns:
+            A scope such as `checkpoints.average(model)`. It yields the steps of
+            the averaged checkpoints, none if it changes nothing.
+        """
+        del model, checkpoints
+        return contextlib.nullcontext(())
 
     def serving(self, model: keras.Model) -> tf.Module:
         """Returns the module to export, with its signatures and assets.
@@ -544,6 +565,17 @@ def check_evaluator_results(
             f"{duplicates}",
         )
     return metrics, texts
+
+
+def check_averaged_weights(task: Any, scope: Any) -> None:
+    """Raises `TaskError` unless `averaged_weights` returned a scope."""
+    if not isinstance(scope, contextlib.AbstractContextManager):
+        _raise(
+            task,
+            "averaged_weights",
+            "return a context manager, such as `checkpoints.average(model)`",
+            _with_type(scope),
+        )
 
 
 def check_serving(task: Any, module: Any) -> None:

@@ -25,13 +25,19 @@ from sos.errors import (
 from sos.export import export_model
 from sos.surgery import strip
 from sos.training import inputs, strategies
-from sos.training.checkpoints import Checkpoints, canonical_path, diff
+from sos.training.checkpoints import (
+    Checkpoints,
+    assign,
+    diff,
+    variable_specs,
+)
 from sos.training.compile_signature import compile_signature
 from sos.training.reporting import MaskUpdate, Summary
 from sos.training.signals import StopSource
 from sos.training.steps import CompiledMaskUpdate, Steps, Totals
 from sos.training.task import (
     Task,
+    check_averaged_weights,
     check_configuration,
     check_eval_batches,
     check_evaluator_results,
@@ -421,11 +427,7 @@ class Trainer:
             step,
             self.model,
             self.optimizer,
-            metadata={
-                "seconds": self.seconds,
-                "examples_seen": step * self.task.batch_size,
-                **self._placement(),
-            },
+            metadata={"seconds": self.seconds, **self._placement()},
             chief=self.is_chief,
         )
         self.saved_step = step
@@ -466,8 +468,8 @@ class Trainer:
             self._set_task(task, model, optimizer)
             return
         self.task = self.steps.task = task
-        _assign(self.model.variables, model.variables)
-        _assign(self.optimizer.variables, optimizer.variables)
+        assign(self.model.variables, model.variables)
+        assign(self.optimizer.variables, optimizer.variables)
         for wrapper, new in zip(
             find_wrappers(self.model), find_wrappers(model), strict=True
         ):
@@ -607,7 +609,8 @@ class Trainer:
             metrics=metrics,
             texts=texts,
             seconds=self._timer() - begin,
-            **self._sparsity(),
+            # Whether penalties are known depends on whether training goes on.
+            **self._sparsity(with_penalties=False),
         )
 
     def _evaluate_batches(self, step: int, stop: StopSource | None) -> Totals:
@@ -686,26 +689,39 @@ class Trainer:
                 raise Stopped(requested, step, f"after the evaluator {name!r}")
         return metrics, texts
 
-    def export(self, path: str | os.PathLike) -> None:
+    def export(
+        self,
+        path: str | os.PathLike,
+        checkpoints: Checkpoints | None = None,
+    ) -> None:
         """Exports the current model; all workers must call it.
 
         The chief writes `Task.serving` of the stripped model as a SavedModel.
 
         Args:
             path: The directory to write.
+            checkpoints: The checkpoints of this training. If given, the export
+                has the weights of `Task.averaged_weights`.
 
         Raises:
-            TaskError: If `Task.serving` returns an invalid value.
+            TaskError: If `Task.serving` or `Task.averaged_weights` returns an
+                invalid value.
+            CheckpointError: If a checkpoint to be averaged cannot be read.
             StorageError: If the directory cannot be written.
         """
         model = self._model_on_host()
         if not self.is_chief:
             return
-        if find_wrappers(model):
-            model = strip(model)
-        module = self.task.serving(model)
-        check_serving(self.task, module)
-        export_model(module, path)
+        if checkpoints is not None:
+            checkpoints = checkpoints.up_to(self.step)
+        scope = self.task.averaged_weights(model, checkpoints)
+        check_averaged_weights(self.task, scope)
+        with scope:
+            if find_wrappers(model):
+                model = strip(model)
+            module = self.task.serving(model)
+            check_serving(self.task, module)
+            export_model(module, path)
 
     def _model_on_host(self) -> keras.Model | None:
         """Returns a model that can be called outside of `strategy.run`.
@@ -728,15 +744,15 @@ class Trainer:
             return None
         if self._host_copy is None:
             model = self.task.build_model()
-            changes = diff(_specs(self.model), _specs(model))
-            if lines := list(changes):
+            lines = list(diff(_specs(self.model), _specs(model)))
+            if lines:
                 raise TaskError(
                     f"`{type(self.task).__name__}.build_model` must return a "
                     "model with the same variables each time. Received: "
                     f"{'; '.join(lines[:3])}"
                 )
             self._host_copy = model
-        _assign(self._host_copy.variables, values)
+        assign(self._host_copy.variables, values)
         return self._host_copy
 
     @contextlib.contextmanager
@@ -862,11 +878,11 @@ class Trainer:
             seconds=seconds,
             seconds_left=step_seconds * (steps - end) if traced else None,
             mask_updates=mask_updates,
-            **self._sparsity(),
+            **self._sparsity(with_penalties=True),
         )
 
-    def _sparsity(self) -> dict[str, Any]:
-        """Returns the sparsity and penalties of a summary."""
+    def _sparsity(self, *, with_penalties: bool) -> dict[str, Any]:
+        """Returns the sparsity of a summary, and penalties on request."""
         if not self.steps.sparse_weights:
             return {}
         zeros, penalties = self.steps.summary()
@@ -874,15 +890,17 @@ class Trainer:
             weight.path: weight.variable.value.shape.num_elements()
             for _, weight in self.steps.sparse_weights
         }
-        return {
+        fields = {
             "sparsity": sum(zeros.values()) / max(sum(sizes.values()), 1),
-            "penalty": sum(penalties.values()) if penalties else None,
             "weight_sparsity": {
                 path: count / max(sizes[path], 1)
                 for path, count in zeros.items()
             },
-            "weight_penalty": penalties,
         }
+        if with_penalties and penalties:
+            fields["penalty"] = sum(penalties.values())
+            fields["weight_penalty"] = penalties
+        return fields
 
     def _exchange(
         self, step_seconds: float, stop: StopSource | None
@@ -954,16 +972,7 @@ def configuration(
     }
 
 
-def _assign(variables: Sequence[keras.Variable], values: Sequence[Any]) -> None:
-    for variable, value in zip(variables, values, strict=True):
-        variable.assign(keras.ops.convert_to_tensor(value))
-
-
 def _specs(model: keras.Model) -> dict[str, str]:
-    """Returns dtype and shape of a model's variables, by canonical path."""
-    return {
-        f"{index} {canonical_path(variable.path)}": (
-            f"{variable.dtype} {tuple(variable.shape)}"
-        )
-        for index, variable in enumerate(model.variables)
-    }
+    """Returns the specs of a model's variables by position and path."""
+    specs = variable_specs(model).items()
+    return {f"{i} {path}": spec for i, (path, spec) in enumerate(specs)}

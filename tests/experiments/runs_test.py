@@ -7,6 +7,7 @@ import signal
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from sos.errors import (
     CheckpointError,
@@ -359,7 +360,7 @@ class Averaged(toy_experiment.ToyExperiment):
 
     def evaluators(self, checkpoints):
         def score(model):
-            with checkpoints.average(model, last=7) as steps:
+            with self.averaged_weights(model, checkpoints) as steps:
                 return {"steps": " ".join(map(str, steps))}
 
         return {"averaged": score}
@@ -372,7 +373,7 @@ class Averaged(toy_experiment.ToyExperiment):
         ("none", [6, 7, 8, 9, 10, 11, 12], []),
     ],
 )
-def test_run_keeps_the_checkpoints_that_it_scores(
+def test_run_keeps_and_exports_the_checkpoints_that_it_scores(
     keep, before, after, tmp_path, monkeypatch
 ):
     config = toy_experiment.config(
@@ -391,9 +392,19 @@ def test_run_keeps_the_checkpoints_that_it_scores(
             start()
     (directory,) = tmp_path.iterdir()
     assert processes.checkpoint_steps(directory) == before
+    name = "optimizer/_trainable_variables/2/.ATTRIBUTES/VARIABLE_VALUE"
+    kernels = [
+        processes.checkpoint_values(directory, step)[name]
+        for step in range(6, 13)
+    ]
     result = start()
     assert result.texts == {"steps": "6 7 8 9 10 11 12"}
     assert processes.checkpoint_steps(directory) == after
+    if keep == "trunk":
+        runs.run(config, tmp_path, quiet=True, mode="export")
+        export = tf.saved_model.load(str(directory / "export" / "12"))
+        (kernel,) = (w for w in export.weights if w.shape == (16, 3))
+        np.testing.assert_allclose(kernel, np.mean(kernels, 0), rtol=1e-6)
 
 
 @pytest.mark.parametrize("keep", ["trunk", "none"])

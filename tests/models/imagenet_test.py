@@ -222,6 +222,14 @@ def test_serving_module_classifies_files_and_arrays(make_task, tmp_path):
     np.testing.assert_array_equal(
         by_array["probabilities"], same["probabilities"]
     )
+    for none in (
+        served.signatures["classify_files"](files=tf.zeros([0], tf.string)),
+        served.signatures["serving_default"](
+            images=tf.zeros_like(photograph[:0])
+        ),
+    ):
+        assert none["probabilities"].shape == (0, expected.shape[1])
+        assert none["class_ids"].shape == (0, 5)
     one = served.signatures["classify_files"](files=tf.constant(files[:1]))
     np.testing.assert_allclose(
         one["probabilities"], expected[:1], rtol=1e-4, atol=1e-6

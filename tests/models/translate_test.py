@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import sos.experiments
-from models import translate, wmt
+from models import partial_file, translate, translators, wmt
 from sos.errors import StorageError, UsageError
 from sos.experiments import config as config_lib
 from tests.models import wmt_test
@@ -55,7 +55,7 @@ class Upper:
     """
 
     fingerprint = "upper"
-    cut = 0
+    cut = failed = 0
 
     def __init__(self, fail_after=None, error=KeyboardInterrupt):
         self.lines = []
@@ -204,11 +204,11 @@ def test_damaged_state_is_noticed(program, tmp_path, capsys):
 
 def test_two_processes_cannot_write_one_file(tmp_path):
     path = str(tmp_path / "out.txt")
-    first = translate.PartialFile(path, "model")
+    first = partial_file.PartialFile(path, "model")
     with contextlib.closing(first):
         with pytest.raises(StorageError, match="Another process"):
-            translate.PartialFile(path, "model")
-    translate.PartialFile(path, "model").close()
+            partial_file.PartialFile(path, "model")
+    partial_file.PartialFile(path, "model").close()
 
 
 def test_memory_is_bounded_by_the_chunk(program):
@@ -238,6 +238,8 @@ def test_memory_is_bounded_by_the_chunk(program):
         (["--input=missing.txt"], ["--input", "missing.txt", "No such file"]),
         (["--input=."], ["--input", "directory"]),
         (["--output=."], ["--output", "directory"]),
+        (["--output=gs://b/out"], ["--output", "local", "gs://b/out"]),
+        (["--input=gs://b/in"], ["--input", "local", "gs://b/in"]),
         (["--batch_size=0"], ["--batch_size", "at least 1", "0"]),
         (["--chunk_lines=x"], ["--chunk_lines", "at least 1", "x"]),
         (["--model=x"], ["not allowed with", "--help"]),
@@ -292,10 +294,12 @@ def table_of(run, step):
 
 
 def test_run_translator_has_the_weights_of_the_checkpoint(run):
-    found = translate.RunTranslator(str(run), 3)
+    found = translators.RunTranslator(str(run), 3)
     table = found._decoder.model.embedding.embeddings
     np.testing.assert_array_equal(table, table_of(run, 6))
-    again = translate.RunTranslator(str(run), 64)
+    again = translators.RunTranslator(str(run), 64)
+    vocabulary = (run / wmt.VOCABULARY).read_bytes()
+    assert found._decoder._subwords.model == vocabulary
     assert again.fingerprint == found.fingerprint
 
 
@@ -313,7 +317,7 @@ def test_run_translator_keeps_the_mean_of_checkpoints(tmp_path):
     )
     sos.experiments.run(config, tmp_path, quiet=True, save_checkpoints_steps=1)
     directory = tmp_path / config_lib.run_name(config)
-    found = translate.RunTranslator(str(directory), 3)
+    found = translators.RunTranslator(str(directory), 3)
     tables = [table_of(directory, step) for step in (1, 2)]
     assert not np.array_equal(*tables)
     np.testing.assert_allclose(
@@ -321,22 +325,26 @@ def test_run_translator_keeps_the_mean_of_checkpoints(tmp_path):
         np.mean(tables, axis=0),
         rtol=1e-6,
     )
+    sos.experiments.run(config, tmp_path, quiet=True, mode="export")
+    exported = translators.ExportTranslator(str(directory / "export" / "2"), 3)
+    lines = ["What is this?", "Close the file."]
+    assert found(lines, int) == exported(lines, int)
 
 
 def test_directory_that_is_no_translation_raises(run, tmp_path):
     with pytest.raises(UsageError, match="config.json"):
-        translate.RunTranslator(str(tmp_path), 3)
+        translators.RunTranslator(str(tmp_path), 3)
     with pytest.raises(UsageError, match="--mode=export"):
-        translate.ExportTranslator(str(tmp_path), 3)
+        translators.ExportTranslator(str(tmp_path), 3)
     config = toy_experiment.config(train_steps=1)
     sos.experiments.run(config, tmp_path, quiet=True)
     other = tmp_path / config_lib.run_name(config_lib.resolve(config))
     with pytest.raises(UsageError, match="that translates"):
-        translate.RunTranslator(str(other), 3)
+        translators.RunTranslator(str(other), 3)
 
 
 def test_export_batches_have_every_line(export):
-    found = translate.ExportTranslator(str(export), 2)
+    found = translators.ExportTranslator(str(export), 2)
     lines = ["What is this?", "", "Close the file.", "a", "b"]
     counts = []
     texts = found(lines, counts.append)

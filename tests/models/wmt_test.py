@@ -258,11 +258,29 @@ def test_vocabulary_with_another_hash_raises(task):
     config = config_lib.plain(task.config)
     config["data"]["vocabulary_hash"] = "0123456789abcdef"
     with pytest.raises(UsageError) as error:
-        wmt.Translation(config_lib.resolve(config))
+        wmt.Translation(config_lib.resolve(config)).build_model()
     for part in ("0123456789abcdef", task.subwords.fingerprint, "400 entries"):
         assert part in str(error.value)
     config["data"]["vocabulary_hash"] = task.subwords.fingerprint
-    wmt.Translation(config_lib.resolve(config))
+    other = wmt.Translation(config_lib.resolve(config))
+    assert other.subwords.fingerprint == task.subwords.fingerprint
+
+
+def test_task_with_a_vocabulary_file_does_not_open_it(
+    task, tmp_path, monkeypatch
+):
+    """A sweep makes the tasks of all its runs."""
+    path = tmp_path / "words.model"
+    task.subwords.save(path)
+    config = config_lib.plain(task.config)
+    config["data"]["vocabulary"] = str(path)
+    resolved = config_lib.resolve(config)
+    path.unlink()
+    named = wmt.Translation(resolved)
+    assert named.configuration() == task.configuration()
+    assert named.compile_signature() == task.compile_signature()
+    with pytest.raises(StorageError, match=r"words\.model cannot be read"):
+        named.build_model()
 
 
 # Decoding.
@@ -295,6 +313,27 @@ def test_awkward_lines_come_through(task, model):
     assert len(found) == len(AWKWARD) + 1
     lengths = task.subwords.tokenize([*AWKWARD, "a" * 3000]).row_lengths()
     assert decoder.cut == np.count_nonzero(lengths > 1024) >= 1
+    # No line changes what the others get.
+    assert [each.text for each in found[:-1]] == [
+        decoder([line])[0].text for line in AWKWARD
+    ]
+
+
+def test_nan_gives_no_translations_and_a_warning(directory, caplog):
+    task = wmt.Translation(tiny_config(directory, decode={"sentences": 2}))
+    model = task.build_model()
+    model.embedding.embeddings.assign(
+        np.full(model.embedding.embeddings.shape, np.nan)
+    )
+    decoder = task.decoder(model)
+    found = decoder(["Close the file.", ""])
+    assert [each.text for each in found] == ["", ""]
+    assert found[0].score == -np.inf
+    assert decoder.failed == 1
+    (evaluate,) = task.evaluators(None).values()
+    with caplog.at_level("WARNING", logger="absl"):
+        assert evaluate(model)["bleu"] == 0
+    assert "2 sentences have no translation" in caplog.text
 
 
 # Scores.
@@ -314,8 +353,6 @@ def test_evaluator_scores_what_it_writes(task, model, directory, tmp_path):
     assert metrics["bleu"] == pytest.approx(expected)
     assert "tok:13a" in metrics["bleu_signature"]
     assert 0 <= metrics["study_bleu"] <= 100
-    saved = Subwords.load(tmp_path / wmt.VOCABULARY)
-    assert saved.fingerprint == task.subwords.fingerprint
 
 
 def test_evaluator_without_checkpoints_writes_nothing(
@@ -344,7 +381,7 @@ def test_evaluator_without_checkpoints_writes_nothing(
     assert not none.evaluators(None)
 
 
-def test_variational_dropout_is_scored_at_thresholds(directory):
+def test_variational_dropout_is_scored_at_thresholds(directory, tmp_path):
     config = tiny_config(
         directory,
         "variational_dropout",
@@ -362,17 +399,55 @@ def test_variational_dropout_is_scored_at_thresholds(directory):
         sos.set_hyperparameters(model, threshold=threshold)
         expected[threshold] = sos.sparsity_report(model).sparsity
     sos.set_hyperparameters(model, threshold=config.sparsity.threshold)
+    checkpoints = Checkpoints(
+        tmp_path / "checkpoints", configuration=task.configuration()
+    )
     metrics = {}
-    for evaluate in task.evaluators(None).values():
+    for evaluate in task.evaluators(checkpoints).values():
         metrics |= evaluate(model)
         assert sos.sparsity_report(model).sparsity == before
     assert metrics["sparsity_at_-1"] == expected[-1.0] > before
     assert metrics["sparsity_at_2.5"] == expected[2.5]
+    # The weights of each threshold translate, in a graph that is traced once.
+    lines = {
+        suffix: (tmp_path / f"translations/test{suffix}.txt").read_text()
+        for suffix in ("", "_at_-1", "_at_2.5")
+    }
+    sources = directory.joinpath("test.en").read_text().splitlines()[:2]
+    for threshold in (-1.0, 2.5):
+        sos.set_hyperparameters(model, threshold=threshold)
+        fresh = wmt.Translation(config).decoder(model)(sources)
+        assert lines[f"_at_{threshold:g}"] == "".join(
+            f"{found.text}\n" for found in fresh
+        )
+    sos.set_hyperparameters(model, threshold=config.sparsity.threshold)
+    assert lines["_at_-1"] != lines["_at_2.5"]
     assert {"bleu_at_-1", "study_bleu_at_2.5", "bleu"} <= set(metrics)
     # Also after an error.
     with pytest.raises(RuntimeError), wmt._at_threshold(model, 2.5):
         raise RuntimeError
     assert sos.sparsity_report(model).sparsity == before
+
+
+def test_threshold_of_all_layers_is_translated_once(directory, monkeypatch):
+    config = tiny_config(
+        directory, "variational_dropout", decode={"sentences": 2}
+    )
+    config.decode.thresholds = (config.sparsity.threshold,)
+    task = wmt.Translation(config)
+    model = task.build_model()
+    calls = []
+
+    def translate(self, model, sentences):
+        calls.append(sentences)
+        return list(sentences)
+
+    monkeypatch.setattr(wmt.Translation, "_translate", translate)
+    evaluators = task.evaluators(None)
+    first, second = (evaluate(model) for evaluate in evaluators.values())
+    suffix = f"_at_{config.sparsity.threshold:g}"
+    assert second[f"bleu{suffix}"] == first["bleu"]
+    assert len(calls) == 1
 
 
 def test_thresholds_of_another_technique_raise(directory):
@@ -392,7 +467,7 @@ def test_mean_of_checkpoints_is_scored(directory, tmp_path):
     for step in (0, 1, 2):
         table.assign(first + step)
         checkpoints.save(step, model, optimizer)
-        with task.averaged(model, checkpoints):
+        with task.averaged_weights(model, checkpoints):
             # Never with the initial weights.
             mean = {0: 0, 1: 1, 2: 1.5}[step]
             np.testing.assert_allclose(table, first + mean, atol=1e-6)
@@ -512,7 +587,12 @@ def test_small_config_is_small():
     model = task.build_model()
     assert task.subwords.size == 4000
     assert 3_500_000 < model.count_params() < 4_500_000
-    assert min(task.source.fill) > 0.85
+    assert min(task.source.fill) > 0.95
+    batches = task.source.train(tf.distribute.InputContext(), 0)
+    for batch in batches.take(task.source.train_rows // task.batch_size):
+        places = [batch["source_segments"], batch["target_segments"]]
+        filled = sum(int(np.count_nonzero(part)) for part in places)
+        assert filled >= 0.9 * sum(int(np.size(part)) for part in places)
     assert task.source.dropped_pairs < 5
 
 
@@ -523,10 +603,13 @@ def test_small_config_is_small():
         ({"regularization": "dropout"}, ["regularization", "none", "dropout"]),
         ({"model": {"heads": 3}}, ["config.model", "heads", "3"]),
         ({"model": {"depth": 3}}, ["config.model", "hidden_width", "depth"]),
-        ({"data": {"name": "/missing"}}, ["config.data", "/missing"]),
+        ({"data": {"name": "/missing"}}, ["config.data`", "/missing"]),
         ({"data": {"vocabulary": "/no.model"}}, ["/no.model"]),
         ({"data": {"vocabulary_size": 0}}, ["vocabulary_size", "0"]),
-        ({"data": {"vocabulary_size": 10**6}}, ["config.data.vocab", "size"]),
+        (
+            {"data": {"vocabulary_size": 10**6}},
+            ["config.data.vocabulary_size`", "1000000"],
+        ),
         ({"data": {"target_length": 8}, "batch_size": 16}, ["longer than"]),
         ({"batch_size": 96_000}, ["config.data", "batch"]),
         ({"decode": {"split": "train"}}, ["split", "validation", "train"]),
@@ -537,11 +620,10 @@ def test_small_config_is_small():
     ],
 )
 def test_config_that_does_not_fit_raises(directory, overrides, parts):
-    with pytest.raises(Exception) as error:
+    with pytest.raises((UsageError, StorageError)) as error:
         task = wmt.Translation(tiny_config(directory, **overrides))
         task.build_model()
         task.prepare()
-    assert type(error.value).__name__ in ("UsageError", "StorageError")
     for part in parts:
         assert part in str(error.value)
 
@@ -576,7 +658,7 @@ def test_replicas_evaluate_every_pair_once(directory, task, model):
     strategy = make_strategy("mirrored", cpu_replicas=2)
     with strategy.scope():
         mirrored = wmt.Translation(
-            tiny_config(directory, decode={"sentences": 2})
+            tiny_config(directory, decode={"sentences": 8})
         )
     trainer = Trainer(mirrored, strategy=strategy)
     for variable, value in zip(
@@ -592,7 +674,9 @@ def test_replicas_evaluate_every_pair_once(directory, task, model):
     expected = alone.evaluate().metrics
     for name in ("loss", "token_accuracy"):
         assert metrics[name] == pytest.approx(expected[name], rel=1e-5)
-    assert "bleu" in metrics
+    (evaluate,) = mirrored.evaluators(None).values()
+    assert metrics["bleu"] == pytest.approx(evaluate(model)["bleu"])
+    assert metrics["bleu"] > 0
 
 
 # Learning.

@@ -200,9 +200,16 @@ def test_save_writes_metadata_of_its_contents(make, trained):
     assert metadata["variables"]["a/kernel_mask"] == "uint8 6x8"
 
 
-def test_save_writes_what_the_report_command_reads(make, trained, capsys):
-    trained.save(make(), 3)
-    main(["report", os.path.join(make().path(3), "variables")])
+@pytest.mark.parametrize("name", ["variables", ".", "..", "../.."])
+def test_save_writes_what_the_report_command_reads(
+    name, trained, tmp_path, capsys
+):
+    checkpoints = Checkpoints(
+        tmp_path / "checkpoints", configuration=CONFIGURATION
+    )
+    for step in (2, 3):
+        trained.save(checkpoints, step)
+    main(["report", os.path.join(checkpoints.path(3), name)])
     printed = capsys.readouterr().out
     for path, mask in techniques.sparse_state(trained.model).items():
         # It knows the layers by their places alone.

@@ -748,7 +748,7 @@ def test_exit_code_of_reported_errors_prints_one_line(
 
 
 @pytest.mark.parametrize(
-    ("value", "code"), [(None, 0), (0, 0), (75, 75), ("text", 0)]
+    ("value", "code"), [(None, 0), (0, 0), (75, 75), ("text", 0), (True, 0)]
 )
 def test_exit_code_of_success_is_zero_or_the_code_returned(value, code, capfd):
     assert exit_code_of(lambda: value) == code

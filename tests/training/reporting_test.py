@@ -238,6 +238,9 @@ def test_summary_from_json_of_null_is_nan():
 
 def test_summary_from_json_ignores_unknown_keys():
     values = {**json.loads(FULL.to_json()), "of_a_later_version": [1]}
+    for update in values["mask_updates"]:
+        update["of_a_later_version"] = 1
+    assert values["mask_updates"]
     assert Summary.from_json(json.dumps(values)) == FULL
 
 

@@ -1169,6 +1169,58 @@ def test_export_writes_what_the_task_serves(technique, replicas, tmp_path):
     )
 
 
+class ExportedMeanTask(ToyTask):
+    """Exports the mean of two checkpoints."""
+
+    def averaged_weights(self, model, checkpoints):
+        if checkpoints is None:
+            return super().averaged_weights(model, checkpoints)
+        return checkpoints.average(model, last=2)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_export_has_the_weights_that_the_task_averages(replicas, tmp_path):
+    trainer = make_trainer(
+        task=ExportedMeanTask("MagnitudePruning"), replicas=replicas
+    )
+    checkpoints = make_checkpoints(trainer, tmp_path / "checkpoints")
+    kernels, masks = [None], [None]
+    for step in (1, 2, 3):
+        trainer.train(step)
+        trainer.save(checkpoints)
+        (kernel,) = (
+            variable
+            for variable in trainer.model.trainable_variables
+            if variable.path.endswith("b/kernel")
+        )
+        kernels.append(keras.ops.convert_to_numpy(kernel))
+        masks.append(techniques.sparse_state(trainer.model)["b/kernel:mask"])
+    assert 0 < masks[-1].mean() < 1
+    trainer.export(tmp_path / "mean", checkpoints)
+    trainer.export(tmp_path / "last")
+    trainer.restore_step(checkpoints, 2)
+    trainer.export(tmp_path / "earlier", checkpoints)
+    for name, expected in (
+        ("mean", (kernels[2] + kernels[3]) / 2 * masks[3]),
+        ("last", kernels[3] * masks[3]),
+        ("earlier", (kernels[1] + kernels[2]) / 2 * masks[2]),
+    ):
+        loaded = tf.saved_model.load(str(tmp_path / name))
+        (found,) = (w for w in loaded.weights if w.shape == expected.shape)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_export_without_a_scope_of_weights_raises(tmp_path):
+    class Averaged(ToyTask):
+        def averaged_weights(self, model, checkpoints):
+            checkpoints.average(model)
+
+    trainer = make_trainer(task=Averaged())
+    checkpoints = make_checkpoints(trainer, tmp_path / "checkpoints")
+    with pytest.raises(TaskError, match=r"averaged_weights`.*context manager"):
+        trainer.export(tmp_path / "exported", checkpoints)
+
+
 def test_export_of_an_invalid_module_raises():
     class Served(ToyTask):
         def serving(self, model):
