@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import sos
+import sos.training
 from tests.support import examples
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -137,7 +138,9 @@ def test_make_targets_of_page_exist(path):
         assert set(names.split()) <= targets
 
 
-@pytest.mark.parametrize("module", [sos, sos.extend], ids=["sos", "extend"])
+@pytest.mark.parametrize(
+    "module", [sos, sos.extend, sos.training], ids=lambda each: each.__name__
+)
 def test_reference_has_all_public_names(module):
     pages = "\n".join(
         path.read_text("utf-8") for path in (DOCS / "api").glob("*.md")
