@@ -68,3 +68,14 @@ def check_dense(config: ml_collections.ConfigDict) -> None:
             "after the colon, or select runs with --select. Received: "
             f"{config.sparsity.technique}"
         )
+
+
+def dense(config: ml_collections.ConfigDict, /, **values: Any) -> Overrides:
+    """Returns the overrides of a network without a technique.
+
+    Args:
+        config: A dense config.
+        **values: Entries of `config.sparsity`.
+    """
+    del config
+    return {"sparsity": {"technique": None, **values}}

@@ -62,7 +62,13 @@ from typing import Any
 
 import ml_collections
 
-from configs.arguments import Overrides, Techniques, check_dense, make_config
+from configs.arguments import (
+    Overrides,
+    Techniques,
+    check_dense,
+    dense,
+    make_config,
+)
 from models.fashion_mnist import FashionMnist
 from sos.experiments import branch, expand
 
@@ -172,11 +178,6 @@ def make_sweep(
             yield branch(trunk, "transferred_profile", **pruning)
 
 
-def _dense(config: ml_collections.ConfigDict, /, **values: Any) -> Overrides:
-    del config
-    return {"sparsity": {"technique": None, **values}}
-
-
 def _pruning(
     technique: str, config: ml_collections.ConfigDict, /, **values: Any
 ) -> Overrides:
@@ -253,7 +254,7 @@ def _l0(config: ml_collections.ConfigDict, /, **values: Any) -> Overrides:
 
 
 TECHNIQUES: Techniques = {
-    "dense": _dense,
+    "dense": dense,
     "magnitude": _magnitude,
     "magnitude_dense_first": _magnitude_dense_first,
     "random": _random,

@@ -54,8 +54,8 @@ not name the hardware. This can be had on G GPUs by
 magnitude pruning is not public. Ours has every boundary after 1.5 times as many
 images: 7.5 epochs of warm-up, and drops after 45, 90 and 120.
 
-No run of this file has been trained to its end: there was no ImageNet. The
-recipe was run in small instead (configs/imagenet_small.py).
+Nobody has trained a run of this file to its end. The recipe was run in small
+instead (configs/imagenet_small.py).
 
 The published grids, 1,008 runs of 128,000 steps, and three dense runs:
 
@@ -75,7 +75,13 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from configs.arguments import Overrides, Techniques, check_dense, make_config
+from configs.arguments import (
+    Overrides,
+    Techniques,
+    check_dense,
+    dense,
+    make_config,
+)
 from configs.published_settings import (
     distinct,
     find_penalty,
@@ -197,7 +203,7 @@ def _all_runs(config: ml_collections.ConfigDict) -> Iterator[Overrides]:
     extended = config.copy_and_resolve_references()
     extended.update(length)
     for seed in _SEEDS:
-        yield {**_dense(config), "seed": seed}
+        yield {**dense(config), "seed": seed}
         for name, settings in _BY_SPARSITY.items():
             for sparsity in settings:
                 overrides = TECHNIQUES[name](config, sparsity=sparsity)
@@ -230,11 +236,6 @@ def _published_run(
         float(row["initial_log_alpha"]),
         decayed=float(row["weight_decay"]) > 0,
     )
-
-
-def _dense(config: ml_collections.ConfigDict, /, **values: Any) -> Overrides:
-    del config
-    return {"sparsity": {"technique": None, **values}}
 
 
 def _magnitude(
@@ -396,7 +397,7 @@ def _extended_length(config: ml_collections.ConfigDict) -> Overrides:
 
 
 TECHNIQUES: Techniques = {
-    "dense": _dense,
+    "dense": dense,
     "magnitude": _magnitude,
     "extended_magnitude": _extended_magnitude,
     "random": _random,

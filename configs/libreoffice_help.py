@@ -25,7 +25,7 @@ from typing import Any
 import ml_collections
 
 from configs import wmt
-from configs.arguments import Overrides, Techniques, make_config
+from configs.arguments import Overrides, Techniques, dense, make_config
 from models.wmt import Translation
 
 _TRAIN_PAIRS = 20_267
@@ -130,14 +130,9 @@ def _l0(config: ml_collections.ConfigDict, /, **values: Any) -> Overrides:
     }
 
 
-def _dense(config: ml_collections.ConfigDict, /, **values: Any) -> Overrides:
-    del config
-    return {"sparsity": {"technique": None, **values}}
-
-
 TECHNIQUES: Techniques = wmt.with_options(
     {
-        "dense": _dense,
+        "dense": dense,
         "magnitude": _magnitude,
         "random": _random,
         "variational_dropout": _variational_dropout,

@@ -57,8 +57,8 @@ Sources: the tables in google-research/state_of_sparsity, which
 `sos.experiments.published` holds, and the program there. The ramp that its
 tables name cubic is a moving average of a cubic one, `smoothed_cubic` here.
 
-No run of this file has been trained to its end: there was no WMT. The recipe
-was run in small instead (configs/libreoffice_help.py).
+Nobody has trained a run of this file to its end. The recipe was run in small
+instead (configs/libreoffice_help.py).
 
 The published grids, 2,436 runs, and five dense ones:
 
@@ -79,7 +79,13 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from configs.arguments import Overrides, Techniques, check_dense, make_config
+from configs.arguments import (
+    Overrides,
+    Techniques,
+    check_dense,
+    dense,
+    make_config,
+)
 from configs.published_settings import (
     PRUNING_STEPS,
     distinct,
@@ -164,9 +170,13 @@ _L0 = {
     0.95: _Penalty(10.0, _CUBIC, 0, 400_000, _NONE),
     0.98: _Penalty(10.0, "linear", 0, 1, _SMOOTHING),
 }
-# That of networks which are the best at no sparsity: the default of the
-# authors' program.
+# The threshold of networks that are the best at no sparsity is the default of
+# the authors' program.
 _THRESHOLD = 3.0
+_BEST_THRESHOLDS = {
+    setting.penalty: setting.threshold
+    for setting in _VARIATIONAL_DROPOUT.values()
+}
 
 # Seeds of the dense network, which the authors trained five times, and of the
 # best settings.
@@ -213,7 +223,7 @@ def _all_runs(config: ml_collections.ConfigDict) -> Iterator[Overrides]:
         if score.technique and not score.branch:
             yield {**_published_run(config, score), "seed": 0}
     for seed in _DENSE_SEEDS:
-        yield {**_dense(config), "seed": seed}
+        yield {**dense(config), "seed": seed}
     for seed in _SEEDS:
         for name, settings in _BY_SPARSITY.items():
             for sparsity in settings:
@@ -243,16 +253,9 @@ def _published_run(
         regularization,
     )
     if score.technique == "VariationalDropout":
-        best = {s.penalty: s.threshold for s in _VARIATIONAL_DROPOUT.values()}
-        return _dropped(
-            config, _Dropout(setting, best.get(setting, _THRESHOLD))
-        )
+        threshold = _BEST_THRESHOLDS.get(setting, _THRESHOLD)
+        return _dropped(config, _Dropout(setting, threshold))
     return _gated(config, setting)
-
-
-def _dense(config: ml_collections.ConfigDict, /, **values: Any) -> Overrides:
-    del config
-    return {"sparsity": {"technique": None, **values}}
 
 
 def _magnitude(
@@ -467,7 +470,7 @@ def _check_switch(name: str, value: Any) -> None:
 
 TECHNIQUES: Techniques = with_options(
     {
-        "dense": _dense,
+        "dense": dense,
         "magnitude": _magnitude,
         "random": _random,
         "variational_dropout": _variational_dropout,

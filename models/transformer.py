@@ -496,7 +496,6 @@ class _Block(keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.width = width
         policy = self.dtype_policy
         self_seed, cross_seed, hidden_seed, *seeds = _seeds(seed, 6)
 
@@ -586,7 +585,7 @@ class _Block(keras.layers.Layer):
         shape = (batch, heads, length, beam, depth)
         return {
             "keys": ops.zeros(shape, keys.dtype),
-            "values": ops.zeros(shape, keys.dtype),
+            "values": ops.zeros(shape, values.dtype),
             "memory_keys": keys,
             "memory_values": values,
         }

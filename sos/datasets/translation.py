@@ -637,7 +637,7 @@ def _fill(
     # How many tokens precede a pair: in all rows, and in its own.
     before = np.cumsum(lengths) - lengths
     first = np.searchsorted(rows, rows)
-    ends = rows * size + before - before[first] if len(rows) else before
+    starts = rows * size + before - before[first]
     count = int(rows[-1]) + 1 if len(rows) else 0
     filled = np.full(count * size, PAD, tokens.dtype)
     for begin in range(0, len(pairs), _COPIED):
@@ -646,7 +646,7 @@ def _fill(
         within = np.arange(length.sum()) - np.repeat(
             before[part] - before[begin], length
         )
-        places = np.repeat(ends[part], length) + within
+        places = np.repeat(starts[part], length) + within
         filled[places] = tokens[np.repeat(begins[part], length) + within]
     return filled.reshape(count, size)
 

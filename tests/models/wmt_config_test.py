@@ -205,6 +205,9 @@ def test_train_steps_scale_the_steps_of_techniques():
     for name in wmt.TECHNIQUES:
         shortest = config_of(f"{name},train_steps=1")
         assert shortest.train_steps == 1
+        if name in ("magnitude", "random"):
+            assert shortest.sparsity.begin_step < shortest.sparsity.end_step
+            assert shortest.sparsity.frequency >= 1
 
 
 def test_values_replace_published_ones():

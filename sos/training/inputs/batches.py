@@ -1,4 +1,4 @@
-"""Divides batches among replicas and hosts."""
+"""Batches of arrays and records: shares of replicas and hosts, weights."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from sos.errors import UsageError
 
-# Of epochs, for data sets without end.
+# Number of epochs of an infinite data set.
 FOREVER = 2**62
 
 

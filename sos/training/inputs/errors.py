@@ -1,7 +1,7 @@
 """Errors that a data set raises while it is read, and what users see.
 
-A data set can raise no exception of Python. Its assertions carry a mark and
-facts in their message, from which `usage_error` makes one.
+A data set cannot raise exceptions of Python. Its assertions put a marker and
+values into their message, which `usage_error` parses.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ _CORRUPT_END = "<end>"
 def assert_count(
     condition: Any, path: tf.Tensor, count: tf.Tensor, actual: tf.Tensor
 ) -> None:
-    """Raises an error unless a condition on a file's record count holds."""
+    """Asserts a condition on the number of records in a file."""
     # With these types, an assertion that holds is cheap.
     numbers = [tf.cast(number, tf.int32) for number in (count, actual)]
     tf.debugging.Assert(condition, [_WRONG_COUNT, path, *numbers])
@@ -31,8 +31,8 @@ def assert_count(
 
 def assert_decodable(
     cause: tf.Tensor, path: tf.Tensor, position: tf.Tensor
-) -> tf.Operation | None:
-    """Raises an error unless the cause why a record is corrupt is empty."""
+) -> tf.Operation:
+    """Asserts that a record was decoded; the cause is "" if it was."""
     return tf.debugging.Assert(
         tf.equal(cause, ""),
         [_CORRUPT, path, tf.cast(position, tf.int32), cause + _CORRUPT_END],

@@ -19,7 +19,7 @@ class Element(NamedTuple):
         position: Its position in the file, int64.
         path: Path of the file.
         count: Number of records in the file according to its `Shard`, int64.
-        key: Key of the epoch and the file, int64; see `fold`.
+        key: Key of the epoch and the file, int64; see `fold_in`.
     """
 
     record: Any
@@ -82,7 +82,7 @@ def read_part(
             .concatenate(tf.data.Dataset.range(1).flat_map(fail))
             .take(count + 1)
         )
-        key = fold(epoch_key, number)
+        key = fold_in(epoch_key, number)
         elements = tf.data.Dataset.zip(
             marked, constant((path, count, key)).repeat()
         ).enumerate()
@@ -180,7 +180,7 @@ def make_zeros(spec: Any) -> Any:
     )
 
 
-def fold(key: tf.Tensor, number: Any) -> tf.Tensor:
+def fold_in(key: tf.Tensor, number: Any) -> tf.Tensor:
     """Derives a key from another key and a number, all int64 scalars."""
     return tf.random.stateless_uniform(
         (),

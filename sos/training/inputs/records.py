@@ -26,10 +26,10 @@ from sos.training.inputs.shards import (
     Read,
     Shard,
     check_files,
-    divide,
+    divide_among_hosts,
     strided_part,
 )
-from sos.training.inputs.shuffling import EpochPlan, shuffle
+from sos.training.inputs.shuffling import EpochPlan, read_shuffled
 
 # Hosts that omit a larger fraction of an epoch's records log a warning.
 _TOLERATED_FRACTION = 0.05
@@ -133,7 +133,7 @@ def record_batches(
     replica_batch = replica_batch_size(batch_size, context)
     _check_positive(shuffle_buffer=shuffle_buffer, cycle_length=cycle_length)
     hosts, host = context.num_input_pipelines, context.input_pipeline_id
-    parts = divide(shards, hosts)
+    parts = divide_among_hosts(shards, hosts)
     part = parts[host]
     check_files(part.paths)
     host_batch = batch_size // hosts
@@ -174,7 +174,7 @@ def record_batches(
         return {**example, "weight": weight}
 
     return decode_batches(
-        pair_with(shuffle(plan, read, cycle_length), 1.0),
+        pair_with(read_shuffled(plan, read, cycle_length), 1.0),
         decode_record,
         replica_batch,
         skip_corrupt,
@@ -239,7 +239,7 @@ def record_eval_batches(
     replica_batch = replica_batch_size(batch_size, context)
     _check_positive(cycle_length=cycle_length)
     hosts = context.num_input_pipelines
-    parts = divide(shards, hosts)
+    parts = divide_among_hosts(shards, hosts)
     part = parts[context.input_pipeline_id]
     if not any(each.examples for each in parts):
         raise UsageError(

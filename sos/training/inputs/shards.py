@@ -148,7 +148,7 @@ def strided_part(
     )
 
 
-def divide(shards: Sequence[Shard], hosts: int) -> list[Part]:
+def divide_among_hosts(shards: Sequence[Shard], hosts: int) -> list[Part]:
     """Divides the records among hosts."""
     if not shards:
         raise UsageError(

@@ -7,7 +7,12 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from sos.training.inputs.batches import FOREVER
-from sos.training.inputs.reading import fold, make_zeros, pair_with, read_part
+from sos.training.inputs.reading import (
+    fold_in,
+    make_zeros,
+    pair_with,
+    read_part,
+)
 from sos.training.inputs.shards import Part, Read
 
 
@@ -15,7 +20,7 @@ class EpochState(NamedTuple):
     """How a host reads and shuffles the records of an epoch, all tensors.
 
     Attributes:
-        key: Key of the epoch, int64; see `fold`.
+        key: Key of the epoch, int64; see `fold_in`.
         order_key: Key of the epoch and the host, int64.
         order: A permutation of the host's files.
         shift: Number of fillers before the first record, which shifts the
@@ -77,9 +82,9 @@ class EpochPlan:
 
     def state(self, epoch: tf.Tensor) -> EpochState:
         """Returns the state of an epoch, int64 scalar, a function of it."""
-        key = fold(tf.constant(self.seed, tf.int64), epoch)
+        key = fold_in(tf.constant(self.seed, tf.int64), epoch)
         # Negative: the keys of files are folded from 0 on.
-        order_key = fold(key, -1 - self.host)
+        order_key = fold_in(key, -1 - self.host)
         order = tf.random.experimental.stateless_shuffle(
             tf.range(len(self.part.paths)), tf.stack([order_key, 0])
         )
@@ -105,7 +110,9 @@ class EpochPlan:
         return EpochState(key, order_key, order, shift, begin, end, first_block)
 
 
-def shuffle(plan: EpochPlan, read: Read, cycle_length: int) -> tf.data.Dataset:
+def read_shuffled(
+    plan: EpochPlan, read: Read, cycle_length: int
+) -> tf.data.Dataset:
     """Reads and shuffles the records of all epochs from the first on.
 
     The records are read one after another, across the borders of epochs, into
@@ -157,7 +164,7 @@ def shuffle(plan: EpochPlan, read: Read, cycle_length: int) -> tf.data.Dataset:
             .map(lambda element, _: element)
             .shuffle(
                 plan.block,
-                seed=fold(state.order_key, 3 + number),
+                seed=fold_in(state.order_key, 3 + number),
                 reshuffle_each_iteration=False,
             )
             .skip(skip)
