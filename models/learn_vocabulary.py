@@ -167,7 +167,7 @@ def _print_fill(
             eval_batch_size=1,
         )
     except UsageError:
-        # Of the pairs, as the flags are checked. The vocabulary is written.
+        # The flags are valid, so no pair fits. The vocabulary is written.
         print(f"No pair fits into rows of {sizes[0]} and {sizes[1]} tokens")
         return
     tokens = [

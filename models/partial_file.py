@@ -52,16 +52,19 @@ class PartialFile:
         with self._storage_errors(), contextlib.ExitStack() as stack:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = stack.enter_context(self._partial.open("ab"))
-            # Before it is read: another process may be writing it, or may have
-            # given it its name in the meantime.
-            if not (files.lock_file(self._file) and self._partial.exists()):
+            # Lock before reading: another process may still write the file, or
+            # may just have renamed it.
+            if not (files.lock_file(self._file) and self._is_current()):
                 raise StorageError(
-                    f"Another process is writing {self._partial}. Stop it, or "
-                    "choose another --output."
+                    f"Another process is writing {self._partial}, or has just "
+                    "finished it. Wait for it, or choose another --output."
                 )
-            self._state = self._read_state() or _State(
-                model, 0, self._hash.hexdigest(), 0
-            )
+            state = self._read_state()
+            if state is None:
+                # Of a file that was finished, or that is gone.
+                self._json.unlink(missing_ok=True)
+                state = _State(model, 0, self._hash.hexdigest(), 0)
+            self._state = state
             if self._state.model != model:
                 raise UsageError(
                     f"{self._partial} was begun with another model. Use that "
@@ -138,6 +141,14 @@ class PartialFile:
     def _storage_errors(self) -> contextlib.AbstractContextManager:
         return files.storage_errors(f"{self._path} could not be written")
 
+    def _is_current(self) -> bool:
+        """Returns whether the open file still has its name."""
+        try:
+            found = self._partial.stat()
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(os.fstat(self._file.fileno()), found)
+
     def _read_state(self) -> _State | None:
         if not (self._json.exists() and self._partial.stat().st_size):
             return None
@@ -145,7 +156,7 @@ class PartialFile:
             state = _State(**json.loads(self._json.read_text()))
             if self._partial.stat().st_size >= state.bytes:
                 return state
-            cause = f"{self._partial} is shorter than it says"
+            cause = f"{self._partial} is shorter than {self._json.name} says"
         except (OSError, TypeError, ValueError) as error:
             cause = f"{type(error).__name__}: {error}"
         raise StorageError(

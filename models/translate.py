@@ -114,7 +114,7 @@ def translate_lines(
     """Translates the lines of a file in chunks.
 
     Args:
-        translator: What translates them.
+        translator: The translator.
         source: The file.
         write: Called for each chunk with its lines and their translations.
         chunk_lines: Number of lines in a chunk.
@@ -247,6 +247,8 @@ def _translate(
         if options.run is None
         else RunTranslator(options.run, options.batch_size)
     )
+    # Also if it is stopped, as the next process counts its own lines alone.
+    stack.callback(_warn, translator)
     done = 0
     write: Callable[[Sequence[bytes], bytes], None] = _write_standard
     if to_file:
@@ -271,6 +273,11 @@ def _translate(
     if to_file:
         output.finish()
         print(f"Wrote {options.output}", file=sys.stderr)
+    return 0
+
+
+def _warn(translator: Translator) -> None:
+    """Prints how many lines were cut, or have no translation."""
     if translator.cut:
         print(
             f"{translator.cut:,} lines were cut to {MAX_LENGTH:,} subwords.",
@@ -278,12 +285,11 @@ def _translate(
         )
     if translator.failed:
         print(
-            f"{translator.failed:,} lines have no translation, as the outputs "
-            "of the network are not finite. Train it with "
-            "--config.dtype_policy=float32 or mixed_bfloat16.",
+            f"{translator.failed:,} lines have no translation, as logits are "
+            "NaN. Translate with an earlier checkpoint, or train with a lower "
+            "learning rate.",
             file=sys.stderr,
         )
-    return 0
 
 
 def _write_standard(lines: Sequence[bytes], translations: bytes) -> None:

@@ -1,4 +1,4 @@
-"""What translates lines: the checkpoint of a run, or an exported model."""
+"""Translators of lines: the checkpoint of a run, or an exported model."""
 
 import contextlib
 import hashlib
@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from models.decoding import batches
-from models.wmt import VOCABULARY, Translation
+from models.wmt import Translation
 from sos import keras_compat, startup
 from sos.errors import MissingPackageError, UsageError, reason
 from sos.experiments import config as config_lib
@@ -28,7 +28,7 @@ OnBatch = Callable[[int], None]
 
 
 class Translator(Protocol):
-    """Protocol of what translates lines.
+    """Interface of a translator of lines.
 
     Attributes:
         fingerprint: Equal strings for those that translate equally.
@@ -61,19 +61,17 @@ class RunTranslator:
     def __init__(self, directory: str, batch_size: int) -> None:
         directory = os.path.expanduser(directory)
         config = _read_run(directory)
-        vocabulary = os.path.join(directory, VOCABULARY)
-        if tf.io.gfile.exists(vocabulary):
-            # The run may have been moved away from the files that it names.
-            config.data.vocabulary = vocabulary
         config.decode.batch_size = batch_size
+        task_class = config_lib.load_task(config.task)
         config = with_parent_directory(
-            config, os.path.dirname(directory.rstrip("/"))
+            task_class.with_files(config, directory),
+            os.path.dirname(directory.rstrip("/")),
         )
         with (
             config_lib.dtype_policy(config.dtype_policy),
             keras_compat.new_name_counts(),
         ):
-            task = config_lib.load_task(config.task)(config)
+            task = task_class(config)
             model, optimizer = trainer.build(task)
             checkpoints = Checkpoints(
                 os.path.join(directory, CHECKPOINTS),

@@ -250,7 +250,7 @@ class Translation(ExperimentTask):
             with _naming("data.vocabulary"):
                 vocabulary = Subwords.load(data.vocabulary)
         else:
-            # An error of reading is that of another entry.
+            # First, so that an error of reading names `config.data`.
             _ = self.data
             with _naming("data.vocabulary_size"):
                 vocabulary = Subwords(
@@ -276,11 +276,12 @@ class Translation(ExperimentTask):
     def source(self) -> PackedPairs:
         """The sentences as packed batches."""
         data = self.config.data
-        model = self.subwords.model
+        # Its errors name their own entry.
+        vocabulary = self.subwords.model
         with _naming("data"):
             return _pack(
                 _place(data),
-                model,
+                vocabulary,
                 seed=self.config.seed,
                 batch_size=self.batch_size,
                 source_length=data.source_length,
@@ -296,8 +297,39 @@ class Translation(ExperimentTask):
         _ = self.source
 
     def write_files(self, directory: str) -> None:
-        """Writes the vocabulary."""
-        self.subwords.save(os.path.join(directory, VOCABULARY))
+        """Writes the vocabulary; never replaces another one.
+
+        Raises:
+            UsageError: If the run began with another vocabulary.
+            StorageError: If the file cannot be read or written.
+        """
+        path = os.path.join(directory, VOCABULARY)
+        if not tf.io.gfile.exists(path):
+            self.subwords.save(path)
+            return
+        found = subwords.fingerprint(subwords.read_model(path))
+        if found != self.subwords.fingerprint:
+            raise UsageError(
+                f"The run began with another vocabulary, {path}. Restore its "
+                "training sentences and version of sentencepiece, or choose "
+                "another work directory. Received: a vocabulary of the "
+                f"fingerprint {self.subwords.fingerprint}, and not {found}"
+            )
+
+    @classmethod
+    def with_files(
+        cls, config: ml_collections.ConfigDict, directory: str
+    ) -> ml_collections.ConfigDict:
+        """Returns a config that names the vocabulary of the run, if it has one.
+
+        The run may have been moved away from the files that its config names.
+        """
+        path = os.path.join(directory, VOCABULARY)
+        if not tf.io.gfile.exists(path):
+            return config
+        changed = ml_collections.ConfigDict(config.to_dict())
+        changed.data.vocabulary = path
+        return changed.lock()
 
     # Training.
 
@@ -371,6 +403,9 @@ class Translation(ExperimentTask):
         self, checkpoints: Checkpoints | None = None
     ) -> Mapping[str, Evaluator]:
         """Returns evaluators that translate and score `config.decode.split`.
+
+        They share translations of equal weights, so call this method anew for
+        each evaluation.
 
         Metrics are "bleu" and "study_bleu" (see `sos.experiments.bleu`), and
         the signature of the former. With thresholds of variational dropout also

@@ -221,7 +221,8 @@ def lock_file(file: IO) -> bool:
         file: The file, open for writing.
 
     Returns:
-        Whether no other process has the lock.
+        False if another process, or another open file of this one, holds the
+        lock; else True, also where files cannot be locked.
     """
     try:
         # Absent on Windows.

@@ -107,7 +107,7 @@ def _report(options: argparse.Namespace) -> SparsityReport:
             rows = _Checkpoint(prefix).rows(threshold)
         except Exception as error:
             _fail(f"{prefix} cannot be read as a checkpoint", error)
-        report = SparsityReport(path.name, rows)
+        report = SparsityReport(path.resolve().name, rows)
     techniques = {row["technique"] for row in report.rows}
     if threshold is not None and VariationalDropout.__name__ not in techniques:
         raise UsageError(

@@ -35,8 +35,7 @@ from sos.training.checkpoints import diff
 from sos.training.task import Task
 
 #: Which checkpoints of a finished run are kept: all; the first and the last,
-#: from which other runs can start, and all of which its score is a mean; or
-#: none.
+#: from which other runs can start, and those whose mean is scored; or none.
 KEEP = ("all", "trunk", "none")
 #: Entries that do not change the result and are not in the fingerprint. A task
 #: adds others: `ExperimentTask.ignored_entries`.

@@ -59,7 +59,8 @@ def run(
     The run has its own directory in `workdir`, named `run_name(config)`, with
     `config.json` (the complete config), `checkpoints/`, `train.jsonl`, event
     files for TensorBoard and, once the run is finished, `masks.npz` (unless the
-    model is dense) and `result.json`.
+    model is dense) and `result.json`; and what `ExperimentTask.write_files`
+    writes.
 
     Args:
         config: The config. Missing entries take their defaults; see
@@ -129,9 +130,11 @@ def run(
     ):
         # For initializers and layers without a seed.
         keras.utils.set_random_seed(config.seed)
-        trainer = (make_trainer or _make_trainer)(
-            with_parent_directory(config, workdir)
-        )
+        named = with_parent_directory(config, workdir)
+        if mode == "export":
+            task_class = config_lib.load_task(config.task)
+            named = task_class.with_files(named, directory)
+        trainer = (make_trainer or _make_trainer)(named)
         if mode == "export":
             path = main.export(trainer, options)
             if not options.quiet:
@@ -369,7 +372,7 @@ def _remove_checkpoints(
     Args:
         config: A resolved config.
         directory: Directory of the run.
-        averaged: Number of newest checkpoints of which the score is made.
+        averaged: Number of newest checkpoints whose mean is scored.
         finished: Whether the result is written. Until then, these are kept.
     """
     if config.keep == "all":

@@ -150,12 +150,29 @@ class ExperimentTask(Task):
 
         `sos.experiments.run` calls it in the chief's process before training,
         also to resume a run. Override it for what belongs to the checkpoints,
-        such as a vocabulary.
+        such as a vocabulary. These are not verified yet, so raise an error
+        rather than replace a file of other content.
 
         Args:
             directory: The directory of the run.
         """
         del directory
+
+    @classmethod
+    def with_files(
+        cls, config: ml_collections.ConfigDict, directory: str
+    ) -> ml_collections.ConfigDict:
+        """Returns a config that names the files of `write_files`.
+
+        `sos.experiments.run` exports a run with it, which then needs no data.
+        Default: returns `config`.
+
+        Args:
+            config: A resolved config.
+            directory: The directory of its run.
+        """
+        del directory
+        return config
 
     def configuration(self) -> Mapping[str, Any]:
         """Returns the fingerprint of the run."""

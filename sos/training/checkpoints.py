@@ -640,7 +640,7 @@ def latest_prefix(directory: str | os.PathLike) -> str | None:
 
     Args:
         directory: The directory of a training, its folder of checkpoints, or
-            the folder of one of these.
+            the folder of one checkpoint.
 
     Returns:
         The prefix of the files; None if there is no checkpoint.

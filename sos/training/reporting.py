@@ -69,7 +69,8 @@ class Summary:
         learning_rate: Learning rate of the next step.
         sparsity: Fraction of zeros in all sparse weights; None for a dense
             model.
-        penalty: Sum of the techniques' penalties, as added to the loss.
+        penalty: Sum of the techniques' penalties, as added to the loss; None
+            for evaluations.
         weight_sparsity: Fraction of zeros in each sparse weight, by its path.
         weight_penalty: Penalty of each weight that has one, by its path.
         mask_updates: The mask updates of the loop, in order.

@@ -200,8 +200,9 @@ class Task:
     ) -> Mapping[str, Evaluator]:
         """Returns evaluators, which run on the host, by name. Default: none.
 
-        They run after the compiled evaluation, one after the other, in the
-        chief's process. Examples are a BLEU score after decoding, and
+        The engine calls this method for each evaluation. They run after the
+        compiled evaluation, once and one after the other, in the chief's
+        process. Examples are a BLEU score after decoding, and
         accuracies for several thresholds. Each is called with the model and
         returns metrics by name, such as `{"bleu": 27.3}`. Strings among them,
         such as the signature of a score, are printed and stored, but are not
@@ -220,15 +221,15 @@ class Task:
     def averaged_weights(
         self, model: keras.Model, checkpoints: Checkpoints | None
     ) -> contextlib.AbstractContextManager[tuple[int, ...]]:
-        """Returns a scope in which a model has averaged weights, if it should.
+        """Returns a scope in which a model has the weights to score and export.
 
-        An export has the weights of this scope. Evaluators that score them
-        enter it, too. By default it changes nothing.
+        An export has the weights of this scope. An evaluator that is to score
+        them enters it, too. By default it changes nothing.
 
         Args:
             model: A model of this task.
             checkpoints: The checkpoints of this training up to the step of the
-                model; None if there are none, to change nothing.
+                model; None to change nothing.
 
         Returns:
             A scope such as `checkpoints.average(model)`. It yields the steps of

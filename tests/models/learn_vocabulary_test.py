@@ -97,6 +97,17 @@ def test_learn_vocabulary_prints_the_fill_of_other_rows(
     assert "; 0 dropped)" not in text
 
 
+def test_learn_vocabulary_whose_pairs_fit_no_row_is_written(
+    run, data, tmp_path, capsys
+):
+    output = tmp_path / "vocabulary.model"
+    run(data=data, size=600, output=str(output), source_length=1)
+    assert subwords.Subwords.load(output).size == 600
+    assert (
+        "No pair fits into rows of 1 and 256 tokens" in capsys.readouterr().out
+    )
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

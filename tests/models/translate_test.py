@@ -32,12 +32,12 @@ def run(tmp_path_factory):
         learning_rate={"warmup_steps": 1},
     )
     sos.experiments.run(config, workdir, quiet=True)
-    sos.experiments.run(config, workdir, mode="export", quiet=True)
     # The run has all that is needed.
     for file in data.iterdir():
         file.unlink()
     wmt._load.cache_clear()
     wmt._learn.cache_clear()
+    sos.experiments.run(config, workdir, mode="export", quiet=True)
     return workdir / config_lib.run_name(config)
 
 
@@ -202,6 +202,29 @@ def test_damaged_state_is_noticed(program, tmp_path, capsys):
     assert program(*arguments) == 0
 
 
+def test_state_of_a_finished_file_is_forgotten(program, tmp_path):
+    """As after a kill between the two last operations."""
+    arguments = interrupt(program, tmp_path)
+    (tmp_path / "out.txt.partial").unlink()
+    other = Upper(fail_after=0)
+    other.fingerprint = "another"
+    assert program(*arguments, translator=other) == 130
+    assert not (tmp_path / "out.txt.partial.json").exists()
+
+
+def test_lines_that_were_cut_or_failed_are_counted(program, tmp_path, capsys):
+    translator = Upper()
+    translator.cut, translator.failed = 2, 1
+    assert program("--output=out.txt", translator=translator, stdin=b"a") == 0
+    error = capsys.readouterr().err
+    assert "2 lines were cut to 1,024 subwords" in error
+    assert "1 lines have no translation, as logits are NaN" in error
+    stopped = Upper(fail_after=0)
+    stopped.cut = 3
+    assert program("--output=out.txt", translator=stopped, stdin=b"a") == 130
+    assert "3 lines were cut" in capsys.readouterr().err
+
+
 def test_two_processes_cannot_write_one_file(tmp_path):
     path = str(tmp_path / "out.txt")
     first = partial_file.PartialFile(path, "model")
@@ -351,6 +374,9 @@ def test_export_batches_have_every_line(export):
     assert sum(counts) == len(lines)
     assert max(counts) <= 2
     assert [found([line], counts.append)[0] for line in lines] == texts
+    assert (found.cut, found.failed) == (0, 0)
+    found(["a" * 3000, "b"], counts.append)
+    assert (found.cut, found.failed) == (1, 0)
 
 
 @pytest.mark.slow

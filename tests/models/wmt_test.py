@@ -254,6 +254,21 @@ def test_checkpoint_of_another_vocabulary_is_not_restored(
         )
 
 
+def test_vocabulary_of_a_run_is_not_replaced(task, directory, tmp_path):
+    task.write_files(str(tmp_path))
+    written = (tmp_path / wmt.VOCABULARY).read_bytes()
+    assert written == task.subwords.model
+    task.write_files(str(tmp_path))
+    other = wmt.Translation(
+        tiny_config(directory, data={"vocabulary_size": 401})
+    )
+    with pytest.raises(UsageError, match="began with another vocabulary"):
+        other.write_files(str(tmp_path))
+    assert (tmp_path / wmt.VOCABULARY).read_bytes() == written
+    named = wmt.Translation.with_files(other.config, str(tmp_path))
+    assert wmt.Translation(named).subwords.model == written
+
+
 def test_vocabulary_with_another_hash_raises(task):
     config = config_lib.plain(task.config)
     config["data"]["vocabulary_hash"] = "0123456789abcdef"
@@ -448,6 +463,9 @@ def test_threshold_of_all_layers_is_translated_once(directory, monkeypatch):
     suffix = f"_at_{config.sparsity.threshold:g}"
     assert second[f"bleu{suffix}"] == first["bleu"]
     assert len(calls) == 1
+    # Another evaluation has other weights.
+    task.evaluators(None)["translation"](model)
+    assert len(calls) == 2
 
 
 def test_thresholds_of_another_technique_raise(directory):
@@ -481,12 +499,15 @@ def test_export_translates_like_the_model(task, model, tmp_path):
     lines = ["Close the file.", "", "  ", "What is this?", "😀 Привет"]
     # Every space of Python, those of Unicode included.
     spaces = "".join(filter(str.isspace, map(chr, range(0x110000))))
-    lines += [spaces, f"{spaces}a", "a" * 1200]
+    lines += [spaces, f"{spaces}a", "a" * 3000]
     sos.export.export_model(task.serving(model), tmp_path / "export")
     expected = task.decoder(model)(lines)
     served = tf.saved_model.load(str(tmp_path / "export"))
     translate = served.signatures["serving_default"]
     found = translate(sentences=tf.constant(lines))
+    lengths = task.subwords.tokenize(lines).row_lengths().numpy()
+    np.testing.assert_array_equal(found["cut"], lengths > 1024)
+    assert any(found["cut"].numpy())
     texts = [text.decode() for text in found["translations"].numpy()]
     assert texts == [translation.text for translation in expected]
     np.testing.assert_allclose(
