@@ -336,8 +336,10 @@ def _row(
     path: list[str], technique: str, nonzero: np.ndarray
 ) -> dict[str, Any]:
     nonzeros = int(np.count_nonzero(nonzero))
-    # Attributes in which Keras keeps the layers of a model.
-    path = [p for p in path if p not in ("_functional", "_operations")]
+    # Attributes in which Keras keeps the layers of a model, and in which the
+    # engine's checkpoints have them by name.
+    attributes = ("_functional", "_operations", "sparse_layers")
+    path = [p for p in path if p not in attributes]
     return {
         **dict.fromkeys(FIELDS),
         "layer": "/".join(path[:-1]),

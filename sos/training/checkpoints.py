@@ -7,8 +7,8 @@ import math
 import os
 import re
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import keras
 import numpy as np
@@ -23,6 +23,9 @@ from sos.errors import (
 )
 from sos.files import sync_directory, sync_tree
 from sos.training.strategies import is_lost_worker, several_workers
+from sos.wrappers.base import sparse_layers
+
+T = TypeVar("T")
 
 #: The folder of the checkpoints in the directory of a training.
 CHECKPOINTS = "checkpoints"
@@ -692,7 +695,6 @@ def named_variables(
         of further variables with the same canonical path end in "(2)" and so
         on.
     """
-    variables: dict[str, keras.Variable] = {}
     named = [(canonical_path(v.path), v) for v in model.variables]
     if optimizer is not None:
         prefix = f"{optimizer.name}/"
@@ -700,13 +702,19 @@ def named_variables(
             (_OPTIMIZER + canonical_path(v.path.removeprefix(prefix)), v)
             for v in optimizer.variables
         ]
-    for path, variable in named:
+    return _distinct(named)
+
+
+def _distinct(named: Iterable[tuple[str, T]]) -> dict[str, T]:
+    """Returns a dictionary; further equal names end in "(2)" and so on."""
+    values: dict[str, T] = {}
+    for path, value in named:
         name, count = path, 1
-        while name in variables:
+        while name in values:
             count += 1
             name = f"{path} ({count})"
-        variables[name] = variable
-    return variables
+        values[name] = value
+    return values
 
 
 def format_spec(shape: Sequence[int], dtype: Any) -> str:
@@ -757,12 +765,16 @@ def _checkpoint(
     model: keras.Model, optimizer: keras.optimizers.Optimizer | None = None
 ) -> tf.train.Checkpoint:
     parts = {} if optimizer is None else {"optimizer": optimizer}
-    # TensorFlow does not track the states of random generators in a model, such
-    # as those of dropout layers.
-    weights = {id(weight) for weight in model.weights}
     return tf.train.Checkpoint(
+        # All of them. From a model alone, TensorFlow finds neither the layers
+        # in lists of a layer nor the states of random generators.
+        variables=named_variables(model, optimizer),
+        # For `sos report`: which variables belong to one technique.
+        sparse_layers=_distinct(
+            (canonical_path(layer.path or layer.name), layer)
+            for layer in sparse_layers(model)
+        ),
         model=model,
-        seeds=[v.value for v in model.variables if id(v) not in weights],
         **parts,
     )
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 
+import keras
 import numpy as np
 import pytest
 
@@ -15,6 +16,8 @@ import sos.experiments
 from models import partial_file, translate, translators, wmt
 from sos.errors import StorageError, UsageError
 from sos.experiments import config as config_lib
+from sos.experiments.run_files import read_result
+from sos.training.checkpoints import named_variables
 from tests.models import wmt_test
 from tests.support import processes, toy_experiment
 
@@ -308,18 +311,16 @@ def test_run_and_export_translate_alike(run, export, monkeypatch, tmp_path):
 
 def table_of(run, step):
     """Returns the table of the embedding in a checkpoint."""
-    (table,) = (
-        value
-        for name, value in processes.checkpoint_values(run, step).items()
-        if name.startswith("model/embedding/_embeddings/")
-    )
-    return table
+    values = processes.checkpoint_values(run, step)
+    return values["transformer/embedding/embeddings"]
 
 
 def test_run_translator_has_the_weights_of_the_checkpoint(run):
     found = translators.RunTranslator(str(run), 3)
     table = found._decoder.model.embedding.embeddings
     np.testing.assert_array_equal(table, table_of(run, 6))
+    report = sos.sparsity_report(found._decoder.model)
+    assert report.sparsity == read_result(str(run)).sparsity > 0.7
     again = translators.RunTranslator(str(run), 64)
     vocabulary = (run / wmt.VOCABULARY).read_bytes()
     assert found._decoder._subwords.model == vocabulary
@@ -339,16 +340,21 @@ def test_run_translator_keeps_the_mean_of_checkpoints(tmp_path):
         keep="all",
     )
     sos.experiments.run(config, tmp_path, quiet=True, save_checkpoints_steps=1)
+    sos.experiments.run(config, tmp_path, quiet=True, mode="export")
     directory = tmp_path / config_lib.run_name(config)
     found = translators.RunTranslator(str(directory), 3)
-    tables = [table_of(directory, step) for step in (1, 2)]
-    assert not np.array_equal(*tables)
-    np.testing.assert_allclose(
-        found._decoder.model.embedding.embeddings,
-        np.mean(tables, axis=0),
-        rtol=1e-6,
-    )
-    sos.experiments.run(config, tmp_path, quiet=True, mode="export")
+    values = [processes.checkpoint_values(directory, step) for step in (1, 2)]
+    weights = {
+        name: np.array(variable)
+        for name, variable in named_variables(found._decoder.model).items()
+        if keras.backend.is_float_dtype(variable.dtype)
+    }
+    # Blocks are in a list of the network.
+    assert "transformer/encoder/feed_forward/expansion/kernel" in weights
+    for name, weight in weights.items():
+        first, second = (each[name] for each in values)
+        assert not np.array_equal(first, second)
+        np.testing.assert_allclose(weight, (first + second) / 2, rtol=1e-5)
     exported = translators.ExportTranslator(str(directory / "export" / "2"), 3)
     lines = ["What is this?", "Close the file."]
     assert found(lines, int) == exported(lines, int)

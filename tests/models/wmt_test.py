@@ -675,11 +675,11 @@ def test_training_step_is_accepted_by_a_tpu(directory, technique):
 
 
 @pytest.mark.slow
-def test_replicas_evaluate_every_pair_once(directory, task, model):
+def test_replicas_evaluate_every_pair_once(directory, task, model, capsys):
     strategy = make_strategy("mirrored", cpu_replicas=2)
     with strategy.scope():
         mirrored = wmt.Translation(
-            tiny_config(directory, decode={"sentences": 8})
+            tiny_config(directory, decode={"sentences": 8, "samples": 8})
         )
     trainer = Trainer(mirrored, strategy=strategy)
     for variable, value in zip(
@@ -687,6 +687,7 @@ def test_replicas_evaluate_every_pair_once(directory, task, model):
     ):
         variable.assign(value)
     metrics = trainer.evaluate().metrics
+    printed = capsys.readouterr().out
     alone = Trainer(task, strategy=make_strategy("one_device"))
     for variable, value in zip(
         alone.model.variables, model.variables, strict=True
@@ -695,9 +696,12 @@ def test_replicas_evaluate_every_pair_once(directory, task, model):
     expected = alone.evaluate().metrics
     for name in ("loss", "token_accuracy"):
         assert metrics[name] == pytest.approx(expected[name], rel=1e-5)
+    # A copy of the replicas' model translates.
+    capsys.readouterr()
     (evaluate,) = mirrored.evaluators(None).values()
     assert metrics["bleu"] == pytest.approx(evaluate(model)["bleu"])
-    assert metrics["bleu"] > 0
+    assert capsys.readouterr().out == printed
+    assert printed.count("translation ") == 8
 
 
 # Learning.

@@ -194,12 +194,15 @@ def checkpoint_path(workdir, step):
 
 
 def checkpoint_values(workdir, step):
-    """The variables of a checkpoint, as TensorFlow alone reads them."""
+    """The variables of a checkpoint by path, as TensorFlow alone reads them."""
     reader = tf.train.load_checkpoint(
         str(checkpoint_path(workdir, step) / "variables")
     )
     return {
-        name: reader.get_tensor(name)
+        name.removeprefix("variables/")
+        .removesuffix("/.ATTRIBUTES/VARIABLE_VALUE")
+        # As TensorFlow writes a slash in a name.
+        .replace(".S", "/"): reader.get_tensor(name)
         for name in reader.get_variable_to_shape_map()
         if name != "_CHECKPOINTABLE_OBJECT_GRAPH"
     }
